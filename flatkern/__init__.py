@@ -1,0 +1,1 @@
+"""Fused kernels and optimizers for training methods that look for flat minima."""

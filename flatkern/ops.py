@@ -1,0 +1,181 @@
+"""THE TABLE: one row per operation. Dispatch, torch.library, tests and benchmarks all read it.
+
+Nothing but the table lives here, and it imports nothing of ours. What the arguments mean, in every
+op and in every backend:
+
+    params          weights; a *filter* is a dim-0 slice (tensors of rank <= 1: the whole tensor)
+    backups         clean copies of the weights, in the parameters' dtype
+    masters         float32 weights behind half-precision parameters: the clean weights live there
+    norms           L2 norm of each filter, float32 (filters,)
+    history         ARWP's discounted sum of squared gradients, float32: (filters,), or (n,) when rank <= 1
+    grads           gradients of the perturbed pass (the only ones, for methods that have one pass)
+    clean_grads     gradients of the clean pass (m-RWP), already unscaled
+    noise           int64 (3,): seed, stream, round of the counter-based normals
+    index, offset   which normals a tensor draws: its parameter index, and the first row (rank <= 1:
+                    the first element) of the unsharded tensor that it holds
+    norm            0-dim float32
+    grad_scale      0-dim float32, multiplies `grads`: 1 / (loss scale x rounds); absent = 1
+    clip            0-dim float32, multiplies the final gradient; absent = 1
+    found_inf       0-dim float32; nonzero: weights are restored and nothing else changes
+
+Every list has one entry per parameter, or is absent (None) as a whole. Dtypes may differ from
+entry to entry. Tensor arguments come first (mutated, then inputs, then device scalars), host
+scalars are keyword-only.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a schema."""
+
+    name: str
+    type: str  # without the mutation mark, for example "Tensor[]?"
+    mutated: bool
+    keyword_only: bool
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation: the same name, arguments and order of arguments in every backend."""
+
+    name: str
+    family: str  # basename of the file that holds it, in every folder
+    schema: str  # mutated tensors, then inputs, then device scalars, then host scalars
+    reads: str  # tensor arguments whose every element is loaded
+    backends: str  # compiled ones; eager has every op
+    ulp: int = 0  # furthest a backend may be from eager; 0 means bit for bit
+
+    @cached_property
+    def arguments(self) -> tuple[Argument, ...]:
+        """The schema, parsed."""
+        inside = self.schema[self.schema.index("(") + 1 : self.schema.rindex(") ->")]
+        arguments, keyword_only = [], False
+        for part in inside.split(", "):
+            if part == "*":
+                keyword_only = True
+                continue
+            type_, name = part.rsplit(" ", 1)
+            plain = re.sub(r"\([a-z]!\)", "", type_)
+            arguments.append(Argument(name, plain, type_ != plain, keyword_only))
+        return tuple(arguments)
+
+    @cached_property
+    def writes(self) -> tuple[str, ...]:
+        """Names of the mutated arguments."""
+        return tuple(a.name for a in self.arguments if a.mutated)
+
+
+# What every update takes besides its own state: how the gradient is formed, and what follows.
+_UPDATE_INPUTS = (
+    "Tensor[] grads, Tensor[]? clean_grads, Tensor? noise, Tensor? grad_scale, Tensor? clip, Tensor? found_inf"
+)
+_UPDATE_METHOD = (
+    "float[] grad_weight, float[] clean_weight, float[] beta, float[] sigma, float[] eta, int[] index, int[] offset"
+)
+_ADAM = (
+    "(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
+    "Tensor(e!)[]? backups, Tensor(f!)[]? masters, Tensor(g!)[]? history, "
+    f"{_UPDATE_INPUTS}, *, float[] lr, float[] beta1, float[] beta2, float[] eps, float[] weight_decay, "
+    f"{_UPDATE_METHOD}) -> ()"
+)
+
+_ROWS = (
+    Op(
+        name="fill_normal_",
+        family="noise",
+        schema="(Tensor(a!)[] outs, Tensor noise, *, int[] index, int[] offset) -> ()",
+        reads="",
+        backends="cpp",
+    ),
+    Op(
+        name="filter_norms_",
+        family="norm",
+        schema="(Tensor(a!)[] norms, Tensor[] params) -> ()",
+        reads="params",
+        backends="cpp",
+        # float32 within chunks of 1024 as 16 x 4 lanes (16 additions each, 6 to fold), float64 above:
+        # at most 24 roundings of half an ulp in the sum, half of that in its root.
+        ulp=8,
+    ),
+    Op(
+        name="ascent_norm_",
+        family="norm",
+        schema="(Tensor(a!) norm, Tensor[]? params, Tensor[] grads, *, float[] eta) -> ()",
+        reads="params grads",
+        backends="cpp",
+        ulp=8,
+    ),
+    Op(
+        name="gradient_norm_",
+        family="norm",
+        schema="(Tensor(a!) norm, Tensor[] grads, Tensor[]? clean_grads, Tensor? grad_scale, *, "
+        "float[] grad_weight, float[] clean_weight) -> ()",
+        reads="grads clean_grads",
+        backends="cpp",
+        ulp=8,
+    ),
+    Op(
+        name="perturb_gaussian_",
+        family="perturb",
+        schema="(Tensor(a!)[] params, Tensor(b!)[]? backups, Tensor[]? masters, Tensor[]? norms, Tensor[]? history, "
+        "Tensor noise, *, float[] sigma, float[] eta, int[] index, int[] offset) -> ()",
+        reads="params masters",
+        backends="cpp",
+    ),
+    Op(
+        name="perturb_ascent_",
+        family="perturb",
+        schema="(Tensor(a!)[] params, Tensor(b!)[]? backups, Tensor[]? masters, Tensor[] grads, Tensor norm, *, "
+        "float[] rho, float[] eta) -> ()",
+        reads="params masters grads",
+        backends="cpp",
+    ),
+    Op(
+        name="restore_",
+        family="perturb",
+        schema="(Tensor(a!)[] params, Tensor[] backups) -> ()",
+        reads="backups",
+        backends="cpp",
+    ),
+    Op(
+        name="mix_gradients_",
+        family="update",
+        schema="(Tensor(a!)[] grads, Tensor(b!)[]? history, Tensor[]? clean_grads, "
+        "Tensor? grad_scale, Tensor? clip, *, "
+        "float[] grad_weight, float[] clean_weight, float[] beta) -> ()",
+        reads="grads clean_grads",
+        backends="cpp",
+    ),
+    Op(
+        name="sgd_update_",
+        family="update",
+        schema="(Tensor(a!)[] params, Tensor(b!)[]? momentum_buffers, "
+        "Tensor(c!)[]? backups, Tensor(d!)[]? masters, Tensor(e!)[]? history, "
+        f"{_UPDATE_INPUTS}, *, float[] lr, float[] momentum, float[] dampening, float[] weight_decay, "
+        f"bool[] nesterov, {_UPDATE_METHOD}) -> ()",
+        reads="params momentum_buffers backups masters grads clean_grads",
+        backends="cpp",
+    ),
+    Op(
+        name="adam_update_",
+        family="update",
+        schema=_ADAM,
+        reads="params exp_avgs exp_avg_sqs backups masters grads clean_grads",
+        backends="cpp",
+    ),
+    Op(
+        name="adamw_update_",
+        family="update",
+        schema=_ADAM,
+        reads="params exp_avgs exp_avg_sqs backups masters grads clean_grads",
+        backends="cpp",
+    ),
+)
+
+OPS = {op.name: op for op in _ROWS}

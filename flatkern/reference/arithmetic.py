@@ -1,0 +1,29 @@
+"""Scalars and roots with the rounding every backend agrees on, and the mixing of gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def float32(x: float, like: Tensor) -> Tensor:
+    """A host scalar as every backend sees it: rounded to float32 once."""
+    return torch.tensor(x, dtype=torch.float32, device=like.device)
+
+
+def root(x: Tensor) -> Tensor:
+    """Correctly rounded float32 square root."""
+    return x.double().sqrt().float()
+
+
+def mixed(
+    g: Tensor, clean: Tensor | None, grad_scale: Tensor | None, weight: float, clean_weight: float, clip
+) -> Tensor:
+    """g <- clip (weight grad_scale g + clean_weight g_clean); float32."""
+    factor = float32(weight, g)
+    if grad_scale is not None:
+        factor = factor * grad_scale
+    result = factor * g.float()
+    if clean is not None:
+        result = result + float32(clean_weight, g) * clean.float()
+    return result if clip is None else result * clip
