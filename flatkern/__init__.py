@@ -1,1 +1,32 @@
 """Fused kernels and optimizers for training methods that look for flat minima."""
+
+from . import library, schedules
+from .cost import Cost, cost
+from .dispatch import backends
+from .functional import filter_norms, perturb_, restore_
+from .methods import ASAM, RWP, SAM
+from .optim.adam import Adam, AdamW
+from .optim.sgd import SGD
+from .optim.wrap import Wrap
+from .running_stats import frozen_running_stats
+
+__version__ = "0.1.0"
+__all__ = [
+    "ASAM",
+    "RWP",
+    "SAM",
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Cost",
+    "Wrap",
+    "backends",
+    "cost",
+    "filter_norms",
+    "frozen_running_stats",
+    "perturb_",
+    "restore_",
+    "schedules",
+]
+
+library.register()

@@ -1,0 +1,196 @@
+"""Argument checks and their messages, in front of every backend: `op: which argument is what; what to do`.
+
+Checks read, never write, so a refused call has changed nothing. Compiled backends do the same checks
+in one fast pass of their own and come here for the message.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import tables
+from .ops import Op
+
+STORAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOAT32_LISTS = {"norms", "masters", "history", "steps"}
+# One number a parameter, per filter or for all of it, instead of one per element.
+LENGTHS = {"norms": tables.filters, "history": tables.history_length, "steps": lambda t: 1}
+WALKS_FILTERS = {"fill_normal_", "filter_norms_", "perturb_gaussian_"}
+BACKENDS = ("eager", "cpp", "triton", "cuda")
+UINT32 = 2**32
+
+
+class LayoutError(ValueError):
+    """Two tensors that should be walked together have different strides."""
+
+
+def check(op: Op, values: dict[str, Any]) -> None:
+    """Check the arguments of one call of `op`; raises ValueError, TypeError or LayoutError."""
+    reference_name = "params" if values.get("params") is not None else "grads"
+    if op.name == "fill_normal_":
+        reference_name = "outs"
+    reference = values[reference_name]
+    for argument in op.arguments:
+        name, value = argument.name, values[argument.name]
+        if value is None:
+            if not argument.type.endswith("?"):
+                raise TypeError(f"{op.name}: {name} is None, but should be {argument.type}")
+        elif argument.type.startswith("Tensor[]"):
+            _check_list(op, name, value, reference_name, reference)
+        elif argument.type.endswith("[]"):
+            if len(value) != len(reference):
+                raise ValueError(
+                    f"{op.name}: {name} has {len(value)} entries, but {reference_name} has {len(reference)}"
+                )
+            _check_finite(op, name, value)
+        elif name == "noise":
+            check_noise(op.name, value)
+        elif value.dtype != torch.float32 or value.dim() != 0:
+            raise TypeError(f"{op.name}: {name} is {_kind(value)}, but should be a 0-dim float32 tensor")
+    if op.name in WALKS_FILTERS or values.get("noise") is not None or values.get("history") is not None:
+        check_outer_filters(op.name, reference_name, reference)
+
+
+def _kind(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}"
+
+
+def _check_list(op: Op, name: str, tensors: Sequence[Tensor], reference_name: str, reference: Sequence[Tensor]) -> None:
+    if len(tensors) != len(reference):
+        raise ValueError(f"{op.name}: {name} has {len(tensors)} entries, but {reference_name} has {len(reference)}")
+    for k, (t, like) in enumerate(zip(tensors, reference, strict=True)):
+        where = f"{op.name}: {name}[{k}]"
+        check_storage(where, t, (torch.float32,) if name in FLOAT32_LISTS else STORAGE_DTYPES)
+        if t.device != like.device and name != "steps":
+            raise ValueError(
+                f"{where} is on {t.device}, but {reference_name}[{k}] is on {like.device}; move one of them"
+            )
+        if name in LENGTHS:
+            if t.numel() != LENGTHS[name](like):
+                raise ValueError(
+                    f"{where} has {t.numel()} elements, but {reference_name}[{k}] needs {LENGTHS[name](like)}"
+                )
+        elif t.shape != like.shape:
+            raise ValueError(f"{where} has shape {tuple(t.shape)}, but {reference_name}[{k}] has {tuple(like.shape)}")
+        elif not tables.same_layout(t, like):
+            raise LayoutError(
+                f"{where} has strides {t.stride()}, but {reference_name}[{k}] has {like.stride()}; "
+                "copy it into the other's memory format"
+            )
+
+
+def check_storage(where: str, t: Tensor, dtypes: Iterable[torch.dtype] = STORAGE_DTYPES) -> None:
+    """Refuse what no kernel can walk: not a tensor, sparse, complex, integer, float64, or with gaps."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{where} is {type(t).__name__}, but should be a tensor")
+    if t.layout != torch.strided:
+        raise TypeError(f"{where} is {str(t.layout).removeprefix('torch.')}, but should be strided; call .to_dense()")
+    if t.dtype not in dtypes:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{where} has dtype {t.dtype}, but should have one of: {allowed}; convert it with .to(dtype)")
+    if not tables.is_dense(t):
+        raise ValueError(f"{where} has gaps or overlaps in memory (strides {t.stride()}); call .contiguous()")
+
+
+def check_outer_filters(op: str, name: str, tensors: Sequence[Tensor]) -> None:
+    """Refuse tensors whose filters are not contiguous stretches of memory."""
+    for k, t in enumerate(tensors):
+        if not tables.has_outer_filters(t):
+            raise ValueError(
+                f"{op}: {name}[{k}] has strides {t.stride()}, so dim 0 is not outermost in memory "
+                "and its filters are not contiguous; call .contiguous()"
+            )
+
+
+def check_noise(where: str, noise: Tensor) -> None:
+    """`noise` is int64 (3,), each of seed, stream, round in [0, 2^32)."""
+    if noise.dtype != torch.int64 or noise.shape != (3,):
+        raise TypeError(f"{where}: noise is {_kind(noise)}, but should be int64 (3,): seed, stream, round")
+    for name, value in zip(("seed", "stream", "round"), noise.tolist(), strict=True):
+        check_uint32(where, name, value)
+
+
+def check_uint32(where: str, name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < UINT32:
+        raise ValueError(f"{where}: {name} is {value!r}, but should be an integer in [0, 2^32)")
+    return value
+
+
+def _check_finite(op: Op, name: str, values: Sequence[float]) -> None:
+    for k, value in enumerate(values):
+        if not math.isfinite(value):
+            raise ValueError(f"{op.name}: {name}[{k}] is {value}, but should be finite")
+
+
+def check_parameters(where: str, params: Sequence[Tensor]) -> None:
+    """Refuse parameters that share memory: they would be perturbed twice."""
+    spans: list[tuple[str, int, int, int]] = []
+    for k, p in enumerate(params):
+        check_storage(f"{where}: params[{k}]", p)
+        if p.numel():
+            spans.append((str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), k))
+    spans.sort()
+    for (device, _, end, first), (other, start, _, second) in itertools.pairwise(spans):
+        if device == other and start < end:
+            first, second = sorted((first, second))
+            raise ValueError(
+                f"{where}: params[{second}] shares memory with params[{first}]; pass every tensor once, without overlap"
+            )
+
+
+def check_backend(backend: str | None) -> str | None:
+    """The backend to use, None for the best one; FLATKERN_BACKEND sets the default."""
+    source = "backend"
+    if backend is None:
+        backend, source = os.environ.get("FLATKERN_BACKEND") or None, "FLATKERN_BACKEND"
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(
+            f"{source} is {backend!r}, but should be one of {', '.join(BACKENDS)}, or None for the best one"
+        )
+    return backend
+
+
+RANGES = {  # inclusive; open ends are excluded below
+    "lr": (0.0, math.inf),
+    "weight_decay": (0.0, math.inf),
+    "eps": (0.0, math.inf),
+    "momentum": (0.0, math.inf),
+    "dampening": (-math.inf, math.inf),
+    "sigma": (0.0, math.inf),
+    "rho": (0.0, math.inf),
+    "eta": (0.0, math.inf),
+    "lam": (0.0, 1.0),
+    "beta": (0.0, 1.0),
+    "beta1": (0.0, 1.0),
+    "beta2": (0.0, 1.0),
+}
+BELOW_ONE = {"beta", "beta1", "beta2"}
+TORCH_NAMES = {
+    "lr": "learning rate",
+    "eps": "epsilon value",
+    "momentum": "momentum value",
+    "beta1": "beta parameter at index 0",
+    "beta2": "beta parameter at index 1",
+}
+
+
+def check_value(key: str, value: Any) -> None:
+    """Refuse a group value that is out of range; keys without a range pass. Begins as torch's message does."""
+    if key not in RANGES:
+        return
+    low, high = RANGES[key]
+    if not low <= value <= high or value in (math.inf, -math.inf) or (key in BELOW_ONE and value == high):
+        bound = (
+            f">= {low:g} and finite" if high == math.inf else f"in [{low:g}, {high:g}{')' if key in BELOW_ONE else ']'}"
+        )
+        if low == -math.inf:
+            bound = "finite"
+        name = TORCH_NAMES.get(key, f"{key} value")
+        raise ValueError(f"Invalid {name}: {value} ({key} should be {bound})")

@@ -1,0 +1,86 @@
+"""cost(opt): what one step of an optimizer moves, launches and keeps, counted from its parameters."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from .methods import ASAM, RWP, SAM
+from .tables import history_length
+
+if TYPE_CHECKING:
+    from .optim.base import FlatOptimizer
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Per optimizer step; the floor that the algorithm allows, not a measurement.
+
+    Fields:
+        parameters: elements, without frozen ones.
+        bytes_moved: read and written by perturb() and step(), gradients counted once per read.
+        base_bytes: what the plain fused base optimizer moves.
+        launches: op calls, whatever the number of tensors.
+        state_bytes: kept and saved: momenta, masters, history.
+        scratch_bytes: kept, not saved: clean copies, and m-RWP's first gradient.
+    """
+
+    parameters: int
+    bytes_moved: int
+    base_bytes: int
+    launches: int
+    state_bytes: int
+    scratch_bytes: int
+
+    @property
+    def multiple_of_base(self) -> float:
+        return self.bytes_moved / self.base_bytes if self.base_bytes else 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "multiple_of_base": self.multiple_of_base}
+
+
+def cost(opt: FlatOptimizer) -> Cost:
+    """Count bytes, op calls and memory of one step of `opt`, from shapes and dtypes alone.
+
+    Counted: perturb (read w, write the clean copy, write w'), the norm and ascent reads of SAM, the
+    update (read clean w, gradients, moments; write w, moments). mSAM's further rounds, autograd's
+    accumulation and `Wrap`'s base step are not counted.
+    """
+    method = opt.method
+    parameters = bytes_moved = base_bytes = state_bytes = scratch_bytes = 0
+    for group in opt.param_groups:
+        moments = 2 if "betas" in group else int(group.get("momentum", 0) != 0)
+        for p in group["params"]:
+            if not p.requires_grad:
+                continue
+            n, item = p.numel(), p.element_size()
+            master = opt._has_master(p)
+            weight = 4 if master else item  # bytes of the clean weight, wherever it is kept
+            moment = 4 if master else item
+            parameters += n
+            # A master is stored beside the parameter, so the update writes both.
+            base = n * (2 * weight + item + 2 * moments * moment + (item if master else 0))
+            base_bytes += base
+            bytes_moved += base
+            state_bytes += n * (moments * moment + (4 if master else 0))
+            if method is None or not group["perturb"]:
+                continue
+            clean_copy = 0 if master else n * item
+            scratch_bytes += clean_copy
+            if isinstance(method, RWP) and method.rolling:
+                bytes_moved += clean_copy
+            else:
+                bytes_moved += n * (weight + item) + clean_copy
+            if isinstance(method, SAM):
+                scaled = isinstance(method, ASAM) and (p.dim() >= 2 or method.all_tensors)
+                bytes_moved += n * (2 * item + (weight if scaled else 0))
+            if isinstance(method, RWP):
+                if method.lam is not None and method.mix == "gradients":
+                    bytes_moved += n * item
+                    scratch_bytes += n * item
+                if group["eta"] > 0:
+                    state_bytes += 4 * history_length(p)
+    ops = 1 if method is None or opt.rolling else 3 if isinstance(method, SAM) else 2
+    launches = ops + (opt.max_grad_norm is not None)
+    return Cost(parameters, bytes_moved, base_bytes, launches, state_bytes, scratch_bytes)

@@ -1,0 +1,157 @@
+"""resolve(op, device, backend) -> function. The only code that picks a backend."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .checks import BACKENDS, check, check_backend
+from .ops import OPS, Op
+
+PREFERENCE = {  # the first backend that is installed and has the op wins
+    "cpu": ("cpp", "eager"),
+    "cuda": ("triton", "cuda", "eager"),
+}
+DEVICES = {"eager": ["any"], "cpp": ["cpu"], "triton": ["cuda"], "cuda": ["cuda"]}
+REMEDY = {
+    "cpp": "install a C++17 compiler and reinstall; FLATKERN_BUILD=require shows why the build fails",
+    "triton": "use backend=None or 'eager' on this device",
+    "cuda": "use backend=None or 'eager' on this device",
+}
+
+
+@functools.cache
+def resolve(op: str, device_type: str, backend: str | None = None) -> Callable[..., None]:
+    """Return the function that runs `op`. A named `backend` is used or refused, never replaced.
+
+    Without a name, ending at eager where compiled backends exist warns once, with the reasons.
+    """
+    refusals = []
+    for name in (backend,) if backend else PREFERENCE.get(device_type, ("eager",)):
+        reason = refuse(op, name, device_type)
+        if reason is None:
+            if name == "eager" and refusals:
+                warnings.warn(
+                    f"flatkern runs {op} in eager PyTorch on {device_type}: {'; '.join(refusals)}. "
+                    "`python -m flatkern doctor` names the remedy; backend='eager' silences this.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return load(OPS[op], name)
+        refusals.append(reason)
+    raise RuntimeError(f"{op}: no backend for {device_type}: {'; '.join(refusals)}")
+
+
+def refuse(op: str, backend: str, device_type: str) -> str | None:
+    """Why `backend` cannot run `op` on such a device; None if it can."""
+    if backend == "eager":
+        return None
+    if backend not in OPS[op].backends.split():
+        return f"{backend} has no such kernel in this version"
+    if device_type not in DEVICES[backend]:
+        return f"{backend} runs on {', '.join(DEVICES[backend])} only"
+    try:
+        compiled_module(backend)
+    except ImportError as error:
+        return f"{backend} is not installed ({error})"
+    return None
+
+
+def compiled_name(backend: str) -> str:
+    """The module that holds a compiled backend's ops."""
+    return {"cpp": "flatkern._C", "triton": "flatkern.triton_kernels"}[backend]
+
+
+def compiled_module(backend: str) -> Any:
+    """That module, imported on first use; ImportError if absent."""
+    return importlib.import_module(compiled_name(backend))
+
+
+def load(op: Op, backend: str) -> Callable[..., None]:
+    """The function of one backend, with the checks in front."""
+    if backend == "eager":
+        return _checked(op, getattr(importlib.import_module(f"flatkern.reference.{op.family}"), op.name))
+    return _compiled(op, compiled_module(backend))
+
+
+def bind(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    return dict(zip((a.name for a in op.arguments), args, strict=False)) | kwargs
+
+
+def _checked(op: Op, function: Callable[..., None]) -> Callable[..., None]:
+    @torch.no_grad()
+    def run(*args: Any, **kwargs: Any) -> None:
+        check(op, bind(op, args, kwargs))
+        function(*args, **kwargs)
+
+    return run
+
+
+def _compiled(op: Op, module: Any) -> Callable[..., None]:
+    function = getattr(module, op.name)
+    seen_by_autograd = [k for k, a in enumerate(op.arguments) if a.mutated and a.name in ("params", "grads", "outs")]
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        """Arguments are positional up to the keyword-only scalars, in the schema's order."""
+        try:
+            function(*args, **kwargs)
+        except module.Mismatch:
+            check(op, bind(op, args, kwargs))  # raises the same refusal with its remedy
+            raise
+        # Raw writes are invisible to autograd; without this a write between forward and backward
+        # would give wrong gradients in silence.
+        for k in seen_by_autograd:
+            torch._C._increment_version(args[k])
+
+    return run
+
+
+def backends() -> dict[str, dict[str, Any]]:
+    """What is live and why the rest is not: {name: {live, devices, reason, remedy}}."""
+    report = {}
+    for name in BACKENDS:
+        reason = ""
+        if name != "eager":
+            device = DEVICES[name][0]
+            ops = [op for op in OPS.values() if name in op.backends.split()]
+            reason = (refuse(ops[0].name, name, device) or "") if ops else f"{name} has no kernels in this version"
+            if not ops and name == "triton" and importlib.util.find_spec("triton") is None:
+                reason += ", and triton is not installed"
+        report[name] = {
+            "live": not reason,
+            "devices": DEVICES[name],
+            "reason": reason,
+            "remedy": REMEDY[name] if reason else "",
+        }
+    return report
+
+
+def choose(op: str, tensors: list[torch.Tensor], backend: str | None) -> Callable[..., None]:
+    """resolve() for the device that `tensors` live on, with the default backend filled in."""
+    device_type = tensors[0].device.type if tensors else "cpu"
+    return resolve(op, device_type, check_backend(backend))
+
+
+@functools.cache
+def _fast_gather() -> Callable[..., Any] | None:
+    try:
+        return compiled_module("cpp").gather_state  # type: ignore[no-any-return]
+    except ImportError:
+        return None
+
+
+def gather_state(state: Any, params: list[torch.Tensor], keys: tuple[str, ...]) -> list[list[torch.Tensor]] | None:
+    """For each key the list of `state[p][key]`; None if one of them is missing. Creates no entries."""
+    fast = _fast_gather()
+    if fast is not None:
+        return fast(state, params, keys)  # type: ignore[no-any-return]
+    found = [state.get(p, {}) for p in params]
+    lists = [[entry.get(key) for entry in found] for key in keys]
+    return None if any(value is None for values in lists for value in values) else lists

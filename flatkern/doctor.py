@@ -1,0 +1,189 @@
+"""`python -m flatkern doctor`: what is live on this machine, why the rest is not, and what to do about it.
+
+Needs torch and the standard library only, because it must run where an installation went wrong; rich makes
+it prettier where it is installed. It reports what the dispatcher would do and decides nothing itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import dispatch
+from .ops import OPS
+
+Rows = list[tuple[str, ...]]
+
+
+def report() -> dict[str, Any]:
+    """Everything that doctor knows, as plain values; `--json` prints this."""
+    backends = {
+        name: {**state, "ops": [op.name for op in OPS.values() if name in ("eager", *op.backends.split())]}
+        for name, state in dispatch.backends().items()
+    }
+    return {
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | {name: version(name) for name in ("flatkern", "numpy", "triton")},
+        "machine": machine(),
+        "backends": backends,
+        "serves": {device: serving(device) for device in devices()},
+        "default": os.environ.get("FLATKERN_BACKEND"),
+    }
+
+
+def version(package: str) -> str | None:
+    """Version of a package; None if it cannot be imported."""
+    try:
+        if importlib.util.find_spec(package) is None:
+            return None
+    except (ImportError, ValueError):
+        return None
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "imported from a folder, not installed"
+
+
+def devices() -> list[str]:
+    """Device types that this torch can compute on, among those flatkern knows."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def serving(device: str) -> dict[str, list[str]]:
+    """Which backend runs which ops on `device` when none is named: {backend: [op, ...]}."""
+    served: dict[str, list[str]] = {}
+    for op in OPS:
+        first = next(b for b in dispatch.PREFERENCE[device] if dispatch.refuse(op, b, device) is None)
+        served.setdefault(first, []).append(op)
+    return served
+
+
+def machine() -> dict[str, Any]:
+    """Processor, the instruction set that the compiled backend chose, threads."""
+    about: dict[str, Any] = {
+        "processor": processor(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "compiled": None,
+    }
+    if torch.cuda.is_available():
+        about["cuda"] = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    with contextlib.suppress(ImportError):
+        about["compiled"] = dispatch.compiled_module("cpp").build_info()
+    return about
+
+
+def processor() -> str:
+    """The processor's name, as its maker writes it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    if sys.platform == "darwin":
+        name = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True).stdout
+        return name.strip() or platform.machine()
+    return platform.processor() or platform.machine()
+
+
+# ---- as text
+
+
+def brief(facts: dict[str, Any]) -> str:
+    """One line."""
+    versions, compiled = facts["versions"], facts["machine"]["compiled"]
+    live = ", ".join(name for name, state in facts["backends"].items() if state["live"])
+    served = "; ".join(f"{device} is served by {', '.join(by)}" for device, by in facts["serves"].items())
+    isa = f" ({compiled['isa']})" if compiled else ""
+    return f"flatkern {versions['flatkern']}, torch {versions['torch']}; live: {live}{isa}; {served}"
+
+
+def sections(facts: dict[str, Any]) -> dict[str, Rows]:
+    """The report as titled tables of text, first column bold."""
+    about, compiled = facts["machine"], facts["machine"]["compiled"]
+    machine_rows: Rows = [("processor", f"{about['processor']} ({about['system']})")]
+    if compiled:
+        machine_rows.append(("instruction set", f"{compiled['isa']} (of {', '.join(compiled['isas'])})"))
+        machine_rows.append(("OpenMP", "yes" if compiled["openmp"] else "no: the compiled kernels use one thread"))
+    machine_rows.append(("threads", str(about["threads"])))
+    machine_rows += [(f"cuda:{k}", name) for k, name in enumerate(about.get("cuda", []))]
+    backend_rows: Rows = []
+    for name, state in facts["backends"].items():
+        ops = "every op" if len(state["ops"]) == len(OPS) else ", ".join(state["ops"]) or "no ops"
+        if state["live"]:
+            where = "any device" if "any" in state["devices"] else ", ".join(state["devices"])
+            backend_rows.append((name, "live", f"{ops}, on {where}"))
+        else:
+            backend_rows.append((name, "not live", state["reason"]))
+            backend_rows.append(("", "", f"remedy: {state['remedy']}"))
+    served_rows: Rows = [
+        (device, f"{backend}: {'every op' if len(ops) == len(OPS) else ', '.join(ops)}")
+        for device, served in facts["serves"].items()
+        for backend, ops in served.items()
+    ]
+    if facts["default"]:
+        served_rows.append(("note", f"FLATKERN_BACKEND={facts['default']} overrides this"))
+    return {
+        "Versions": [(name, value or "not installed") for name, value in facts["versions"].items()],
+        "Machine": machine_rows,
+        "Backends": backend_rows,
+        "Without backend=, tensors run on": served_rows,
+    }
+
+
+def show_plain(tables: dict[str, Rows]) -> None:
+    """With the standard library alone."""
+    for title, rows in tables.items():
+        print(title)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+def show_rich(tables: dict[str, Rows]) -> None:
+    """The same, prettier."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for title, rows in tables.items():
+        console.print(Text(title, style="bold"))
+        table = Table(show_header=False, box=None, padding=(0, 2))
+        for row in rows:
+            style = {"live": "green", "not live": "yellow"}.get(row[1], "")
+            table.add_row(*(Text(text, style=style if k == 1 else "") for k, text in enumerate(row)))
+        console.print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the report; 0 whatever it says."""
+    parser = argparse.ArgumentParser(prog="python -m flatkern doctor", description=__doc__)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object")
+    form.add_argument("--brief", action="store_true", help="one line")
+    options = parser.parse_args(arguments)
+    facts = report()
+    if options.json:
+        print(json.dumps(facts, indent=2))
+    elif options.brief:
+        print(brief(facts))
+    elif sys.stdout.isatty() and importlib.util.find_spec("rich"):
+        show_rich(sections(facts))
+    else:
+        # A pipe gets plain lines: rich would cut them at 80 columns.
+        show_plain(sections(facts))
+    return 0

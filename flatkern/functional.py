@@ -1,0 +1,140 @@
+"""The perturbation as functions, without an optimizer: evolution strategies, MeZO, sharpness probes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import check_backend, check_outer_filters, check_parameters, check_uint32
+from .dispatch import resolve
+from .tables import filters
+
+
+def _run(op: str, device: torch.device, backend: str | None, *args: Any, **kwargs: Any) -> None:
+    """One op; under torch.compile the registered one, which stays a single node of the graph."""
+    if torch.compiler.is_compiling() and backend != "eager" and device.type == "cpu":
+        getattr(torch.ops.flatkern, op)(*args, **kwargs)
+    else:
+        resolve(op, device.type, check_backend(backend))(*args, **kwargs)
+        torch.clear_autocast_cache()
+
+
+def _by_device(params: list[Tensor]) -> dict[torch.device, list[int]]:
+    result: dict[torch.device, list[int]] = {}
+    for k, p in enumerate(params):
+        result.setdefault(p.device, []).append(k)
+    return result
+
+
+def _some(values: list[Any] | None, which: list[int]) -> list[Any] | None:
+    return None if values is None else [values[k] for k in which]
+
+
+def filter_norms(params: Iterable[Tensor]) -> list[Tensor]:
+    """L2 norm of every filter of every tensor.
+
+        norms[k][f] = || params[k][f] ||_2
+
+    A filter is a dim-0 slice; tensors of rank <= 1 are one filter. Any device and backend; summed in
+    float32, in a fixed order.
+
+    Arguments:
+        params: tensors, float32, float16 or bfloat16, dim 0 outermost in memory.
+
+    Returns:
+        One float32 tensor of shape (filters,) per parameter, on its device.
+
+    Raises:
+        TypeError, ValueError: a dtype or layout that no kernel can walk.
+    """
+    params = [p.detach() for p in params]
+    if not torch.compiler.is_compiling():
+        check_parameters("filter_norms", params)
+        check_outer_filters("filter_norms", "params", params)
+    norms = [torch.empty(filters(p), dtype=torch.float32, device=p.device) for p in params]
+    for device, which in _by_device(params).items():
+        _run("filter_norms_", device, None, _some(norms, which), _some(params, which))
+    return norms
+
+
+@torch.no_grad()
+def perturb_(
+    params: Iterable[Tensor],
+    sigma: float,
+    *,
+    seed: int,
+    round: int,
+    stream: int = 0,
+    norms: list[Tensor] | None = None,
+    backups: list[Tensor] | None = None,
+    backend: str | None = None,
+) -> None:
+    """Add filter-wise Gaussian noise to tensors, in place.
+
+        p <- p + s z,    s = sigma ||p_f||_2,    z ~ N(0, 1) keyed by (seed, stream, round, position in
+                                                 the list, row, column)
+
+    The same key draws the same noise on every backend, bit for bit, so `perturb_(params, -2 * sigma,
+    ...)` reaches the mirrored point up to rounding; exact restoration needs `backups`.
+
+    Arguments:
+        params: tensors, float32, float16 or bfloat16, dim 0 outermost in memory.
+        sigma: relative standard deviation; any finite number, negative ones mirror the noise.
+        seed, stream, round: integers in [0, 2^32).
+        norms: `filter_norms(params)`; computed from the present values where absent. Give them when
+            the tensors are perturbed already.
+        backups: tensors like `params`, written with their values before the perturbation.
+        backend: "eager" or "cpp", used or refused; None takes the best one.
+
+    Raises:
+        ValueError, TypeError: sigma not finite, a key out of range, lists of different length, shape,
+            device or layout; nothing has been written then.
+        RuntimeError: a named backend that is not live.
+
+    Source: Li et al. 2024 (arXiv:2404.00357), eq. 5.
+    """
+    params = list(params)
+    if not torch.compiler.is_compiling():
+        if not math.isfinite(sigma):
+            raise ValueError(f"perturb_: sigma is {sigma!r}, but should be a finite number")
+        for name, value in (("seed", seed), ("round", round), ("stream", stream)):
+            check_uint32("perturb_", name, value)
+        check_parameters("perturb_", params)
+        check_outer_filters("perturb_", "params", params)
+        for name, values in (("norms", norms), ("backups", backups)):
+            if values is not None and len(values) != len(params):
+                raise ValueError(f"perturb_: {name} has {len(values)} entries, but params has {len(params)}")
+    noise = torch.tensor([seed, stream, round], dtype=torch.int64)
+    for device, which in _by_device(params).items():
+        n = len(which)
+        _run(
+            "perturb_gaussian_", device, backend,
+            _some(params, which), _some(backups, which), None, _some(norms, which), None, noise,
+            sigma=[float(sigma)] * n, eta=[0.0] * n, index=which, offset=[0] * n,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def restore_(params: Iterable[Tensor], backups: Iterable[Tensor], *, backend: str | None = None) -> None:
+    """Put saved values back, exactly.
+
+        p <- backup
+
+    Arguments:
+        params, backups: tensors of equal shapes and layouts; a float32 backup of a half-precision
+            tensor rounds on store.
+        backend: as `perturb_`.
+
+    Raises:
+        ValueError, TypeError: lists of different length, shape, device or layout; nothing has been
+            written then.
+    """
+    params, backups = list(params), list(backups)
+    if not torch.compiler.is_compiling() and len(params) != len(backups):
+        raise ValueError(f"restore_: backups has {len(backups)} entries, but params has {len(params)}")
+    for device, which in _by_device(params).items():
+        _run("restore_", device, backend, _some(params, which), _some(backups, which))

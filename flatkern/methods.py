@@ -1,0 +1,143 @@
+"""RWP, SAM, ASAM: frozen descriptions of a perturbation, each with its equation. No tensors here.
+
+Any value may be overridden per parameter group under the same key, and changed at any step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+def _check(method: str, name: str, value: Any, low: float, high: float = math.inf, *, open_end: bool = False) -> None:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high and value < math.inf
+    if not ok or (open_end and value == high):
+        bound = f"in [{low:g}, {high:g}{')' if open_end else ']'}" if high < math.inf else f">= {low:g} and finite"
+        raise ValueError(f"{method}: {name} is {value!r}, but should be a number {bound}")
+
+
+@dataclass(frozen=True)
+class RWP:
+    """Filter-wise random weight perturbation: RWP, m-RWP, ARWP and m-ARWP.
+
+        e_f = sigma ||w_f|| / sqrt(1 + eta F_f) z,    z ~ N(0, 1)
+        g   = grad L(w + e)                                      lam=None:  RWP, ARWP (one gradient)
+        g   = (1 - lam) grad L_A(w) + lam grad L_B(w + e)        lam=0.5:   m-RWP, m-ARWP (two batches)
+        F_f <- beta F_f + sum over the filter of grad L(w + e)^2             eta > 0: ARWP, m-ARWP
+
+    A filter f is a dim-0 slice; tensors of rank <= 1 are one filter (their history F is per element).
+
+    Arguments:
+        sigma: standard deviation of the noise relative to the filter's L2 norm (no 1/sqrt(n)).
+        lam: weight of the perturbed gradient; None for the one-gradient methods.
+        eta: strength of ARWP's attenuation; 0 switches the history off.
+        beta: decay of the history per step.
+        seed, stream: unsigned 32-bit key of the noise. Two optimizers of one model, or ranks that
+            should draw different noise, need different streams.
+        rolling: the noise stays on between steps and `step()` renews it in the same pass over
+            memory, for trainers that call nothing but `step()`. Excludes `lam`.
+        mix: "gradients" mixes in the update's registers; "losses" expects every loss multiplied by
+            `opt.loss_weight`, so that autograd adds the gradients up.
+        group: process group of mix="ranks", which this version does not have yet.
+
+    Raises:
+        ValueError: a value out of range, or `rolling` together with `lam`.
+
+    Sources: Li et al. 2022 (arXiv:2211.11489); Li et al. 2024 (arXiv:2404.00357), eqs. 5, 8, 14, with
+    the released code's power -1/2 and per-filter sums.
+    """
+
+    sigma: float = 0.01
+    lam: float | None = None
+    eta: float = 0.0
+    beta: float = 0.99
+    seed: int = 0
+    stream: int = 0
+    rolling: bool = False
+    mix: str = "gradients"
+    group: Any = None
+
+    def __post_init__(self) -> None:
+        _check("RWP", "sigma", self.sigma, 0.0)
+        _check("RWP", "eta", self.eta, 0.0)
+        _check("RWP", "beta", self.beta, 0.0, 1.0, open_end=True)
+        if self.lam is not None:
+            _check("RWP", "lam", self.lam, 0.0, 1.0)
+            if self.rolling:
+                raise ValueError("RWP: rolling=True excludes lam: a rolling step has one gradient; pass lam=None")
+        for name in ("seed", "stream"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
+                raise ValueError(f"RWP: {name} is {value!r}, but should be an integer in [0, 2^32)")
+        if self.mix == "ranks":
+            raise NotImplementedError('RWP: mix="ranks" is not in this version yet; use "gradients" or "losses"')
+        if self.mix not in ("gradients", "losses"):
+            raise ValueError(f'RWP: mix is {self.mix!r}, but should be "gradients" or "losses"')
+        if self.mix == "losses" and self.lam is None:
+            raise ValueError('RWP: mix="losses" mixes two losses; give lam, the weight of the perturbed one')
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What enters the parameter groups."""
+        keys = ("sigma", "lam", "eta", "beta", "seed", "stream")
+        return {k: v for k, v in asdict(self).items() if k in keys} | {"round": 0}
+
+
+@dataclass(frozen=True)
+class SAM:
+    """Sharpness-aware minimization; several rounds before a step make micro-batch mSAM.
+
+        a = grad L_B(w),    e = rho a / (||a||_2 + 1e-12),    g = grad L_B(w + e)        SAM
+        g = mean over shards j of grad L_j(w + e_j), every e_j from the same clean w     mSAM
+
+    Arguments:
+        rho: radius of the ascent step, in the L2 norm over all perturbed parameters.
+
+    Raises:
+        ValueError: rho negative or not finite.
+
+    Sources: Foret et al. 2021 (arXiv:2010.01412), eq. 2; mSAM: Behdin et al. 2023 (arXiv:2302.09693).
+    """
+
+    rho: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check("SAM", "rho", self.rho, 0.0)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What enters the parameter groups."""
+        return {"rho": self.rho}
+
+
+@dataclass(frozen=True)
+class ASAM(SAM):
+    """Adaptive SAM: the ascent is scaled by the weights, so it does not change with their scale.
+
+        e = rho T_w^2 a / (||T_w a||_2 + 1e-12),    T_w = |w| + eta
+
+    Arguments:
+        rho: radius of the ascent step in the scaled norm (about 10 times SAM's).
+        eta: floor of T_w, so that zero weights move too.
+        all_tensors: T_w = |w| + eta for biases and norms too; by default tensors of rank < 2 have
+            T_w = 1. `ASAM(eta=0, all_tensors=True)` is the widespread element-wise variant.
+
+    Raises:
+        ValueError: rho or eta negative or not finite.
+
+    Source: Kwon et al. 2021 (arXiv:2102.11600), eqs. 4 and 6.
+    """
+
+    rho: float = 0.5
+    eta: float = 0.01
+    all_tensors: bool = False
+
+    def __post_init__(self) -> None:
+        _check("ASAM", "rho", self.rho, 0.0)
+        _check("ASAM", "eta", self.eta, 0.0)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What enters the parameter groups."""
+        return {"rho": self.rho, "eta": self.eta}

@@ -1,0 +1,1 @@
+"""The optimizers; their public names are in `flatkern`."""

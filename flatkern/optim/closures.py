@@ -1,0 +1,132 @@
+"""step(closure): torch's convention, with as many passes as the method needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..methods import RWP, SAM
+from . import messages, perturbations
+
+if TYPE_CHECKING:
+    from .base import FlatOptimizer
+
+Closure = Callable[[], Any]
+
+
+def step(opt: FlatOptimizer, closure: Closure | list[Closure]) -> Any:
+    """Run the closures and step; on every way out the weights are clean (rolling: as `step()` leaves them)."""
+    cycle = opt.cycle
+    messages.refuse_suspended(opt, "step")
+    if getattr(opt, "grad_scale", None) is not None or getattr(opt, "found_inf", None) is not None:
+        raise RuntimeError(
+            "step: a closure together with a gradient scaler: the closure's gradients would be scaled after the scaler "
+            "checked them; run the passes yourself (perturb(), backward, ...), then scaler.step(opt) without closure"
+        )
+    closures = list(closure) if isinstance(closure, (list, tuple)) else [closure]
+    if not closures or not all(callable(c) for c in closures):
+        raise TypeError(f"step: closure is {closure!r}, but should be a callable or a list of them")
+    params = opt._parameters()
+    if cycle.is_fresh(params):
+        return _with_gradients_on_entry(opt, closures)
+    if cycle.plan is None and (cycle.rounds or cycle.clean):
+        raise RuntimeError("step: rounds are pending; finish them with step() without a closure, or release() them")
+    try:
+        if opt.rolling or cycle.plan is not None:
+            return _one(opt, closures)
+        if isinstance(opt.method, SAM):
+            return _rounds(opt, closures)
+        if isinstance(opt.method, RWP) and opt.method.lam is not None:
+            return _mixed(opt, closures)
+        return _one(opt, closures)
+    except BaseException:
+        if not opt.rolling:
+            perturbations.abort_round(opt)
+            cycle.drop_pending()
+        raise
+
+
+def _call(closure: Closure) -> Any:
+    with torch.enable_grad():
+        return closure()
+
+
+def _only(closures: list[Closure], what: str) -> Closure:
+    if len(closures) != 1:
+        raise ValueError(f"step: {len(closures)} closures, but {what} takes one")
+    return closures[0]
+
+
+def _with_gradients_on_entry(opt: FlatOptimizer, closures: list[Closure]) -> Any:
+    """Trainers with manual optimization pass a closure that adds nothing: the gradients are there already."""
+    closure = _only(closures, "a step with gradients already in .grad")
+    before = {p: (p.grad, p.grad._version) for p in opt._parameters() if p.grad is not None}
+    loss = _call(closure)
+    for p in opt._parameters():
+        known = before.get(p)
+        changed = p.grad is not None if known is None else p.grad is not known[0] or p.grad._version != known[1]
+        if changed:
+            raise RuntimeError(
+                "step: there were fresh gradients in .grad and the closure added to them or replaced them; "
+                "call zero_grad() before step(closure), or step() without a closure"
+            )
+    opt.step()
+    return loss
+
+
+def _clear(opt: FlatOptimizer) -> None:
+    for p in opt._parameters():
+        p.grad = None
+    opt.cycle.consumed = None
+
+
+def _one(opt: FlatOptimizer, closures: list[Closure]) -> Any:
+    """One pass: plain, RWP, rolling, or the perturbed pass of an explicit cycle."""
+    closure = _only(closures, "this method")
+    if not (opt.cycle.plan is not None and opt.cycle.rounds):
+        _clear(opt)
+    if isinstance(opt.method, RWP) and not opt.rolling and opt.cycle.plan is None:
+        opt.perturb()
+    loss = _call(closure)
+    opt.step()
+    return loss
+
+
+def _rounds(opt: FlatOptimizer, closures: list[Closure]) -> Any:
+    """SAM: the closure twice. mSAM: every shard's closure twice, all from the same clean weights."""
+    losses = []
+    for k, closure in enumerate(closures):
+        if k:
+            opt.restore()
+        _clear(opt)
+        losses.append(_call(closure))
+        opt.perturb()
+        summed = {p: p.grad for p in opt._parameters() if p.grad is not None} if k else {}
+        _call(closure)
+        if any(p.grad is not g for p, g in summed.items()):
+            raise RuntimeError(
+                "step: a closure replaced the gradients that sum up earlier shards; inside closures call "
+                "opt.zero_grad(), which keeps them, not model.zero_grad()"
+            )
+    opt.step()
+    return losses[0] if len(losses) == 1 else sum(losses) / len(losses)
+
+
+def _mixed(opt: FlatOptimizer, closures: list[Closure]) -> Any:
+    """m-RWP: a clean and a perturbed pass; mix="losses" leaves both gradients to autograd."""
+    if len(closures) > 2:
+        raise ValueError(f"step: {len(closures)} closures, but m-RWP takes one, or two: [clean, noisy]")
+    method = opt.method
+    assert isinstance(method, RWP)
+    if method.mix == "losses":
+        raise RuntimeError(
+            'step: mix="losses" leaves the weighting and the zeroing to the training loop; use step() without a closure'
+        )
+    _clear(opt)
+    loss = _call(closures[0])
+    opt.perturb()
+    _call(closures[-1])
+    opt.step()
+    return loss

@@ -1,0 +1,303 @@
+"""perturb() and restore(): which gradients they take, and the ops that move the weights there and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch import resolve
+from ..methods import ASAM, RWP, SAM
+from ..tables import history_length
+from . import layouts, messages
+from .plan import Bucket, Plan
+from .scaling import unscale_pass
+
+if TYPE_CHECKING:
+    from .base import FlatOptimizer
+
+
+def perturb(opt: FlatOptimizer, scaler: Any) -> None:
+    cycle, method = opt.cycle, opt.method
+    if method is None:
+        raise RuntimeError("perturb: this optimizer has no perturbation; pass perturb=flatkern.RWP(), SAM() or ASAM()")
+    if opt.rolling:
+        raise RuntimeError(
+            "perturb: the optimizer is rolling and perturbs in step(); use train(), eval() or follow(model)"
+        )
+    messages.refuse_suspended(opt, "perturb")
+    if cycle.plan is not None:
+        raise RuntimeError("perturb: already perturbed; call step() or restore() first")
+
+    params = opt._parameters()
+    fresh = cycle.is_fresh(params)
+    if isinstance(method, SAM):
+        _climb(opt, fresh)
+        for p in params:
+            p.grad = None
+    else:
+        _check_rwp(opt, method, fresh)
+        scatter(opt)
+        for group in opt.param_groups:
+            group["round"] += 1
+        if method.lam is not None and method.mix == "gradients":
+            cycle.scaler = scaler
+            if fresh:
+                if scaler is not None:
+                    unscale_pass(opt, scaler)
+                cycle.set_aside(params, cycle.clean)
+    if cycle.aside:
+        cycle.put_back(params)
+    torch.clear_autocast_cache()
+
+
+def _check_rwp(opt: FlatOptimizer, method: RWP, fresh: bool) -> None:
+    cycle = opt.cycle
+    if method.lam is None:
+        if fresh:
+            raise RuntimeError(
+                "perturb: there is a fresh gradient in .grad and RWP has one gradient, taken at the perturbed weights, "
+                f"so it would be lost; call zero_grad() if it is not wanted. The pattern is: {messages.pattern(opt)}"
+            )
+    elif method.mix == "gradients":
+        if cycle.rounds and cycle.scaler_pass is not None and not cycle.clean:
+            raise RuntimeError(
+                "perturb: under a GradScaler m-RWP takes one noisy round before its clean pass, not several"
+            )
+        if fresh and cycle.clean:
+            raise RuntimeError("perturb: a second clean gradient, but m-RWP has one; call step() or zero_grad() first")
+    elif fresh and any(group["eta"] > 0 for group in opt.param_groups):
+        raise RuntimeError(
+            'perturb: m-ARWP with mix="losses" must see the perturbed gradient alone; run the noisy pass first: '
+            "perturb(); backward; restore(); backward; step()"
+        )
+
+
+def _perturbable(opt: FlatOptimizer) -> list[Tensor]:
+    return [p for group in opt.param_groups if group["perturb"] for p in group["params"] if p.requires_grad]
+
+
+def _plan(opt: FlatOptimizer, params: list[Tensor]) -> Plan:
+    # The group switch is part of the key, so that a plan never outlives it.
+    return opt.cycle.plans.get(opt.param_groups, params, None, lambda g: ("perturb", g["perturb"]), opt._has_master)
+
+
+def _clean_stores(opt: FlatOptimizer, bucket: Bucket) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+    """(backups, masters) of a bucket: one of them is None."""
+    if bucket.masters:
+        bucket.clean = opt._masters(bucket.params)
+        return None, bucket.clean
+    bucket.clean = opt.cycle.backups_of(bucket)
+    return bucket.clean, None
+
+
+def noise_of(opt: FlatOptimizer) -> Tensor:
+    """(seed, stream, round) of the coming draw; int64 (3,) on the CPU."""
+    group = opt.param_groups[0]
+    return torch.tensor([group["seed"], group["stream"], group["round"]], dtype=torch.int64)
+
+
+def scatter(opt: FlatOptimizer) -> None:
+    """CLEAN -> PERTURBED by the noise of the current round, which does not advance here."""
+    plan = _plan(opt, _perturbable(opt))
+    noise = noise_of(opt)
+
+    def draw() -> None:
+        with _undone_on_failure(opt, plan):
+            for bucket in plan.buckets:
+                scatter_bucket(opt, bucket, noise)
+
+    layouts.retry(opt, plan.buckets, draw)
+
+
+def scatter_bucket(opt: FlatOptimizer, bucket: Bucket, noise: Tensor) -> None:
+    backups, masters = _clean_stores(opt, bucket)
+    adaptive = any(g["eta"] > 0 for g in bucket.groups)
+    bucket.op("perturb_gaussian_", opt.backend)(
+        bucket.params, backups, masters, None, opt._histories(bucket.params) if adaptive else None, noise,
+        sigma=bucket.values("sigma"), eta=bucket.values("eta"), index=bucket.index, offset=bucket.offset,
+    )  # fmt: skip
+
+
+def _climb(opt: FlatOptimizer, fresh: bool) -> None:
+    """CLEAN -> PERTURBED along the gradients in `.grad`."""
+    cycle, method = opt.cycle, opt.method
+    assert isinstance(method, SAM)
+    if not fresh:
+        raise RuntimeError(
+            f"perturb: {type(method).__name__} climbs along the gradient at the clean weights, but there is no "
+            f"fresh one in .grad; the pattern is: {messages.pattern(opt)}"
+        )
+    plan = _plan(opt, [p for p in _perturbable(opt) if p.grad is not None])
+
+    def climb() -> None:
+        norms = [_ascent_norm(opt, bucket, method) for bucket in plan.buckets]
+        total = cycle.ascent_norm = combined(norms) if norms else torch.zeros(())
+        with _undone_on_failure(opt, plan):
+            for bucket in plan.buckets:
+                bucket.values("rho")
+                # Ascent of the objective that is minimised: with maximize=True that is descent.
+                rho = bucket.values("climb", lambda g: -float(g["rho"]) if g.get("maximize") else float(g["rho"]))
+                backups, masters = _clean_stores(opt, bucket)
+                bucket.op("perturb_ascent_", opt.backend)(
+                    bucket.params, backups, masters, _grads(bucket), total.to(bucket.device),
+                    rho=rho, eta=_climb_eta(bucket, method),
+                )  # fmt: skip
+        cycle.require_finite((~total.isfinite()).float())
+
+    layouts.retry(opt, plan.buckets, climb)
+
+
+def _grads(bucket: Bucket) -> list[Tensor]:
+    return [p.grad for p in bucket.params]  # type: ignore[misc]
+
+
+def _ascent_norm(opt: FlatOptimizer, bucket: Bucket, method: SAM) -> Tensor:
+    eta = _climb_eta(bucket, method)
+    weights = None
+    if any(e >= 0 for e in eta):
+        weights = opt._masters(bucket.params) if bucket.masters else bucket.params
+    norm = torch.zeros((), dtype=torch.float32, device=bucket.device)
+    bucket.op("ascent_norm_", opt.backend)(norm, weights, _grads(bucket), eta=eta)
+    return norm
+
+
+def _climb_eta(bucket: Bucket, method: SAM) -> list[float]:
+    """ASAM's eta per parameter; -1 stands for T_w = 1."""
+    if not isinstance(method, ASAM):
+        return bucket.constant(-1.0)
+    eta = bucket.values("eta")
+    return eta if method.all_tensors else [e if p.dim() >= 2 else -1.0 for e, p in zip(eta, bucket.params, strict=True)]
+
+
+def combined(norms: list[Tensor]) -> Tensor:
+    """The norm over several buckets, on the device of the first."""
+    if len(norms) == 1:
+        return norms[0]
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+
+
+@contextmanager
+def _undone_on_failure(opt: FlatOptimizer, plan: Plan) -> Iterator[None]:
+    """Enter `plan` when the body succeeds; put the clean weights back when it does not."""
+    before = [[p._version for p in b.params] for b in plan.buckets]
+    try:
+        yield
+    except BaseException:
+        for bucket, versions in zip(plan.buckets, before, strict=True):
+            written = [k for k, p in enumerate(bucket.params) if p._version != versions[k]]
+            if written:
+                opt.cycle.restore([bucket.params[k] for k in written], [bucket.clean[k] for k in written])
+        raise
+    opt.cycle.enter(plan)
+
+
+def restore(opt: FlatOptimizer) -> None:
+    """Clean weights; the round's gradient joins the sum that is set aside."""
+    cycle = opt.cycle
+    if cycle.plan is None:
+        return
+    messages.refuse_suspended(opt, "restore")
+    params = opt._parameters()
+    counted = has_round_gradient(opt)
+    cycle.put_clean_weights(cycle.plan)
+    cycle.leave()
+    method = opt.method
+    if isinstance(method, RWP) and method.lam is not None:
+        if method.mix == "losses":
+            if counted:
+                remember_squares(opt)
+            return
+        if counted and cycle.scaler is not None and not cycle.clean:
+            unscale_pass(opt, cycle.scaler)
+    if counted or cycle.rounds:
+        cycle.set_aside(params, cycle.aside)
+        cycle.rounds += counted
+
+
+def has_round_gradient(opt: FlatOptimizer, params: list[Tensor] | None = None) -> bool:
+    """True if a backward has added to `.grad` since perturb()."""
+    cycle = opt.cycle
+    params = params or opt._parameters()
+    if not cycle.rounds:
+        return cycle.is_fresh(params)
+    # The sum of earlier rounds is in `.grad`; any parameter may be the one that this round has added to.
+    return any(p.grad is not None and cycle.sum_versions.get(p) != p.grad._version for p in params)
+
+
+def remember_squares(opt: FlatOptimizer) -> None:
+    """mix="losses": the perturbed gradient is in `.grad` only now; keep what the history needs of it."""
+    if not (isinstance(opt.method, RWP) and opt.method.mix == "losses"):
+        return
+    for group in opt.param_groups:
+        if group["eta"] > 0:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            norms = [p.new_empty(history_length(p), dtype=torch.float32) for p in params if p.dim() >= 2]
+            wide = [p.grad for p in params if p.dim() >= 2]
+            if wide:
+                resolve("filter_norms_", wide[0].device.type, opt.backend)(norms, wide)
+            rest = iter(norms)
+            lam = float(group["lam"])
+            for p in params:
+                g = next(rest) if p.dim() >= 2 else p.grad.float().flatten()  # type: ignore[union-attr]
+                opt.cycle.squares[p] = (g / lam).square() if lam else torch.zeros_like(g)
+
+
+def abort_round(opt: FlatOptimizer) -> None:
+    """After an exception: clean weights, this round's gradients dropped, earlier rounds kept."""
+    cycle = opt.cycle
+    if cycle.plan is None:
+        return
+    params = opt._parameters()
+    if not cycle.suspended:
+        cycle.put_clean_weights(cycle.plan)
+    cycle.suspended = False
+    cycle.leave()
+    if cycle.rounds:
+        # Autograd may have added to the sum in place, and what it added cannot be taken out again.
+        if has_round_gradient(opt):
+            cycle.rounds = 0
+        else:
+            cycle.set_aside(params, cycle.aside)
+    for p in params:
+        p.grad = None
+    cycle.clean.clear()
+    cycle.scaler = None
+    if not cycle.rounds:
+        cycle.drop_pending()
+
+
+def roll_on(opt: FlatOptimizer) -> None:
+    """Rolling: from clean weights to the noise of the current round, which does not advance."""
+    messages.refuse_suspended(opt, "train")
+    scatter(opt)
+    torch.clear_autocast_cache()
+
+
+@contextmanager
+def clean(opt: FlatOptimizer) -> Iterator[None]:
+    """Exchange perturbed for clean weights and back; the perturbed values are kept, not drawn again."""
+    cycle = opt.cycle
+    plan = cycle.plan
+    if plan is None or cycle.suspended:
+        yield
+        return
+    with torch.no_grad():
+        kept = [[p.detach().clone() for p in b.params] for b in plan.buckets]
+        cycle.put_clean_weights(plan)
+    cycle.suspended = True
+    try:
+        yield
+    finally:
+        if cycle.plan is plan and cycle.suspended:
+            cycle.suspended = False
+            with torch.no_grad():
+                for bucket, values in zip(plan.buckets, kept, strict=True):
+                    cycle.restore(bucket.params, values)
+            cycle.enter(plan)
+            torch.clear_autocast_cache()

@@ -1,0 +1,123 @@
+"""Buckets: the parameters that one op call serves, and the argument lists that repeat from step to step.
+
+Nothing here touches the values of a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+from torch import Tensor
+
+from ..checks import check_value
+from ..dispatch import resolve
+
+Group = dict[str, Any]
+MAX_PLANS = 256  # models whose set of gradients changes at random would otherwise collect plans for ever
+
+
+class Bucket:
+    """Parameters of one device that are treated alike, in the optimizer's order.
+
+    `values(key)` expands a group value to one entry per parameter; the list is rebuilt (and the value
+    checked) only when a group's value has changed.
+    """
+
+    def __init__(self, device: Any) -> None:
+        self.device = device
+        self.params: list[Tensor] = []
+        self.index: list[int] = []  # position among all parameters, frozen ones included
+        self.groups: list[Group] = []
+        self.counts: list[int] = []  # parameters of each group
+        self.perturbed = False
+        self.masters = False
+        self.backups: list[Tensor] = []  # scratch of `params`, as of `epoch`
+        self.epoch = -1
+        self.clean: list[Tensor] = []  # while perturbed: where the clean weights are, backups or masters
+        self.versions: list[int] = []  # while perturbed: the parameters' versions after our write
+        self._cache: dict[str, tuple[tuple[Any, ...], list[Any]]] = {}
+
+    def add(self, param: Tensor, group: Group, index: int) -> None:
+        if not self.groups or self.groups[-1] is not group:
+            self.groups.append(group)
+            self.counts.append(0)
+        self.counts[-1] += 1
+        self.params.append(param)
+        self.index.append(index)
+
+    def values(self, key: str, read: Callable[[Group], Any] | None = None) -> list[Any]:
+        """One entry per parameter: float(group[key]), or `read(group)` remembered under `key`."""
+        now = tuple(read(g) if read else float(g[key]) for g in self.groups)
+        cached = self._cache.get(key)
+        if cached is None or cached[0] != now:
+            for value in now:
+                check_value(key, value)
+            cached = now, [v for v, n in zip(now, self.counts, strict=True) for _ in range(n)]
+            self._cache[key] = cached
+        return cached[1]
+
+    def constant(self, value: Any) -> list[Any]:
+        """`value` once per parameter."""
+        return self.values(f"constant {value!r}", lambda _: value)
+
+    def op(self, name: str, backend: str | None) -> Callable[..., None]:
+        """The function that runs op `name` on this bucket's device."""
+        return resolve(name, self.device.type, backend)
+
+    @property
+    def offset(self) -> list[int]:
+        """First row held of each unsharded tensor: zero, as long as nothing is sharded."""
+        return self.constant(0)
+
+
+class Plan:
+    """The buckets of one set of parameters, and who is in them."""
+
+    def __init__(self, buckets: Iterable[Bucket]) -> None:
+        self.buckets = list(buckets)
+        self.members = frozenset(id(p) for b in self.buckets for p in b.params)
+
+
+class Plans:
+    """Plans by the parameters they cover. Holding the parameters keeps their ids from being reused."""
+
+    def __init__(self) -> None:
+        self._plans: dict[Hashable, Plan] = {}
+
+    def get(self, groups: list[Group], params: list[Tensor], perturbed: Plan | None, flags: Callable[[Group], Hashable],
+            master: Callable[[Tensor], bool]) -> Plan:  # fmt: skip
+        """The plan of `params`: split by device, `flags(group)`, masters, and membership in `perturbed`."""
+        key = (
+            tuple(map(id, params)),
+            id(perturbed) if perturbed is not None else 0,
+            # Models move and change dtype as a whole, so one parameter of a group speaks for it.
+            tuple((id(g), flags(g), p.device, p.dtype) for g in groups for p in g["params"][:1]),
+        )
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= MAX_PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = _build(groups, params, perturbed, flags, master)
+        return plan
+
+    def clear(self) -> None:
+        self._plans.clear()
+
+
+def _build(groups, params, perturbed, flags, master) -> Plan:
+    wanted = {id(p) for p in params}
+    members = perturbed.members if perturbed is not None else frozenset()
+    buckets: dict[Hashable, Bucket] = {}
+    index = 0
+    for group in groups:
+        for p in group["params"]:
+            if id(p) in wanted:
+                key = p.device, flags(group), id(p) in members, master(p)
+                bucket = buckets.get(key)
+                if bucket is None:
+                    bucket = buckets[key] = Bucket(p.device)
+                    bucket.perturbed, bucket.masters = key[2:]
+                bucket.add(p, group, index)
+            index += 1
+    return Plan(buckets.values())

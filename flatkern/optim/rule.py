@@ -1,0 +1,96 @@
+"""What our own base rules share: construction, lazy state, masters, layouts. A rule's equation is elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_value
+from ..dispatch import gather_state
+from ..tables import history_length
+from .base import FlatOptimizer
+from .plan import Bucket
+from .update import Forming
+
+WHY_REFUSED = {
+    "amsgrad": "no kernel keeps the maximum of the second moments; pass amsgrad=False",
+    "differentiable": "the kernels write in place and have no backward; pass differentiable=False",
+    "capturable": "CUDA graphs need a GPU backend, which this version does not have; pass capturable=False",
+}
+
+
+def require_unset(name: str, **flags: bool) -> None:
+    """Refuse torch options that no kernel has."""
+    for flag, value in flags.items():
+        if value:
+            raise ValueError(f"{name}: {flag} is {value!r}, but {WHY_REFUSED[flag]}")
+
+
+class RuleOptimizer(FlatOptimizer):
+    """An optimizer whose base rule is one of our update ops."""
+
+    def _start(self, params, defaults, perturb, enhance, backend, master_weights, max_grad_norm) -> None:  # type: ignore[no-untyped-def]
+        defaults |= self._configure(perturb, enhance, backend, master_weights, max_grad_norm)
+        for key in ("lr", "weight_decay"):
+            # torch checks defaults even where every group overrides them.
+            self._check_value(key, defaults[key])
+        torch.optim.Optimizer.__init__(self, params, defaults)
+        self._check_new_parameters()
+        self._ready = True
+
+    def _check_value(self, key: str, value: Any) -> None:
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"Tensor {key} must be 1-element")
+        check_value(key, float(value))
+
+    # --- state, created at the first step that needs it ------------------------------------------
+
+    def _states(self, bucket: Bucket, keys: tuple[str, ...], forming: Forming) -> tuple[list[list[Tensor]], set[int]]:
+        """Lists of state tensors for `keys`, and the positions whose state is new (zeros)."""
+        lists = gather_state(self.state, bucket.params, keys)
+        if lists is not None:
+            return lists, set()
+        created = set()
+        for k, p in enumerate(bucket.params):
+            state = self.state[p]
+            for key in keys:
+                if state.get(key) is None:
+                    created.add(k)
+                    state[key] = self._new_state(p, key)
+        return [[self.state[p][key] for p in bucket.params] for key in keys], created
+
+    def _new_state(self, p: Tensor, key: str) -> Tensor:
+        if key == "step":
+            return torch.zeros((), dtype=torch.float32)
+        dtype = torch.float32 if self._has_master(p) else p.dtype
+        return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+
+    def _masters(self, params: list[Tensor]) -> list[Tensor]:
+        """The float32 weights behind `params`, made or re-made where the parameter was written by others."""
+        versions = self.cycle.master_versions
+        result = []
+        for p in params:
+            state = self.state[p]
+            master = state.get("master")
+            if master is None:
+                master = state["master"] = p.detach().to(torch.float32, copy=True, memory_format=torch.preserve_format)
+            elif versions.get(p) != p._version and not self._is_held(p) and not torch.equal(master.to(p.dtype), p):
+                master.copy_(p)
+            result.append(master)
+        return result
+
+    def _is_held(self, p: Tensor) -> bool:
+        """True while `p` holds a perturbation, and so differs from its master by right."""
+        return self.cycle.plan is not None and id(p) in self.cycle.plan.members
+
+    def _histories(self, params: list[Tensor]) -> list[Tensor]:
+        """ARWP's history of `params`: float32 (filters,), or per element for tensors of rank <= 1."""
+        lists = gather_state(self.state, params, ("history",))
+        if lists is not None:
+            return lists[0]
+        for p in params:
+            if "history" not in self.state[p]:
+                self.state[p]["history"] = torch.zeros(history_length(p), dtype=torch.float32, device=p.device)
+        return [self.state[p]["history"] for p in params]

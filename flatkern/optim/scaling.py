@@ -1,0 +1,49 @@
+"""torch.amp.GradScaler: unscaling and inf-checking the pass whose gradients it does not see in step()."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .base import FlatOptimizer
+
+
+class _Pass:
+    """What a scaler takes for an optimizer: one of its own per pass, since it unscales each only once."""
+
+    def __init__(self, param_groups: list[dict[str, Any]]) -> None:
+        self.param_groups = param_groups
+
+
+def unscale_pass(opt: FlatOptimizer, scaler: Any) -> None:
+    """Unscale the gradients in `.grad` in place; where they are not finite, `scaler.update()` lowers the
+    scale and the coming step is skipped."""
+    if not scaler.is_enabled():
+        return
+    cycle = opt.cycle
+    cycle.scaler_pass = _Pass(opt.param_groups)
+    scaler.unscale_(cycle.scaler_pass)
+    found = scaler._per_optimizer_states[id(cycle.scaler_pass)]["found_inf_per_device"]
+    for flag in found.values():
+        cycle.require_finite(flag.reshape(()))
+
+
+def factor(opt: FlatOptimizer, rounds: int, device: torch.device) -> Tensor | None:
+    """1 / (loss scale x rounds), 0-dim float32; None stands for 1."""
+    scale = getattr(opt, "grad_scale", None)
+    if scale is None:
+        return None if rounds == 1 else torch.tensor(1.0 / rounds, dtype=torch.float32, device=device)
+    return (scale.to(device=device, dtype=torch.float32).reshape(()) * rounds).reciprocal()
+
+
+def found_inf(opt: FlatOptimizer, device: torch.device) -> Tensor | None:
+    """Nonzero where the step must be skipped; None without a scaler and without an ascent."""
+    flag = getattr(opt, "found_inf", None)
+    skip = opt.cycle.skip
+    if flag is None:
+        return None if skip is None else skip.to(device)
+    flag = flag.to(device=device, dtype=torch.float32).reshape(())
+    return flag if skip is None else torch.maximum(flag, skip.to(device))

@@ -1,0 +1,109 @@
+"""SGD with momentum, alone or at the perturbed weights of a flatness-seeking method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch import choose
+from ..methods import RWP, SAM
+from .plan import Bucket, Group
+from .rule import RuleOptimizer, require_unset
+from .update import Forming
+
+
+class SGD(RuleOptimizer):
+    """torch.optim.SGD, with a perturbation around it, in one pass over memory.
+
+        d <- g + weight_decay w
+        v <- momentum v + (1 - dampening) d          (first step: v <- d)
+        w <- w - lr v                                (nesterov: w - lr (d + momentum v))
+
+    Arguments, in torch's order and with torch's meaning:
+        params: tensors, groups, or (name, tensor) pairs. float32, float16 or bfloat16.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: as torch.
+        foreach, fused: accepted and ignored; `backend` decides.
+        differentiable: refused when True.
+    and ours, keyword-only:
+        perturb: flatkern.RWP, SAM or ASAM, or None for the plain optimizer.
+        enhance: not in this version yet.
+        backend: "eager" or "cpp", used or refused; None takes the best one that is live.
+        master_weights: keep float32 weights behind half-precision parameters.
+        capturable: refused until a GPU backend exists.
+        max_grad_norm: clip the final (mixed, averaged, unscaled) gradient to this global L2 norm.
+
+    State, per parameter: `momentum_buffer` (the parameter's dtype; float32 with masters), `master`,
+    `history` (ARWP; float32, one per filter). A torch.optim.SGD checkpoint loads and continues.
+
+    Raises:
+        ValueError, TypeError: a value out of range, or parameters that no kernel can walk; the message
+            names the argument, the value and the remedy.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        perturb: RWP | SAM | None = None,
+        enhance: Any = None,
+        backend: str | None = None,
+        master_weights: bool = False,
+        capturable: bool = False,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        require_unset("SGD", differentiable=differentiable, capturable=capturable)
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        self._start(params, defaults, perturb, enhance, backend, master_weights, max_grad_norm)
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+    def _flags(self, group: Group) -> tuple[Any, ...]:
+        return (group["momentum"] != 0,)
+
+    def _update_bucket(self, bucket: Bucket, grads: list[Tensor], forming: Forming) -> None:
+        dampening = bucket.values("dampening")
+        buffers = None
+        if bucket.groups[0]["momentum"] != 0:
+            buffers, created = self._states(bucket, ("momentum_buffer",), forming)
+            if created:
+                # v <- d on the first step is v <- momentum 0 + (1 - 0) d.
+                dampening = [0.0 if k in created else d for k, d in enumerate(dampening)]
+            buffers = buffers[0]
+        choose("sgd_update_", bucket.params, self.backend)(
+            bucket.params, buffers, *forming.inputs(grads),
+            lr=bucket.values("lr"), momentum=bucket.values("momentum"), dampening=dampening,
+            weight_decay=bucket.values("weight_decay"),
+            nesterov=bucket.values("nesterov", lambda g: bool(g["nesterov"])), **forming.method(),
+        )  # fmt: skip
+        if buffers is not None and created and forming.found_inf is not None and any(bucket.values("dampening")):
+            self._forget_skipped(bucket, created, "momentum_buffer", forming.found_inf)
+
+    def _forget_skipped(self, bucket: Bucket, created: set[int], key: str, found_inf: Tensor) -> None:
+        """A skipped first step is no first step: with dampening the next one must still be v <- d."""
+        if bool(torch.as_tensor(found_inf)):
+            for k in created:
+                del self.state[bucket.params[k]][key]

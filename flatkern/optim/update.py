@@ -1,0 +1,292 @@
+"""step(): which gradients form the final one, and one update op per bucket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..checks import LayoutError
+from ..methods import RWP
+from . import layouts, messages, perturbations, scaling
+from .plan import Bucket
+
+if TYPE_CHECKING:
+    from .base import FlatOptimizer
+
+
+@dataclass
+class Forming:
+    """How the final gradient of one bucket is formed, and what surrounds the rule; the ops' shared arguments."""
+
+    backups: list[Tensor] | None
+    masters: list[Tensor] | None
+    history: list[Tensor] | None
+    clean_grads: list[Tensor] | None
+    noise: Tensor | None
+    grad_scale: Tensor | None
+    clip: Tensor | None
+    found_inf: Tensor | None
+    grad_weight: list[float]
+    clean_weight: list[float]
+    beta: list[float]
+    sigma: list[float]
+    eta: list[float]
+    index: list[int]
+    offset: list[int]
+
+    def inputs(self, grads: list[Tensor]) -> tuple[Any, ...]:
+        """The positional arguments that follow a rule's own state."""
+        return (
+            self.backups, self.masters, self.history, grads, self.clean_grads,
+            self.noise, self.grad_scale, self.clip, self.found_inf,
+        )  # fmt: skip
+
+    def method(self) -> dict[str, Any]:
+        """The keyword arguments that every update shares."""
+        names = ("grad_weight", "clean_weight", "beta", "sigma", "eta", "index", "offset")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class Gradients:
+    """What a step applies: one entry per parameter in the optimizer's order, None where missing."""
+
+    grads: list[Tensor | None]  # of the perturbed pass, or of the only one
+    clean: list[Tensor | None] | None = None  # m-RWP's, already unscaled
+    rounds: int = 1  # of perturbed passes summed up in `grads`
+    perturbed: bool = False  # taken at perturbed weights, so they enter ARWP's history
+    factor: Tensor | None = None  # 1 / (loss scale x rounds) where it is not the scaler's
+
+
+Work = list[tuple[Bucket, list[Tensor], Forming]]
+
+
+def step(opt: FlatOptimizer) -> None:
+    """One optimizer step, whatever the mode; raises before anything has changed."""
+    cycle = opt.cycle
+    params = opt._parameters()
+    if opt.rolling:
+        _rolling_step(opt, params)
+        return
+    gradients = _final_gradients(opt, params)
+    if gradients is None:
+        perturbations.restore(opt)
+        return
+    _apply(opt, params, gradients)
+    cycle.leave()
+    cycle.drop_pending()
+    cycle.mark_consumed(params)
+
+
+def _final_gradients(opt: FlatOptimizer, params: list[Tensor]) -> Gradients | None:
+    """The gradients of this step; None where a round without any gradient leaves nothing to apply."""
+    cycle, method = opt.cycle, opt.method
+    if cycle.plan is None and not cycle.rounds and not cycle.clean:
+        return Gradients([p.grad for p in params])
+    this_round = cycle.plan is not None and perturbations.has_round_gradient(opt, params)
+    rounds = cycle.rounds + this_round
+    if isinstance(method, RWP) and method.lam is not None and method.mix == "gradients":
+        return _mixed_gradients(opt, params, rounds)
+    if this_round:
+        perturbations.remember_squares(opt)
+    if not rounds:
+        return None
+    if cycle.plan is None:
+        if cycle.is_fresh(params):
+            raise RuntimeError(
+                f"step: {type(method).__name__} has {rounds} finished rounds and a gradient at clean weights that "
+                "belongs to none; call perturb() for another round, or zero_grad()"
+            )
+        cycle.put_back(params)
+    return Gradients([p.grad for p in params], rounds=rounds, perturbed=True)
+
+
+def _mixed_gradients(opt: FlatOptimizer, params: list[Tensor], rounds: int) -> Gradients | None:
+    """m-RWP: the perturbed gradients and exactly one clean one, whichever pass came first."""
+    cycle = opt.cycle
+    fresh_clean = cycle.plan is None and cycle.is_fresh(params)
+    if not rounds:
+        if cycle.plan is not None and not cycle.clean:
+            return None
+        raise RuntimeError(
+            "step: m-RWP has a clean gradient but no perturbed one; run a backward between perturb() and step()"
+        )
+    if fresh_clean and cycle.clean:
+        raise RuntimeError("step: m-RWP has two clean gradients, but needs exactly one; zero_grad() drops the last")
+    if not fresh_clean and not cycle.clean:
+        first = "call restore(), " if cycle.plan is not None else ""
+        raise RuntimeError(
+            f"step: m-RWP needs one clean gradient; {first}run a backward at the clean weights, then step()"
+        )
+    if getattr(opt, "found_inf", None) is not None and cycle.scaler_pass is None:
+        raise RuntimeError(
+            'step: m-RWP with mix="gradients" under a GradScaler needs perturb(scaler=scaler), which unscales the '
+            "gradient that the scaler does not see in step()"
+        )
+    if not fresh_clean:
+        noisy = [p.grad for p in params] if cycle.plan is not None else [cycle.aside.get(p) for p in params]
+        # Set aside by restore(), they were unscaled there only if they came before the clean ones.
+        return Gradients(noisy, [cycle.clean.get(p) for p in params], rounds, True)
+    scale = getattr(opt, "grad_scale", None)
+    if scale is not None:
+        # restore() has unscaled the perturbed gradients; `.grad`, the clean one, still carries the scale.
+        torch._foreach_mul_([p.grad for p in params if p.grad is not None], scale.reciprocal())  # type: ignore[arg-type]
+    noisy = [cycle.aside.get(p) for p in params]
+    return Gradients(noisy, [p.grad for p in params], rounds, True, torch.tensor(1.0 / rounds))
+
+
+def _apply(opt: FlatOptimizer, params: list[Tensor], gradients: Gradients, noise: Tensor | None = None) -> None:
+    """Update every parameter that has a gradient; restore the perturbed ones that have none."""
+    cycle = opt.cycle
+    if gradients.clean is None:
+        present = [p for p, g in zip(params, gradients.grads, strict=True) if g is not None]
+    else:
+        pairs = zip(params, gradients.grads, gradients.clean, strict=True)
+        present = [p for p, g, c in pairs if g is not None or c is not None]
+    plan = cycle.plans.get(opt.param_groups, present, cycle.plan, opt._flags, opt._has_master)
+    try:
+        work = _gather(opt, plan.buckets, gradients, noise)
+        _clip(opt, work)
+    except LayoutError:
+        work = _gather(opt, plan.buckets, gradients, noise, lay_out=True)
+        _clip(opt, work)
+    for k in range(len(work)):
+        try:
+            opt._update_bucket(*work[k])
+        except LayoutError:
+            clip = work[k][2].clip
+            work = _gather(opt, plan.buckets, gradients, noise, lay_out=True)
+            work[k][2].clip = clip
+            opt._update_bucket(*work[k])
+        cycle.note_masters(work[k][0])
+    opt._finish(work)
+    if cycle.plan is not None and not cycle.plan.members <= plan.members:
+        _serve_the_rest(opt, plan.members, noise)
+    if cycle.squares:
+        _fold_squares(opt)
+    torch.clear_autocast_cache()
+
+
+def _gather(
+    opt: FlatOptimizer, buckets: list[Bucket], gradients: Gradients, noise: Tensor | None, lay_out: bool = False
+) -> Work:
+    """Buckets with their gradients and the arguments that surround the rule. A missing one counts as zero."""
+    if lay_out:
+        layouts.follow_parameters(opt, buckets)
+    work = []
+    for bucket in buckets:
+        grads = [gradients.grads[i] for i in bucket.index]
+        clean = None
+        if gradients.clean is not None:
+            clean = [gradients.clean[i] for i in bucket.index]
+            grads = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, bucket.params, strict=True)]
+            clean = [torch.zeros_like(p) if c is None else c for c, p in zip(clean, bucket.params, strict=True)]
+        if lay_out:
+            grads = [layouts.like(g, p) for g, p in zip(grads, bucket.params, strict=True)]  # type: ignore[arg-type]
+            if clean is not None:
+                clean = [layouts.like(c, p) for c, p in zip(clean, bucket.params, strict=True)]  # type: ignore[arg-type]
+        work.append((bucket, grads, _forming(opt, bucket, clean, gradients, noise)))
+    return work  # type: ignore[return-value]
+
+
+def _forming(opt: FlatOptimizer, bucket: Bucket, clean: Any, gradients: Gradients, noise: Tensor | None) -> Forming:
+    mixing = clean is not None
+    zero, one = bucket.constant(0.0), bucket.constant(1.0)
+    grad_weight, clean_weight = one, zero
+    if mixing:
+        bucket.values("lam")
+        grad_weight = bucket.values("grad_weight", lambda g: opt._sign(g) * float(g["lam"]))
+        clean_weight = bucket.values("clean_weight", lambda g: opt._sign(g) * (1.0 - float(g["lam"])))
+    elif any(g.get("maximize") for g in bucket.groups):
+        grad_weight = bucket.values("sign", opt._sign)
+
+    adaptive = isinstance(opt.method, RWP) and any(g["eta"] > 0 and g["perturb"] for g in bucket.groups)
+    remembers = adaptive and gradients.perturbed and not opt.cycle.squares
+    draws = noise is not None and bucket.perturbed
+    factor = gradients.factor
+    return Forming(
+        backups=opt.cycle.backups_of(bucket) if bucket.perturbed and not bucket.masters else None,
+        masters=opt._masters(bucket.params) if bucket.masters else None,
+        history=opt._histories(bucket.params) if remembers else None,
+        clean_grads=clean,
+        noise=noise if draws else None,
+        grad_scale=scaling.factor(opt, gradients.rounds, bucket.device) if factor is None else factor.to(bucket.device),
+        clip=None,
+        found_inf=scaling.found_inf(opt, bucket.device),
+        grad_weight=grad_weight,
+        clean_weight=clean_weight,
+        beta=bucket.values("beta") if remembers else zero,
+        sigma=bucket.values("sigma") if draws else zero,
+        eta=bucket.values("eta") if remembers else zero,
+        index=bucket.index,
+        offset=bucket.offset,
+    )
+
+
+def _clip(opt: FlatOptimizer, work: Work) -> None:
+    """max_grad_norm: scale the final gradient so that its norm over all parameters is at most that."""
+    if opt.max_grad_norm is None or not work:
+        return
+    norms = []
+    for bucket, grads, forming in work:
+        norm = torch.zeros((), dtype=torch.float32, device=bucket.device)
+        bucket.op("gradient_norm_", opt.backend)(
+            norm, grads, forming.clean_grads, forming.grad_scale,
+            grad_weight=forming.grad_weight, clean_weight=forming.clean_weight,
+        )  # fmt: skip
+        norms.append(norm)
+    total = opt.cycle.grad_norm = perturbations.combined(norms)
+    clip = (opt.max_grad_norm / (total + 1e-6)).clamp(max=1.0)
+    for bucket, _, forming in work:
+        forming.clip = clip.to(bucket.device)
+
+
+def _serve_the_rest(opt: FlatOptimizer, updated: frozenset[int], noise: Tensor | None) -> None:
+    """Perturbed parameters without any gradient: restore them; rolling draws their next noise too."""
+    cycle = opt.cycle
+    assert cycle.plan is not None
+    missing = [p for b in cycle.plan.buckets for p in b.params if id(p) not in updated]
+    rest = cycle.plans.get(opt.param_groups, missing, cycle.plan, lambda g: ("rest", g["perturb"]), opt._has_master)
+    for bucket in rest.buckets:
+        cycle.restore(bucket.params, opt._masters(bucket.params) if bucket.masters else cycle.backups_of(bucket))
+        if noise is not None:
+            perturbations.scatter_bucket(opt, bucket, noise)
+        cycle.note_masters(bucket)
+
+
+def _fold_squares(opt: FlatOptimizer) -> None:
+    """mix="losses": F <- beta F + the squares that restore() took from the perturbed gradient."""
+    found = scaling.found_inf(opt, torch.device("cpu"))
+    if found is not None and bool(found):
+        return
+    for group in opt.param_groups:
+        params = [p for p in group["params"] if p in opt.cycle.squares]
+        for p, history in zip(params, opt._histories(params), strict=True):
+            squares = opt.cycle.squares[p]
+            scale = scaling.factor(opt, 1, squares.device)
+            history.mul_(float(group["beta"])).add_(squares if scale is None else squares * scale * scale)
+
+
+def _rolling_step(opt: FlatOptimizer, params: list[Tensor]) -> None:
+    cycle, plan = opt.cycle, opt.cycle.plan
+    messages.refuse_suspended(opt, "step")
+    gradients = Gradients([p.grad for p in params], perturbed=plan is not None)
+    if plan is None:
+        # Distributed checkpointing creates the state by a step with lr 0, on weights it wants unchanged.
+        initial = not opt.state and all(float(g["lr"]) == 0 for g in opt.param_groups)
+        _apply(opt, params, gradients)
+        cycle.mark_consumed(params)
+        if not initial:
+            perturbations.roll_on(opt)
+        return
+    for group in opt.param_groups:
+        group["round"] += 1
+    _apply(opt, params, gradients, perturbations.noise_of(opt))
+    for bucket in plan.buckets:
+        # Masters are new tensors after the first update of a freshly loaded model.
+        bucket.clean = opt._masters(bucket.params) if bucket.masters else cycle.backups_of(bucket)
+    cycle.enter(plan)
+    cycle.mark_consumed(params)

@@ -1,0 +1,155 @@
+"""Wrap: a flatness-seeking method around any torch.optim.Optimizer instance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..methods import RWP, SAM
+from ..tables import history_length
+from . import checkpoint, messages, perturbations
+from .base import FlatOptimizer
+from .plan import Bucket, Group
+from .update import Forming, Work
+
+
+class Wrap(FlatOptimizer):
+    """Any optimizer at the perturbed weights of a flatness-seeking method.
+
+        restore w;  g <- clip (lam g + (1 - lam) g_clean), in place;  base.step();  rolling: perturb again
+
+    The base keeps its rule, its state and its parameter groups, which are shared: schedulers work on
+    either, and `state_dict()` is the base's. Restore and mixing are passes of their own here, so the
+    fused `SGD`, `Adam` and `AdamW` are faster; under a GradScaler `found_inf` is read on the host.
+
+    Arguments:
+        base_optimizer: an instance, constructed on the parameters.
+        perturb, enhance, backend, max_grad_norm: as `flatkern.SGD`.
+
+    Raises:
+        TypeError: `base_optimizer` is not a torch.optim.Optimizer instance, or already one of flatkern's,
+            or a ZeroRedundancyOptimizer, whose ranks own disjoint parameters.
+    """
+
+    def __init__(
+        self,
+        base_optimizer: torch.optim.Optimizer,
+        perturb: RWP | SAM | None = None,
+        enhance: Any = None,
+        backend: str | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        if not isinstance(base_optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"Wrap: base_optimizer is {base_optimizer!r}, but should be a torch.optim.Optimizer instance"
+            )
+        if isinstance(base_optimizer, FlatOptimizer):
+            raise TypeError("Wrap: base_optimizer is flatkern's already; pass perturb= to it instead")
+        if type(base_optimizer).__name__ == "ZeroRedundancyOptimizer":
+            raise TypeError(
+                "Wrap: ZeroRedundancyOptimizer steps a shard of the parameters; use FSDP2 or a plain optimizer"
+            )
+        method_defaults = self._configure(perturb, enhance, backend, False, max_grad_norm)
+        self.base = base_optimizer
+        for group in base_optimizer.param_groups:
+            for key, value in method_defaults.items():
+                group.setdefault(key, value)
+        super().__init__(base_optimizer.param_groups, {**base_optimizer.defaults, **method_defaults})
+        self._share()
+        self._check_new_parameters()
+        self._ready = True
+
+    def _share(self) -> None:
+        """The base's groups and state are ours; loading a checkpoint replaces them."""
+        self.__dict__["param_groups"] = self.base.param_groups
+        self.__dict__["state"] = self.base.state
+
+    def _sign(self, group: Group) -> float:
+        return 1.0  # the base turns the gradient over itself
+
+    def _histories(self, params: list[Tensor]) -> list[Tensor]:
+        """In the base's state, but only once the base has made its own: many initialise on an empty dict."""
+        early = self.cycle.early_history
+        result = []
+        for p in params:
+            history = self.state[p].get("history") if p in self.state else None
+            if history is None:
+                history = early.get(p)
+            if history is None:
+                history = early[p] = torch.zeros(history_length(p), dtype=torch.float32, device=p.device)
+            result.append(history)
+        return result
+
+    def _update_bucket(self, bucket: Bucket, grads: list[Tensor], forming: Forming) -> None:
+        """Clean weights and the final gradient in `.grad`; the base steps when all buckets are ready."""
+        if forming.backups is not None:
+            self.cycle.restore(bucket.params, forming.backups)
+        if _is_skipped(forming):
+            return
+        trivial = forming.grad_scale is None and forming.clip is None and forming.history is None
+        if forming.clean_grads is not None or not trivial:
+            bucket.op("mix_gradients_", self.backend)(
+                grads, forming.history, forming.clean_grads, forming.grad_scale, forming.clip,
+                grad_weight=forming.grad_weight, clean_weight=forming.clean_weight, beta=forming.beta,
+            )  # fmt: skip
+        if forming.clean_grads is not None:
+            for p, g in zip(bucket.params, grads, strict=True):
+                p.grad = g
+
+    def _finish(self, work: Work) -> None:
+        if not any(_is_skipped(forming) for _, _, forming in work):
+            self.base.step()
+            self._share()
+            for p in [p for p in self.cycle.early_history if p.grad is not None]:
+                self.state[p]["history"] = self.cycle.early_history.pop(p)
+        for bucket, _, forming in work:
+            if forming.noise is not None:
+                perturbations.scatter_bucket(self, bucket, forming.noise)
+
+    # --- groups and state belong to the base -----------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, on the base, which shares its groups."""
+        if not getattr(self, "_ready", False):
+            torch.optim.Optimizer.add_param_group(self, param_group)
+            return
+        messages.refuse_unfinished(self, "add_param_group")
+        for key, value in self.defaults.items():
+            param_group.setdefault(key, value)
+        self.base.add_param_group(param_group)
+        try:
+            self._check_new_parameters()
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state_dict; ARWP's history is in its state."""
+        messages.refuse_unfinished(self, "state_dict")
+        return self.base.state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load into the base. Group keys of ours that the checkpoint lacks keep their values."""
+        self.cycle.end_by_version()
+        ours = () if self.method is None else (*self.method.defaults, "perturb")
+        before = [{key: group[key] for key in ours} for group in self.param_groups]
+        self.base.load_state_dict(state_dict)
+        self._share()
+        for group, kept in zip(self.param_groups, before, strict=True):
+            for key, value in kept.items():
+                group.setdefault(key, value)
+        # torch casts every state tensor to its parameter's dtype; the history stays float32.
+        ids = [i for g in state_dict["param_groups"] for i in g["params"]]
+        for i, p in zip(ids, self._parameters(), strict=True):
+            history = state_dict["state"].get(i, {}).get("history")
+            if history is not None:
+                self.state[p]["history"] = history.detach().to(p.device, copy=True)
+        self.cycle.early_history.clear()
+        checkpoint.settle(self)
+
+
+def _is_skipped(forming: Forming) -> bool:
+    return forming.found_inf is not None and bool(forming.found_inf)
