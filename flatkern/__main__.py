@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("flatkern"):
             raise
-        print(f"python -m flatkern {command} needs {error.name}: pip install {error.name}", file=sys.stderr)
+        print(f"python -m flatkern {command} needs {error.name}: pip install 'flatkern[demo]'", file=sys.stderr)
         return 1
     return module.main(rest) or 0
 

@@ -32,7 +32,7 @@ def resolve(op: str, device_type: str, backend: str | None = None) -> Callable[.
 
     Without a name, ending at eager where compiled backends exist warns once, with the reasons.
     """
-    refusals = []
+    refusals: list[str] = []
     for name in (backend,) if backend else PREFERENCE.get(device_type, ("eager",)):
         reason = refuse(op, name, device_type)
         if reason is None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from . import dispatch
+from . import __version__, dispatch
 from .ops import OPS
 
 Rows = list[tuple[str, ...]]
@@ -33,8 +33,8 @@ def report() -> dict[str, Any]:
         for name, state in dispatch.backends().items()
     }
     return {
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}
-        | {name: version(name) for name in ("flatkern", "numpy", "triton")},
+        "versions": {"flatkern": __version__, "python": platform.python_version(), "torch": torch.__version__}
+        | {name: version(name) for name in ("numpy", "triton")},
         "machine": machine(),
         "backends": backends,
         "serves": {device: serving(device) for device in devices()},
@@ -52,7 +52,7 @@ def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "imported from a folder, not installed"
+        return "not installed, but found"
 
 
 def devices() -> list[str]:
@@ -75,13 +75,18 @@ def machine() -> dict[str, Any]:
         "processor": processor(),
         "system": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
-        "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "compiled": None,
     }
     if torch.cuda.is_available():
         about["cuda"] = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
     with contextlib.suppress(ImportError):
-        about["compiled"] = dispatch.compiled_module("cpp").build_info()
+        kernels = dispatch.compiled_module("cpp")
+        about["compiled"] = {
+            "isa": kernels.isa(),
+            "isas": kernels.isas(),
+            "openmp": kernels.openmp,
+            "compiler": kernels.compiler,
+        }
     return about
 
 
@@ -94,7 +99,9 @@ def processor() -> str:
     except OSError:
         pass
     if sys.platform == "darwin":
-        name = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True).stdout
+        name = subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
+        ).stdout
         return name.strip() or platform.machine()
     return platform.processor() or platform.machine()
 
@@ -118,6 +125,7 @@ def sections(facts: dict[str, Any]) -> dict[str, Rows]:
     if compiled:
         machine_rows.append(("instruction set", f"{compiled['isa']} (of {', '.join(compiled['isas'])})"))
         machine_rows.append(("OpenMP", "yes" if compiled["openmp"] else "no: the compiled kernels use one thread"))
+        machine_rows.append(("compiled by", compiled["compiler"]))
     machine_rows.append(("threads", str(about["threads"])))
     machine_rows += [(f"cuda:{k}", name) for k, name in enumerate(about.get("cuda", []))]
     backend_rows: Rows = []

@@ -87,7 +87,7 @@ class Adam(RuleOptimizer):
         return (bool(group["decoupled_weight_decay"]),)
 
     def _update_bucket(self, bucket: Bucket, grads: list[Tensor], forming: Forming) -> None:
-        (exp_avgs, exp_avg_sqs, steps), _ = self._states(bucket, ("exp_avg", "exp_avg_sq", "step"), forming)
+        (exp_avgs, exp_avg_sqs, steps), _ = self._states(bucket, ("exp_avg", "exp_avg_sq", "step"))
         op = "adamw_update_" if bucket.groups[0]["decoupled_weight_decay"] else "adam_update_"
         choose(op, bucket.params, self.backend)(
             bucket.params, exp_avgs, exp_avg_sqs, steps, *forming.inputs(grads),

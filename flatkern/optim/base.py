@@ -295,13 +295,19 @@ class FlatOptimizer(torch.optim.Optimizer):
         """As torch's; refused while a perturbation or a round is under way."""
         if "cycle" in self.__dict__:
             messages.refuse_unfinished(self, "add_param_group")
+        self._join_round(param_group)
         super().add_param_group(param_group)
-        if getattr(self, "_ready", False):
+        if self.__dict__.get("_ready"):
             try:
                 self._check_new_parameters()
             except Exception:
                 self.param_groups.pop()
                 raise
+
+    def _join_round(self, param_group: dict[str, Any]) -> None:
+        """A group that joins during training draws the round of the others."""
+        if isinstance(self.method, RWP) and self.__dict__.get("_ready"):
+            param_group.setdefault("round", self.param_groups[0]["round"])
 
     def state_dict(self) -> dict[str, Any]:
         """Base state, masters and ARWP's history, in torch's format; no scratch.

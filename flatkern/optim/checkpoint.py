@@ -48,8 +48,8 @@ def load(opt: FlatOptimizer, state_dict: dict[str, Any]) -> None:
         # In place: schedulers and a wrapped base optimizer share these very dicts.
         group.update({k: v for k, v in saved.items() if k != "params"})
     settle(opt)
-    for hook in opt._optimizer_load_state_dict_post_hooks.values():
-        hook(opt)
+    for post_hook in opt._optimizer_load_state_dict_post_hooks.values():
+        post_hook(opt)
 
 
 def _fit(name: str, value: Any, p: Tensor) -> Any:

@@ -96,8 +96,13 @@ def _clean_stores(opt: FlatOptimizer, bucket: Bucket) -> tuple[list[Tensor] | No
 
 def noise_of(opt: FlatOptimizer) -> Tensor:
     """(seed, stream, round) of the coming draw; int64 (3,) on the CPU."""
-    group = opt.param_groups[0]
-    return torch.tensor([group["seed"], group["stream"], group["round"]], dtype=torch.int64)
+    keys = {(g["seed"], g["stream"], g["round"]) for g in opt.param_groups}
+    if len(keys) != 1:
+        raise ValueError(
+            f"{type(opt).__name__}: groups differ in (seed, stream, round): {sorted(keys)}; the noise of an optimizer has "
+            "one key, and the parameter index tells its parameters apart"
+        )
+    return torch.tensor(keys.pop(), dtype=torch.int64)
 
 
 def scatter(opt: FlatOptimizer) -> None:

@@ -12,7 +12,6 @@ from ..dispatch import gather_state
 from ..tables import history_length
 from .base import FlatOptimizer
 from .plan import Bucket
-from .update import Forming
 
 WHY_REFUSED = {
     "amsgrad": "no kernel keeps the maximum of the second moments; pass amsgrad=False",
@@ -47,7 +46,7 @@ class RuleOptimizer(FlatOptimizer):
 
     # --- state, created at the first step that needs it ------------------------------------------
 
-    def _states(self, bucket: Bucket, keys: tuple[str, ...], forming: Forming) -> tuple[list[list[Tensor]], set[int]]:
+    def _states(self, bucket: Bucket, keys: tuple[str, ...]) -> tuple[list[list[Tensor]], set[int]]:
         """Lists of state tensors for `keys`, and the positions whose state is new (zeros)."""
         lists = gather_state(self.state, bucket.params, keys)
         if lists is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..dispatch import choose
@@ -86,24 +85,20 @@ class SGD(RuleOptimizer):
 
     def _update_bucket(self, bucket: Bucket, grads: list[Tensor], forming: Forming) -> None:
         dampening = bucket.values("dampening")
-        buffers = None
+        buffers: list[Tensor] | None = None
+        created: set[int] = set()
         if bucket.groups[0]["momentum"] != 0:
-            buffers, created = self._states(bucket, ("momentum_buffer",), forming)
+            (buffers,), created = self._states(bucket, ("momentum_buffer",))
             if created:
                 # v <- d on the first step is v <- momentum 0 + (1 - 0) d.
                 dampening = [0.0 if k in created else d for k, d in enumerate(dampening)]
-            buffers = buffers[0]
         choose("sgd_update_", bucket.params, self.backend)(
             bucket.params, buffers, *forming.inputs(grads),
             lr=bucket.values("lr"), momentum=bucket.values("momentum"), dampening=dampening,
             weight_decay=bucket.values("weight_decay"),
             nesterov=bucket.values("nesterov", lambda g: bool(g["nesterov"])), **forming.method(),
         )  # fmt: skip
-        if buffers is not None and created and forming.found_inf is not None and any(bucket.values("dampening")):
-            self._forget_skipped(bucket, created, "momentum_buffer", forming.found_inf)
-
-    def _forget_skipped(self, bucket: Bucket, created: set[int], key: str, found_inf: Tensor) -> None:
-        """A skipped first step is no first step: with dampening the next one must still be v <- d."""
-        if bool(torch.as_tensor(found_inf)):
+        if created and forming.found_inf is not None and any(bucket.values("dampening")) and bool(forming.found_inf):
+            # A skipped first step is no first step: with dampening the next one must still be v <- d.
             for k in created:
-                del self.state[bucket.params[k]][key]
+                del self.state[bucket.params[k]]["momentum_buffer"]

@@ -112,10 +112,11 @@ class Wrap(FlatOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, on the base, which shares its groups."""
-        if not getattr(self, "_ready", False):
+        if not self.__dict__.get("_ready"):
             torch.optim.Optimizer.add_param_group(self, param_group)
             return
         messages.refuse_unfinished(self, "add_param_group")
+        self._join_round(param_group)
         for key, value in self.defaults.items():
             param_group.setdefault(key, value)
         self.base.add_param_group(param_group)

@@ -1,0 +1,250 @@
+"""What the demo trains: the digits, a small network, and one training step of every method as a user writes it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import flatkern
+
+SETTINGS = {"clean": 0.0, "noisy": 0.4}  # share of training labels replaced by another class
+TEST, TRAIN = 897, 600  # of 1797 images; the 300 that remain are the validation set of the search
+BATCH, MOMENTUM, SHARDS = 50, 0.9, 4
+PROBE_SIGMA, PROBE_DRAWS = 0.02, 20  # noise of the sharpness measure
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the demo.
+
+    Fields:
+        perturb: from the tuned strength and the run's seed to flatkern's description.
+        strength: which value of it is tuned.
+        gradients: full-batch gradient evaluations per step.
+    """
+
+    perturb: Callable[[float, int], flatkern.RWP | flatkern.SAM | None]
+    strength: str | None = None
+    gradients: int = 1
+
+
+# lam = 0.5, eta = 0.1 and beta = 0.99 are the papers' (arXiv:2211.11489, arXiv:2404.00357), ASAM's eta = 0.01 too
+# (arXiv:2102.11600). Only the strength is tuned.
+METHODS = {
+    "SGD": Method(lambda _, seed: None),
+    "RWP": Method(lambda s, seed: flatkern.RWP(s, seed=seed), "sigma"),
+    "RWP rolling": Method(lambda s, seed: flatkern.RWP(s, seed=seed, rolling=True), "sigma"),
+    "ARWP": Method(lambda s, seed: flatkern.RWP(s, eta=0.1, seed=seed), "sigma"),
+    "m-RWP": Method(lambda s, seed: flatkern.RWP(s, lam=0.5, seed=seed), "sigma", 2),
+    "m-ARWP": Method(lambda s, seed: flatkern.RWP(s, lam=0.5, eta=0.1, seed=seed), "sigma", 2),
+    "SAM": Method(lambda s, seed: flatkern.SAM(s), "rho", 2),
+    "ASAM": Method(lambda s, seed: flatkern.ASAM(s), "rho", 2),
+    "mSAM": Method(lambda s, seed: flatkern.SAM(s), "rho", 2),
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images (n, 1, 8, 8) in [-1, 1] and labels."""
+
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+def load_data(seed: int, noise: float) -> Data:
+    """One test set for all seeds; the seed draws training and validation images, and which labels are wrong."""
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
+    labels = torch.tensor(digits.target, dtype=torch.int64)
+    rest, test = train_test_split(range(len(labels)), test_size=TEST, random_state=0, stratify=labels)
+    train, validation = train_test_split(rest, train_size=TRAIN, random_state=seed, stratify=labels[rest])
+    given = labels[train]
+    generator = torch.Generator().manual_seed(seed)
+    wrong = torch.randperm(TRAIN, generator=generator)[: round(noise * TRAIN)]
+    given[wrong] = (given[wrong] + torch.randint(1, 10, (len(wrong),), generator=generator)) % 10
+    return Data((images[train], given), (images[validation], labels[validation]), (images[test], labels[test]))
+
+
+def make_network(seed: int) -> nn.Module:
+    """Three convolutions and a linear layer.
+
+    GroupNorm keeps no running statistics, so that a perturbed pass and mSAM's smaller batches differ from a plain pass
+    in nothing but the method. With BatchNorm the perturbed passes belong into `flatkern.frozen_running_stats(model)`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = []
+        for channels, filters, stride in ((1, 16, 1), (16, 32, 2), (32, 64, 2)):
+            layers += [
+                nn.Conv2d(channels, filters, 3, stride, padding=1, bias=False),
+                nn.GroupNorm(4, filters),
+                nn.ReLU(),
+            ]
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 2 * 2, 10))
+
+
+class Stopwatch:
+    """Time of each step, and of the optimizer's calls in it, in milliseconds."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.optimizer: list[float] = []
+
+    def step(self, function: Callable[[], Any]) -> None:
+        self.optimizer.append(0.0)
+        start = time.perf_counter()
+        function()
+        self.steps.append(1e3 * (time.perf_counter() - start))
+
+    def __call__(self, call: Callable[[], Any]) -> None:
+        start = time.perf_counter()
+        call()
+        self.optimizer[-1] += 1e3 * (time.perf_counter() - start)
+
+
+def train_step(
+    name: str,
+    opt: flatkern.SGD,
+    backward: Callable[[Tensor], None],
+    batch: Tensor,
+    other: Tensor,
+    timed: Callable[[Callable[[], Any]], None],
+) -> None:
+    """One optimizer step; `backward` takes the indices of a batch, `other` is m-RWP's second one."""
+    opt.zero_grad()
+    match name:
+        case "SGD" | "RWP rolling":
+            backward(batch)
+        case "RWP" | "ARWP":
+            timed(opt.perturb)
+            backward(batch)
+        case "m-RWP" | "m-ARWP":
+            backward(batch)
+            timed(opt.perturb)
+            backward(other)
+        case "SAM" | "ASAM":
+            backward(batch)
+            timed(opt.perturb)
+            backward(batch)
+        case "mSAM":
+            for shard in batch.chunk(SHARDS):
+                timed(opt.restore)  # the first one finds clean weights and does nothing
+                backward(shard)
+                timed(opt.perturb)
+                backward(shard)
+    timed(opt.step)
+
+
+def batches(seed: int, steps: int) -> Tensor:
+    """Indices (steps, BATCH): one shuffle of the training set after the other."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs = math.ceil(steps * BATCH / TRAIN)
+    return torch.cat([torch.randperm(TRAIN, generator=generator) for _ in range(epochs)]).view(-1, BATCH)[:steps]
+
+
+def train(
+    name: str,
+    data: Data,
+    seed: int,
+    epochs: int,
+    hyper: dict[str, float],
+    backend: str | None = None,
+    evaluate_on: str = "test",
+    points: int = 10,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """One run. Every method sees the same start, batches and number of steps.
+
+    Arguments:
+        hyper: lr, weight_decay, and the method's strength under its own name.
+        points: how often the accuracy is taken for the curves.
+        tick: called after every epoch.
+    """
+    method, model = METHODS[name], make_network(seed)
+    strength = hyper.get(method.strength or "", 0.0)
+    opt = flatkern.SGD(
+        model.parameters(),
+        lr=hyper["lr"],
+        momentum=MOMENTUM,
+        weight_decay=hyper["weight_decay"],
+        perturb=method.perturb(strength, seed),
+        backend=backend,
+    )
+    images, labels = data.train
+    steps = epochs * (TRAIN // BATCH)
+    schedules: list[Any] = [torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)]
+    if name in ("RWP", "RWP rolling", "ARWP"):
+        # The papers' schedule of the one-gradient methods: sigma grows elevenfold, up to the tuned value.
+        growth = flatkern.schedules.cosine_increase(strength / 11, 10, steps)
+        schedules.append(flatkern.schedules.PerturbationScheduler(opt, "sigma", growth))
+    if name == "RWP rolling":
+        opt.follow(model)
+
+    def backward(batch: Tensor) -> None:
+        cross_entropy(model(images[batch]), labels[batch]).backward()
+
+    watch, curve = Stopwatch(), []
+    order = zip(batches(2 * seed, steps), batches(2 * seed + 1, steps), strict=True)
+    for k, (batch, other) in enumerate(order, start=1):
+        model.train()
+        watch.step(lambda: train_step(name, opt, backward, batch, other, watch))  # noqa: B023
+        for schedule in schedules:
+            schedule.step()
+        if k * points // steps > (k - 1) * points // steps:
+            accuracy, loss = evaluate(model, getattr(data, evaluate_on))
+            curve.append({"step": k, "accuracy": accuracy, "loss": loss})
+        if k % (TRAIN // BATCH) == 0:
+            tick()
+    opt.eval()
+    return {
+        "method": name,
+        "seed": seed,
+        "accuracy": curve[-1]["accuracy"],
+        "curve": curve,
+        "train_loss": evaluate(model, data.train)[1],
+        "loss_increase": loss_increase(model, data.train, seed),
+        "step_ms": watch.steps,
+        "optimizer_ms": watch.optimizer,
+        "cost": cost(name, opt),
+    }
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, part: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """Accuracy in percent and loss."""
+    model.eval()
+    logits = model(part[0])
+    return 100 * (logits.argmax(1) == part[1]).float().mean().item(), cross_entropy(logits, part[1]).item()
+
+
+def loss_increase(model: nn.Module, part: tuple[Tensor, Tensor], seed: int) -> float:
+    """Mean of L(w + e) - L(w) over draws of filter-wise noise; `part` is the training set with its given labels."""
+    params = list(model.parameters())
+    saved = [p.detach().clone() for p in params]
+    start, total = evaluate(model, part)[1], 0.0
+    for draw in range(PROBE_DRAWS):
+        flatkern.perturb_(params, PROBE_SIGMA, seed=seed, stream=1, round=draw)
+        total += evaluate(model, part)[1] - start
+        flatkern.restore_(params, saved)
+    return total / PROBE_DRAWS
+
+
+def cost(name: str, opt: flatkern.SGD) -> dict[str, float]:
+    """`flatkern.cost`, with mSAM's further rounds, in passes over memory: times that 4 bytes per weight move."""
+    counted = flatkern.cost(opt)
+    passes = counted.bytes_moved / (4 * counted.parameters)
+    if name == "mSAM":
+        # A further round reads the gradient twice and the weights, writes and restores them: 6 passes.
+        passes += 6 * (SHARDS - 1)
+    base = counted.base_bytes / (4 * counted.parameters)
+    return {"parameters": counted.parameters, "passes": passes, "multiple_of_sgd": passes / base}
