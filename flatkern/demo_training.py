@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -30,17 +31,20 @@ class Method:
         perturb: from the tuned strength and the run's seed to flatkern's description.
         strength: which value of it is tuned.
         gradients: full-batch gradient evaluations per step.
+        length: training steps, as a multiple of the others'.
     """
 
     perturb: Callable[[float, int], flatkern.RWP | flatkern.SAM | None]
     strength: str | None = None
     gradients: int = 1
+    length: int = 1
 
 
 # lam = 0.5, eta = 0.1 and beta = 0.99 are the papers' (arXiv:2211.11489, arXiv:2404.00357), ASAM's eta = 0.01 too
 # (arXiv:2102.11600). Only the strength is tuned.
 METHODS = {
     "SGD": Method(lambda _, seed: None),
+    "SGD, 2x steps": Method(lambda _, seed: None, length=2),
     "RWP": Method(lambda s, seed: flatkern.RWP(s, seed=seed), "sigma"),
     "RWP rolling": Method(lambda s, seed: flatkern.RWP(s, seed=seed, rolling=True), "sigma"),
     "ARWP": Method(lambda s, seed: flatkern.RWP(s, eta=0.1, seed=seed), "sigma"),
@@ -119,11 +123,12 @@ def train_step(
     batch: Tensor,
     other: Tensor,
     timed: Callable[[Callable[[], Any]], None],
+    schedule: Callable[[], None],
 ) -> None:
     """One optimizer step; `backward` takes the indices of a batch, `other` is m-RWP's second one."""
     opt.zero_grad()
     match name:
-        case "SGD" | "RWP rolling":
+        case "SGD" | "SGD, 2x steps" | "RWP rolling":
             backward(batch)
         case "RWP" | "ARWP":
             timed(opt.perturb)
@@ -142,6 +147,7 @@ def train_step(
                 backward(shard)
                 timed(opt.perturb)
                 backward(shard)
+    schedule()  # of sigma; before the step, because a rolling step draws the noise of the next pass
     timed(opt.step)
 
 
@@ -163,7 +169,7 @@ def train(
     points: int = 10,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """One run. Every method sees the same start, batches and number of steps.
+    """One run. Every method sees the same start and batches, and all but one the same number of steps.
 
     Arguments:
         hyper: lr, weight_decay, and the method's strength under its own name.
@@ -181,12 +187,13 @@ def train(
         backend=backend,
     )
     images, labels = data.train
-    steps = epochs * (TRAIN // BATCH)
-    schedules: list[Any] = [torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)]
+    steps = method.length * epochs * (TRAIN // BATCH)
+    rates = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
+    schedule: Callable[[], None] = lambda: None  # noqa: E731
     if name in ("RWP", "RWP rolling", "ARWP"):
         # The papers' schedule of the one-gradient methods: sigma grows elevenfold, up to the tuned value.
         growth = flatkern.schedules.cosine_increase(strength / 11, 10, steps)
-        schedules.append(flatkern.schedules.PerturbationScheduler(opt, "sigma", growth))
+        schedule = flatkern.schedules.PerturbationScheduler(opt, "sigma", growth).step
     if name == "RWP rolling":
         opt.follow(model)
 
@@ -197,9 +204,8 @@ def train(
     order = zip(batches(2 * seed, steps), batches(2 * seed + 1, steps), strict=True)
     for k, (batch, other) in enumerate(order, start=1):
         model.train()
-        watch.step(lambda: train_step(name, opt, backward, batch, other, watch))  # noqa: B023
-        for schedule in schedules:
-            schedule.step()
+        watch.step(lambda: train_step(name, opt, backward, batch, other, watch, schedule))  # noqa: B023
+        rates.step()
         if k * points // steps > (k - 1) * points // steps:
             accuracy, loss = evaluate(model, getattr(data, evaluate_on))
             curve.append({"step": k, "accuracy": accuracy, "loss": loss})
@@ -213,8 +219,8 @@ def train(
         "curve": curve,
         "train_loss": evaluate(model, data.train)[1],
         "loss_increase": loss_increase(model, data.train, seed),
-        "step_ms": watch.steps,
-        "optimizer_ms": watch.optimizer,
+        "step_ms": median(watch.steps),
+        "optimizer_ms": median(watch.optimizer),
         "cost": cost(name, opt),
     }
 
@@ -224,7 +230,8 @@ def evaluate(model: nn.Module, part: tuple[Tensor, Tensor]) -> tuple[float, floa
     """Accuracy in percent and loss."""
     model.eval()
     logits = model(part[0])
-    return 100 * (logits.argmax(1) == part[1]).float().mean().item(), cross_entropy(logits, part[1]).item()
+    correct = int((logits.argmax(1) == part[1]).sum())
+    return 100 * correct / len(part[1]), cross_entropy(logits, part[1]).item()
 
 
 def loss_increase(model: nn.Module, part: tuple[Tensor, Tensor], seed: int) -> float:

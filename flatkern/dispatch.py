@@ -91,6 +91,7 @@ def _checked(op: Op, function: Callable[..., None]) -> Callable[..., None]:
         check(op, bind(op, args, kwargs))
         function(*args, **kwargs)
 
+    run.whole = False  # type: ignore[attr-defined]  # an interrupt may stop it between two tensors
     return run
 
 
@@ -110,6 +111,7 @@ def _compiled(op: Op, module: Any) -> Callable[..., None]:
         for k in seen_by_autograd:
             torch._C._increment_version(args[k])
 
+    run.whole = True  # type: ignore[attr-defined]  # it writes all of its tensors or none
     return run
 
 

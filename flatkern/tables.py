@@ -26,6 +26,8 @@ def history_length(t: Tensor) -> int:
 
 def is_dense(t: Tensor) -> bool:
     """True if the elements fill one gapless, non-overlapping block of memory in some order."""
+    if t.numel() == 0:
+        return True
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n != 1):
         if stride != expected:

@@ -243,8 +243,7 @@ class FlatOptimizer(torch.optim.Optimizer):
                 raise RuntimeError("zero_grad: earlier rounds are summed up in .grad; call step() or restore() first")
             return
         super().zero_grad(set_to_none)
-        if not set_to_none:
-            self.cycle.mark_consumed(self._parameters())
+        self.cycle.mark_consumed(self._parameters())
 
     # --- rolling ---------------------------------------------------------------------------------
 

@@ -111,7 +111,9 @@ def _rounds(opt: FlatOptimizer, closures: list[Closure]) -> Any:
                 "opt.zero_grad(), which keeps them, not model.zero_grad()"
             )
     opt.step()
-    return losses[0] if len(losses) == 1 else sum(losses) / len(losses)
+    if len(losses) == 1 or any(loss is None for loss in losses):
+        return losses[0]
+    return sum(losses) / len(losses)
 
 
 def _mixed(opt: FlatOptimizer, closures: list[Closure]) -> Any:

@@ -58,6 +58,7 @@ class Cycle:
         for p in params:
             if p.grad is not None:
                 return not _is(self.consumed, p.grad)
+        self.consumed = None  # whatever comes next is new, even the same tensor put back by hand
         return False
 
     def mark_consumed(self, params: Iterable[Tensor]) -> None:
@@ -84,6 +85,7 @@ class Cycle:
             if p.grad is not None:
                 target[p] = p.grad.clone() if p.grad._is_view() else p.grad
                 p.grad = None
+        self.consumed = None
 
     def put_back(self, params: Iterable[Tensor]) -> None:
         """Give the sum of earlier rounds back to `.grad`, so that autograd and DDP accumulate into it."""

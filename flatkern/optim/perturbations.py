@@ -38,6 +38,7 @@ def perturb(opt: FlatOptimizer, scaler: Any) -> None:
         _climb(opt, fresh)
         for p in params:
             p.grad = None
+        cycle.consumed = None
     else:
         _check_rwp(opt, method, fresh)
         scatter(opt)
@@ -188,11 +189,13 @@ def combined(norms: list[Tensor]) -> Tensor:
 @contextmanager
 def _undone_on_failure(opt: FlatOptimizer, plan: Plan) -> Iterator[None]:
     """Enter `plan` when the body succeeds; put the clean weights back when it does not."""
-    before = [[p._version for p in b.params] for b in plan.buckets]
+    # A compiled op writes all of its bucket or nothing; only eager code stops between two parameters.
+    alone = len(plan.buckets) == 1 and plan.buckets[0].op("restore_", opt.backend).whole  # type: ignore[attr-defined]
+    before = [] if alone else [[p._version for p in b.params] for b in plan.buckets]
     try:
         yield
     except BaseException:
-        for bucket, versions in zip(plan.buckets, before, strict=True):
+        for bucket, versions in zip(plan.buckets, before, strict=False):
             written = [k for k, p in enumerate(bucket.params) if p._version != versions[k]]
             if written:
                 opt.cycle.restore([bucket.params[k] for k in written], [bucket.clean[k] for k in written])
@@ -238,7 +241,7 @@ def remember_squares(opt: FlatOptimizer) -> None:
     if not (isinstance(opt.method, RWP) and opt.method.mix == "losses"):
         return
     for group in opt.param_groups:
-        if group["eta"] > 0:
+        if group["eta"] > 0 and group["perturb"]:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue

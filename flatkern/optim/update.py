@@ -263,11 +263,15 @@ def _fold_squares(opt: FlatOptimizer) -> None:
     if found is not None and bool(found):
         return
     for group in opt.param_groups:
-        params = [p for p in group["params"] if p in opt.cycle.squares]
+        if not (group["eta"] > 0 and group["perturb"]):
+            continue
+        params = [p for p in group["params"] if p.grad is not None]
         for p, history in zip(params, opt._histories(params), strict=True):
-            squares = opt.cycle.squares[p]
-            scale = scaling.factor(opt, 1, squares.device)
-            history.mul_(float(group["beta"])).add_(squares if scale is None else squares * scale * scale)
+            history.mul_(float(group["beta"]))
+            squares = opt.cycle.squares.get(p)
+            if squares is not None:
+                scale = scaling.factor(opt, 1, squares.device)
+                history.add_(squares if scale is None else squares * scale * scale)
 
 
 def _rolling_step(opt: FlatOptimizer, params: list[Tensor]) -> None:

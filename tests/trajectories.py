@@ -1,0 +1,281 @@
+"""Base rules, methods, and how each is run by its user and by the oracle: 50 steps on the network of `networks.py`.
+
+Used by `test_paper.py`. flatkern appears through its public names only.
+"""
+
+from collections import namedtuple
+from functools import cache, partial
+
+import networks
+import numpy as np
+import oracle
+import torch
+
+import flatkern
+
+STEPS, SEED = 50, 7
+LOOKS = 5  # a run is looked at after every 5th step
+BATCHES = networks.batches()
+
+# The optimizer's name in torch and in flatkern, the oracle's rule, hyper-parameters. The learning rates keep the
+# trajectories smooth: an error made in one step is not amplified by the next ones.
+BASES = {
+    "momentum": ("SGD", oracle.sgd, {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-2}),
+    "nesterov": ("SGD", oracle.sgd, {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-2, "nesterov": True}),
+    "dampening": ("SGD", oracle.sgd, {"lr": 0.04, "momentum": 0.8, "weight_decay": 1e-2, "dampening": 0.3}),
+    "adam": ("Adam", oracle.adam, {"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 1e-2, "eps": 1e-6}),
+    "adamw": ("AdamW", oracle.adamw, {"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1, "eps": 1e-6}),
+}
+
+
+# One step of each method as its user writes it: `backward(i)` adds the gradient of batch i.
+
+
+def plain(opt, backward, t):
+    backward(t)
+    opt.step()
+
+
+def noisy(opt, backward, t):
+    opt.perturb()
+    backward(t)
+    opt.step()
+
+
+def noisy_rounds(opt, backward, t):
+    for shard in range(3):
+        opt.perturb()
+        backward(3 * t + shard)
+        if shard < 2 or t % 2:  # the last restore() may be left to step()
+            opt.restore()
+    opt.step()
+
+
+def clean_first(opt, backward, t):
+    backward(2 * t)
+    opt.perturb()
+    backward(2 * t + 1)
+    opt.step()
+
+
+def noisy_first(opt, backward, t):
+    opt.perturb()
+    backward(2 * t + 1)
+    opt.restore()
+    backward(2 * t)
+    opt.step()
+
+
+def clean_between(opt, backward, t):
+    opt.perturb()
+    backward(3 * t)
+    opt.restore()
+    backward(3 * t + 1)
+    opt.perturb()
+    backward(3 * t + 2)
+    opt.step()
+
+
+def weighted_clean_first(opt, backward, t):
+    backward(2 * t, opt.loss_weight)
+    opt.perturb()
+    backward(2 * t + 1, opt.loss_weight)
+    opt.step()
+
+
+def weighted_noisy_first(opt, backward, t):
+    opt.perturb()
+    backward(2 * t + 1, opt.loss_weight)
+    opt.restore()
+    backward(2 * t, opt.loss_weight)
+    opt.step()
+
+
+def climbing(opt, backward, t):
+    backward(t)
+    opt.perturb()
+    backward(t)
+    opt.step()
+
+
+def climbing_shards(opt, backward, t):
+    for shard in range(3):
+        backward(3 * t + shard)
+        opt.perturb()
+        backward(3 * t + shard)
+        if shard < 2 or t % 2:
+            opt.restore()
+    opt.step()
+
+
+# The same step of the oracle's.
+
+
+def batch(index):
+    return BATCHES[index % len(BATCHES)]
+
+
+def shards(t):
+    return [batch(3 * t + shard) for shard in range(3)]
+
+
+def plain_step(o, t):
+    o.plain(batch(t))
+
+
+def noisy_step(o, t):
+    o.rwp([batch(t)])
+
+
+def noisy_rounds_step(o, t):
+    o.rwp(shards(t))
+
+
+def mixed_step(o, t):
+    o.mixed(batch(2 * t), [batch(2 * t + 1)])
+
+
+def clean_between_step(o, t):
+    noisy, clean, last = shards(t)
+    o.mixed(clean, [noisy, last])
+
+
+def rolling_step(o, t):
+    o.rolling(batch(t))
+
+
+def climbing_step(o, t):
+    o.sam([batch(t)])
+
+
+def climbing_shards_step(o, t):
+    o.sam(shards(t))
+
+
+# A step of the user's, a step of the oracle's; the method in flatkern, its values, those of the second group;
+# whether train() is called before the first step (rolling). `t_eta` is ASAM's eta.
+Method = namedtuple("Method", "user step make values second train", defaults=(None, {}, {}, False))
+
+make_rwp = partial(flatkern.RWP, seed=SEED)
+make_weighted = partial(flatkern.RWP, seed=SEED, mix="losses")
+make_rolling = partial(flatkern.RWP, seed=SEED, rolling=True)
+
+
+def make_asam(t_eta, **values):
+    return flatkern.ASAM(eta=t_eta, **values)
+
+
+RWP, RWP2 = {"sigma": 0.02}, {"sigma": 0.04}
+ARWP, ARWP2 = {"sigma": 0.05, "eta": 2.0, "beta": 0.9}, {"sigma": 0.08, "eta": 0.5, "beta": 0.8}
+LAM, LAM2 = {"lam": 0.3}, {"lam": 0.8}
+SAM, SAM2 = {"rho": 0.05}, {"rho": 0.1}
+ASAM, ASAM2 = {"rho": 0.1, "t_eta": 0.01}, {"rho": 0.2, "t_eta": 0.1}
+
+METHODS = {
+    "plain": Method(plain, plain_step),
+    "RWP": Method(noisy, noisy_step, make_rwp, RWP, RWP2),
+    "RWP 3 rounds": Method(noisy_rounds, noisy_rounds_step, make_rwp, RWP, RWP2),
+    "ARWP": Method(noisy, noisy_step, make_rwp, ARWP, ARWP2),
+    "ARWP 3 rounds": Method(noisy_rounds, noisy_rounds_step, make_rwp, ARWP, ARWP2),
+    "m-RWP": Method(clean_first, mixed_step, make_rwp, RWP | LAM, RWP2 | LAM2),
+    "m-RWP noisy first": Method(noisy_first, mixed_step, make_rwp, RWP | LAM, RWP2 | LAM2),
+    "m-RWP by losses": Method(weighted_clean_first, mixed_step, make_weighted, RWP | LAM, RWP2),
+    "m-ARWP": Method(clean_first, mixed_step, make_rwp, ARWP | LAM, ARWP2 | LAM2),
+    "m-ARWP noisy first": Method(noisy_first, mixed_step, make_rwp, ARWP | LAM, ARWP2 | LAM2),
+    "m-ARWP by losses": Method(weighted_noisy_first, mixed_step, make_weighted, ARWP | LAM, ARWP2),
+    "m-ARWP 2 noisy rounds": Method(clean_between, clean_between_step, make_rwp, ARWP | LAM, ARWP2 | LAM2),
+    "ARWP in one group": Method(noisy, noisy_step, make_rwp, RWP, ARWP2),
+    "rolling RWP": Method(plain, rolling_step, make_rolling, RWP, RWP2),
+    "rolling RWP train first": Method(plain, rolling_step, make_rolling, RWP, RWP2, train=True),
+    "rolling ARWP": Method(plain, rolling_step, make_rolling, ARWP, ARWP2),
+    "SAM": Method(climbing, climbing_step, flatkern.SAM, SAM, SAM2),
+    "ASAM": Method(climbing, climbing_step, make_asam, ASAM, ASAM2),
+    "ASAM all tensors": Method(climbing, climbing_step, make_asam, ASAM | {"all_tensors": True}, ASAM2),
+    "mSAM 3 shards": Method(climbing_shards, climbing_shards_step, flatkern.SAM, SAM, SAM2),
+}
+
+
+def group_values(base, method, names):
+    """Names and own values of the three groups: the second has other values, the third is not perturbed."""
+    values, m = BASES[base][2], METHODS[method]
+    second = {"lr": values["lr"] / 2, "weight_decay": 3 * values["weight_decay"]}
+    third = {} if m.make is None else {"perturb": False}
+    return list(zip(names, ({}, second | m.second, second | third), strict=True))
+
+
+def unchanged(values, t):
+    """What the hyper-parameters of a group become before step t, as in the two runs below: nothing new."""
+
+
+@cache
+def oracle_path(base, method, norm="group", kind=oracle.Oracle, change=unchanged):
+    """Weights by name after every 5th step, in float64."""
+    _, twin = networks.twins(norm)
+    _, rule, values = BASES[base]
+    m = METHODS[method]
+    options = {}
+    for names, own in group_values(base, method, networks.groups(twin)):
+        options |= {name: values | m.values | own for name in names}
+    options["frozen"]["trainable"] = False
+
+    def grads(weights, batch):
+        networks.load(twin, weights)
+        return networks.gradients(twin, batch)
+
+    o = kind(rule, networks.read(twin, options), options, grads, seed=SEED)
+    if m.train:
+        o.train()
+    path = []
+    for t in range(STEPS):
+        for own in options.values():
+            change(own, t)
+        m.step(o, t)
+        if (t + 1) % LOOKS == 0:
+            path.append(dict(o.weights))
+    return path
+
+
+def library_path(library, base, method, norm="group", change=unchanged, backend=None, maximize=False, wrapped=False):
+    """Weights by name after every 5th step of flatkern's optimizer (or torch.optim's, for plain), in float32.
+
+    `maximize` maximizes the negative loss, which is the same trajectory; `wrapped` puts flatkern.Wrap around torch's.
+    """
+    net, _ = networks.twins(norm)
+    parameters = dict(net.named_parameters())
+    name, _, values = BASES[base]
+    m = METHODS[method]
+    groups = []
+    for names, own in group_values(base, method, networks.groups(net)):
+        own = {"eta" if key == "t_eta" else key: value for key, value in own.items()}
+        groups.append({"params": [parameters[name] for name in names]} | own)
+    own = {} if library is torch.optim else {"perturb": m.make and m.make(**m.values), "backend": backend}
+    if wrapped:
+        opt = flatkern.Wrap(getattr(torch.optim, name)(groups, **values, maximize=maximize), **own)
+    else:
+        opt = getattr(library, name)(groups, **values, maximize=maximize, **own)
+
+    def backward(index, weight=1.0):
+        loss = weight * net(batch(index))
+        (-loss if maximize else loss).backward()
+
+    if m.train:
+        opt.train()
+    path = []
+    for t in range(STEPS):
+        for group in opt.param_groups:
+            change(group, t)
+        m.user(opt, backward, t)
+        opt.zero_grad()
+        if (t + 1) % LOOKS == 0:
+            if m.make is make_rolling:
+                opt.eval()
+            path.append(networks.read(net))
+            if m.make is make_rolling:
+                opt.train()
+    return path
+
+
+def distance(path, other):
+    """The largest relative distance (L2) of a tensor, at any look."""
+    pairs = [(a[name], b[name]) for a, b in zip(path, other, strict=True) for name in b]
+    return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
