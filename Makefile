@@ -1,0 +1,176 @@
+# Everything from a fresh clone: `make demo`, `make test`. `make help` lists the rest.
+#
+# Each target first makes what it needs: a virtual environment in .venv, and flatkern compiled in it.
+#
+#   make test PYTHON=python3.12          another Python for the environment
+#   make test TORCH='torch==2.12.1'      another torch (the environment is updated)
+#   make test NO_VENV=1 PYTHON=python3   offline: only what that Python has, nothing is installed; tools
+#                                        that are missing are named as "not checked" instead of failing
+
+PYTHON ?= python3
+NO_VENV ?=
+VENV ?= .venv
+# The version that the results were taken with. pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL)
+# choose between torch's CPU and CUDA wheels.
+TORCH ?= torch==2.13.0
+# Test processes. Two already compete for cores with the threads that the kernels start.
+JOBS ?= 2
+# Further arguments of pytest, of the demo, of the benchmarks.
+ARGS ?=
+# Tests that the sanitizers watch: those that call the compiled kernels with every shape and dtype.
+SANITIZE_TESTS ?= tests/test_backends.py tests/test_noise.py
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help env build demo test check format bench sanitize wheel-check show clean
+
+NATIVE := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
+TREE := $(CURDIR)/build/tree
+
+ifdef NO_VENV
+  PY := $(PYTHON)
+  READY = tree
+  IMPORTS = PYTHONPATH="$(TREE)$${PYTHONPATH:+:$$PYTHONPATH}"
+else
+  PY := $(VENV)/bin/python
+  READY = $(COMPILED)
+  IMPORTS =
+endif
+
+# PYTHONSAFEPATH keeps the current folder off sys.path: our triton_kernels/ would hide a package of that
+# name, and flatkern must be found where it is installed. The number of threads is the machine's.
+RUN = env -u OMP_NUM_THREADS PYTHONSAFEPATH=1 $(IMPORTS) $(PY)
+
+# $(call has,MODULE): a shell test
+has = $(PY) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("$(1)") is None)'
+# $(call missing,WHAT WAS TO BE DONE,WHY NOT): offline this is a remark, in our own environment an error
+missing = $(if $(NO_VENV),echo "not checked: $(1) ($(2))",{ echo "error: $(1): $(2); remove $(VENV) and run make again" >&2; exit 1; })
+# $(call tool,NAME,HOW TO CALL IT,WHAT IT CHECKS,ARGUMENTS): call it, if it is there in the version of
+# requirements-dev.txt: other versions format differently and would complain about code that is right.
+define tool
+@if ! version=$$($(2) --version 2>/dev/null); then $(call missing,$(3),$(1) is not installed); \
+elif pin=$$(sed -n 's/^$(1)==//p' requirements-dev.txt) && ! echo "$$version" | grep -qF "$$pin"; then \
+  $(call missing,$(3),$(1) $$pin is needed and this is $$version); \
+else echo "$(1) $(4)"; $(2) $(4); fi
+endef
+
+help: ## this list
+	@echo "make TARGET [NO_VENV=1] [PYTHON=$(PYTHON)] [TORCH=$(TORCH)] [JOBS=$(JOBS)] [ARGS=...]"
+	@echo
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+# ---- environment and build
+
+ENV_STAMP := $(VENV)/.installed-$(subst =,-,$(TORCH))
+
+$(ENV_STAMP): requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "flatkern needs Python 3.10 or later: make PYTHON=...")'
+	@echo "[1/3] creating the environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "[2/3] installing $(TORCH) and requirements-dev.txt (once; torch is large, this can take minutes)"
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check '$(TORCH)' -r requirements-dev.txt
+	@rm -f $(VENV)/.installed-* && touch $@
+
+# The editable installation itself compiles nothing, because pip would compile everything anew each time.
+$(VENV)/.editable: $(ENV_STAMP) pyproject.toml setup.py
+	@FLATKERN_BUILD=skip $(PY) -m pip install -qq --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+# Compiled in place, and only what has changed. A missing compiler is not an error (unless FLATKERN_BUILD=require):
+# `build` says what is live. The stamp has the Python in its name, as the extension has.
+COMPILED := build/.compiled-$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
+
+$(COMPILED): $(NATIVE) $(if $(NO_VENV),,$(VENV)/.editable)
+	@mkdir -p build
+	@if $(call has,setuptools); then \
+	  echo "[3/3] compiling flatkern" && $(PY) setup.py -q build_ext --inplace; \
+	else echo "not compiled: this Python has no setuptools"; fi
+	@touch $@
+
+# Offline there is no installed package, so a folder of links stands in for one: flatkern/ as it would be
+# installed, with triton_kernels/ inside it. Made anew each time: it takes no time and is never stale.
+.PHONY: tree
+tree: $(COMPILED)
+	@rm -rf $(TREE) && mkdir -p $(TREE)/flatkern
+	@ln -s $(CURDIR)/flatkern/* $(CURDIR)/triton_kernels $(TREE)/flatkern/
+
+env: $(if $(NO_VENV),,$(ENV_STAMP)) ## the virtual environment (with NO_VENV=1: nothing)
+
+build: $(READY) ## compile, and say what is live
+	@$(RUN) -m flatkern doctor --brief
+
+# ---- what it is for
+
+demo: build ## every method on handwritten digits: accuracy, time, passes over memory
+	@$(RUN) -m flatkern demo $(ARGS)
+
+bench: build ## microbenchmarks against PyTorch; results go to bench/results
+	@env -u OMP_NUM_THREADS $(IMPORTS) $(PY) bench/run.py $(ARGS)
+
+# ---- checks
+
+# Arguments that need a plugin are given only where the plugin is. The benchmarks' own tests run by themselves,
+# and before the others: both folders have a conftest.py and are no packages.
+PYTEST = $(RUN) -m pytest \
+  $$($(call has,xdist) && echo "-n $(JOBS) --dist loadgroup") $$($(call has,pytest_benchmark) && echo --benchmark-disable)
+
+test: build check ## build, check, every test (the wheel's too)
+	@$(call has,pytest) || { echo "error: pytest is not installed for $(PY)" >&2; exit 1; }
+	@$(if $(ARGS),,$(PYTEST) -q bench)
+	@$(PYTEST) $(ARGS)
+
+check: $(if $(NO_VENV),,$(ENV_STAMP)) ## formatting, lint, types
+	$(call tool,ruff,$(PY) -m ruff,Python lint,check .)
+	$(call tool,ruff,$(PY) -m ruff,Python format,format --check .)
+	$(call tool,mypy,$(PY) -m mypy,types,flatkern)
+	$(call tool,clang-format,$(CLANG_FORMAT),C++ format,--dry-run -Werror $(CPP_FILES))
+
+# Installed by pip beside the Python, or by the system.
+CLANG_FORMAT = $$(PATH="$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$$PATH" command -v clang-format || echo clang-format)
+CPP_FILES = $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
+
+format: $(if $(NO_VENV),,$(ENV_STAMP)) ## rewrite what `check` would complain about, where a tool can
+	$(call tool,ruff,$(PY) -m ruff,Python lint,check --fix .)
+	$(call tool,ruff,$(PY) -m ruff,Python format,format .)
+	$(call tool,clang-format,$(CLANG_FORMAT),C++ format,-i $(CPP_FILES))
+
+wheel-check: $(READY) ## what a wheel and an sdist contain, and that they build without a compiler
+	@$(RUN) -m pytest tests/test_package.py $(ARGS)
+
+# The runtimes must be loaded before Python, hence LD_PRELOAD; a compiled probe tells where they are.
+# Leaks are not looked for: CPython and torch keep what they allocate until exit, on purpose, and would
+# drown ours. PYTHONMALLOC shows AddressSanitizer the small blocks that Python's own allocator would hide.
+SANITIZE := build/sanitize
+sanitize: build ## the compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	@mkdir -p $(SANITIZE)
+	@if ! echo 'int main() {}' | $${CXX:-g++} -fsanitize=address,undefined -x c++ - -o $(SANITIZE)/probe; then \
+	  $(call missing,sanitizers,the compiler has no AddressSanitizer runtime); exit 0; fi; \
+	$(MAKE) --no-print-directory sanitized-tests
+
+.PHONY: sanitized-tests
+sanitized-tests:
+	@echo "compiling flatkern with sanitizers"
+	@FLATKERN_SANITIZE=address,undefined FLATKERN_BUILD=require \
+	  $(PY) setup.py -q build_ext --build-lib $(SANITIZE)/lib --build-temp $(SANITIZE)/temp
+	@rm -rf $(SANITIZE)/tree && mkdir -p $(SANITIZE)/tree/flatkern
+	@ln -s $(filter-out %.so,$(wildcard $(CURDIR)/flatkern/*)) $(CURDIR)/triton_kernels \
+	  $(CURDIR)/$(SANITIZE)/lib/flatkern/*.so $(SANITIZE)/tree/flatkern/
+	@export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
+	  PYTHONPATH=$(CURDIR)/$(SANITIZE)/tree PYTHONSAFEPATH=1 \
+	  LD_PRELOAD=$$(ldd $(SANITIZE)/probe | awk '/lib(asan|ubsan)/ { print $$3 }' | paste -sd:); \
+	$(PY) -c 'import flatkern._C as C; assert "/$(SANITIZE)/" in C.__file__, C.__file__; print("testing", C.__file__)' && \
+	env -u OMP_NUM_THREADS $(PY) -m pytest -p no:cacheprovider $(SANITIZE_TESTS) $(ARGS)
+
+# ---- reading and tidying
+
+show: ## every place of one operation: make show OP=perturb_gaussian_
+	@$(PYTHON) -c 'import runpy; ops = runpy.run_path("flatkern/ops.py")["OPS"]; \
+	print(ops["$(OP)"].family if "$(OP)" in ops else "", *ops)' | { read family ops; \
+	case " $$ops " in *" $(OP) "*) ;; *) echo "make show OP=name, one of: $$family $$ops" >&2; exit 1;; esac; \
+	grep -rnwE --include="$$family.*" --include="test_$$family.py" --include="bench_$$family.py" \
+	  --include=ops.py --include=cases.py --include=bindings.cpp '$(OP)|$(OP:_=)' \
+	  flatkern csrc triton_kernels tests bench; }
+
+clean: ## remove build products and caches (the environment stays)
+	rm -rf build dist *.egg-info flatkern/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

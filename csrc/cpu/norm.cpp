@@ -1,0 +1,42 @@
+// The norm family on the CPU: filter_norms_, ascent_norm_, gradient_norm_.
+#include "../math/norm.h"
+
+#include "apply.h"
+#include "gradient.h"
+
+namespace flatkern::cpu::FK_ISA {
+namespace {
+
+struct FilterNormsWalk {
+  const FilterNorms& a;
+
+  Squares prepare(const Block& b, Scratch& scratch) const { return {{load(a.params[b.k], b.begin, b.n, scratch.w)}}; }
+  float settle(int64_t k, int64_t row, const double* sums) const {
+    return a.norms[k].as<float>()[row] = math::norm(sums[0]);
+  }
+  void finish(const Block&, const float*, Scratch&) const {}
+};
+
+}  // namespace
+
+void filter_norms_(const FilterNorms& a) { for_each_row(a.params, FilterNormsWalk{a}); }
+
+void ascent_norm_(const AscentNorm& a) {
+  *a.norm[0].as<float>() = total_norm(a.grads, [&](const Block& b, Scratch& scratch) -> const float* {
+    const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
+    if (!(a.eta[b.k] >= 0)) return g;
+    const float* w = load(a.params[b.k], b.begin, b.n, scratch.w);
+    const float eta = static_cast<float>(a.eta[b.k]);
+    FK_SIMD
+    for (int64_t i = 0; i < b.n; ++i) scratch.v[i] = math::ascent_term(w[i], g[i], eta);
+    return scratch.v;
+  });
+}
+
+void gradient_norm_(const GradientNorm& a) {
+  *a.norm[0].as<float>() = total_norm(a.grads, [&](const Block& b, Scratch& scratch) {
+    return final_gradient(a, nullptr, b, load(a.grads[b.k], b.begin, b.n, scratch.g), scratch.v, scratch);
+  });
+}
+
+}  // namespace flatkern::cpu::FK_ISA

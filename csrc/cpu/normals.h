@@ -1,0 +1,141 @@
+// Normals for a block of rows, scaled into a perturbation: what the noise, perturb and update families share.
+#pragma once
+
+#include "../math/perturb.h"
+#include "apply.h"
+#include "lanes.h"
+
+namespace flatkern::cpu::FK_ISA {
+
+#ifndef FK_STEP
+#define FK_STEP 16
+#endif
+constexpr int64_t kStep = FK_STEP;  // Philox draws at a time
+
+// The normals of one call: the key, and which of them each tensor draws.
+class Gaussian {
+ public:
+  FK_INLINE Gaussian(const Table& at, const Table& noise, const Ints& index, const Ints& offset)
+      : at_(at), index_(index), offset_(offset) {
+    for (int j = 0; j < 3; ++j) noise_[j] = noise ? static_cast<uint32_t>(noise[0].as<int64_t>()[j]) : 0;
+  }
+
+  // The normals of a block, each row times its scratch.scale; contiguous, valid until the next draw.
+  inline const float* draw(const Block& b, Scratch& scratch) const {
+    const bool flat = at_[b.k].ndim < 2;
+    const int64_t cols = b.rows > 1 ? b.n / b.rows : b.n;
+    // Tensors of rank <= 1 are cut along their only row, anywhere; the first eight is then drawn in part.
+    const int64_t col = flat ? offset_[b.k] + b.col : 0, skipped = col % 8;
+    const int64_t eights = (skipped + cols + 7) / 8;
+    const uint32_t first_eight = static_cast<uint32_t>(flat ? col / 8 : b.col / 8);
+    const uint32_t first_row = static_cast<uint32_t>(flat ? 0 : offset_[b.k] + b.row);
+    draw_eights(static_cast<uint32_t>(index_[b.k]), first_row, first_eight, b.rows, eights, scratch);
+    if (b.rows == 1) {
+      float* z = scratch.z + skipped;
+      const float scale = scratch.scale[0];
+      FK_SIMD
+      for (int64_t i = 0; i < cols; ++i) z[i] = math::perturbation(z[i], scale);
+      return z;
+    }
+    // Whole vectors, each row's last one overwritten by the next row.
+    for (int64_t r = 0; r < b.rows; ++r) {
+      const float* z = scratch.z + r * 8 * eights;
+      float* e = scratch.e + r * cols;
+      const float scale = scratch.scale[r];
+      for (int64_t i = 0; i < cols; i += 16) FK_SIMD
+      for (int64_t j = i; j < i + 16; ++j) e[j] = math::perturbation(z[j], scale);
+    }
+    return scratch.e;
+  }
+
+ private:
+  // scratch.z <- eights_per_row * 8 normals for each row.
+  inline void draw_eights(uint32_t index, uint32_t first_row, uint32_t first_eight, int64_t rows,
+                          int64_t eights_per_row, Scratch& scratch) const {
+    // Counters of several short rows share a vector, so the counters are tabulated; a single row counts on.
+    const int64_t period = rows == 1 ? kEights : eights_per_row;
+    if (scratch.eights_per_row != period) {
+      for (int64_t q = 0; q < kEights + 64; ++q) {
+        scratch.column[q] = static_cast<uint32_t>(q % period);
+        scratch.row[q] = static_cast<uint32_t>(q / period);
+      }
+      scratch.eights_per_row = period;
+    }
+    // In small steps, so that the integer work of one and the float work of another run side by side.
+    const int64_t steps = ceil_div(rows * eights_per_row, kStep);
+    for (int64_t step = 0; step < steps; ++step) {
+      alignas(64) uint32_t words[4 * kStep];
+#pragma GCC unroll 8
+      for (int64_t q = 0; q < kStep; q += Lanes::kCount) {
+        Lanes c[4] = {Lanes::load(scratch.column + step * kStep + q, first_eight),
+                      Lanes::load(scratch.row + step * kStep + q, first_row), Lanes::all(index),
+                      Lanes::all(noise_[2])};
+        math::philox4x32(c, noise_[0], noise_[1]);
+        store(c, words + 4 * q);
+      }
+      float* z = scratch.z + step * 8 * kStep;
+      for (int64_t begin = 0; begin < 4 * kStep; begin += 16) {
+#ifdef FK_AHEAD
+        scratch.ahead.fetch();
+#endif
+        FK_SIMD
+        for (int64_t i = begin; i < begin + 16; ++i) {
+          const math::Pair pair = math::normals(words[i]);
+          z[2 * i] = pair.first;
+          z[2 * i + 1] = pair.second;
+        }
+      }
+    }
+  }
+
+  const Table& at_;
+  const Ints& index_;
+  const Ints& offset_;
+  uint32_t noise_[3];
+};
+
+// e = s z of one call: the normals, and what makes their standard deviation.
+class Perturbation {
+ public:
+  FK_INLINE Perturbation(const Table& at, const Table& history, const Table& noise, const Floats& sigma,
+                         const Floats& eta, const Ints& index, const Ints& offset)
+      : at_(at), history_(history), sigma_(sigma), eta_(eta), gaussian_(at, noise, index, offset) {}
+
+  // What a row keeps in scratch.scale: its s; its norm where the history damps every element on its own.
+  FK_INLINE float scale(int64_t k, int64_t row, float norm) const {
+    const float sigma = static_cast<float>(sigma_[k]);
+    if (!history_) return math::noise_scale(norm, sigma);
+    if (at_[k].ndim < 2) return norm;
+    return math::noise_scale(norm, sigma, history_[k].as<float>()[row], static_cast<float>(eta_[k]));
+  }
+
+  // p[i] <- w[i] + e[i] for a block; p and w may be the same.
+  inline void add(const Block& b, const float* w, float* p, Scratch& scratch) const {
+    if (history_ && at_[b.k].ndim < 2) return add_damped(b, w, p, scratch);
+    const float* e = gaussian_.draw(b, scratch);
+    FK_SIMD
+    for (int64_t i = 0; i < b.n; ++i) p[i] = math::perturb_gaussian(w[i], e[i]);
+  }
+
+ private:
+  inline void add_damped(const Block& b, const float* w, float* p, Scratch& scratch) const {
+    const float norm = std::exchange(scratch.scale[0], 1.0f);
+    const float* z = gaussian_.draw(b, scratch);
+    scratch.scale[0] = norm;
+    const float* history = history_[b.k].as<float>() + b.begin;
+    const float sigma = static_cast<float>(sigma_[b.k]), eta = static_cast<float>(eta_[b.k]);
+    FK_SIMD
+    for (int64_t i = 0; i < b.n; ++i) {
+      const float s = math::noise_scale(norm, sigma, history[i], eta);
+      p[i] = math::perturb_gaussian(w[i], math::perturbation(z[i], s));
+    }
+  }
+
+  const Table& at_;
+  const Table& history_;
+  const Floats& sigma_;
+  const Floats& eta_;
+  Gaussian gaussian_;
+};
+
+}  // namespace flatkern::cpu::FK_ISA

@@ -1,0 +1,64 @@
+// The perturb family on the CPU: perturb_gaussian_, perturb_ascent_, restore_.
+#include "../math/perturb.h"
+
+#include "normals.h"
+
+namespace flatkern::cpu::FK_ISA {
+namespace {
+
+struct PerturbGaussianWalk {
+  const PerturbGaussian& a;
+  Perturbation perturbation;
+
+  const View& clean(int64_t k) const { return (a.masters ? a.masters : a.params)[k]; }
+
+  Squares prepare(const Block& b, Scratch& scratch) const {
+    if (a.norms) return {};
+    return {{load(clean(b.k), b.begin, b.n, scratch.w)}};
+  }
+  float settle(int64_t k, int64_t row, const double* sums) const {
+    return perturbation.scale(k, row, a.norms ? a.norms[k].as<float>()[row] : math::norm(sums[0]));
+  }
+  void finish(const Block& b, const float* w, Scratch& scratch) const {
+    const View& param = a.params[b.k];
+    if (w == nullptr) w = load(clean(b.k), b.begin, b.n, scratch.w);
+    if (a.backups) copy(a.backups[b.k], param, b.begin, b.n, scratch.v);
+    float* p = target(param, b.begin, scratch.v);
+    scratch.ahead.clear();
+    if (b.next > 0) scratch.ahead.add(clean(b.k), b);
+    perturbation.add(b, w, p, scratch);
+    store(param, b.begin, b.n, p);
+  }
+};
+
+}  // namespace
+
+void perturb_gaussian_(const PerturbGaussian& a) {
+  const Perturbation perturbation(a.params, a.history, a.noise, a.sigma, a.eta, a.index, a.offset);
+  for_each_row(a.params, PerturbGaussianWalk{a, perturbation});
+}
+
+void perturb_ascent_(const PerturbAscent& a) {
+  const float norm = *a.norm[0].as<float>();
+  for_each_block(a.params, [&](const Block& b, Scratch& scratch) {
+    const View& param = a.params[b.k];
+    const float* w = load((a.masters ? a.masters : a.params)[b.k], b.begin, b.n, scratch.w);
+    const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
+    if (a.backups) copy(a.backups[b.k], param, b.begin, b.n, scratch.v);
+    const float scale = math::ascent_scale(static_cast<float>(a.rho[b.k]), norm);
+    const float eta = static_cast<float>(a.eta[b.k]);
+    const bool adaptive = a.eta[b.k] >= 0;
+    float* p = target(param, b.begin, scratch.v);
+    FK_SIMD
+    for (int64_t i = 0; i < b.n; ++i) p[i] = math::perturb_ascent(w[i], g[i], scale, eta, adaptive);
+    store(param, b.begin, b.n, p);
+  });
+}
+
+void restore_(const Restore& a) {
+  for_each_block(a.params, [&](const Block& b, Scratch& scratch) {
+    copy(a.params[b.k], a.backups[b.k], b.begin, b.n, scratch.w);
+  });
+}
+
+}  // namespace flatkern::cpu::FK_ISA

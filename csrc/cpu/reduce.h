@@ -1,0 +1,67 @@
+// The one order in which squares are added, so that the result depends on nothing but the length of a row.
+//
+// A row is cut into chunks of 1024 elements. In a chunk, lane j of 64 adds the squares of elements j, j + 64, ... in
+// float32; the lanes fold pairwise, 64 to 32 to ... to 1. Chunks are added in float64, in their order.
+#pragma once
+
+#include <cstring>
+
+#include "convert.h"
+
+namespace flatkern::cpu::FK_ISA {
+
+constexpr int64_t kChunk = 1024;
+
+// A quarter of the lanes; the compiler splits it where vectors are narrower.
+typedef float Lanes16 __attribute__((vector_size(64)));
+typedef float Lanes8 __attribute__((vector_size(32)));
+typedef float Lanes4 __attribute__((vector_size(16)));
+
+FK_INLINE void add_squares(Lanes16& sum, const float* x) {
+  Lanes16 v;
+  std::memcpy(&v, x, sizeof v);
+  sum += v * v;
+}
+
+// The first n < 16 elements; the lanes beyond add a zero, which changes no bit of a sum of squares.
+FK_INLINE void add_squares(Lanes16& sum, const float* x, int64_t n) {
+#if defined(__AVX512F__)
+  const Lanes16 v = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), x);
+#else
+  Lanes16 v = {};
+  float padded[16] = {};
+  for (int64_t i = 0; i < n; ++i) padded[i] = x[i];
+  std::memcpy(&v, padded, sizeof v);
+#endif
+  sum += v * v;
+}
+
+FK_INLINE float fold(const Lanes16& lanes) {
+  Lanes8 a8, b8;
+  std::memcpy(&a8, &lanes, sizeof a8);
+  std::memcpy(&b8, reinterpret_cast<const char*>(&lanes) + sizeof a8, sizeof b8);
+  a8 += b8;
+  Lanes4 a4, b4;
+  std::memcpy(&a4, &a8, sizeof a4);
+  std::memcpy(&b4, reinterpret_cast<const char*>(&a8) + sizeof a4, sizeof b4);
+  a4 += b4;
+  return (a4[0] + a4[2]) + (a4[1] + a4[3]);
+}
+
+// The sum of squares of one chunk, n <= kChunk.
+inline float sum_squares(const float* x, int64_t n) {
+  Lanes16 sums[4] = {};
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64)
+    for (int j = 0; j < 4; ++j) add_squares(sums[j], x + i + 16 * j);
+  for (int j = 0; j < 4; ++j, i += 16) {
+    if (i + 16 <= n) {
+      add_squares(sums[j], x + i);
+    } else if (i < n) {
+      add_squares(sums[j], x + i, n - i);
+    }
+  }
+  return fold((sums[0] + sums[2]) + (sums[1] + sums[3]));
+}
+
+}  // namespace flatkern::cpu::FK_ISA

@@ -1,0 +1,65 @@
+// Base updates of one weight: SGD, Adam, AdamW, and ARWP's history. Mirrors flatkern/reference/update.py.
+#pragma once
+
+#include "norm.h"
+
+namespace flatkern::math {
+
+// F <- beta F + sum of g^2.
+FK_HD inline float remember(float history, float squares, float beta) { return beta * history + squares; }
+
+// Scalars of SGD, rounded to float32 once.
+struct SgdScalars {
+  float lr, momentum, undamped, weight_decay;  // undamped = 1 - dampening
+  bool nesterov;
+};
+
+FK_HD inline float sgd(float p, float g, const SgdScalars& s) {
+  const float d = g + s.weight_decay * p;
+  return p - s.lr * d;
+}
+
+// With momentum: `v` is read and replaced.
+FK_HD inline float sgd(float p, float g, float& v, const SgdScalars& s) {
+  float d = g + s.weight_decay * p;
+  v = s.momentum * v + s.undamped * d;
+  d = s.nesterov ? d + s.momentum * v : v;
+  return p - s.lr * d;
+}
+
+// Scalars of Adam and AdamW for one step: float64 on the host, rounded to float32 once.
+struct AdamScalars {
+  float beta1, rest1, beta2, rest2;  // rest = 1 - beta
+  float step_size, correction;       // lr / (1 - beta1^t), sqrt(1 - beta2^t)
+  float eps, decay, shrink;          // shrink = 1 - lr decay
+  bool coupled, decoupled;           // how the decay enters, if at all
+};
+
+static inline AdamScalars adam_scalars(double step, double lr, double beta1, double beta2, double eps, double decay,
+                                       bool decoupled) {
+  AdamScalars s;
+  s.beta1 = static_cast<float>(beta1);
+  s.rest1 = static_cast<float>(1 - beta1);
+  s.beta2 = static_cast<float>(beta2);
+  s.rest2 = static_cast<float>(1 - beta2);
+  s.step_size = static_cast<float>(lr / (1 - pow(beta1, step)));
+  s.correction = static_cast<float>(sqrt(1 - pow(beta2, step)));
+  s.eps = static_cast<float>(eps);
+  s.decay = static_cast<float>(decay);
+  s.shrink = static_cast<float>(1 - lr * decay);
+  s.coupled = !decoupled && decay != 0;
+  s.decoupled = decoupled;
+  return s;
+}
+
+// `m` and `v` are read and replaced.
+FK_HD inline float adam(float p, float g, float& m, float& v, const AdamScalars& s) {
+  if (s.decoupled) p = p * s.shrink;
+  if (s.coupled) g = g + s.decay * p;
+  m = s.beta1 * m + s.rest1 * g;
+  v = s.beta2 * v + s.rest2 * (g * g);
+  const float denominator = root(v) / s.correction + s.eps;
+  return p - s.step_size * (m / denominator);
+}
+
+}  // namespace flatkern::math
