@@ -5,10 +5,13 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..methods import RWP
 
 if TYPE_CHECKING:
     from .base import FlatOptimizer
+    from .plan import Plan
 
 
 def pattern(opt: FlatOptimizer) -> str:
@@ -52,3 +55,24 @@ def warn_never_perturbed(opt: FlatOptimizer) -> None:
         UserWarning,
         stacklevel=4,
     )
+
+
+def warn_rounded_away(opt: FlatOptimizer, plan: Plan) -> None:
+    """SAM's climb on bfloat16 weights is often below half an ulp; say once how many weights it moved."""
+    cycle = opt.cycle
+    if "rounded" in cycle.warned:
+        return
+    cycle.warned.add("rounded")
+    moved = total = 0
+    for bucket in plan.buckets:
+        for p, clean in zip(bucket.params, bucket.clean, strict=True):
+            if p.dtype == torch.bfloat16:
+                moved += int((p != clean.to(p.dtype)).sum())
+                total += p.numel()
+    if total:
+        warnings.warn(
+            f"{type(opt.method).__name__} climbs on bfloat16 weights: {moved / total:.0%} of {total} weights moved, for "
+            "the others the step is below half an ulp; keep the weights in float32 under autocast to perturb all of them",
+            UserWarning,
+            stacklevel=5,
+        )

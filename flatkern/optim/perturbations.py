@@ -100,7 +100,7 @@ def noise_of(opt: FlatOptimizer) -> Tensor:
     keys = {(g["seed"], g["stream"], g["round"]) for g in opt.param_groups}
     if len(keys) != 1:
         raise ValueError(
-            f"{type(opt).__name__}: groups differ in (seed, stream, round): {sorted(keys)}; the noise of an optimizer has "
+            f"{type(opt).__name__}: groups differ in (seed, stream, round): {sorted(keys)}; an optimizer has "
             "one key, and the parameter index tells its parameters apart"
         )
     return torch.tensor(keys.pop(), dtype=torch.int64)
@@ -155,6 +155,7 @@ def _climb(opt: FlatOptimizer, fresh: bool) -> None:
         cycle.require_finite((~total.isfinite()).float())
 
     layouts.retry(opt, plan.buckets, climb)
+    messages.warn_rounded_away(opt, plan)
 
 
 def _grads(bucket: Bucket) -> list[Tensor]:
