@@ -186,7 +186,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         perturbations.restore(self)
 
     @torch.no_grad()
-    def step(self, closure: Closure | list[Closure] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Closure | list[Closure] | None = None) -> Any:
         """Restore, form the final gradient, and apply the base rule, in one pass.
 
             PERTURBED or CLEAN -> CLEAN          (rolling: perturbed for the next forward)

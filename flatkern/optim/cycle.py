@@ -35,9 +35,9 @@ class Cycle:
     early_history: dict[Tensor, Tensor] = field(default_factory=dict)  # Wrap: before the base has made its state
     epoch: int = 0  # counts re-allocations of backups
     rounds: int = 0  # perturbed rounds that restore() completed
-    aside: dict[Tensor, Tensor] = field(default_factory=dict)  # the sum of their gradients
-    sum_versions: dict[Tensor, int] = field(default_factory=dict)  # their versions when they went back to `.grad`
-    clean: dict[Tensor, Tensor] = field(default_factory=dict)  # m-RWP's gradient at clean weights
+    aside: list[Tensor | None] = field(default_factory=list)  # the sum of their gradients, by parameter; or empty
+    sum_versions: list[int | None] = field(default_factory=list)  # its versions when it went back to `.grad`
+    clean: list[Tensor | None] = field(default_factory=list)  # likewise m-RWP's gradient at clean weights
     squares: dict[Tensor, Tensor] = field(default_factory=dict)  # mix="losses": sums for the history
     consumed: tuple[Any, int] | None = None  # the first gradient that the last call used up: weak reference, version
     ascent_norm: Tensor | None = None
@@ -73,26 +73,25 @@ class Cycle:
 
     def drop_pending(self) -> None:
         self.rounds = 0
-        self.aside.clear()
-        self.clean.clear()
+        self.aside = []
+        self.clean = []
         self.squares.clear()
         self.skip = self.scaler = self.scaler_pass = None
 
-    def set_aside(self, params: Iterable[Tensor], target: dict[Tensor, Tensor]) -> None:
-        """Move `.grad` into `target`: a pointer, or a copy where `.grad` is a view that others overwrite."""
-        target.clear()
+    def take_gradients(self, params: list[Tensor]) -> list[Tensor | None]:
+        """Empty `.grad` and return what was there: pointers, or copies of views that others overwrite."""
+        taken = [p.grad for p in params]
         for p in params:
-            if p.grad is not None:
-                target[p] = p.grad.clone() if p.grad._is_view() else p.grad
-                p.grad = None
+            p.grad = None
         self.consumed = None
+        return [g.clone() if g is not None and g._is_view() else g for g in taken]
 
-    def put_back(self, params: Iterable[Tensor]) -> None:
+    def put_back(self, params: list[Tensor]) -> None:
         """Give the sum of earlier rounds back to `.grad`, so that autograd and DDP accumulate into it."""
-        for p in params:
-            p.grad = self.aside.get(p)
-        self.sum_versions = {p: g._version for p, g in self.aside.items()}
-        self.aside.clear()
+        for p, g in zip(params, self.aside, strict=True):
+            p.grad = g
+        self.sum_versions = [None if g is None else g._version for g in self.aside]
+        self.aside = []
         self.mark_consumed(params)
 
     def require_finite(self, flag: Tensor) -> None:

@@ -43,7 +43,7 @@ class _Follower:
         return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.opt = lambda: None  # type: ignore[assignment,return-value]
+        self.opt = lambda: None  # type: ignore[assignment]
 
 
 def follow(opt: FlatOptimizer, model: torch.nn.Module) -> Handles:

@@ -30,9 +30,6 @@ def follow_parameters(opt: FlatOptimizer, buckets: Iterable[Bucket]) -> None:
         for p in bucket.params:
             if p.grad is not None:
                 p.grad = like(p.grad, p)
-            for waiting in (cycle.aside, cycle.clean):
-                if p in waiting:
-                    waiting[p] = like(waiting[p], p)
             state = opt.state.get(p, {})
             for key, value in state.items():
                 if isinstance(value, Tensor):

@@ -71,8 +71,8 @@ def warn_rounded_away(opt: FlatOptimizer, plan: Plan) -> None:
                 total += p.numel()
     if total:
         warnings.warn(
-            f"{type(opt.method).__name__} climbs on bfloat16 weights: {moved / total:.0%} of {total} weights moved, for "
-            "the others the step is below half an ulp; keep the weights in float32 under autocast to perturb all of them",
+            f"{type(opt.method).__name__} climbs on bfloat16 weights: {moved / total:.0%} of {total} weights moved; "
+            "for the rest the step is below half an ulp; float32 weights under autocast are perturbed fully",
             UserWarning,
             stacklevel=5,
         )

@@ -49,7 +49,7 @@ def perturb(opt: FlatOptimizer, scaler: Any) -> None:
             if fresh:
                 if scaler is not None:
                     unscale_pass(opt, scaler)
-                cycle.set_aside(params, cycle.clean)
+                cycle.clean = cycle.take_gradients(params)
     if cycle.aside:
         cycle.put_back(params)
     torch.clear_autocast_cache()
@@ -184,7 +184,8 @@ def combined(norms: list[Tensor]) -> Tensor:
     """The norm over several buckets, on the device of the first."""
     if len(norms) == 1:
         return norms[0]
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    return total
 
 
 @contextmanager
@@ -223,7 +224,7 @@ def restore(opt: FlatOptimizer) -> None:
         if counted and cycle.scaler is not None and not cycle.clean:
             unscale_pass(opt, cycle.scaler)
     if counted or cycle.rounds:
-        cycle.set_aside(params, cycle.aside)
+        cycle.aside = cycle.take_gradients(params)
         cycle.rounds += counted
 
 
@@ -234,7 +235,8 @@ def has_round_gradient(opt: FlatOptimizer, params: list[Tensor] | None = None) -
     if not cycle.rounds:
         return cycle.is_fresh(params)
     # The sum of earlier rounds is in `.grad`; any parameter may be the one that this round has added to.
-    return any(p.grad is not None and cycle.sum_versions.get(p) != p.grad._version for p in params)
+    pairs = zip(params, cycle.sum_versions, strict=True)
+    return any(p.grad is not None and p.grad._version != version for p, version in pairs)
 
 
 def remember_squares(opt: FlatOptimizer) -> None:
@@ -253,7 +255,7 @@ def remember_squares(opt: FlatOptimizer) -> None:
             rest = iter(norms)
             lam = float(group["lam"])
             for p in params:
-                g = next(rest) if p.dim() >= 2 else p.grad.float().flatten()  # type: ignore[union-attr]
+                g = next(rest) if p.dim() >= 2 else p.grad.float().flatten()
                 opt.cycle.squares[p] = (g / lam).square() if lam else torch.zeros_like(g)
 
 
@@ -272,10 +274,10 @@ def abort_round(opt: FlatOptimizer) -> None:
         if has_round_gradient(opt):
             cycle.rounds = 0
         else:
-            cycle.set_aside(params, cycle.aside)
+            cycle.aside = cycle.take_gradients(params)
     for p in params:
         p.grad = None
-    cycle.clean.clear()
+    cycle.clean = []
     cycle.scaler = None
     if not cycle.rounds:
         cycle.drop_pending()

@@ -85,8 +85,14 @@ class Plans:
     def __init__(self) -> None:
         self._plans: dict[Hashable, Plan] = {}
 
-    def get(self, groups: list[Group], params: list[Tensor], perturbed: Plan | None, flags: Callable[[Group], Hashable],
-            master: Callable[[Tensor], bool]) -> Plan:  # fmt: skip
+    def get(
+        self,
+        groups: list[Group],
+        params: list[Tensor],
+        perturbed: Plan | None,
+        flags: Callable[[Group], Hashable],
+        master: Callable[[Tensor], bool],
+    ) -> Plan:
         """The plan of `params`: split by device, `flags(group)`, masters, and membership in `perturbed`."""
         key = (
             tuple(map(id, params)),
@@ -105,7 +111,13 @@ class Plans:
         self._plans.clear()
 
 
-def _build(groups, params, perturbed, flags, master) -> Plan:
+def _build(
+    groups: list[Group],
+    params: list[Tensor],
+    perturbed: Plan | None,
+    flags: Callable[[Group], Hashable],
+    master: Callable[[Tensor], bool],
+) -> Plan:
     wanted = {id(p) for p in params}
     members = perturbed.members if perturbed is not None else frozenset()
     buckets: dict[Hashable, Bucket] = {}

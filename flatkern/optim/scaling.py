@@ -33,7 +33,7 @@ def unscale_pass(opt: FlatOptimizer, scaler: Any) -> None:
 
 def factor(opt: FlatOptimizer, rounds: int, device: torch.device) -> Tensor | None:
     """1 / (loss scale x rounds), 0-dim float32; None stands for 1."""
-    scale = getattr(opt, "grad_scale", None)
+    scale: Tensor | None = getattr(opt, "grad_scale", None)
     if scale is None:
         return None if rounds == 1 else torch.tensor(1.0 / rounds, dtype=torch.float32, device=device)
     return (scale.to(device=device, dtype=torch.float32).reshape(()) * rounds).reciprocal()
@@ -41,7 +41,7 @@ def factor(opt: FlatOptimizer, rounds: int, device: torch.device) -> Tensor | No
 
 def found_inf(opt: FlatOptimizer, device: torch.device) -> Tensor | None:
     """Nonzero where the step must be skipped; None without a scaler and without an ascent."""
-    flag = getattr(opt, "found_inf", None)
+    flag: Tensor | None = getattr(opt, "found_inf", None)
     skip = opt.cycle.skip
     if flag is None:
         return None if skip is None else skip.to(device)

@@ -127,15 +127,13 @@ def _mixed_gradients(opt: FlatOptimizer, params: list[Tensor], rounds: int) -> G
             "gradient that the scaler does not see in step()"
         )
     if not fresh_clean:
-        noisy = [p.grad for p in params] if cycle.plan is not None else [cycle.aside.get(p) for p in params]
-        # Set aside by restore(), they were unscaled there only if they came before the clean ones.
-        return Gradients(noisy, [cycle.clean.get(p) for p in params], rounds, True)
+        noisy = [p.grad for p in params] if cycle.plan is not None else cycle.aside
+        return Gradients(noisy, cycle.clean, rounds, True)
     scale = getattr(opt, "grad_scale", None)
     if scale is not None:
         # restore() has unscaled the perturbed gradients; `.grad`, the clean one, still carries the scale.
-        torch._foreach_mul_([p.grad for p in params if p.grad is not None], scale.reciprocal())  # type: ignore[arg-type]
-    noisy = [cycle.aside.get(p) for p in params]
-    return Gradients(noisy, [p.grad for p in params], rounds, True, torch.tensor(1.0 / rounds))
+        torch._foreach_mul_([p.grad for p in params if p.grad is not None], scale.reciprocal())
+    return Gradients(cycle.aside, [p.grad for p in params], rounds, True, torch.tensor(1.0 / rounds))
 
 
 def _apply(opt: FlatOptimizer, params: list[Tensor], gradients: Gradients, noise: Tensor | None = None) -> None:

@@ -1,0 +1,50 @@
+"""The README keeps its word: its code runs, its commands exist, its tables are the committed results."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import flatkern
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_readme_code_blocks_run_in_order():
+    """All Python blocks, one after the other as a reader would paste them; the weights end clean and finite."""
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 4
+    scope = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), scope)
+    assert not scope["opt"].is_perturbed
+    assert all(torch.isfinite(p).all() for p in scope["model"].parameters())
+    assert all(torch.equal(p, s) for p, s in zip(scope["params"], scope["saved"], strict=True))
+
+
+def test_readme_commands_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"make ([a-z-]+)", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
+
+
+def test_readme_names_only_what_exists():
+    for name in set(re.findall(r"flatkern\.([A-Za-z_]+)", README)):
+        assert hasattr(flatkern, name), f"flatkern.{name}"
+    for path in set(re.findall(r"`((?:flatkern|csrc|bench|tests)/[\w./]+)`", README)):
+        assert (ROOT / path).exists(), path
+
+
+def test_readme_tables_are_the_committed_results():
+    render = pytest.importorskip("bench.render", reason="the benchmark tables need the repository's bench folder")
+    results = json.loads((ROOT / "bench/results/cpu.json").read_text())
+    assert render.BLOCK.search(README), "the README has no benchmark table"
+    assert render.embed(README, results) == README
+
+
+def test_every_method_and_base_is_in_the_readme():
+    for name in set(flatkern.__all__) - {"Cost", "backends", "cost"}:
+        assert re.search(rf"\b{name}\b", README), name
