@@ -9,15 +9,16 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .demo_methods import METHODS
 from .demo_report import BASE, TITLES, Summary
-from .demo_training import METHODS, SETTINGS
+from .demo_training import SETTINGS
 
 # Blue: random perturbations; warm: ascent; black: the base. (color, line style)
 LOOKS = {
     "SGD": ("black", "-"),
     "SGD, 2x steps": ("#888888", "-"),
     "RWP": ("#74a9cf", "-"),
-    "RWP rolling": ("#74a9cf", ":"),
+    "RWP rolling": ("#74a9cf", "-"),
     "ARWP": ("#74a9cf", "--"),
     "m-RWP": ("#034e7b", "-"),
     "m-ARWP": ("#034e7b", "--"),
@@ -73,7 +74,15 @@ def accuracies(axis: Axes, names: list[str], runs: list[dict[str, Any]], summary
         row = summary[name]
         axis.errorbar(row["accuracy"], k, xerr=row["accuracy_std"], fmt="o", color=color, capsize=3, markersize=6)
         text = f"{row['accuracy']:.1f}"
-        axis.annotate(text, (row["accuracy"], k), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+        axis.annotate(
+            text,
+            (row["accuracy"], k),
+            (0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.6},
+        )
     rows(axis, names)
 
 
@@ -93,13 +102,19 @@ def times(axis: Axes, names: list[str], summary: Summary) -> None:
 
 
 def curves(axis: Axes, names: list[str], runs: list[dict[str, Any]]) -> None:
-    """Mean test accuracy against the share of training done."""
+    """Mean test accuracy against the share of training done; the first steep part is cut off."""
+    lowest = 100.0
     for name in names:
+        if name == "RWP rolling":  # lies on RWP
+            continue
         of = [run["curve"] for run in runs if run["method"] == name]
         share = [100 * point["step"] / of[0][-1]["step"] for point in of[0]]
         values = [mean(points) for points in zip(*([p["accuracy"] for p in curve] for curve in of), strict=True)]
         color, line = LOOKS[name]
-        width = 2.4 if name == BASE else 1.5
-        axis.plot(share, values, line, color=color, linewidth=width, label=name, zorder=3 if name == BASE else 2)
+        width, order = (2.4, 3) if name == BASE else (1.5, 2)
+        label = "RWP, and RWP rolling" if name == "RWP" else name
+        axis.plot(share, values, line, color=color, linewidth=width, label=label, zorder=order)
+        lowest = min([lowest, *values[len(values) // 3 :]])
+    axis.set_ylim(bottom=lowest - 1)
     axis.set_xlabel("training done (%)")
     axis.grid(axis="y", linewidth=0.4, alpha=0.6)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from statistics import mean, median, stdev
 from typing import Any
 
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .demo_training import BATCH, METHODS, PROBE_SIGMA, SETTINGS, TEST, TRAIN
+from .demo_methods import EPOCHS, METHODS
+from .demo_training import PROBE_SIGMA, SETTINGS, TEST, TRAIN
 
 TITLES = {"clean": "clean labels", "noisy": f"{SETTINGS['noisy']:.0%} wrong labels"}
 BASE = "SGD"
@@ -33,10 +35,11 @@ def summarise(runs: list[dict[str, Any]]) -> Summary:
             step_ms, optimizer_ms = (median(r[key] for r in of) for key in ("step_ms", "optimizer_ms"))
             spread = max(deviation(accuracy), deviation(list(base.values())))
             summary.setdefault(setting, {})[name] = {
+                "seeds": len(of),
                 "accuracy": mean(accuracy),
                 "accuracy_std": deviation(accuracy),
                 "difference_to_sgd": difference,
-                # One seed has no deviation, so nothing is told apart.
+                # One seed has no deviation, so all are marked.
                 "within_one_std": len(of) < 2 or abs(difference) <= spread,
                 "loss_increase": mean(r["loss_increase"] for r in of),
                 "train_loss": mean(r["train_loss"] for r in of),
@@ -55,7 +58,7 @@ def named(name: str) -> Text:
 
 def accuracy_table(summary: Summary, seeds: int) -> Table:
     """Accuracies of both settings; fits into 80 columns."""
-    over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    over = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
     table = Table(title=f"Test accuracy in %, {over}", title_justify="left", title_style="bold", box=None)
     table.add_column("")
     for title in TITLES.values():
@@ -78,8 +81,9 @@ def accuracy_cells(name: str, row: dict[str, Any]) -> list[Text]:
         better = "green" if row["difference_to_sgd"] > 0 else "red"
         mark = "≈" if row["within_one_std"] else " "
         difference = Text(f"{row['difference_to_sgd']:+.1f}{mark}", style="dim" if row["within_one_std"] else better)
+    spread = f" ± {row['accuracy_std']:.1f}" if row["seeds"] > 1 else ""
     return [
-        Text(f"{row['accuracy']:.1f} ± {row['accuracy_std']:.1f}", style=style),
+        Text(f"{row['accuracy']:.1f}{spread}", style=style),
         difference,
         Text(f"{row['loss_increase']:.4f}", style=style),
     ]
@@ -109,16 +113,25 @@ def cost_table(summary: Summary, served_by: str) -> Table:
     return table
 
 
-def notes(parameters: int) -> str:
+def notes(summary: Summary, seeds: int) -> list[RenderableType]:
     """What the numbers are and are not."""
-    return (
-        "≈      within one standard deviation of SGD: no difference was shown. Differences are to SGD of the same seed.\n"
-        f"rise   of the training loss, on average, under noise of {PROBE_SIGMA} times the filter's norm; small is flat.\n"
-        "passes reads and writes of all weights that the optimizer needs per step (flatkern.cost): what counts for large\n"
-        f"       models. This one has {parameters} weights, all in cache, so its milliseconds are mostly the cost of calls.\n"
-        f"\nTiny data ({TRAIN} training images of 8x8 pixels, {TEST} test images, batches of {BATCH}): it shows that the "
-        "methods work, not which is best.\nSame start, same batches and same number of steps for all; methods with two "
-        "gradients compute twice as much per step,\nas does SGD with 2x steps in total. Learning rate and weight decay "
-        "were tuned for SGD and are shared; each method's\nstrength was tuned per setting. Both on validation images with "
-        "right labels (--search), never on test images.\nRWP rolling is RWP with fewer passes: the same weights, bit for bit."
+    words = Table.grid(padding=(0, 2))
+    words.add_column(style="bold", no_wrap=True)
+    words.add_row("≈", "within one standard deviation of SGD's accuracy: no difference was shown")
+    if seeds == 1:
+        words.add_row("", "one seed has no standard deviation, so all are marked")
+    words.add_row("- SGD", "mean difference to SGD with the same seed")
+    words.add_row("rise", f"of the training loss under noise of {PROBE_SIGMA} times each filter's norm; small is flat;")
+    words.add_row("", "a network that has learned little is flat, too")
+    words.add_row("passes", "reads and writes of all weights per step that the method needs (flatkern.cost)")
+    text = (
+        f"What this is: {TRAIN} training images of 8x8 pixels, {TEST} test images, a network of "
+        f"{summary['clean'][BASE]['parameters']} weights. It shows that the methods work, not which is best. "
+        "All runs of a seed have the same start, batches and number of steps (SGD, 2x steps: twice as many); methods "
+        "with two gradients compute twice as much per step. Hyper-parameters were chosen per setting and method for "
+        f"{EPOCHS} epochs with other seeds, on validation images with right labels and never on test images "
+        "(--search); each method had as many candidates as SGD. RWP rolling is RWP in fewer passes: the same weights, "
+        "bit for bit. Milliseconds are medians. A network this small fits in cache, so they are mostly the cost of "
+        "calls; on large ones it is the passes that count."
     )
+    return [words, "", text]

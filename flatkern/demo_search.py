@@ -7,24 +7,29 @@ from collections.abc import Callable, Iterator
 from statistics import mean
 from typing import Any
 
-from .demo_training import METHODS, SETTINGS, load_data, train
+from .demo_methods import METHODS
+from .demo_training import SETTINGS, load_data, train
 
 # Other seeds than the demo's, so other initial weights, batches and wrong labels.
-SEEDS = range(1000, 1005)
-BASE = {"lr": (0.05, 0.1, 0.2), "weight_decay": (5e-4, 5e-3, 5e-2)}
+SEEDS = range(1000, 1003)
+# 16 candidates for every method: SGD's learning rate is tuned with its weight decay, and is everybody's; each other
+# method tunes its strength with its weight decay, because both act against memorized labels.
+LR = (0.02, 0.05, 0.1, 0.2)
+WEIGHT_DECAY = (5e-4, 5e-3, 2e-2, 5e-2)
+SIGMA, RHO, ADAPTIVE_RHO = (0.01, 0.03, 0.07, 0.15), (0.02, 0.05, 0.1, 0.2), (0.1, 0.25, 0.5, 1.0)
 STRENGTHS = {
-    "RWP": (0.005, 0.01, 0.02, 0.04, 0.08),
-    "ARWP": (0.005, 0.01, 0.02, 0.04, 0.08),
-    "m-RWP": (0.005, 0.01, 0.02, 0.04, 0.08),
-    "m-ARWP": (0.005, 0.01, 0.02, 0.04, 0.08),
-    "SAM": (0.05, 0.1, 0.2, 0.4, 0.8),
-    "ASAM": (0.5, 1.0, 2.0, 4.0, 8.0),
-    "mSAM": (0.05, 0.1, 0.2, 0.4, 0.8),
+    "RWP": SIGMA,
+    "ARWP": SIGMA,
+    "m-RWP": SIGMA,
+    "m-ARWP": SIGMA,
+    "SAM": RHO,
+    "ASAM": ADAPTIVE_RHO,
+    "mSAM": RHO,
 }
 
 
 def search(epochs: int, backend: str | None, settings: Any = SETTINGS) -> Iterator[dict[str, Any]]:
-    """Every candidate with its validation accuracy; learning rate and weight decay first, for SGD, then shared.
+    """Every candidate with its validation accuracy, SGD's first.
 
     A candidate's `chosen` is True if it is the best of its method so far.
     """
@@ -34,12 +39,16 @@ def search(epochs: int, backend: str | None, settings: Any = SETTINGS) -> Iterat
         def score(name: str, hyper: dict[str, float]) -> tuple[float, float]:
             runs = [train(name, data[s], s, epochs, hyper, backend, "validation", points=1) for s in SEEDS]  # noqa: B023
             ends = [run["curve"][-1] for run in runs]
-            return mean(end["accuracy"] for end in ends), -mean(end["loss"] for end in ends)
+            # Rounded, so that equal accuracies are equal and the loss decides.
+            return round(mean(end["accuracy"] for end in ends), 6), -mean(end["loss"] for end in ends)
 
-        base = yield from _best(setting, "SGD", [dict(zip(BASE, v)) for v in itertools.product(*BASE.values())], score)
+        grid = itertools.product(LR, WEIGHT_DECAY)
+        base = yield from _best(setting, "SGD", [{"lr": lr, "weight_decay": decay} for lr, decay in grid], score)
         for name, strengths in STRENGTHS.items():
+            grid = itertools.product(WEIGHT_DECAY, strengths)
             key = METHODS[name].strength
-            yield from _best(setting, name, [{**base, key: s} for s in strengths], score)
+            candidates = [{"lr": base["lr"], "weight_decay": decay, key: value} for decay, value in grid]
+            yield from _best(setting, name, candidates, score)
 
 
 def _best(setting: str, name: str, candidates: list[Any], score: Callable[..., tuple[float, float]]) -> Any:

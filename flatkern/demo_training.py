@@ -10,50 +10,19 @@ from statistics import median
 from typing import Any
 
 import torch
-from sklearn.datasets import load_digits  # type: ignore[import-untyped]
-from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import flatkern
 
+from .demo_methods import METHODS
+
 SETTINGS = {"clean": 0.0, "noisy": 0.4}  # share of training labels replaced by another class
 TEST, TRAIN = 897, 600  # of 1797 images; the 300 that remain are the validation set of the search
-BATCH, MOMENTUM, SHARDS = 50, 0.9, 4
-PROBE_SIGMA, PROBE_DRAWS = 0.02, 20  # noise of the sharpness measure
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of the demo.
-
-    Fields:
-        perturb: from the tuned strength and the run's seed to flatkern's description.
-        strength: which value of it is tuned.
-        gradients: full-batch gradient evaluations per step.
-        length: training steps, as a multiple of the others'.
-    """
-
-    perturb: Callable[[float, int], flatkern.RWP | flatkern.SAM | None]
-    strength: str | None = None
-    gradients: int = 1
-    length: int = 1
-
-
-# lam = 0.5, eta = 0.1 and beta = 0.99 are the papers' (arXiv:2211.11489, arXiv:2404.00357), ASAM's eta = 0.01 too
-# (arXiv:2102.11600). Only the strength is tuned.
-METHODS = {
-    "SGD": Method(lambda _, seed: None),
-    "SGD, 2x steps": Method(lambda _, seed: None, length=2),
-    "RWP": Method(lambda s, seed: flatkern.RWP(s, seed=seed), "sigma"),
-    "RWP rolling": Method(lambda s, seed: flatkern.RWP(s, seed=seed, rolling=True), "sigma"),
-    "ARWP": Method(lambda s, seed: flatkern.RWP(s, eta=0.1, seed=seed), "sigma"),
-    "m-RWP": Method(lambda s, seed: flatkern.RWP(s, lam=0.5, seed=seed), "sigma", 2),
-    "m-ARWP": Method(lambda s, seed: flatkern.RWP(s, lam=0.5, eta=0.1, seed=seed), "sigma", 2),
-    "SAM": Method(lambda s, seed: flatkern.SAM(s), "rho", 2),
-    "ASAM": Method(lambda s, seed: flatkern.ASAM(s), "rho", 2),
-    "mSAM": Method(lambda s, seed: flatkern.SAM(s), "rho", 2),
-}
+BATCH, MOMENTUM, SHARDS = 50, 0.9, 4  # mSAM: 4 shards of 12 or 13 images
+PROBE_SIGMA, PROBE_DRAWS = 0.02, 10  # noise of the sharpness measure
 
 
 @dataclass(frozen=True)
@@ -218,7 +187,7 @@ def train(
         "accuracy": curve[-1]["accuracy"],
         "curve": curve,
         "train_loss": evaluate(model, data.train)[1],
-        "loss_increase": loss_increase(model, data.train, seed),
+        "loss_increase": loss_increase(model, data.train, seed, backend),
         "step_ms": median(watch.steps),
         "optimizer_ms": median(watch.optimizer),
         "cost": cost(name, opt),
@@ -234,15 +203,15 @@ def evaluate(model: nn.Module, part: tuple[Tensor, Tensor]) -> tuple[float, floa
     return 100 * correct / len(part[1]), cross_entropy(logits, part[1]).item()
 
 
-def loss_increase(model: nn.Module, part: tuple[Tensor, Tensor], seed: int) -> float:
+def loss_increase(model: nn.Module, part: tuple[Tensor, Tensor], seed: int, backend: str | None) -> float:
     """Mean of L(w + e) - L(w) over draws of filter-wise noise; `part` is the training set with its given labels."""
     params = list(model.parameters())
     saved = [p.detach().clone() for p in params]
     start, total = evaluate(model, part)[1], 0.0
     for draw in range(PROBE_DRAWS):
-        flatkern.perturb_(params, PROBE_SIGMA, seed=seed, stream=1, round=draw)
+        flatkern.perturb_(params, PROBE_SIGMA, seed=seed, stream=1, round=draw, backend=backend)
         total += evaluate(model, part)[1] - start
-        flatkern.restore_(params, saved)
+        flatkern.restore_(params, saved, backend=backend)
     return total / PROBE_DRAWS
 
 

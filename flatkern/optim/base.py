@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..checks import check_backend, check_outer_filters, check_parameters, check_uint32, check_value
 from ..methods import RWP, SAM
-from . import checkpoint, closures, follow, messages, perturbations, update
+from . import checkpoint, closures, follow, messages, perturbations, scaling, update
 from .cycle import Cycle, holders
 from .plan import Bucket, Group
 
@@ -59,7 +59,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         return {} if perturb is None else {**perturb.defaults, "perturb": True}
 
     def _new_cycle(self) -> None:
-        self.cycle = Cycle(self.backend)
+        self.cycle = Cycle(self.backend, weakref.ref(self))
         # An optimizer that is collected while its parameters are perturbed leaves clean weights behind.
         weakref.finalize(self, self.cycle.abandon).atexit = False
 
@@ -83,13 +83,17 @@ class FlatOptimizer(torch.optim.Optimizer):
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 check_value(key, value)
         if isinstance(self.method, RWP):
-            if (group["lam"] is None) != (self.method.lam is None):
-                raise ValueError(
-                    f"{type(self).__name__}: a group has lam={group['lam']!r} and the method lam={self.method.lam!r}; "
-                    "lam may not mix None and a number"
-                )
+            self._check_lam(group)
             for key in ("seed", "stream", "round"):
                 check_uint32(type(self).__name__, key, int(group[key]))
+
+    def _check_lam(self, group: Group) -> None:
+        assert isinstance(self.method, RWP)
+        if (group["lam"] is None) != (self.method.lam is None):
+            raise ValueError(
+                f"{type(self).__name__}: a group has lam={group['lam']!r} and the method lam={self.method.lam!r}; "
+                "lam may not mix None and a number"
+            )
 
     # --- what is where ---------------------------------------------------------------------------
 
@@ -183,6 +187,8 @@ class FlatOptimizer(torch.optim.Optimizer):
         The round's gradients are set aside (pointers, no arithmetic) until the next `perturb()` or
         `step()`. On clean weights nothing happens.
         """
+        if self.rolling:
+            raise RuntimeError("restore: a rolling optimizer is restored by eval(), or by follow(model)")
         perturbations.restore(self)
 
     @torch.no_grad()
@@ -207,7 +213,11 @@ class FlatOptimizer(torch.optim.Optimizer):
         if closure is not None:
             return closures.step(self, closure)
         messages.refuse_suspended(self, "step")
-        update.step(self)
+        try:
+            update.step(self)
+        except BaseException:
+            scaling.forget(self)
+            raise
         cycle.steps += 1
         if cycle.steps == 10:
             messages.warn_never_perturbed(self)

@@ -17,7 +17,7 @@ Closure = Callable[[], Any]
 
 
 def step(opt: FlatOptimizer, closure: Closure | list[Closure]) -> Any:
-    """Run the closures and step; on every way out the weights are clean (rolling: as `step()` leaves them)."""
+    """Run the closures and step; on every way out the weights are clean (rolling: after a failure)."""
     cycle = opt.cycle
     messages.refuse_suspended(opt, "step")
     if getattr(opt, "grad_scale", None) is not None or getattr(opt, "found_inf", None) is not None:
@@ -28,12 +28,12 @@ def step(opt: FlatOptimizer, closure: Closure | list[Closure]) -> Any:
     closures = list(closure) if isinstance(closure, (list, tuple)) else [closure]
     if not closures or not all(callable(c) for c in closures):
         raise TypeError(f"step: closure is {closure!r}, but should be a callable or a list of them")
-    params = opt._parameters()
-    if cycle.is_fresh(params):
-        return _with_gradients_on_entry(opt, closures)
-    if cycle.plan is None and (cycle.rounds or cycle.clean):
+    fresh = cycle.is_fresh(opt._parameters())
+    if not fresh and cycle.plan is None and (cycle.rounds or cycle.clean):
         raise RuntimeError("step: rounds are pending; finish them with step() without a closure, or release() them")
     try:
+        if fresh:
+            return _with_gradients_on_entry(opt, closures)
         if opt.rolling or cycle.plan is not None:
             return _one(opt, closures)
         if isinstance(opt.method, SAM):
@@ -42,9 +42,9 @@ def step(opt: FlatOptimizer, closure: Closure | list[Closure]) -> Any:
             return _mixed(opt, closures)
         return _one(opt, closures)
     except BaseException:
-        if not opt.rolling:
-            perturbations.abort_round(opt)
-            cycle.drop_pending()
+        perturbations.abort_round(opt)
+        cycle.drop_pending()
+        _clear(opt)  # what a failed pass left behind is nobody's gradient
         raise
 
 

@@ -28,6 +28,7 @@ class Cycle:
     """Mutable state of one optimizer between calls."""
 
     backend: str | None
+    owner: weakref.ref[Any]  # the optimizer itself, not a proxy of it
     plan: Plan | None = None  # what is perturbed now; None: weights are clean
     plans: Plans = field(default_factory=Plans)
     backups: dict[Tensor, Tensor] = field(default_factory=dict)  # scratch, kept for the optimizer's life

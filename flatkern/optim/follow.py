@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +25,7 @@ class _Follower:
     """Holds the optimizer weakly: the model's hooks must not keep a replaced optimizer alive."""
 
     def __init__(self, opt: FlatOptimizer) -> None:
-        self.opt = weakref.ref(opt)
+        self.opt = opt.cycle.owner
 
     def forward(self, model: torch.nn.Module, *args: Any) -> None:
         opt = self.opt()

@@ -53,7 +53,7 @@ def warn_never_perturbed(opt: FlatOptimizer) -> None:
         f"{type(opt).__name__} has {type(opt.method).__name__} but has not perturbed in its first 10 steps, "
         f"so it is the plain base optimizer; the expected pattern is: {pattern(opt)}",
         UserWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
@@ -65,8 +65,9 @@ def warn_rounded_away(opt: FlatOptimizer, plan: Plan) -> None:
     cycle.warned.add("rounded")
     moved = total = 0
     for bucket in plan.buckets:
+        climbs = any(group["rho"] > 0 for group in bucket.groups)
         for p, clean in zip(bucket.params, bucket.clean, strict=True):
-            if p.dtype == torch.bfloat16:
+            if p.dtype == torch.bfloat16 and climbs:
                 moved += int((p != clean.to(p.dtype)).sum())
                 total += p.numel()
     if total:
@@ -74,5 +75,5 @@ def warn_rounded_away(opt: FlatOptimizer, plan: Plan) -> None:
             f"{type(opt.method).__name__} climbs on bfloat16 weights: {moved / total:.0%} of {total} weights moved; "
             "for the rest the step is below half an ulp; float32 weights under autocast are perturbed fully",
             UserWarning,
-            stacklevel=5,
+            stacklevel=6,
         )

@@ -14,7 +14,7 @@ from ..methods import ASAM, RWP, SAM
 from ..tables import history_length
 from . import layouts, messages
 from .plan import Bucket, Plan
-from .scaling import unscale_pass
+from .scaling import loss_scale, unscale_pass
 
 if TYPE_CHECKING:
     from .base import FlatOptimizer
@@ -44,12 +44,11 @@ def perturb(opt: FlatOptimizer, scaler: Any) -> None:
         scatter(opt)
         for group in opt.param_groups:
             group["round"] += 1
-        if method.lam is not None and method.mix == "gradients":
-            cycle.scaler = scaler
-            if fresh:
-                if scaler is not None:
-                    unscale_pass(opt, scaler)
-                cycle.clean = cycle.take_gradients(params)
+        cycle.scaler = scaler
+        if fresh and method.mix == "gradients":
+            if scaler is not None:
+                unscale_pass(opt, scaler)
+            cycle.clean = cycle.take_gradients(params)
     if cycle.aside:
         cycle.put_back(params)
     torch.clear_autocast_cache()
@@ -57,6 +56,8 @@ def perturb(opt: FlatOptimizer, scaler: Any) -> None:
 
 def _check_rwp(opt: FlatOptimizer, method: RWP, fresh: bool) -> None:
     cycle = opt.cycle
+    for group in opt.param_groups:
+        opt._check_lam(group)
     if method.lam is None:
         if fresh:
             raise RuntimeError(
@@ -106,9 +107,14 @@ def noise_of(opt: FlatOptimizer) -> Tensor:
     return torch.tensor(keys.pop(), dtype=torch.int64)
 
 
+def current_plan(opt: FlatOptimizer) -> Plan:
+    """What the next noise goes to."""
+    return _plan(opt, _perturbable(opt))
+
+
 def scatter(opt: FlatOptimizer) -> None:
     """CLEAN -> PERTURBED by the noise of the current round, which does not advance here."""
-    plan = _plan(opt, _perturbable(opt))
+    plan = current_plan(opt)
     noise = noise_of(opt)
 
     def draw() -> None:
@@ -253,10 +259,10 @@ def remember_squares(opt: FlatOptimizer) -> None:
             if wide:
                 resolve("filter_norms_", wide[0].device.type, opt.backend)(norms, wide)
             rest = iter(norms)
-            lam = float(group["lam"])
+            scale = float(group["lam"]) * loss_scale(opt.cycle.scaler)
             for p in params:
                 g = next(rest) if p.dim() >= 2 else p.grad.float().flatten()
-                opt.cycle.squares[p] = (g / lam).square() if lam else torch.zeros_like(g)
+                opt.cycle.squares[p] = (g / scale).square() if group["lam"] else torch.zeros_like(g)
 
 
 def abort_round(opt: FlatOptimizer) -> None:

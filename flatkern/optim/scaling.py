@@ -31,6 +31,32 @@ def unscale_pass(opt: FlatOptimizer, scaler: Any) -> None:
         cycle.require_finite(flag.reshape(()))
 
 
+def loss_scale(scaler: Any) -> float | Tensor:
+    """What the scaler multiplies the loss by; 1 without one. A tensor, so that the host need not wait."""
+    return 1.0 if scaler is None or not scaler.is_enabled() else scaler._get_scale_async()
+
+
+def check_recorded(opt: FlatOptimizer) -> None:
+    """Refuse a scaled step whose gradients the scaler has not seen: its `found_inf` is then an empty sum."""
+    flag = getattr(opt, "found_inf", None)
+    if flag is not None and not isinstance(flag, Tensor):
+        raise RuntimeError(
+            "step: the scaler has seen no gradient in .grad; under a GradScaler the last round ends in step(), "
+            "not in restore()"
+        )
+    if flag is not None and opt.cycle.squares and opt.cycle.scaler is None:
+        raise RuntimeError(
+            'step: m-ARWP with mix="losses" under a GradScaler needs perturb(scaler=scaler), for the scale of '
+            "the perturbed gradient"
+        )
+
+
+def forget(opt: FlatOptimizer) -> None:
+    """After a refused step: the scaler only removes what it hung on the optimizer when a step succeeds."""
+    for name in ("grad_scale", "found_inf"):
+        opt.__dict__.pop(name, None)
+
+
 def factor(opt: FlatOptimizer, rounds: int, device: torch.device) -> Tensor | None:
     """1 / (loss scale x rounds), 0-dim float32; None stands for 1."""
     scale: Tensor | None = getattr(opt, "grad_scale", None)

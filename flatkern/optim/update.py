@@ -68,6 +68,7 @@ def step(opt: FlatOptimizer) -> None:
     """One optimizer step, whatever the mode; raises before anything has changed."""
     cycle = opt.cycle
     params = opt._parameters()
+    scaling.check_recorded(opt)
     if opt.rolling:
         _rolling_step(opt, params)
         return
@@ -202,13 +203,15 @@ def _forming(opt: FlatOptimizer, bucket: Bucket, clean: Any, gradients: Gradient
         grad_weight = bucket.values("sign", opt._sign)
 
     adaptive = isinstance(opt.method, RWP) and any(g["eta"] > 0 and g["perturb"] for g in bucket.groups)
+    # Made at the first step, whatever it is: checkpoints are loaded into the state that a first step makes.
+    history = opt._histories(bucket.params) if adaptive else None
     remembers = adaptive and gradients.perturbed and not opt.cycle.squares
     draws = noise is not None and bucket.perturbed
     factor = gradients.factor
     return Forming(
         backups=opt.cycle.backups_of(bucket) if bucket.perturbed and not bucket.masters else None,
         masters=opt._masters(bucket.params) if bucket.masters else None,
-        history=opt._histories(bucket.params) if remembers else None,
+        history=history if remembers else None,
         clean_grads=clean,
         noise=noise if draws else None,
         grad_scale=scaling.factor(opt, gradients.rounds, bucket.device) if factor is None else factor.to(bucket.device),
@@ -266,10 +269,8 @@ def _fold_squares(opt: FlatOptimizer) -> None:
         params = [p for p in group["params"] if p.grad is not None]
         for p, history in zip(params, opt._histories(params), strict=True):
             history.mul_(float(group["beta"]))
-            squares = opt.cycle.squares.get(p)
-            if squares is not None:
-                scale = scaling.factor(opt, 1, squares.device)
-                history.add_(squares if scale is None else squares * scale * scale)
+            if p in opt.cycle.squares:
+                history.add_(opt.cycle.squares[p])
 
 
 def _rolling_step(opt: FlatOptimizer, params: list[Tensor]) -> None:
@@ -286,6 +287,14 @@ def _rolling_step(opt: FlatOptimizer, params: list[Tensor]) -> None:
         return
     for group in opt.param_groups:
         group["round"] += 1
+    if perturbations.current_plan(opt) is not plan:
+        # A group or a parameter was switched: one pass cannot serve two sets, so restore, update, perturb.
+        cycle.put_clean_weights(plan)
+        cycle.leave()
+        _apply(opt, params, gradients)
+        perturbations.roll_on(opt)
+        cycle.mark_consumed(params)
+        return
     _apply(opt, params, gradients, perturbations.noise_of(opt))
     for bucket in plan.buckets:
         # Masters are new tensors after the first update of a freshly loaded model.

@@ -57,14 +57,26 @@ class Wrap(FlatOptimizer):
             for key, value in method_defaults.items():
                 group.setdefault(key, value)
         super().__init__(base_optimizer.param_groups, {**base_optimizer.defaults, **method_defaults})
-        self._share()
         self._check_new_parameters()
         self._ready = True
 
-    def _share(self) -> None:
-        """The base's groups and state are ours; loading a checkpoint replaces them."""
-        self.__dict__["param_groups"] = self.base.param_groups
-        self.__dict__["state"] = self.base.state
+    @property
+    def param_groups(self) -> list[Group]:
+        """The base's own, also after it has loaded a checkpoint."""
+        groups: list[Group] = self.base.param_groups
+        return groups
+
+    @param_groups.setter
+    def param_groups(self, value: Any) -> None:
+        """torch's constructor sets its own list, which nobody needs."""
+
+    @property
+    def state(self) -> Any:
+        return self.base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        """As for the groups."""
 
     def _sign(self, group: Group) -> float:
         return 1.0  # the base turns the gradient over itself
@@ -101,7 +113,6 @@ class Wrap(FlatOptimizer):
     def _finish(self, work: Work) -> None:
         if not any(_is_skipped(forming) for _, _, forming in work):
             self.base.step()
-            self._share()
             for p in [p for p in self.cycle.early_history if p.grad is not None]:
                 self.state[p]["history"] = self.cycle.early_history.pop(p)
         for bucket, _, forming in work:
@@ -113,8 +124,7 @@ class Wrap(FlatOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, on the base, which shares its groups."""
         if not self.__dict__.get("_ready"):
-            torch.optim.Optimizer.add_param_group(self, param_group)
-            return
+            return  # torch's constructor hands over the groups that the base has already
         messages.refuse_unfinished(self, "add_param_group")
         self._join_round(param_group)
         for key, value in self.defaults.items():
@@ -138,7 +148,6 @@ class Wrap(FlatOptimizer):
         ours = () if self.method is None else (*self.method.defaults, "perturb")
         before = [{key: group[key] for key in ours} for group in self.param_groups]
         self.base.load_state_dict(state_dict)
-        self._share()
         for group, kept in zip(self.param_groups, before, strict=True):
             for key, value in kept.items():
                 group.setdefault(key, value)

@@ -1,0 +1,252 @@
+"""A small network, its data, and every method with the training pattern of its user.
+
+What a user writes is in the functions that end up in `METHODS`; flatkern appears through its public names only.
+"""
+
+from collections import namedtuple
+from functools import cache, partial
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+import flatkern
+
+SEED, STREAM = 7, 3
+INDICES = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+@cache
+def batch(index):
+    generator = torch.Generator().manual_seed(100 + index)
+    return torch.randn(4, 4, generator=generator), torch.randn(4, 3, generator=generator)
+
+
+class Network(nn.Module):
+    """linear, tanh, linear, times a 0-D gate. `forward(i)` is the loss on batch i.
+
+    `frozen` does not require a gradient and stands first, so that a noise index which skips it is caught; `sometimes`
+    is used on batches with i % 3 == 0 only, `unused` never. With `explicit_zeros` both have a gradient of zeros there.
+    """
+
+    def __init__(self, dtype=torch.float32, seed=0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.frozen = nn.Parameter(torch.randn(5, generator=generator), requires_grad=False)
+        self.hidden = nn.Parameter(torch.randn(5, 4, generator=generator))
+        self.bias = nn.Parameter(torch.randn(5, generator=generator))
+        self.unused = nn.Parameter(torch.randn(2, 3, generator=generator))
+        self.sometimes = nn.Parameter(torch.randn(3, generator=generator))
+        self.head = nn.Parameter(torch.randn(3, 5, generator=generator))
+        self.gate = nn.Parameter(torch.tensor(0.7))
+        self.to(dtype)
+        self.explicit_zeros = False
+
+    def forward(self, index):
+        x, target = (t.to(self.gate.dtype) for t in batch(index))
+        x = torch.tanh(functional.linear(x, self.hidden, self.bias)) * self.frozen
+        x = functional.linear(x, self.head, self.sometimes if index % 3 == 0 else None)
+        loss = (self.gate * x - target).float().square().mean()
+        if self.explicit_zeros:
+            loss = loss + 0.0 * (self.unused.float().sum() + self.sometimes.float().sum())
+        return loss
+
+
+def make_optimizer(base, params, lr=0.05, weight_decay=0.01, **own):
+    if base == "Wrap":
+        return flatkern.Wrap(torch.optim.SGD(params, lr=lr, momentum=0.9, weight_decay=weight_decay), **own)
+    momentum = {"momentum": 0.9} if base == "SGD" else {}
+    return getattr(flatkern, base)(params, lr=lr, weight_decay=weight_decay, **momentum, **own)
+
+
+class Training:
+    """A network, its optimizer, perhaps a GradScaler: what a pattern acts on."""
+
+    def __init__(self, perturb=None, base="SGD", dtype=torch.float32, scaler=None, **own):
+        self.net = Network(dtype)
+        self.opt = make_optimizer(base, self.net.parameters(), perturb=perturb, **own)
+        self.scaler = scaler
+        self.start = self.weights()
+        self.saw_other_weights = False  # has a forward met weights that are not the initial ones?
+        self.overflow = set()  # of the numbers of backward passes whose gradients are not finite
+        self.passes = 0
+
+    def loss(self, index):
+        self.saw_other_weights |= not same(self.weights(), self.start)
+        return self.net(index)
+
+    def backward(self, index, weight=1.0):
+        """Forward and backward; adds to `.grad`. Returns the loss."""
+        loss = self.loss(index)
+        scale = self.scaler.scale(torch.tensor(1.0)) if self.scaler is not None else 1.0
+        bad = float("inf") if self.passes in self.overflow else 1.0
+        self.passes += 1
+        (loss * weight * scale * bad).backward()
+        return loss.detach()
+
+    def closure(self, index):
+        def call():
+            self.opt.zero_grad()
+            return self.backward(index)
+
+        return call
+
+    def perturb(self):
+        self.opt.perturb() if self.scaler is None else self.opt.perturb(scaler=self.scaler)
+
+    def step(self):
+        if self.scaler is None:
+            self.opt.step()
+        else:
+            self.scaler.step(self.opt)
+            self.scaler.update()
+
+    def weights(self):
+        return [p.detach().clone() for p in self.net.parameters()]
+
+    def clean_weights(self):
+        with self.opt.clean():
+            return self.weights()
+
+    def state(self):
+        """Every tensor of the optimizer's state, by parameter and key."""
+        params = list(self.net.parameters())
+        found = {(k, key): value for k, p in enumerate(params) for key, value in self.opt.state.get(p, {}).items()}
+        return {key: value.clone() for key, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+# One step of each method as its user writes it; step t has batches of its own, so runs can be compared pass by pass.
+
+
+def plain(run, t):
+    run.backward(t)
+    run.step()
+
+
+def noisy(run, t):
+    run.perturb()
+    run.backward(t)
+    run.step()
+
+
+def noisy_block(run, t):
+    with run.opt.perturbed():
+        run.backward(t)
+    run.step()
+
+
+def noisy_rounds(run, t):
+    for k in (0, 1):
+        run.perturb()
+        run.backward(2 * t + k)
+        if k == 0:
+            run.opt.restore()
+    run.step()
+
+
+def clean_first(run, t):
+    run.backward(2 * t)
+    run.perturb()
+    run.backward(2 * t + 1)
+    run.step()
+
+
+def noisy_first(run, t):
+    run.perturb()
+    run.backward(2 * t + 1)
+    run.opt.restore()
+    run.backward(2 * t)
+    run.step()
+
+
+def weighted_clean_first(run, t):
+    run.backward(2 * t, run.opt.loss_weight)
+    run.perturb()
+    run.backward(2 * t + 1, run.opt.loss_weight)
+    run.step()
+
+
+def weighted_noisy_first(run, t):
+    run.perturb()
+    run.backward(2 * t + 1, run.opt.loss_weight)
+    run.opt.restore()
+    run.backward(2 * t, run.opt.loss_weight)
+    run.step()
+
+
+def climbing(run, t):
+    run.backward(t)
+    run.perturb()
+    run.backward(t)
+    run.step()
+
+
+def climbing_shards(run, t):
+    for k in (0, 1):
+        run.backward(2 * t + k)
+        run.perturb()
+        run.backward(2 * t + k)
+        if k == 0:
+            run.opt.restore()
+    run.step()
+
+
+def one_closure(run, t):
+    return run.opt.step(run.closure(t))
+
+
+def two_closures(run, t):
+    return run.opt.step([run.closure(2 * t), run.closure(2 * t + 1)])
+
+
+# `closure` is the same step in torch's closure convention, where the method has one. `base` is what a neutral
+# perturbation leaves: one gradient of batch t, or the mean of those of 2t and 2t + 1.
+Method = namedtuple("Method", "make user closure base", defaults=(None, None))
+
+noise = partial(flatkern.RWP, seed=SEED, stream=STREAM)
+METHODS = {
+    "RWP": Method(partial(noise, sigma=0.1), noisy, one_closure, "one"),
+    "RWP block": Method(partial(noise, sigma=0.1), noisy_block, one_closure, "one"),
+    "RWP rounds": Method(partial(noise, sigma=0.1), noisy_rounds, None, "mean"),
+    "ARWP": Method(partial(noise, sigma=0.1, eta=2.0, beta=0.9), noisy, one_closure, "one"),
+    "ARWP rounds": Method(partial(noise, sigma=0.1, eta=2.0, beta=0.9), noisy_rounds, None, "mean"),
+    "m-RWP": Method(partial(noise, sigma=0.1, lam=0.3), clean_first, two_closures),
+    "m-RWP noisy first": Method(partial(noise, sigma=0.1, lam=0.3), noisy_first, two_closures),
+    "m-RWP losses": Method(partial(noise, sigma=0.1, lam=0.3, mix="losses"), weighted_clean_first),
+    "m-RWP losses noisy first": Method(partial(noise, sigma=0.1, lam=0.3, mix="losses"), weighted_noisy_first),
+    "m-ARWP": Method(partial(noise, sigma=0.1, lam=0.3, eta=2.0, beta=0.9), clean_first, two_closures),
+    "m-ARWP losses": Method(partial(noise, sigma=0.1, lam=0.3, eta=2.0, mix="losses"), weighted_noisy_first),
+    "rolling": Method(partial(noise, sigma=0.1, rolling=True), plain, one_closure, "one"),
+    "rolling ARWP": Method(partial(noise, sigma=0.1, eta=2.0, beta=0.9, rolling=True), plain, one_closure, "one"),
+    "SAM": Method(partial(flatkern.SAM, rho=0.3), climbing, one_closure, "one"),
+    "ASAM": Method(partial(flatkern.ASAM, rho=0.6), climbing, one_closure, "one"),
+    "ASAM all": Method(partial(flatkern.ASAM, rho=0.6, eta=0.0, all_tensors=True), climbing, one_closure, "one"),
+    "mSAM": Method(partial(flatkern.SAM, rho=0.3), climbing_shards, two_closures, "mean"),
+}
+BASES = ("SGD", "Adam", "AdamW", "Wrap")
+
+
+def backends(rows, in_eager):
+    """Rows for every backend, as (backend, *row); eager noise is slow, so there only those that `in_eager` accepts."""
+    rows = [row if isinstance(row, tuple) else (row,) for row in rows]
+    return [(backend, *row) for row in rows for backend in ("eager", "cpp") if backend != "eager" or in_eager(*row)]
+
+
+def train(run, user, steps=3, start=0):
+    for t in range(start, start + steps):
+        user(run, t)
+        run.opt.zero_grad()
+
+
+def same(tensors, others):
+    """Bit for bit, the sign of zeros and what NaNs carry included."""
+    return all(torch.equal(bits(a), bits(b)) for a, b in zip(tensors, others, strict=True))
+
+
+def bits(t):
+    t = t.detach()
+    return t.view(INDICES[t.dtype]) if t.dtype in INDICES else t
+
+
+def same_state(state, other):
+    return state.keys() == other.keys() and same(state.values(), other.values())
