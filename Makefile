@@ -76,16 +76,20 @@ $(VENV)/.editable: $(ENV_STAMP) pyproject.toml setup.py
 	@FLATKERN_BUILD=skip $(PY) -m pip install -qq --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
-# Compiled in place, and only what has changed. A missing compiler is not an error (unless FLATKERN_BUILD=require):
-# `build` says what is live. The stamp has the Python in its name, as the extension has.
-COMPILED := build/.compiled-$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
+# Compiled in place, and only what has changed. Code that does not compile is an error; a missing compiler is not,
+# unless FLATKERN_BUILD=require: `build` says what is live, and the next make tries again.
+SUFFIX := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+COMPILED := build/.compiled$(SUFFIX)
+POLICY = $${FLATKERN_BUILD:-$$(if $(CAN_COMPILE); then echo require; else echo auto; fi)}
+CAN_COMPILE = $(call has,pybind11) && $(call has,ninja) && \
+  { command -v "$${CXX:-g++}" || command -v clang++ || command -v c++; } > /dev/null
 
 $(COMPILED): $(NATIVE) $(if $(NO_VENV),,$(VENV)/.editable)
-	@mkdir -p build
+	@mkdir -p build && rm -f flatkern/_C$(SUFFIX)
 	@if $(call has,setuptools); then \
-	  echo "[3/3] compiling flatkern" && $(PY) setup.py -q build_ext --inplace; \
+	  echo "[3/3] compiling flatkern" && FLATKERN_BUILD=$(POLICY) $(PY) setup.py -q build_ext --inplace; \
 	else echo "not compiled: this Python has no setuptools"; fi
-	@touch $@
+	@if [ -e flatkern/_C$(SUFFIX) ]; then touch $@; fi
 
 # Offline there is no installed package, so a folder of links stands in for one: flatkern/ as it would be
 # installed, with triton_kernels/ inside it. Made anew each time: it takes no time and is never stale.
@@ -112,7 +116,7 @@ bench: build ## microbenchmarks against PyTorch; results go to bench/results
 # Arguments that need a plugin are given only where the plugin is. The benchmarks' own tests run by themselves,
 # and before the others: both folders have a conftest.py and are no packages.
 PYTEST = $(RUN) -m pytest \
-  $$($(call has,xdist) && echo "-n $(JOBS) --dist loadgroup") $$($(call has,pytest_benchmark) && echo --benchmark-disable)
+  $$($(call has,xdist) && echo "-n $(JOBS)") $$($(call has,pytest_benchmark) && echo --benchmark-disable)
 
 test: build check ## build, check, every test (the wheel's too)
 	@$(call has,pytest) || { echo "error: pytest is not installed for $(PY)" >&2; exit 1; }
@@ -139,13 +143,15 @@ wheel-check: $(READY) ## what a wheel and an sdist contain, and that they build 
 
 # The runtimes must be loaded before Python, hence LD_PRELOAD; a compiled probe tells where they are.
 # Leaks are not looked for: CPython and torch keep what they allocate until exit, on purpose, and would
-# drown ours. PYTHONMALLOC shows AddressSanitizer the small blocks that Python's own allocator would hide.
+# drown ours. PYTHONMALLOC shows AddressSanitizer the small blocks that Python's own allocator would hide,
+# and --capture=sys lets its report through, which it writes to the file descriptor.
 SANITIZE := build/sanitize
 sanitize: build ## the compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	@mkdir -p $(SANITIZE)
-	@if ! echo 'int main() {}' | $${CXX:-g++} -fsanitize=address,undefined -x c++ - -o $(SANITIZE)/probe; then \
-	  $(call missing,sanitizers,the compiler has no AddressSanitizer runtime); exit 0; fi; \
-	$(MAKE) --no-print-directory sanitized-tests
+	@if ! { $(CAN_COMPILE); }; then $(call missing,sanitizers,pybind11 or ninja or a compiler is not installed); \
+	elif ! echo 'int main() {}' | $${CXX:-g++} -fsanitize=address,undefined -x c++ - -o $(SANITIZE)/probe; then \
+	  $(call missing,sanitizers,the compiler has no AddressSanitizer runtime); \
+	else $(MAKE) --no-print-directory sanitized-tests; fi
 
 .PHONY: sanitized-tests
 sanitized-tests:
@@ -159,7 +165,7 @@ sanitized-tests:
 	  PYTHONPATH=$(CURDIR)/$(SANITIZE)/tree PYTHONSAFEPATH=1 \
 	  LD_PRELOAD=$$(ldd $(SANITIZE)/probe | awk '/lib(asan|ubsan)/ { print $$3 }' | paste -sd:); \
 	$(PY) -c 'import flatkern._C as C; assert "/$(SANITIZE)/" in C.__file__, C.__file__; print("testing", C.__file__)' && \
-	env -u OMP_NUM_THREADS $(PY) -m pytest -p no:cacheprovider $(SANITIZE_TESTS) $(ARGS)
+	env -u OMP_NUM_THREADS $(PY) -m pytest --capture=sys -p no:cacheprovider $(SANITIZE_TESTS) $(ARGS)
 
 # ---- reading and tidying
 

@@ -44,8 +44,11 @@ class BuildError(Exception):
 
 def compiler() -> list[str]:
     """The C++ compiler's command."""
-    if os.environ.get("CXX"):
-        return shlex.split(os.environ["CXX"])
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named:
+        if shutil.which(named[0]) is None:
+            raise BuildError(f"CXX is {named[0]!r}, which is not there")
+        return named
     for name in ("g++", "clang++", "c++"):
         if shutil.which(name):
             return [name]

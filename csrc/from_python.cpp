@@ -50,14 +50,6 @@ const Torch* torch() {
 
 // Sorts (stride, size) of the dims that matter; a dense tensor's strides are the running products.
 bool is_dense(const View& v) {
-  int64_t expected = 1;
-  bool contiguous = true;
-  for (int d = v.ndim - 1; d >= 0 && contiguous; --d) {
-    if (v.shape[d] == 1) continue;
-    contiguous = v.strides[d] == expected;
-    expected *= v.shape[d];
-  }
-  if (contiguous || v.numel == 0) return true;
   constexpr int kMostDims = 64;
   if (v.ndim > kMostDims) return false;
   std::pair<int64_t, int64_t> dims[kMostDims];
@@ -65,7 +57,7 @@ bool is_dense(const View& v) {
   for (int d = 0; d < v.ndim; ++d)
     if (v.shape[d] != 1) dims[count++] = {v.strides[d], v.shape[d]};
   std::sort(dims, dims + count);
-  expected = 1;
+  int64_t expected = 1;
   for (int d = 0; d < count; ++d) {
     if (dims[d].first != expected) return false;
     expected *= dims[d].second;
@@ -75,12 +67,17 @@ bool is_dense(const View& v) {
 
 // Fills what follows from shape and strides.
 void derive(View& v) {
-  v.numel = 1;
-  for (int d = 0; d < v.ndim; ++d) v.numel *= v.shape[d];
+  int64_t numel = 1;
+  bool contiguous = true;
+  for (int d = v.ndim - 1; d >= 0; --d) {
+    contiguous &= v.shape[d] == 1 || v.strides[d] == numel;
+    numel *= v.shape[d];
+  }
+  v.numel = numel;
   v.rows = v.ndim >= 2 ? v.shape[0] : 1;
-  v.cols = v.rows > 0 ? v.numel / v.rows : v.numel;
-  v.dense = is_dense(v);
-  v.outer = v.ndim < 2 || v.shape[0] == 1 || v.numel == 0 || v.strides[0] == v.cols;
+  v.cols = v.rows == 1 ? numel : v.rows > 0 ? numel / v.rows : 0;
+  v.dense = contiguous || numel == 0 || is_dense(v);
+  v.outer = contiguous || v.ndim < 2 || v.rows == 1 || numel == 0 || v.strides[0] == v.cols;
 }
 
 DType dtype_of(const dlpack::Tensor& t) {

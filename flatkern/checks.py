@@ -49,7 +49,7 @@ def check(op: Op, values: dict[str, Any]) -> None:
                 raise ValueError(
                     f"{op.name}: {name} has {len(value)} entries, but {reference_name} has {len(reference)}"
                 )
-            _check_finite(op, name, value)
+            _check_scalars(op, name, value)
         elif name == "noise":
             check_noise(op.name, value)
         elif value.dtype != torch.float32 or value.dim() != 0:
@@ -96,7 +96,7 @@ def check_storage(where: str, t: Tensor, dtypes: Iterable[torch.dtype] = STORAGE
         allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{where} has dtype {t.dtype}, but should have one of: {allowed}; convert it with .to(dtype)")
     if not tables.is_dense(t):
-        raise ValueError(f"{where} has gaps or overlaps in memory (strides {t.stride()}); call .contiguous()")
+        raise LayoutError(f"{where} has gaps or overlaps in memory (strides {t.stride()}); call .contiguous()")
 
 
 def check_outer_filters(op: str, name: str, tensors: Sequence[Tensor]) -> None:
@@ -123,8 +123,10 @@ def check_uint32(where: str, name: str, value: int) -> int:
     return value
 
 
-def _check_finite(op: Op, name: str, values: Sequence[float]) -> None:
+def _check_scalars(op: Op, name: str, values: Sequence[float]) -> None:
     for k, value in enumerate(values):
+        if name in ("index", "offset") and not 0 <= value < 8 * UINT32:
+            raise ValueError(f"{op.name}: {name}[{k}] is {value}, but should be >= 0 and in range of the counter")
         if not math.isfinite(value):
             raise ValueError(f"{op.name}: {name}[{k}] is {value}, but should be finite")
 

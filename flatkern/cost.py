@@ -63,6 +63,9 @@ def cost(opt: FlatOptimizer) -> Cost:
             base = n * (2 * weight + item + 2 * moments * moment + (item if master else 0))
             base_bytes += base
             bytes_moved += base
+            mixes = isinstance(method, RWP) and method.lam is not None and method.mix == "gradients"
+            if opt.max_grad_norm is not None:
+                bytes_moved += n * item * (2 if mixes else 1)
             state_bytes += n * (moments * moment + (4 if master else 0))
             if method is None or not group["perturb"]:
                 continue
@@ -76,7 +79,7 @@ def cost(opt: FlatOptimizer) -> Cost:
                 scaled = isinstance(method, ASAM) and (p.dim() >= 2 or method.all_tensors)
                 bytes_moved += n * (2 * item + (weight if scaled else 0))
             if isinstance(method, RWP):
-                if method.lam is not None and method.mix == "gradients":
+                if mixes:
                     bytes_moved += n * item
                     scratch_bytes += n * item
                 if group["eta"] > 0:

@@ -30,7 +30,7 @@ class Method:
 
 
 # lam = 0.5, eta = 0.1 and beta = 0.99 are the papers' (arXiv:2211.11489, arXiv:2404.00357), ASAM's eta = 0.01 too
-# (arXiv:2102.11600). Only the strength is tuned.
+# (arXiv:2102.11600).
 METHODS = {
     "SGD": Method(lambda _, seed: None),
     "SGD, 2x steps": Method(lambda _, seed: None, length=2, tuned_as="SGD"),
@@ -41,7 +41,7 @@ METHODS = {
     "m-ARWP": Method(lambda s, seed: flatkern.RWP(s, lam=0.5, eta=0.1, seed=seed), "sigma", 2),
     "SAM": Method(lambda s, seed: flatkern.SAM(s), "rho", 2),
     "ASAM": Method(lambda s, seed: flatkern.ASAM(s), "rho", 2),
-    "mSAM": Method(lambda s, seed: flatkern.SAM(s), "rho", 2),
+    "mSAM": Method(lambda s, seed: flatkern.SAM(s), "rho", 2, tuned_as="SAM"),
 }
 
 # From `python -m flatkern demo --search`: TODO
@@ -54,7 +54,6 @@ TUNED: dict[str, dict[str, dict[str, float]]] = {
         "m-ARWP": {"lr": 0.1, "weight_decay": 2e-2, "sigma": 0.07},
         "SAM": {"lr": 0.1, "weight_decay": 2e-2, "rho": 0.1},
         "ASAM": {"lr": 0.1, "weight_decay": 2e-2, "rho": 0.5},
-        "mSAM": {"lr": 0.1, "weight_decay": 2e-2, "rho": 0.1},
     }
     for setting in ("clean", "noisy")
 }

@@ -37,15 +37,21 @@ def resolve(op: str, device_type: str, backend: str | None = None) -> Callable[.
         reason = refuse(op, name, device_type)
         if reason is None:
             if name == "eager" and refusals:
-                warnings.warn(
-                    f"flatkern runs {op} in eager PyTorch on {device_type}: {'; '.join(refusals)}. "
-                    "`python -m flatkern doctor` names the remedy; backend='eager' silences this.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+                _warn_eager(device_type, "; ".join(refusals))
             return load(OPS[op], name)
         refusals.append(reason)
     raise RuntimeError(f"{op}: no backend for {device_type}: {'; '.join(refusals)}")
+
+
+@functools.cache
+def _warn_eager(device_type: str, reasons: str) -> None:
+    """Once per device and reason, whatever the number of ops."""
+    warnings.warn(
+        f"flatkern runs in eager PyTorch on {device_type}: {reasons}. "
+        "`python -m flatkern doctor` names the remedy; backend='eager' silences this.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def refuse(op: str, backend: str, device_type: str) -> str | None:
@@ -103,7 +109,7 @@ def _compiled(op: Op, module: Any) -> Callable[..., None]:
         """Arguments are positional up to the keyword-only scalars, in the schema's order."""
         try:
             function(*args, **kwargs)
-        except module.Mismatch:
+        except (module.Mismatch, TypeError, RuntimeError):
             check(op, bind(op, args, kwargs))  # raises the same refusal with its remedy
             raise
         # Raw writes are invisible to autograd; without this a write between forward and backward

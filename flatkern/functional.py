@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_backend, check_outer_filters, check_parameters, check_uint32
+from .checks import check_backend, check_outer_filters, check_parameters, check_storage, check_uint32
 from .dispatch import resolve
 from .tables import filters
 
@@ -34,6 +34,18 @@ def _some(values: list[Any] | None, which: list[int]) -> list[Any] | None:
     return None if values is None else [values[k] for k in which]
 
 
+def _check_backups(op: str, params: list[Tensor], backups: list[Tensor]) -> None:
+    """A backup must hold every bit of its tensor, and must not be the tensor."""
+    for k, (p, saved) in enumerate(zip(params, backups, strict=True)):
+        check_storage(f"{op}: backups[{k}]", saved)
+        if saved.dtype not in (p.dtype, torch.float32):
+            raise TypeError(
+                f"{op}: backups[{k}] has dtype {saved.dtype}, but params[{k}] has {p.dtype}; it would lose bits"
+            )
+        if saved.device == p.device and p.numel() and saved.data_ptr() == p.data_ptr():
+            raise ValueError(f"{op}: backups[{k}] shares memory with params[{k}]; pass another tensor")
+
+
 def filter_norms(params: Iterable[Tensor]) -> list[Tensor]:
     """L2 norm of every filter of every tensor.
 
@@ -51,10 +63,11 @@ def filter_norms(params: Iterable[Tensor]) -> list[Tensor]:
     Raises:
         TypeError, ValueError: a dtype or layout that no kernel can walk.
     """
-    params = [p.detach() for p in params]
+    params = list(params)
     if not torch.compiler.is_compiling():
         check_parameters("filter_norms", params)
         check_outer_filters("filter_norms", "params", params)
+    params = [p.detach() for p in params]
     norms = [torch.empty(filters(p), dtype=torch.float32, device=p.device) for p in params]
     for device, which in _by_device(params).items():
         _run("filter_norms_", device, None, _some(norms, which), _some(params, which))
@@ -108,6 +121,8 @@ def perturb_(
         for name, values in (("norms", norms), ("backups", backups)):
             if values is not None and len(values) != len(params):
                 raise ValueError(f"perturb_: {name} has {len(values)} entries, but params has {len(params)}")
+        if backups is not None:
+            _check_backups("perturb_", params, backups)
     noise = torch.tensor([seed, stream, round], dtype=torch.int64)
     for device, which in _by_device(params).items():
         n = len(which)
@@ -134,7 +149,10 @@ def restore_(params: Iterable[Tensor], backups: Iterable[Tensor], *, backend: st
             written then.
     """
     params, backups = list(params), list(backups)
-    if not torch.compiler.is_compiling() and len(params) != len(backups):
-        raise ValueError(f"restore_: backups has {len(backups)} entries, but params has {len(params)}")
+    if not torch.compiler.is_compiling():
+        if len(params) != len(backups):
+            raise ValueError(f"restore_: backups has {len(backups)} entries, but params has {len(params)}")
+        check_parameters("restore_", params)
+        _check_backups("restore_", params, backups)
     for device, which in _by_device(params).items():
         _run("restore_", device, backend, _some(params, which), _some(backups, which))

@@ -26,7 +26,7 @@ def cosine_increase(start: float, increase: float, total_steps: int) -> Callable
 
     Source: Li et al. 2024 (arXiv:2404.00357); Bisla et al. 2022 (LPF-SGD).
     """
-    if not (start >= 0 and increase >= -1 and total_steps > 0):
+    if not (0 <= start < math.inf and -1 <= increase < math.inf and 0 < total_steps < math.inf):
         raise ValueError(
             f"cosine_increase: start {start!r}, increase {increase!r}, total_steps {total_steps!r}, "
             "but should be start >= 0, increase >= -1, total_steps > 0"

@@ -234,14 +234,18 @@ def test_closure_raises(name, failing, options, error, backend):
 
 @pytest.mark.parametrize("name", [None, *WITH_CLOSURE])
 def test_closure_with_a_scaler(name, backend):
-    """The gradients would be scaled after the scaler has looked for infinities; nothing has moved."""
-    run = Closures(name, backend)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    scaler.scale(run.loss(0)).backward()
+    """The gradients would be scaled after the scaler has looked for infinities: refused, and training goes on."""
+    run, untroubled = (Closures(name, backend, scaler=torch.amp.GradScaler("cpu", init_scale=1024.0)) for _ in range(2))
+    run.backward(0)
     with pytest.raises(RuntimeError, match=r"scaler\.step\(opt\) without closure"):
-        scaler.step(run.opt, run.closure(1))
+        run.scaler.step(run.opt, run.closure(1))
     assert not run.calls
     assert same(run.weights(), run.start)
+    run.opt.zero_grad()
+    run.scaler.update()
+    for r in (run, untroubled):
+        train(r, METHODS[name or "rolling"].user)
+    assert same(run.weights(), untroubled.weights())
 
 
 @pytest.mark.parametrize("name", [None, *WITH_CLOSURE])
@@ -270,3 +274,30 @@ def test_losses_are_weighted_by_the_loop(backend):
         assert same(run.weights(), run.start)
     with pytest.raises(TypeError, match="closure"):
         run.opt.step(3)
+
+
+@pytest.mark.parametrize("closures", [3, [], ["x"], 4])
+@pytest.mark.parametrize("before", ["gradients", "perturbed", "perturbed gradients"])
+@pytest.mark.parametrize("name", ["RWP", "SAM", "m-RWP"])
+def test_wrong_arguments_change_nothing(name, before, closures, backend):
+    """Neither the gradients nor the perturbation that are there: the step can be finished."""
+    run, untroubled = (Training(METHODS[name].make(), backend=backend) for _ in range(2))
+    wrong = [run.closure(0)] * closures if closures == 4 else closures
+    for r in (run, untroubled):
+        if name != "RWP":
+            r.backward(0)
+        if "perturbed" in before or name == "RWP":
+            r.opt.perturb()
+        if "perturbed gradients" in before or name == "RWP":
+            r.backward(0)
+        if r is run:
+            weights = run.weights()
+            with pytest.raises((TypeError, ValueError), match="closure"):
+                run.opt.step(wrong)
+            assert same(run.weights(), weights)
+            assert run.opt.is_perturbed is ("perturbed" in before or name == "RWP")
+        if not r.opt.is_perturbed:
+            r.opt.perturb()
+        r.backward(1)
+        r.opt.step()
+    assert same(run.weights(), untroubled.weights())

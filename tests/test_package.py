@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import flatkern
 
@@ -26,12 +27,11 @@ NOT_SOURCES = shutil.ignore_patterns(
     ".git", ".venv*", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache", "results"
 )
 
-needs_build_tools = pytest.mark.skipif(
-    any(importlib.util.find_spec(m) is None for m in ("pip", "setuptools", "pybind11")),
-    reason="pip, setuptools or pybind11 is not installed",
+BUILD_TOOLS = ("pip", "setuptools", "pybind11", "ninja")
+builds = pytest.mark.skipif(
+    any(importlib.util.find_spec(m) is None for m in BUILD_TOOLS),
+    reason=f"one of {', '.join(BUILD_TOOLS)} is not installed",
 )
-# One process, so that the wheel is compiled once.
-builds = [needs_build_tools, pytest.mark.xdist_group("builds")]
 
 
 def build(*arguments, cwd, **environment):
@@ -70,28 +70,48 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def sdist(source, tmp_path_factory):
-    out = tmp_path_factory.mktemp("sdist")
-    done = build("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(out)!r})", cwd=source)
+def archives(source, tmp_path_factory):
+    """The folder with the sdist, and the wheel built from it: so the sdist is known to hold all it needs."""
+    if not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "c++"))):
+        pytest.skip("there is no C++ compiler")
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # test processes share what the first of them builds
+    out = shared / "archives"
+    with FileLock(shared / "archives.lock"):
+        if not out.exists():
+            build_archives(source, out)
+    return out
+
+
+def build_archives(source, out):
+    unpacked = source.with_name("unpacked")
+    done = build("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(unpacked)!r})", cwd=source)
     assert done.returncode == 0, done.stderr
-    (archive,) = out.glob("*.tar.gz")
-    return archive
-
-
-@pytest.fixture(scope="session")
-def wheel(sdist, tmp_path_factory):
-    """Built from the sdist, so that the sdist is known to hold all it needs."""
-    out = tmp_path_factory.mktemp("wheel")
+    (sdist,) = unpacked.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        archive.extractall(out / "unpacked", filter="data")
-    (unpacked,) = (out / "unpacked").iterdir()
-    done = pip_wheel(unpacked, out, CXXFLAGS="-O0")  # the fastest to compile; what is optimized is tested elsewhere
+        archive.extractall(unpacked, filter="data")
+    # -O0 is the fastest to compile; the optimized kernels are tested elsewhere.
+    source = unpacked / sdist.name.removesuffix(".tar.gz")
+    done = pip_wheel(source, unpacked, FLATKERN_BUILD="require", CXXFLAGS="-O0")
     assert done.returncode == 0, done.stdout + done.stderr
-    (archive,) = out.glob("*.whl")
+    out.mkdir()
+    for archive in (sdist, *unpacked.glob("*.whl")):
+        shutil.move(archive, out)
+
+
+@pytest.fixture
+def sdist(archives):
+    (archive,) = archives.glob("*.tar.gz")
     return archive
 
 
-@pytest.mark.usefixtures("sdist")
+@pytest.fixture
+def wheel(archives):
+    (archive,) = archives.glob("*.whl")
+    return archive
+
+
 class TestSdist:
     pytestmark = builds
 

@@ -323,6 +323,20 @@ def test_calls_inside_clean(name, backend):
     assert same(run.weights(), now)
 
 
+@pytest.mark.parametrize("name", ["RWP", "rolling"])
+def test_first_perturbation_in_inference_mode(name, backend):
+    """What is allocated there can be written outside."""
+    run, other = (Training(METHODS[name].make(), backend=backend) for _ in range(2))
+    with torch.inference_mode():
+        run.opt.train() if name == "rolling" else run.opt.perturb()
+        run.opt.eval()
+    other.opt.param_groups[0]["round"] = run.opt.param_groups[0]["round"]
+    for r in (run, other):
+        train(r, METHODS[name].user)
+        r.opt.eval()
+    assert same(run.weights(), other.weights())
+
+
 def alive(shape):
     """How many tensors of a shape there are."""
     return sum(type(t) in (torch.Tensor, nn.Parameter) and t.shape == shape for t in gc.get_objects())

@@ -125,6 +125,19 @@ def test_looking_changes_nothing(name, precision, between, backend):
     assert same_state(run.state(), watched.state())
 
 
+@pytest.mark.parametrize("key", ["sigma", "eta", "perturb"])
+def test_looking_under_a_schedule_changes_nothing(key, backend):
+    """Values that change after step(): the noise of the round is the one that step() drew, also after an evaluation."""
+    watched, run = (rolling("rolling ARWP", backend) for _ in range(2))
+    for t, value in enumerate([0.2, 0.3, 0.4] if key != "perturb" else [True, False, True]):
+        for r in (run, watched):
+            plain(r, t)
+            r.opt.zero_grad()
+            r.opt.param_groups[0][key] = value
+        evaluate(watched)
+        assert same(run.weights(), watched.weights())
+
+
 @names
 def test_step_in_eval_mode(name, backend):
     """The base step, then train mode: no history, no new round."""

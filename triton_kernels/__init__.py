@@ -2,5 +2,5 @@
 
 if __name__ == "triton_kernels":
     raise ImportError(
-        "triton_kernels is installed as flatkern.triton_kernels; as a top-level module its name belongs to other packages"
+        "triton_kernels is installed as flatkern.triton_kernels; at top level the name belongs to other packages"
     )

@@ -5,7 +5,7 @@
 
 #include "../math/arithmetic.h"
 #include "table.h"
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -24,7 +24,7 @@ inline void narrow_bfloat16(const float* x, int64_t n, uint16_t* out) {
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t bits = math::bits_of(x[i]);
     const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    out[i] = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+    out[i] = static_cast<uint16_t>(x[i] != x[i] ? 0x7FC0u : rounded);
   }
 }
 
@@ -86,24 +86,16 @@ inline void narrow_float16(const float* x, int64_t n, uint16_t* out) {
 
 FK_INLINE int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? sizeof(float) : sizeof(uint16_t); }
 
-// Writes past the caches, which neither reads the line first nor displaces what is in use.
-inline void stream(char* to, const char* from, int64_t size) {
-#if defined(__AVX512F__) && defined(FK_NT)
-  int64_t head = -reinterpret_cast<intptr_t>(to) & 63;
-  if (head > size) head = size;
-  std::memcpy(to, from, head);
-  int64_t at = head;
-  for (; at + 64 <= size; at += 64)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + at), _mm512_loadu_si512(from + at));
-  std::memcpy(to + at, from + at, size - at);
-#else
-  std::memcpy(to, from, size);
-#endif
+FK_INLINE void prefetch(const char* begin, const char* end) {
+  for (; begin < end; begin += 64) __builtin_prefetch(begin, 0, 2);
 }
 
 // Elements [i, i + n) as float32: in place where they are that, else converted into `scratch`.
 inline float* load(const View& view, int64_t i, int64_t n, float* scratch) {
   if (view.dtype == DType::kFloat32) return view.as<float>() + i;
+  // Conversion keeps the arithmetic busy for as long as the memory: fetch the next block meanwhile.
+  const char* next = reinterpret_cast<const char*>(view.as<uint16_t>() + i + n);
+  prefetch(next, next + 2 * n);
   (view.dtype == DType::kBFloat16 ? widen_bfloat16 : widen_float16)(view.as<uint16_t>() + i, n, scratch);
   return scratch;
 }
@@ -117,17 +109,52 @@ inline float* target(const View& view, int64_t i, float* scratch) {
 inline void store(const View& view, int64_t i, int64_t n, const float* x) {
   if (view.dtype == DType::kFloat32) {
     float* out = view.as<float>() + i;
-    if (out != x) stream(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(x), n * sizeof(float));
+    if (out != x) std::memcpy(out, x, n * sizeof(float));
     return;
   }
   (view.dtype == DType::kBFloat16 ? narrow_bfloat16 : narrow_float16)(x, n, view.as<uint16_t>() + i);
 }
 
+#if defined(__SSE2__)
+// One cache line; in as few pieces as there can be, because pieces of two lines compete for the same buffers.
+FK_INLINE void write_line_past(char* to, const char* from) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+#else
+  for (int64_t j = 0; j < 64; j += 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + j), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j)));
+#endif
+}
+#endif
+
+// Writes past the caches: the lines are not read first, and nothing that is in use makes way for them.
+inline void write_past(char* to, const char* from, int64_t size) {
+#if defined(__SSE2__)
+  int64_t at = -reinterpret_cast<intptr_t>(to) & 63;
+  if (at > size) at = size;
+  std::memcpy(to, from, at);
+  for (; at + 64 <= size; at += 64) write_line_past(to + at, from + at);
+  std::memcpy(to + at, from + at, size - at);
+#else
+  std::memcpy(to, from, size);
+#endif
+}
+
+// Orders what `write_past` wrote before everything that follows.
+FK_INLINE void settle_writes() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // to[i, i + n) <- from[i, i + n): the same bits where the dtypes agree, else rounded once.
-inline void copy(const View& to, const View& from, int64_t i, int64_t n, float* scratch) {
+// `past` is for tensors that nobody reads soon, in lists larger than any cache.
+inline void copy(const View& to, const View& from, int64_t i, int64_t n, float* scratch, bool past) {
   if (to.dtype == from.dtype) {
-    const int64_t size = to.dtype == DType::kFloat32 ? sizeof(float) : sizeof(uint16_t);
-    stream(to.as<char>() + i * size, from.as<char>() + i * size, n * size);
+    const int64_t size = size_of(to.dtype);
+    char* out = to.as<char>() + i * size;
+    const char* in = from.as<char>() + i * size;
+    past ? write_past(out, in, n * size) : static_cast<void>(std::memcpy(out, in, n * size));
   } else {
     store(to, i, n, load(from, i, n, scratch));
   }

@@ -7,10 +7,7 @@
 
 namespace flatkern::cpu::FK_ISA {
 
-#ifndef FK_STEP
-#define FK_STEP 16
-#endif
-constexpr int64_t kStep = FK_STEP;  // Philox draws at a time
+constexpr int64_t kStep = 64;  // Philox draws at a time: eight vectors of counters, 512 normals
 
 // The normals of one call: the key, and which of them each tensor draws.
 class Gaussian {
@@ -29,60 +26,66 @@ class Gaussian {
     const int64_t eights = (skipped + cols + 7) / 8;
     const uint32_t first_eight = static_cast<uint32_t>(flat ? col / 8 : b.col / 8);
     const uint32_t first_row = static_cast<uint32_t>(flat ? 0 : offset_[b.k] + b.row);
-    draw_eights(static_cast<uint32_t>(index_[b.k]), first_row, first_eight, b.rows, eights, scratch);
+    const uint32_t index = static_cast<uint32_t>(index_[b.k]);
     if (b.rows == 1) {
-      float* z = scratch.z + skipped;
-      const float scale = scratch.scale[0];
-      FK_SIMD
-      for (int64_t i = 0; i < cols; ++i) z[i] = math::perturbation(z[i], scale);
-      return z;
+      draw_eights(eights, scratch.scale[0], index, scratch, [&](int64_t q) {
+        return Counters{Lanes::load(scratch.count + q, first_eight), Lanes::all(first_row)};
+      });
+      return scratch.z + skipped;
     }
+    tabulate(eights, scratch);
+    draw_eights(b.rows * eights, 1.0f, index, scratch, [&](int64_t q) {
+      return Counters{Lanes::load(scratch.column + q, first_eight), Lanes::load(scratch.row + q, first_row)};
+    });
     // Whole vectors, each row's last one overwritten by the next row.
     for (int64_t r = 0; r < b.rows; ++r) {
       const float* z = scratch.z + r * 8 * eights;
       float* e = scratch.e + r * cols;
       const float scale = scratch.scale[r];
-      for (int64_t i = 0; i < cols; i += 16) FK_SIMD
-      for (int64_t j = i; j < i + 16; ++j) e[j] = math::perturbation(z[j], scale);
+      for (int64_t i = 0; i < cols; i += 16) {
+        FK_SIMD
+        for (int64_t j = i; j < i + 16; ++j) e[j] = math::perturbation(z[j], scale);
+      }
     }
     return scratch.e;
   }
 
  private:
-  // scratch.z <- eights_per_row * 8 normals for each row.
-  inline void draw_eights(uint32_t index, uint32_t first_row, uint32_t first_eight, int64_t rows,
-                          int64_t eights_per_row, Scratch& scratch) const {
-    // Counters of several short rows share a vector, so the counters are tabulated; a single row counts on.
-    const int64_t period = rows == 1 ? kEights : eights_per_row;
-    if (scratch.eights_per_row != period) {
-      for (int64_t q = 0; q < kEights + 64; ++q) {
-        scratch.column[q] = static_cast<uint32_t>(q % period);
-        scratch.row[q] = static_cast<uint32_t>(q / period);
-      }
-      scratch.eights_per_row = period;
+  struct Counters {
+    Lanes column, row;
+  };
+
+  // Counters of several short rows share a vector, so their columns and rows are tabulated.
+  static inline void tabulate(int64_t eights_per_row, Scratch& scratch) {
+    if (scratch.eights_per_row == eights_per_row) return;
+    for (int64_t q = 0; q < kEights + kStep; ++q) {
+      scratch.column[q] = static_cast<uint32_t>(q % eights_per_row);
+      scratch.row[q] = static_cast<uint32_t>(q / eights_per_row);
     }
-    // In small steps, so that the integer work of one and the float work of another run side by side.
-    const int64_t steps = ceil_div(rows * eights_per_row, kStep);
-    for (int64_t step = 0; step < steps; ++step) {
+    scratch.eights_per_row = eights_per_row;
+  }
+
+  // scratch.z <- scale times the normals of `eights` counters, eight each.
+  template <class CountersAt>
+  inline void draw_eights(int64_t eights, float scale, uint32_t index, Scratch& scratch, CountersAt counters_at) const {
+    // In steps, so that the integer work of one and the float work of another run side by side.
+    for (int64_t first = 0; first < eights; first += kStep) {
       alignas(64) uint32_t words[4 * kStep];
-#pragma GCC unroll 8
-      for (int64_t q = 0; q < kStep; q += Lanes::kCount) {
-        Lanes c[4] = {Lanes::load(scratch.column + step * kStep + q, first_eight),
-                      Lanes::load(scratch.row + step * kStep + q, first_row), Lanes::all(index),
-                      Lanes::all(noise_[2])};
+      const int64_t draws = least(ceil_div(eights - first, 8) * 8, kStep);
+      for (int64_t q = 0; q < draws; q += Lanes::kCount) {
+        const Counters at = counters_at(first + q);
+        Lanes c[4] = {at.column, at.row, Lanes::all(index), Lanes::all(noise_[2])};
         math::philox4x32(c, noise_[0], noise_[1]);
         store(c, words + 4 * q);
       }
-      float* z = scratch.z + step * 8 * kStep;
-      for (int64_t begin = 0; begin < 4 * kStep; begin += 16) {
-#ifdef FK_AHEAD
+      float* z = scratch.z + 8 * first;
+      for (int64_t begin = 0; begin < 4 * draws; begin += 16) {
         scratch.ahead.fetch();
-#endif
         FK_SIMD
         for (int64_t i = begin; i < begin + 16; ++i) {
           const math::Pair pair = math::normals(words[i]);
-          z[2 * i] = pair.first;
-          z[2 * i + 1] = pair.second;
+          z[2 * i] = math::perturbation(pair.first, scale);
+          z[2 * i + 1] = math::perturbation(pair.second, scale);
         }
       }
     }
@@ -119,7 +122,8 @@ class Perturbation {
 
  private:
   inline void add_damped(const Block& b, const float* w, float* p, Scratch& scratch) const {
-    const float norm = std::exchange(scratch.scale[0], 1.0f);
+    const float norm = scratch.scale[0];
+    scratch.scale[0] = 1.0f;
     const float* z = gaussian_.draw(b, scratch);
     scratch.scale[0] = norm;
     const float* history = history_[b.k].as<float>() + b.begin;

@@ -9,6 +9,7 @@ namespace {
 struct PerturbGaussianWalk {
   const PerturbGaussian& a;
   Perturbation perturbation;
+  bool large;
 
   const View& clean(int64_t k) const { return (a.masters ? a.masters : a.params)[k]; }
 
@@ -22,7 +23,7 @@ struct PerturbGaussianWalk {
   void finish(const Block& b, const float* w, Scratch& scratch) const {
     const View& param = a.params[b.k];
     if (w == nullptr) w = load(clean(b.k), b.begin, b.n, scratch.w);
-    if (a.backups) copy(a.backups[b.k], param, b.begin, b.n, scratch.v);
+    if (a.backups) copy(a.backups[b.k], param, b.begin, b.n, scratch.v, large);
     float* p = target(param, b.begin, scratch.v);
     scratch.ahead.clear();
     if (b.next > 0) scratch.ahead.add(clean(b.k), b);
@@ -35,16 +36,17 @@ struct PerturbGaussianWalk {
 
 void perturb_gaussian_(const PerturbGaussian& a) {
   const Perturbation perturbation(a.params, a.history, a.noise, a.sigma, a.eta, a.index, a.offset);
-  for_each_row(a.params, PerturbGaussianWalk{a, perturbation});
+  for_each_row(a.params, PerturbGaussianWalk{a, perturbation, numel(a.params) > kLarge});
 }
 
 void perturb_ascent_(const PerturbAscent& a) {
   const float norm = *a.norm[0].as<float>();
+  const bool large = numel(a.params) > kLarge;
   for_each_block(a.params, [&](const Block& b, Scratch& scratch) {
     const View& param = a.params[b.k];
     const float* w = load((a.masters ? a.masters : a.params)[b.k], b.begin, b.n, scratch.w);
     const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
-    if (a.backups) copy(a.backups[b.k], param, b.begin, b.n, scratch.v);
+    if (a.backups) copy(a.backups[b.k], param, b.begin, b.n, scratch.v, large);
     const float scale = math::ascent_scale(static_cast<float>(a.rho[b.k]), norm);
     const float eta = static_cast<float>(a.eta[b.k]);
     const bool adaptive = a.eta[b.k] >= 0;
@@ -56,8 +58,9 @@ void perturb_ascent_(const PerturbAscent& a) {
 }
 
 void restore_(const Restore& a) {
+  const bool large = numel(a.params) > kLarge;
   for_each_block(a.params, [&](const Block& b, Scratch& scratch) {
-    copy(a.params[b.k], a.backups[b.k], b.begin, b.n, scratch.w);
+    copy(a.params[b.k], a.backups[b.k], b.begin, b.n, scratch.w, large);
   });
 }
 

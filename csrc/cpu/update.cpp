@@ -34,10 +34,8 @@ struct Adam {
   const AdamUpdate& a;
   Array<math::AdamScalars> scalars;  // one per tensor
 
-  void ahead(const Block& b, Ahead& ahead) const {
-    ahead.add(a.exp_avgs[b.k], b);
-    ahead.add(a.exp_avg_sqs[b.k], b);
-  }
+  // The moments are left to the processor: its divisions give it the time.
+  void ahead(const Block&, Ahead&) const {}
 
   explicit Adam(const AdamUpdate& args) : a(args), scalars(args.params.size()) {}
 
@@ -74,7 +72,7 @@ template <class Rule>
 struct UpdateWalk {
   const Update& a;
   const Rule& rule;
-  bool skip;
+  bool skip, large;
   Perturbation perturbation;
 
   const View& clean(int64_t k) const { return (a.masters ? a.masters : a.backups ? a.backups : a.params)[k]; }
@@ -90,7 +88,7 @@ struct UpdateWalk {
       if (a.history) squares.of[1] = remember(a, b, g, scratch.m);
     }
     if (!a.noise) {
-      if (&store_of_w != &a.params[b.k]) copy(a.params[b.k], store_of_w, b.begin, b.n, scratch.w);
+      if (&store_of_w != &a.params[b.k]) copy(a.params[b.k], store_of_w, b.begin, b.n, scratch.w, large);
     } else {
       // Norm and perturbation see the weight that was stored.
       squares.of[0] = skip ? w : load(store_of_w, b.begin, b.n, scratch.w);
@@ -107,11 +105,9 @@ struct UpdateWalk {
     if (!a.noise) return;
     const View& param = a.params[b.k];
     if (w == nullptr) w = load(clean(b.k), b.begin, b.n, scratch.w);
-#ifdef FK_NT
-    float* p = scratch.v;
-#else
-    float* p = target(param, b.begin, scratch.v);
-#endif
+    // A large float32 weight is written past the caches, from scratch.
+    const bool past = large && param.dtype == DType::kFloat32;
+    float* p = past ? scratch.v : target(param, b.begin, scratch.v);
     scratch.ahead.clear();
     if (b.next > 0 && !skip) {
       scratch.ahead.add(clean(b.k), b);
@@ -120,14 +116,18 @@ struct UpdateWalk {
       rule.ahead(b, scratch.ahead);
     }
     perturbation.add(b, w, p, scratch);
-    store(param, b.begin, b.n, p);
+    if (past) {
+      write_past(reinterpret_cast<char*>(param.as<float>() + b.begin), reinterpret_cast<char*>(p), b.n * sizeof(float));
+    } else {
+      store(param, b.begin, b.n, p);
+    }
   }
 };
 
 template <class Rule>
 void update(const Update& a, const Rule& rule, bool skip) {
   const Perturbation perturbation(a.params, a.history, a.noise, a.sigma, a.eta, a.index, a.offset);
-  const UpdateWalk<Rule> walk{a, rule, skip, perturbation};
+  const UpdateWalk<Rule> walk{a, rule, skip, numel(a.params) > kLarge, perturbation};
   if (a.noise || (a.history && !skip)) {
     for_each_row(a.params, walk);
   } else {

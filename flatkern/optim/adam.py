@@ -79,7 +79,7 @@ class Adam(RuleOptimizer):
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        require_unset(type(self).__name__, amsgrad=group["amsgrad"])
+        require_unset(type(self).__name__, amsgrad=group["amsgrad"], capturable=group["capturable"])
         for key, value in zip(("beta1", "beta2"), group["betas"], strict=True):
             self._check_value(key, value)
 

@@ -85,7 +85,18 @@ class FlatOptimizer(torch.optim.Optimizer):
         if isinstance(self.method, RWP):
             self._check_lam(group)
             for key in ("seed", "stream", "round"):
-                check_uint32(type(self).__name__, key, int(group[key]))
+                check_uint32(type(self).__name__, key, group[key])
+
+    def _check_groups(self) -> None:
+        """Check what has changed in the groups since the last call, before anything is written."""
+        checked = self.cycle.checked
+        for k, group in enumerate(self.param_groups):
+            if isinstance(self.method, RWP):
+                check_uint32(type(self).__name__, "round", group["round"])
+            values = [v for key, v in group.items() if key not in ("params", "round", "drawn")]
+            if checked.get(k) != values:
+                self._check_group(group)
+                checked[k] = values
 
     def _check_lam(self, group: Group) -> None:
         assert isinstance(self.method, RWP)
@@ -176,7 +187,8 @@ class FlatOptimizer(torch.optim.Optimizer):
             RuntimeError: already perturbed; rolling; no method; RWP with a fresh gradient, which
                 would be lost; SAM without one; a second clean gradient for m-RWP.
         """
-        perturbations.perturb(self, scaler)
+        with self._refusing():
+            perturbations.perturb(self, scaler)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -209,19 +221,36 @@ class FlatOptimizer(torch.optim.Optimizer):
             RuntimeError: the cycle lacks a gradient it needs, or has one too many; a closure together
                 with a gradient scaler. A refused call has changed nothing.
         """
-        cycle = self.cycle
         if closure is not None:
             return closures.step(self, closure)
+        self._step()
+        return None
+
+    def _step(self) -> None:
+        """step() without a closure and without torch's step hooks, which fire once around the whole."""
         messages.refuse_suspended(self, "step")
         try:
-            update.step(self)
+            with self._refusing():
+                update.step(self)
         except BaseException:
             scaling.forget(self)
             raise
-        cycle.steps += 1
-        if cycle.steps == 10:
+        self.cycle.steps += 1
+        if self.cycle.steps == 10:
             messages.warn_never_perturbed(self)
-        return None
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """State that was made for a call which is then refused goes again."""
+        self.cycle.created.clear()
+        try:
+            yield
+        except BaseException:
+            for p, key in self.cycle.created:
+                self.state[p].pop(key, None)
+                if not self.state[p]:
+                    del self.state[p]
+            raise
 
     @contextmanager
     def perturbed(self, scaler: Any = None) -> Iterator[None]:
@@ -253,7 +282,7 @@ class FlatOptimizer(torch.optim.Optimizer):
                 raise RuntimeError("zero_grad: earlier rounds are summed up in .grad; call step() or restore() first")
             return
         super().zero_grad(set_to_none)
-        self.cycle.mark_consumed(self._parameters())
+        self.cycle.mark_zeroed(self._parameters())
 
     # --- rolling ---------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,21 @@ if TYPE_CHECKING:
 
 def load(opt: FlatOptimizer, state_dict: dict[str, Any]) -> None:
     """torch's load_state_dict, without its cast of every state tensor to the parameter's dtype."""
+    state_dict = prepare(opt, state_dict)
+    opt.cycle.end_by_version()
+    opt.state.clear()
+    for p, saved in by_parameter(opt, state_dict):
+        opt.state[p] = {name: fit(name, value, p) for name, value in saved.items()}
+    known = {i for group in state_dict["param_groups"] for i in group["params"]}
+    opt.state.update({key: value for key, value in state_dict["state"].items() if key not in known})
+    for group, saved in zip(opt.param_groups, state_dict["param_groups"], strict=True):
+        # In place: schedulers share these very dicts.
+        group.update({k: v for k, v in saved.items() if k != "params"})
+    settle(opt)
+
+
+def prepare(opt: FlatOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Run the hooks, refuse what does not fit, and complete the groups; the checkpoint itself stays as it is."""
     state_dict = dict(state_dict)
     for hook in opt._optimizer_load_state_dict_pre_hooks.values():
         state_dict = hook(opt, state_dict) or state_dict
@@ -33,26 +49,31 @@ def load(opt: FlatOptimizer, state_dict: dict[str, Any]) -> None:
                 f"load_state_dict: group {k} has {len(saved['params'])} parameters in the checkpoint, "
                 f"{len(group['params'])} in the optimizer"
             )
-
-    opt.cycle.end_by_version()
-    ids = chain.from_iterable(g["params"] for g in saved_groups)
-    by_id = dict(zip(ids, opt._parameters(), strict=True))
-    opt.state.clear()
-    for key, saved in state_dict["state"].items():
-        if key in by_id:
-            p = by_id[key]
-            opt.state[p] = {name: _fit(name, value, p) for name, value in saved.items()}
-        else:
-            opt.state[key] = saved
-    for group, saved in zip(groups, saved_groups, strict=True):
-        # In place: schedulers and a wrapped base optimizer share these very dicts.
-        group.update({k: v for k, v in saved.items() if k != "params"})
-    settle(opt)
-    for post_hook in opt._optimizer_load_state_dict_post_hooks.values():
-        post_hook(opt)
+    completed = [_completed(opt, group, saved) for group, saved in zip(groups, saved_groups, strict=True)]
+    return {**state_dict, "param_groups": completed}
 
 
-def _fit(name: str, value: Any, p: Tensor) -> Any:
+def _completed(opt: FlatOptimizer, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """The saved group; what it lacks, and the values of another method, as they are in the optimizer."""
+    ours = () if opt.method is None else (*opt.method.defaults, "perturb")
+    if isinstance(opt.method, RWP):
+        same = "sigma" in saved and (saved["lam"] is None) == (group["lam"] is None)
+        same = same and (saved["eta"] > 0) == (group["eta"] > 0)
+    else:
+        same = "rho" in saved and ("eta" in saved) == ("eta" in group)
+    kept = {key: group[key] for key in ours if not same and key not in ("seed", "stream", "round", "perturb")}
+    return {**{key: group[key] for key in ours}, **saved, **kept}
+
+
+def by_parameter(opt: FlatOptimizer, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Parameters of the optimizer with their saved state."""
+    ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+    for i, p in zip(ids, opt._parameters(), strict=True):
+        if i in state_dict["state"]:
+            yield p, state_dict["state"][i]
+
+
+def fit(name: str, value: Any, p: Tensor) -> Any:
     """A state value on the parameter's device, in its memory format, in the dtype it was saved with."""
     if name == "step":
         return value.clone().float().cpu() if isinstance(value, Tensor) else torch.tensor(float(value))
@@ -62,8 +83,9 @@ def _fit(name: str, value: Any, p: Tensor) -> Any:
 
 
 def settle(opt: FlatOptimizer) -> None:
-    """After loading: forget what belonged to the old state, drop masters nobody uses, say what starts empty."""
+    """After loading: forget the old state, drop masters nobody uses, say what starts empty, run the hooks."""
     opt.cycle.plans.clear()
+    opt.cycle.checked.clear()
     opt.cycle.consumed = None
     opt.cycle.master_versions.clear()
     adaptive = isinstance(opt.method, RWP)
@@ -79,7 +101,9 @@ def settle(opt: FlatOptimizer) -> None:
                 history = None
             missing = missing or (adaptive and group["eta"] > 0 and bool(state) and history is None)
     if missing:
-        warnings.warn("load_state_dict: the checkpoint has no ARWP history; it starts empty", UserWarning, stacklevel=4)
+        warnings.warn("load_state_dict: the checkpoint has no ARWP history; it starts empty", UserWarning, stacklevel=5)
+    for hook in opt._optimizer_load_state_dict_post_hooks.values():
+        hook(opt)
 
 
 FIXED = ("method", "backend", "master_weights", "max_grad_norm", "base")

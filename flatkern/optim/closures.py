@@ -29,6 +29,7 @@ def step(opt: FlatOptimizer, closure: Closure | list[Closure]) -> Any:
     if not closures or not all(callable(c) for c in closures):
         raise TypeError(f"step: closure is {closure!r}, but should be a callable or a list of them")
     fresh = cycle.is_fresh(opt._parameters())
+    _check_number(opt, closures, fresh)
     if not fresh and cycle.plan is None and (cycle.rounds or cycle.clean):
         raise RuntimeError("step: rounds are pending; finish them with step() without a closure, or release() them")
     try:
@@ -53,15 +54,25 @@ def _call(closure: Closure) -> Any:
         return closure()
 
 
-def _only(closures: list[Closure], what: str) -> Closure:
-    if len(closures) != 1:
-        raise ValueError(f"step: {len(closures)} closures, but {what} takes one")
-    return closures[0]
+def _check_number(opt: FlatOptimizer, closures: list[Closure], fresh: bool) -> None:
+    """One closure; m-RWP takes two, [clean, noisy], and mSAM one for each shard."""
+    method = opt.method
+    whole = not fresh and opt.cycle.plan is None
+    most = 1
+    if whole and isinstance(method, SAM):
+        most = len(closures)
+    elif whole and isinstance(method, RWP) and method.lam is not None:
+        most = 2
+    if len(closures) > most:
+        raise ValueError(
+            f"step: {len(closures)} closures, but "
+            + ("m-RWP takes one, or two: [clean, noisy]" if most == 2 else "this step takes one")
+        )
 
 
 def _with_gradients_on_entry(opt: FlatOptimizer, closures: list[Closure]) -> Any:
     """Trainers with manual optimization pass a closure that adds nothing: the gradients are there already."""
-    closure = _only(closures, "a step with gradients already in .grad")
+    closure = closures[0]
     before = {p: (p.grad, p.grad._version) for p in opt._parameters() if p.grad is not None}
     loss = _call(closure)
     for p in opt._parameters():
@@ -72,7 +83,7 @@ def _with_gradients_on_entry(opt: FlatOptimizer, closures: list[Closure]) -> Any
                 "step: there were fresh gradients in .grad and the closure added to them or replaced them; "
                 "call zero_grad() before step(closure), or step() without a closure"
             )
-    opt.step()
+    opt._step()
     return loss
 
 
@@ -84,13 +95,13 @@ def _clear(opt: FlatOptimizer) -> None:
 
 def _one(opt: FlatOptimizer, closures: list[Closure]) -> Any:
     """One pass: plain, RWP, rolling, or the perturbed pass of an explicit cycle."""
-    closure = _only(closures, "this method")
+    closure = closures[0]
     if not (opt.cycle.plan is not None and opt.cycle.rounds):
         _clear(opt)
     if isinstance(opt.method, RWP) and not opt.rolling and opt.cycle.plan is None:
         opt.perturb()
     loss = _call(closure)
-    opt.step()
+    opt._step()
     return loss
 
 
@@ -110,7 +121,7 @@ def _rounds(opt: FlatOptimizer, closures: list[Closure]) -> Any:
                 "step: a closure replaced the gradients that sum up earlier shards; inside closures call "
                 "opt.zero_grad(), which keeps them, not model.zero_grad()"
             )
-    opt.step()
+    opt._step()
     if len(losses) == 1 or any(loss is None for loss in losses):
         return losses[0]
     return sum(losses) / len(losses)
@@ -118,8 +129,6 @@ def _rounds(opt: FlatOptimizer, closures: list[Closure]) -> Any:
 
 def _mixed(opt: FlatOptimizer, closures: list[Closure]) -> Any:
     """m-RWP: a clean and a perturbed pass; mix="losses" leaves both gradients to autograd."""
-    if len(closures) > 2:
-        raise ValueError(f"step: {len(closures)} closures, but m-RWP takes one, or two: [clean, noisy]")
     method = opt.method
     assert isinstance(method, RWP)
     if method.mix == "losses":
@@ -130,5 +139,5 @@ def _mixed(opt: FlatOptimizer, closures: list[Closure]) -> Any:
     loss = _call(closures[0])
     opt.perturb()
     _call(closures[-1])
-    opt.step()
+    opt._step()
     return loss

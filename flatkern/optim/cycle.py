@@ -34,6 +34,8 @@ class Cycle:
     backups: dict[Tensor, Tensor] = field(default_factory=dict)  # scratch, kept for the optimizer's life
     master_versions: dict[Tensor, int] = field(default_factory=dict)
     early_history: dict[Tensor, Tensor] = field(default_factory=dict)  # Wrap: before the base has made its state
+    checked: dict[int, list[Any]] = field(default_factory=dict)  # group values that were found right
+    created: list[tuple[Tensor, str]] = field(default_factory=list)  # state made by the present call
     epoch: int = 0  # counts re-allocations of backups
     rounds: int = 0  # perturbed rounds that restore() completed
     aside: list[Tensor | None] = field(default_factory=list)  # the sum of their gradients, by parameter; or empty
@@ -41,6 +43,7 @@ class Cycle:
     clean: list[Tensor | None] = field(default_factory=list)  # likewise m-RWP's gradient at clean weights
     squares: dict[Tensor, Tensor] = field(default_factory=dict)  # mix="losses": sums for the history
     consumed: tuple[Any, int] | None = None  # the first gradient that the last call used up: weak reference, version
+    zeroed: list[int | None] = field(default_factory=list)  # versions of all gradients after zeroing in place
     ascent_norm: Tensor | None = None
     grad_norm: Tensor | None = None
     skip: Tensor | None = None  # nonzero: a gradient that this step depends on was not finite
@@ -58,11 +61,24 @@ class Cycle:
         """True if `.grad` is there and is not what the last call consumed (told by the first gradient)."""
         for p in params:
             if p.grad is not None:
-                return not _is(self.consumed, p.grad)
+                return not _is(self.consumed, p.grad) or self._differs_from_zeroed(params)
         self.consumed = None  # whatever comes next is new, even the same tensor put back by hand
         return False
 
+    def _differs_from_zeroed(self, params: Iterable[Tensor]) -> bool:
+        """Gradients zeroed in place stay: one that is written since is fresh, even if the first one is not."""
+        if not self.zeroed:
+            return False
+        return any(p.grad is not None and p.grad._version != v for p, v in zip(params, self.zeroed, strict=True))
+
+    def mark_zeroed(self, params: list[Tensor]) -> None:
+        """The gradients were zeroed by their optimizer: dropped, or in place."""
+        self.mark_consumed(params)
+        if self.consumed is not None:
+            self.zeroed = [None if p.grad is None else p.grad._version for p in params]
+
     def mark_consumed(self, params: Iterable[Tensor]) -> None:
+        self.zeroed = []
         for p in params:
             if p.grad is not None:
                 self.consumed = weakref.ref(p.grad), p.grad._version
@@ -112,10 +128,17 @@ class Cycle:
         saved = self.backups.get(p)
         if saved is None or saved.dtype != p.dtype or saved.device != p.device or not same_layout(saved, p):
             new = torch.empty_like(p, memory_format=torch.preserve_format, requires_grad=False)
-            if saved is not None and saved.shape == p.shape:
-                new.copy_(saved)  # it may hold the clean weights of a perturbation that is on
+            if saved is not None:
+                self.plans.clear()  # old plans would keep it alive
+                if saved.shape == p.shape:
+                    new.copy_(saved)  # it may hold the clean weights of a perturbation that is on
             saved = self.backups[p] = new
         return saved
+
+    def clean_copy(self, p: Tensor) -> Tensor:
+        """The clean weights of one perturbed parameter."""
+        assert self.plan is not None
+        return next(c for b in self.plan.buckets for q, c in zip(b.params, b.clean, strict=True) if q is p)
 
     def release(self) -> None:
         """Free the scratch."""

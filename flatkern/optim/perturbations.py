@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ def perturb(opt: FlatOptimizer, scaler: Any) -> None:
     messages.refuse_suspended(opt, "perturb")
     if cycle.plan is not None:
         raise RuntimeError("perturb: already perturbed; call step() or restore() first")
+    opt._check_groups()
 
     params = opt._parameters()
     fresh = cycle.is_fresh(params)
@@ -56,8 +57,6 @@ def perturb(opt: FlatOptimizer, scaler: Any) -> None:
 
 def _check_rwp(opt: FlatOptimizer, method: RWP, fresh: bool) -> None:
     cycle = opt.cycle
-    for group in opt.param_groups:
-        opt._check_lam(group)
     if method.lam is None:
         if fresh:
             raise RuntimeError(
@@ -78,13 +77,16 @@ def _check_rwp(opt: FlatOptimizer, method: RWP, fresh: bool) -> None:
         )
 
 
-def _perturbable(opt: FlatOptimizer) -> list[Tensor]:
-    return [p for group in opt.param_groups if group["perturb"] for p in group["params"] if p.requires_grad]
+def _now(group: dict[str, Any], key: str) -> Any:
+    return group[key]
+
+
+def _perturbable(opt: FlatOptimizer, read: Callable[[dict[str, Any], str], Any] = _now) -> list[Tensor]:
+    return [p for group in opt.param_groups if read(group, "perturb") for p in group["params"] if p.requires_grad]
 
 
 def _plan(opt: FlatOptimizer, params: list[Tensor]) -> Plan:
-    # The group switch is part of the key, so that a plan never outlives it.
-    return opt.cycle.plans.get(opt.param_groups, params, None, lambda g: ("perturb", g["perturb"]), opt._has_master)
+    return opt.cycle.plans.get(opt.param_groups, params, None, lambda g: "perturb", opt._has_master)
 
 
 def _clean_stores(opt: FlatOptimizer, bucket: Bucket) -> tuple[list[Tensor] | None, list[Tensor] | None]:
@@ -96,9 +98,9 @@ def _clean_stores(opt: FlatOptimizer, bucket: Bucket) -> tuple[list[Tensor] | No
     return bucket.clean, None
 
 
-def noise_of(opt: FlatOptimizer) -> Tensor:
-    """(seed, stream, round) of the coming draw; int64 (3,) on the CPU."""
-    keys = {(g["seed"], g["stream"], g["round"]) for g in opt.param_groups}
+def noise_of(opt: FlatOptimizer, ahead: int = 0) -> Tensor:
+    """(seed, stream, round + ahead) of the coming draw; int64 (3,) on the CPU."""
+    keys = {(g["seed"], g["stream"], g["round"] + ahead) for g in opt.param_groups}
     if len(keys) != 1:
         raise ValueError(
             f"{type(opt).__name__}: groups differ in (seed, stream, round): {sorted(keys)}; an optimizer has "
@@ -112,9 +114,9 @@ def current_plan(opt: FlatOptimizer) -> Plan:
     return _plan(opt, _perturbable(opt))
 
 
-def scatter(opt: FlatOptimizer) -> None:
+def scatter(opt: FlatOptimizer, plan: Plan | None = None) -> None:
     """CLEAN -> PERTURBED by the noise of the current round, which does not advance here."""
-    plan = current_plan(opt)
+    plan = plan or current_plan(opt)
     noise = noise_of(opt)
 
     def draw() -> None:
@@ -127,10 +129,11 @@ def scatter(opt: FlatOptimizer) -> None:
 
 def scatter_bucket(opt: FlatOptimizer, bucket: Bucket, noise: Tensor) -> None:
     backups, masters = _clean_stores(opt, bucket)
-    adaptive = any(g["eta"] > 0 for g in bucket.groups)
+    adaptive = any(drawn(g, "eta") > 0 for g in bucket.groups)
     bucket.op("perturb_gaussian_", opt.backend)(
         bucket.params, backups, masters, None, opt._histories(bucket.params) if adaptive else None, noise,
-        sigma=bucket.values("sigma"), eta=bucket.values("eta"), index=bucket.index, offset=bucket.offset,
+        sigma=bucket.values("sigma", lambda g: float(drawn(g, "sigma"))),
+        eta=bucket.values("eta", lambda g: float(drawn(g, "eta"))), index=bucket.index, offset=bucket.offset,
     )  # fmt: skip
 
 
@@ -292,8 +295,24 @@ def abort_round(opt: FlatOptimizer) -> None:
 def roll_on(opt: FlatOptimizer) -> None:
     """Rolling: from clean weights to the noise of the current round, which does not advance."""
     messages.refuse_suspended(opt, "train")
-    scatter(opt)
+    scatter(opt, _plan(opt, _perturbable(opt, drawn)))
+    note_drawn(opt)
     torch.clear_autocast_cache()
+
+
+def drawn(group: dict[str, Any], key: str) -> Any:
+    """Rolling: the value that the noise of this round was drawn with, if it was; else the present one.
+
+    A schedule may have moved the value since, and drawing the round again, after an evaluation or from
+    a checkpoint, must give the same noise.
+    """
+    last = group.get("drawn")
+    return last[key] if last is not None and last["round"] == group["round"] else group[key]
+
+
+def note_drawn(opt: FlatOptimizer) -> None:
+    for group in opt.param_groups:
+        group["drawn"] = {key: drawn(group, key) for key in ("sigma", "eta", "perturb")} | {"round": group["round"]}
 
 
 @contextmanager

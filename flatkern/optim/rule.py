@@ -11,7 +11,7 @@ from ..checks import check_value
 from ..dispatch import gather_state
 from ..tables import history_length
 from .base import FlatOptimizer
-from .plan import Bucket
+from .plan import Bucket, Group
 
 WHY_REFUSED = {
     "amsgrad": "no kernel keeps the maximum of the second moments; pass amsgrad=False",
@@ -39,6 +39,10 @@ class RuleOptimizer(FlatOptimizer):
         self._check_new_parameters()
         self._ready = True
 
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        require_unset(type(self).__name__, differentiable=group["differentiable"])
+
     def _check_value(self, key: str, value: Any) -> None:
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"Tensor {key} must be 1-element")
@@ -58,6 +62,7 @@ class RuleOptimizer(FlatOptimizer):
                 if state.get(key) is None:
                     created.add(k)
                     state[key] = self._new_state(p, key)
+                    self.cycle.created.append((p, key))
         return [[self.state[p][key] for p in bucket.params] for key in keys], created
 
     def _new_state(self, p: Tensor, key: str) -> Tensor:
@@ -74,7 +79,10 @@ class RuleOptimizer(FlatOptimizer):
             state = self.state[p]
             master = state.get("master")
             if master is None:
-                master = state["master"] = p.detach().to(torch.float32, copy=True, memory_format=torch.preserve_format)
+                # A perturbed parameter's clean value is known even where somebody has cleared the state.
+                source = self.cycle.clean_copy(p) if self._is_held(p) else p.detach()
+                master = state["master"] = source.to(torch.float32, copy=True, memory_format=torch.preserve_format)
+                self.cycle.created.append((p, "master"))
             elif versions.get(p) != p._version and not self._is_held(p) and not torch.equal(master.to(p.dtype), p):
                 master.copy_(p)
             result.append(master)
@@ -92,4 +100,5 @@ class RuleOptimizer(FlatOptimizer):
         for p in params:
             if "history" not in self.state[p]:
                 self.state[p]["history"] = torch.zeros(history_length(p), dtype=torch.float32, device=p.device)
+                self.cycle.created.append((p, "history"))
         return [self.state[p]["history"] for p in params]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..checks import LayoutError
+from ..checks import LayoutError, check_storage
 from ..methods import RWP
 from . import layouts, messages, perturbations, scaling
 from .plan import Bucket
@@ -68,6 +68,7 @@ def step(opt: FlatOptimizer) -> None:
     """One optimizer step, whatever the mode; raises before anything has changed."""
     cycle = opt.cycle
     params = opt._parameters()
+    opt._check_groups()
     scaling.check_recorded(opt)
     if opt.rolling:
         _rolling_step(opt, params)
@@ -152,6 +153,7 @@ def _apply(opt: FlatOptimizer, params: list[Tensor], gradients: Gradients, noise
     except LayoutError:
         work = _gather(opt, plan.buckets, gradients, noise, lay_out=True)
         _clip(opt, work)
+    _refuse_sparse(work)
     for k in range(len(work)):
         try:
             opt._update_bucket(*work[k])
@@ -161,6 +163,7 @@ def _apply(opt: FlatOptimizer, params: list[Tensor], gradients: Gradients, noise
             work[k][2].clip = clip
             opt._update_bucket(*work[k])
         cycle.note_masters(work[k][0])
+        cycle.created.clear()
     opt._finish(work)
     if cycle.plan is not None and not cycle.plan.members <= plan.members:
         _serve_the_rest(opt, plan.members, noise)
@@ -250,7 +253,7 @@ def _serve_the_rest(opt: FlatOptimizer, updated: frozenset[int], noise: Tensor |
     cycle = opt.cycle
     assert cycle.plan is not None
     missing = [p for b in cycle.plan.buckets for p in b.params if id(p) not in updated]
-    rest = cycle.plans.get(opt.param_groups, missing, cycle.plan, lambda g: ("rest", g["perturb"]), opt._has_master)
+    rest = cycle.plans.get(opt.param_groups, missing, cycle.plan, lambda g: "rest", opt._has_master)
     for bucket in rest.buckets:
         cycle.restore(bucket.params, opt._masters(bucket.params) if bucket.masters else cycle.backups_of(bucket))
         if noise is not None:
@@ -285,19 +288,32 @@ def _rolling_step(opt: FlatOptimizer, params: list[Tensor]) -> None:
         if not initial:
             perturbations.roll_on(opt)
         return
-    for group in opt.param_groups:
-        group["round"] += 1
-    if perturbations.current_plan(opt) is not plan:
-        # A group or a parameter was switched: one pass cannot serve two sets, so restore, update, perturb.
-        cycle.put_clean_weights(plan)
-        cycle.leave()
+    if perturbations.current_plan(opt) is plan:
+        _apply(opt, params, gradients, perturbations.noise_of(opt, ahead=1))
+        _advance(opt)
+        perturbations.note_drawn(opt)
+    else:
+        # A group or a parameter was switched: one pass cannot serve two sets, so update, then perturb.
         _apply(opt, params, gradients)
-        perturbations.roll_on(opt)
+        cycle.leave()
+        _advance(opt)
         cycle.mark_consumed(params)
+        perturbations.roll_on(opt)
         return
-    _apply(opt, params, gradients, perturbations.noise_of(opt))
     for bucket in plan.buckets:
         # Masters are new tensors after the first update of a freshly loaded model.
         bucket.clean = opt._masters(bucket.params) if bucket.masters else cycle.backups_of(bucket)
     cycle.enter(plan)
     cycle.mark_consumed(params)
+
+
+def _advance(opt: FlatOptimizer) -> None:
+    for group in opt.param_groups:
+        group["round"] += 1
+
+
+def _refuse_sparse(work: Work) -> None:
+    """Autograd can put a sparse gradient anywhere; the last bucket must not find it when the first is updated."""
+    for bucket, grads, _ in work if len(work) > 1 else ():
+        for i, g in zip(bucket.index, grads, strict=True):
+            check_storage(f"step: grads[{i}]", g, (g.dtype,))

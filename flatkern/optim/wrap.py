@@ -68,7 +68,8 @@ class Wrap(FlatOptimizer):
 
     @param_groups.setter
     def param_groups(self, value: Any) -> None:
-        """torch's constructor sets its own list, which nobody needs."""
+        if self.__dict__.get("_ready"):  # torch's constructor sets a list of its own, which nobody needs
+            self.base.param_groups = value
 
     @property
     def state(self) -> Any:
@@ -76,7 +77,8 @@ class Wrap(FlatOptimizer):
 
     @state.setter
     def state(self, value: Any) -> None:
-        """As for the groups."""
+        if self.__dict__.get("_ready"):
+            self.base.state = value
 
     def _sign(self, group: Group) -> float:
         return 1.0  # the base turns the gradient over itself
@@ -139,24 +141,25 @@ class Wrap(FlatOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base's state_dict; ARWP's history is in its state."""
         messages.refuse_unfinished(self, "state_dict")
-        return self.base.state_dict()
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        result = self.base.state_dict()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            result = after(self, result) or result
+        return result
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load into the base. Group keys of ours that the checkpoint lacks keep their values."""
+        state_dict = checkpoint.prepare(self, state_dict)
         self.cycle.end_by_version()
-        ours = () if self.method is None else (*self.method.defaults, "perturb")
-        before = [{key: group[key] for key in ours} for group in self.param_groups]
         self.base.load_state_dict(state_dict)
-        for group, kept in zip(self.param_groups, before, strict=True):
-            for key, value in kept.items():
-                group.setdefault(key, value)
-        # torch casts every state tensor to its parameter's dtype; the history stays float32.
-        ids = [i for g in state_dict["param_groups"] for i in g["params"]]
-        for i, p in zip(ids, self._parameters(), strict=True):
-            history = state_dict["state"].get(i, {}).get("history")
-            if history is not None:
-                self.state[p]["history"] = history.detach().to(p.device, copy=True)
+        # torch casts every state tensor to its parameter's dtype; ours keep theirs, and so do the base's.
+        for p, saved in checkpoint.by_parameter(self, state_dict):
+            for name, value in saved.items():
+                loaded = self.state[p].get(name)
+                if isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
+                    self.state[p][name] = checkpoint.fit(name, value, p)
         self.cycle.early_history.clear()
         checkpoint.settle(self)
 

@@ -1,0 +1,137 @@
+"""Who competes: flatkern on its backends, the baselines, and plain torch optimizers, ready to be timed.
+
+Each candidate owns its parameters and its optimizer; gradients are shared (see harness.Gradients).
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+from torch import Tensor
+
+from .baselines import STYLES, torch_optimizer
+from .harness import Gradients, Timed, run_cycle
+from .methods import LR, METHODS, MOMENTUM, WEIGHT_DECAY, Method
+
+TORCH = {"torch fused": {"fused": True}, "torch foreach": {"foreach": True}, "torch loop": {"foreach": False}}
+FLOOR = "torch fused"  # the plain optimizer every ratio is against
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def flatkern_optimizer(params: list[Tensor], method: Method, base: str, *, backend: str, masters: bool = False):
+    """The one line that a user changes, for any method of the table."""
+    import flatkern
+
+    perturb = None
+    if method.rho and method.floor is not None:
+        perturb = flatkern.ASAM(rho=method.rho, eta=method.floor)
+    elif method.rho:
+        perturb = flatkern.SAM(rho=method.rho)
+    elif method.sigma:
+        perturb = flatkern.RWP(
+            sigma=method.sigma, lam=method.lam, eta=method.history, beta=method.beta, rolling=method.rolling
+        )
+    ours = {"perturb": perturb, "backend": backend, "master_weights": masters}
+    if base == "sgd":
+        optimizer = flatkern.SGD(params, LR[base], MOMENTUM, weight_decay=WEIGHT_DECAY[base], **ours)
+    else:
+        optimizer = flatkern.AdamW(params, LR[base], weight_decay=WEIGHT_DECAY[base], **ours)
+    if method.rolling:
+        optimizer.train()
+    return optimizer
+
+
+def labels(method: str, backends: list[str], dtype: str, masters: bool, compiled: bool) -> list[str]:
+    """Everybody who competes in `method`, most wanted first: where memory is short the last ones are left out.
+
+    Master weights are something that only flatkern has here.
+    """
+    ours = [f"flatkern {backend}" for backend in backends]
+    if method == "plain":
+        return [*ours, *TORCH]
+    if masters:
+        return [*ours, FLOOR]
+    return [*ours, FLOOR, *reversed(STYLES), *(["compiled"] if compiled else [])]
+
+
+class Candidate:
+    """One optimizer with its own weights; calling it makes one step and returns nanoseconds by call.
+
+    With a `burst` it makes that many steps and returns their medians: where calls are all there is to
+    measure, the one before decides whether Python's own code is in the cache.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        weights: list[Tensor],
+        gradients: Gradients,
+        method: str,
+        base: str,
+        masters: bool = False,
+        burst: int = 1,
+    ) -> None:
+        self.label, self.gradients, self.burst = label, gradients, burst
+        self.params = [torch.nn.Parameter(w.clone()) for w in weights]
+        self.method = METHODS["plain" if label in TORCH else method]
+        self.optimizer = self.build(base, masters)
+
+    def build(self, base: str, masters: bool):
+        kind, _, backend = self.label.partition(" ")
+        if self.label in TORCH:
+            return torch_optimizer(self.params, base, **TORCH[self.label])
+        if kind == "flatkern":
+            return flatkern_optimizer(self.params, self.method, base, backend=backend, masters=masters)
+        if kind == "compiled":
+            from .compiled import Compiled
+
+            return Compiled(self.params, self.method, base)
+        return STYLES[kind](self.params, self.method, base)
+
+    def __call__(self, count: int) -> dict[str, int]:
+        steps = [
+            run_cycle(self.optimizer, self.params, self.method.cycle, self.gradients, i)
+            for i in range(count * self.burst, (count + 1) * self.burst)
+        ]
+        return {name: statistics.median_low(step.get(name, 0) for step in steps) for name in steps[-1]}
+
+    def held_bytes(self) -> int:
+        """Bytes of tensors held besides weights and their `.grad`, at the point of a step where most are held."""
+        *before, (kind, last) = self.method.cycle
+        run_cycle(self.optimizer, self.params, before, self.gradients)
+        self.gradients.deliver(self.params, kind, 0)
+        own = {t.untyped_storage().data_ptr() for p in self.params for t in (p, p.grad)}
+        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in reachable(self.optimizer)}
+        getattr(self.optimizer, last)()
+        return sum(size for pointer, size in sizes.items() if pointer not in own)
+
+
+def reachable(root: object) -> list[Tensor]:
+    """All tensors that an optimizer holds, through containers and through objects of flatkern and torch.optim."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    stack = [root]
+    while stack:
+        item = stack.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, dict):
+            stack += [*item.keys(), *item.values()]
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            stack += item
+        elif type(item).__module__.startswith(("flatkern", "bench", "torch.optim")) and not isinstance(item, type):
+            slots = [name for kind in type(item).__mro__ for name in getattr(kind, "__slots__", ())]
+            stack += [getattr(item, name) for name in slots if hasattr(item, name)]
+            stack += vars(item).values() if hasattr(item, "__dict__") else ()
+    return found
+
+
+def prepare(*args, **kwargs) -> tuple[Timed, int]:
+    """A warm candidate, and the bytes that it holds."""
+    candidate = Candidate(*args, **kwargs)
+    candidate(0)
+    return candidate, candidate.held_bytes()

@@ -1,0 +1,146 @@
+"""Result files: pytest-benchmark's JSON (`pytest-benchmark compare FILE...` reads them), with our numbers in
+`extra_info`, the machine without its name, and what did not run and why.
+
+What a number means: `stats` are seconds per optimizer step, without autograd's accumulation; `calls` are
+median seconds by call; `gigabytes_per_second` divides the method's *floor* by the median, so that waste
+shows as a low rate instead of a high one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest_benchmark
+import torch
+
+from .harness import Timings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def entry(table: str, params: dict, timings: Timings, numel: int, **info) -> dict:
+    """One candidate's result. `info` may hold floor_bytes and held_bytes per parameter."""
+    stats = timings.stats("accumulate").as_dict()
+    if info.get("floor_bytes"):
+        info["gigabytes_per_second"] = info["floor_bytes"] * numel / stats["median"] / 1e9
+    name = "-".join(str(v) for k, v in params.items() if k != "masters") + ("-masters" if params["masters"] else "")
+    group = " ".join(str(params[k]) for k in ("model", "method", "base"))
+    return {
+        "group": f"{table}: {group}",
+        "name": f"{table}[{name}]",
+        "fullname": f"bench/run.py::{table}[{name}]",
+        "params": params,
+        "param": name,
+        "extra_info": {"table": table, "calls": timings.medians(), **info},
+        "options": {"timer": "perf_counter_ns", "interleaved": True, "gc": False},
+        "stats": {**stats, "iterations": 1, "data": timings.stats("accumulate").data},
+    }
+
+
+def compare(race: list[dict], reference: str, copy_rate: float) -> None:
+    """Add what only the whole race knows: multiples of the plain optimizer, and the share of copy bandwidth."""
+    plain = {b["params"]["dtype"]: b["stats"]["median"] for b in race if b["params"]["candidate"] == reference}
+    for b in race:
+        # Nothing in torch has master weights; those rows are read against plain float32.
+        dtype = "float32" if b["params"]["masters"] and "float32" in plain else b["params"]["dtype"]
+        if dtype in plain:
+            b["extra_info"]["times_plain"] = b["stats"]["median"] / plain[dtype]
+        b["extra_info"]["copy_gigabytes_per_second"] = copy_rate
+        b["extra_info"]["share_of_copy"] = b["extra_info"]["gigabytes_per_second"] / copy_rate
+
+
+def cpu_model() -> str:
+    """The processor's marketing name, or the architecture where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def compiled_backend() -> dict[str, str]:
+    """What the C++ backend says about itself; empty where it is not built."""
+    try:
+        from flatkern import _C
+    except ImportError:
+        return {}
+    said = {}
+    for name in ("isa", "compiler"):
+        value = getattr(_C, name, None)
+        if value is not None:
+            said[name] = str(value() if callable(value) else value)
+    return said
+
+
+def machine_info(threads: int) -> dict:
+    """Processor, system and versions; no host name."""
+    try:
+        import flatkern
+
+        version = getattr(flatkern, "__version__", "unversioned")
+    except ImportError:
+        version = "not installed"
+    return {
+        "processor": cpu_model(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "python_implementation": platform.python_implementation(),
+        "python_version": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "flatkern": version,
+        "flatkern_cpp": compiled_backend(),
+        "cpu": {"brand_raw": cpu_model(), "count": os.cpu_count()},
+    }
+
+
+def load() -> float:
+    """How many processes wanted a core in the last minute, where the system tells."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def git(*arguments: str) -> str:
+    """Output of a git command in this checkout; empty if that is not possible."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def document(benchmarks: list[dict], failures: list[dict], threads: int, seconds: float, busy: float = 0.0) -> dict:
+    """The whole file; `busy` is the load before the first race."""
+    return {
+        "machine_info": {**machine_info(threads), "load_before": round(busy, 2)},
+        "commit_info": {
+            "id": git("rev-parse", "HEAD") or "unversioned",
+            "time": git("show", "-s", "--format=%cI") or None,
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+            "project": "flatkern",
+            "branch": git("rev-parse", "--abbrev-ref", "HEAD") or "(unknown)",
+        },
+        "command": "python bench/run.py " + shlex.join(sys.argv[1:]),
+        "seconds": round(seconds, 1),
+        "benchmarks": benchmarks,
+        "failures": failures,
+        "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "version": pytest_benchmark.__version__,
+    }
+
+
+def write(path: str | Path, results: dict) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def read(path: str | Path) -> dict:
+    return json.loads(Path(path).read_text())

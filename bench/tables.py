@@ -1,0 +1,237 @@
+"""Result files as tables: what is shown beside what, and how a loss looks. No measuring and no files here."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from .methods import BASES, METHODS, floor_bytes
+from .models import MODELS
+
+VERSUS = {"papers": "papers' loop", "loop": "careful loop", "foreach": "foreach", "compiled": "torch.compile"}
+PLAIN = {"loop": "torch loop", "foreach": "torch foreach"}  # who stands in these columns in the plain row
+SLOWER = "slower"
+NOTHING = "-"
+
+
+@dataclass
+class Table:
+    """A table under the name by which documents embed it."""
+
+    name: str
+    title: str
+    header: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+    note: str = ""
+
+    def markdown(self) -> str:
+        rule = ["---"] + ["---:"] * (len(self.header) - 1)
+        body = "\n".join("| " + " | ".join(line) + " |" for line in [self.header, rule, *self.rows])
+        return f"{body}\n\n{self.note}" if self.note else body
+
+
+def tables(results: dict) -> list[Table]:
+    """Everything that a result file has to show."""
+    found = list(method_tables(results))
+    found += [dtype_table(results, model) for model in values(pick(results, "dtypes"), "model")]
+    found += [call_table(results), copy_table(results), failure_table(results)]
+    return [table for table in found if table.rows]
+
+
+# ---- reading a result file
+
+
+def pick(results: dict, table: str, **params) -> list[dict]:
+    """Benchmarks of one table with these parameters, in the order they ran."""
+    rows = [b for b in results["benchmarks"] if b["extra_info"]["table"] == table]
+    return [b for b in rows if all(b["params"][k] == v for k, v in params.items())]
+
+
+def values(benchmarks: list[dict], key: str) -> list:
+    """Distinct values of a parameter, in order."""
+    return list(dict.fromkeys(b["params"][key] for b in benchmarks))
+
+
+def median(b: dict) -> float:
+    return b["stats"]["median"]
+
+
+def accumulation(b: dict) -> float:
+    """Seconds that autograd needs to add a step's gradients up (mSAM)."""
+    return b["extra_info"]["calls"].get("accumulate", 0.0)
+
+
+def copy_rate(benchmarks: list[dict]) -> float | None:
+    """GB/s of a copy of the weights, median of the races; None where the model fits into a cache."""
+    rates = [b["extra_info"].get("copy_gigabytes_per_second") for b in benchmarks]
+    large = benchmarks and MODELS[benchmarks[0]["params"]["model"]].numel > 1e6
+    return statistics.median(rates) if large and all(rates) else None
+
+
+# ---- cells
+
+
+def duration(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} us"
+    return f"{seconds * 1e3:.{1 if seconds < 0.1 else 0}f} ms"
+
+
+def lost(text: str) -> str:
+    return f"**{text} ({SLOWER})**"
+
+
+def speedup(ours: float, theirs: float | None) -> str:
+    """How many times faster we are; a loss is printed as one."""
+    if theirs is None:
+        return NOTHING
+    ratio = theirs / ours
+    text = f"{ratio:.1f}x" if ratio >= 1.95 else f"{ratio:.2f}x"
+    return lost(text) if round(ratio, 2) < 1 else text
+
+
+def multiple(b: dict, floor: float) -> str:
+    """Time as a multiple of the plain fused torch optimizer; in brackets what the bytes allow."""
+    times = b["extra_info"].get("times_plain")
+    if times is None:
+        return NOTHING
+    if b["params"]["method"] == "plain":
+        return lost(f"{times:.2f}x") if round(times, 2) > 1 else f"{times:.2f}x"
+    return f"{times:.2f}x ({floor:.2f}x)"
+
+
+def bandwidth(b: dict) -> list[str]:
+    """GB/s and share of copy; both mean nothing where the model fits into a cache."""
+    if MODELS[b["params"]["model"]].numel < 1e6:
+        return [NOTHING, NOTHING]
+    return [f"{b['extra_info']['gigabytes_per_second']:.0f}", f"{100 * b['extra_info']['share_of_copy']:.0f} %"]
+
+
+def footnote(results: dict, table: str, model: str) -> str:
+    """Where the numbers come from, in one line."""
+    shown = pick(results, table, model=model)
+    machine, rate = results["machine_info"], copy_rate(shown)
+    turns = sorted(b["stats"]["rounds"] for b in shown)
+    steps = f"{turns[0]}" if turns[0] == turns[-1] else f"{turns[0]} to {turns[-1]}"
+    isa, threads = machine["flatkern_cpp"].get("isa", ""), machine["threads"]
+    parts = [
+        f"Medians of {steps} interleaved {'steps' if MODELS[model].numel > 1e6 else 'bursts of steps'}",
+        f"{threads} thread{'s' * (threads > 1)} of {machine['processor']}{f' ({isa})' if isa else ''}",
+        f"{f' ({isa})' if isa else ''}",
+        f"torch {machine['torch']}",
+        f"a copy runs at {rate:.0f} GB/s" if rate else "",
+        results["datetime"][:10],
+    ]
+    return "; ".join(filter(None, parts)) + "."
+
+
+# ---- tables
+
+
+def method_tables(results: dict) -> Iterator[Table]:
+    """One table per model, base, kind of weights and backend: flatkern against what users write."""
+    keys = "model", "base", "dtype", "masters"
+    for kind in dict.fromkeys(tuple(b["params"][k] for k in keys) for b in pick(results, "methods")):
+        rows = pick(results, "methods", **dict(zip(keys, kind, strict=True)))
+        for ours in values(rows, "candidate"):
+            if ours.startswith("flatkern"):
+                yield method_table(results, rows, ours)
+
+
+def method_table(results: dict, rows: list[dict], ours: str) -> Table:
+    model, base, dtype, masters = (rows[0]["params"][k] for k in ("model", "base", "dtype", "masters"))
+    present, backend = values(rows, "candidate"), ours.removeprefix("flatkern ")
+    versus = {k: v for k, v in VERSUS.items() if k in present or PLAIN.get(k) in present}
+    marks = [dtype] * (dtype != "float32") + ["masters"] * masters + [backend] * (backend != "cpp")
+    table = Table(
+        "-".join([model, base, *marks]),
+        f"{MODELS[model].title}, {BASES[base]}" + "".join(f", {mark}" for mark in marks),
+        ["method", "time", "of torch fused (floor)", "GB/s", "of copy"]
+        + [f"vs {v}" for v in versus.values()]
+        + ["extra B/param"],
+        note=footnote(results, "methods", model),
+    )
+    width = {"float32": 4, "bfloat16": 2}[dtype]
+    for method in values(rows, "method"):
+        here = {b["params"]["candidate"]: b for b in rows if b["params"]["method"] == method}
+        if ours not in here:
+            continue
+        b, does = here[ours], METHODS[method]
+        rivals = [here.get(PLAIN.get(k, "") if method == "plain" else k) for k in versus]
+        floor = floor_bytes(does, base, width, masters) / floor_bytes(METHODS["plain"], base, width)
+        table.rows.append(
+            [does.title, duration(median(b)), multiple(b, floor), *bandwidth(b)]
+            + [speedup(median(b), r and median(r)) for r in rivals]
+            + [f"{b['extra_info']['held_bytes']:.1f}"]
+        )
+        if accumulation(b):
+            whole = median(b) + accumulation(b)
+            table.rows.append(
+                [f"{does.title}, with autograd's sums", duration(whole), NOTHING, NOTHING, NOTHING]
+                + [speedup(whole, r and median(r) + accumulation(r)) for r in rivals]
+                + [NOTHING]
+            )
+    return table
+
+
+def dtype_table(results: dict, model: str) -> Table:
+    """Half-precision weights, interleaved with float32."""
+    rows = pick(results, "dtypes", model=model)
+    table = Table(
+        f"{model}-dtypes",
+        f"{MODELS[model].title}, {BASES[values(rows, 'base')[0]]}: weights in half precision",
+        ["method", "weights", "candidate", "time", "floor B/param", "GB/s", "of copy", "GB/s against float32"],
+        note=footnote(results, "dtypes", model),
+    )
+    for b in rows:
+        p, info = b["params"], b["extra_info"]
+        same = {k: p[k] for k in ("model", "method", "candidate")}
+        full = pick(results, "dtypes", **same, dtype="float32")
+        against = info["gigabytes_per_second"] / full[0]["extra_info"]["gigabytes_per_second"] if full else None
+        method = METHODS["plain" if p["candidate"].startswith("torch") else p["method"]].title
+        weights = p["dtype"] + " + float32 masters" * p["masters"]
+        relative = NOTHING if against is None else f"{against:.2f}x"
+        floor = str(info["floor_bytes"])
+        table.rows.append([method, weights, p["candidate"], duration(median(b)), floor, *bandwidth(b), relative])
+    return table
+
+
+def call_table(results: dict) -> Table:
+    """Microseconds per call where there is nothing to compute."""
+    rows = pick(results, "calls")
+    header = ["method", "base", "candidate", "perturb()", "step()", "step of torch fused's"]
+    table = Table("calls", "Time of a call on 160 tensors of 10 elements", header)
+    for b in rows:
+        p, calls = b["params"], b["extra_info"]["calls"]
+        if p["candidate"] == "torch fused" and p["method"] != "plain":
+            continue  # in these races it is only what the others are compared with
+        fused = pick(results, "calls", method=p["method"], base=p["base"], candidate="torch fused")
+        against = f"{calls['step'] / median(fused[0]):.2f}x" if fused else NOTHING
+        each = [duration(calls[c]) if c in calls else NOTHING for c in ("perturb", "step")]
+        table.rows.append([METHODS[p["method"]].title, p["base"], p["candidate"], *each, against])
+    table.note = footnote(results, "calls", rows[0]["params"]["model"]) if rows else ""
+    return table
+
+
+def copy_table(results: dict) -> Table:
+    """What memory can do at each model's size, and the price of setting `.grad`."""
+    header = ["model", "one copy_", "GB/s", "_foreach_copy_", "GB/s", "setting .grad"]
+    table = Table("copy", "Copying the weights once", header)
+    for model in values(pick(results, "copy"), "model"):
+        cells = []
+        for b in pick(results, "copy", model=model):
+            rate = b["extra_info"].get("gigabytes_per_second")
+            small = MODELS[model].numel < 1e6
+            cells += [duration(median(b))] + ([NOTHING if small else f"{rate:.0f}"] if rate else [])
+        table.rows.append([MODELS[model].title, *cells])
+    return table
+
+
+def failure_table(results: dict) -> Table:
+    table = Table("failures", "Did not run", ["model", "method", "base", "candidate", "reason"])
+    for f in results["failures"]:
+        candidate = " ".join([f["candidate"], f["dtype"], *["masters"] * f["masters"]])
+        reason = f["reason"].replace("|", "/").replace("\n", " ")
+        table.rows.append([f["model"], METHODS[f["method"]].title, f["base"], candidate, reason])
+    return table

@@ -1,0 +1,136 @@
+"""The baselines are checked before they are timed: each computes what flatkern computes.
+
+Where nothing is random the weights must agree after several steps; where noise is drawn, its size per
+filter, its mean and the way back must. Run by `pytest bench`; no test here looks at a clock.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from bench.baselines import STYLES, filter_norm, per_filter, torch_optimizer
+from bench.candidates import flatkern_optimizer
+from bench.compiled import Compiled
+from bench.harness import Gradients, run_cycle
+from bench.methods import BASES, METHODS, Method
+from flatkern.dispatch import refuse
+
+SHAPES = [(64, 8, 3, 3), (64,), (1, 5, 16), (40, 100), (40,)]
+NOISY = [name for name, method in METHODS.items() if method.sigma]
+
+
+def weights(seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(0.1 * torch.randn(s, generator=generator)) for s in SHAPES]
+
+
+def silent(method: Method) -> Method:
+    """The same method with noise of size zero: everything but the noise can be compared exactly."""
+    return Method(**{**vars(method), "sigma": 1e-30 if method.sigma else 0.0})
+
+
+def trained(make, method: Method, base: str, steps: int = 3) -> list[torch.Tensor]:
+    params = weights()
+    optimizer = make(params, method, base)
+    gradients = Gradients(params, sets=2)
+    for _ in range(steps):
+        run_cycle(optimizer, params, method.cycle, gradients)
+    if method.rolling:
+        optimizer.eval()
+    return [p.detach() for p in params]
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpp"])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "plain"])
+@pytest.mark.parametrize("style", STYLES)
+def test_baseline_takes_flatkerns_step(style, name, base, backend):
+    """With the noise at zero: climbs, mixing, averaging, history's harmlessness and the base step."""
+    if reason := refuse("sgd_update_", backend, "cpu"):
+        pytest.skip(reason)
+    method = silent(METHODS[name])
+
+    got = trained(STYLES[style], method, base)
+    want = trained(lambda *args: flatkern_optimizer(*args, backend=backend), method, base)
+
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", ["m-rwp", "msam", "rolling"])
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_takes_the_eager_step(name, base):
+    method = silent(METHODS[name])
+
+    got, want = trained(Compiled, method, base), trained(STYLES["foreach"], method, base)
+
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_plain_torch_is_what_the_baselines_step_with(style):
+    """Perturbing and restoring aside, a baseline is the fused torch optimizer."""
+    params, expected = weights(), weights()
+    baseline = STYLES[style](params, silent(METHODS["rwp"]), "sgd")
+    torch_sgd = torch_optimizer(expected, "sgd", fused=True)
+    gradients = Gradients(params, sets=1)
+
+    run_cycle(baseline, params, METHODS["rwp"].cycle, gradients)
+    for p, q in zip(params, expected, strict=True):
+        q.grad = p.grad.clone()
+    torch_sgd.step()
+
+    torch.testing.assert_close(params, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", NOISY)
+@pytest.mark.parametrize("style", STYLES)
+def test_noise_has_the_size_of_the_filter(style, name):
+    """Each filter's displacement is N(0, sigma^2 norm^2 / (1 + eta F)), F from the steps before."""
+    method = METHODS[name]
+    params = weights()
+    torch.manual_seed(1)
+    baseline = STYLES[style](params, method, "sgd")
+    gradients = Gradients(params, sets=1)
+    for _ in range(2):
+        run_cycle(baseline, params, method.cycle, gradients)
+    history = [gradients.history(k, method.beta, 2) for k in range(len(params))]
+
+    if method.rolling:
+        noisy = [p.detach().clone() for p in params]
+        baseline.eval()
+        clean = params
+    else:
+        clean = [p.detach().clone() for p in params]
+        gradients.deliver(params, method.cycle[0].gradient, 0)
+        baseline.perturb()
+        noisy = params
+
+    for k, (w, p) in enumerate(zip(clean, noisy, strict=True)):
+        scale = method.sigma * filter_norm(w)
+        if method.history:
+            scale = scale / (1 + method.history * history[k]).sqrt()
+        z = (p - w) / per_filter(scale, w)
+        assert abs(z.mean()) < 5 / z.numel() ** 0.5
+        assert abs(z.std() - 1) < 5 / (2 * z.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("plain", "rolling")])
+@pytest.mark.parametrize("style", STYLES)
+def test_restore_comes_back(style, name):
+    """Exactly, but for the released loops that subtract what they added."""
+    method, params = METHODS[name], weights()
+    before = [p.detach().clone() for p in params]
+    baseline = STYLES[style](params, method, "sgd")
+
+    Gradients(params, sets=1).deliver(params, method.cycle[0].gradient, 0)
+    baseline.perturb()
+    assert any(not torch.equal(p, w) for p, w in zip(params, before, strict=True))
+    baseline.restore()
+
+    tolerance = 1e-6 if style == "papers" else 0
+    torch.testing.assert_close([p.detach() for p in params], before, rtol=tolerance, atol=tolerance)

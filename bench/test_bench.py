@@ -1,0 +1,80 @@
+"""Single operations at ResNet-50's size, the usual pytest-benchmark way.
+
+    pytest bench/test_bench.py --benchmark-only
+    pytest bench/test_bench.py --benchmark-only -k "perturb and cpp"
+
+Operations, their arguments and their traffic are read from flatkern.ops.OPS, so a new row is a new
+benchmark. Nothing here asserts a time. Whole methods against what users write: bench/run.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.baselines import filter_norm
+from bench.models import MODELS
+from flatkern.dispatch import resolve
+from flatkern.ops import OPS
+
+CASES = [(op, backend) for op in OPS.values() for backend in (*op.backends.split(), "eager")]
+
+# Optional arguments that the benchmark leaves out: the common case has no masters, no history, no scaler,
+# and its noise comes from perturb_gaussian_ (which measures its norms itself), not from a rolling update.
+ABSENT = {"masters", "history", "norms", "noise", "grad_scale", "clip", "found_inf"}
+
+SCALARS = {
+    "sigma": 0.01, "rho": 0.05, "eta": -1.0, "beta": 0.99, "grad_weight": 0.5, "clean_weight": 0.5,
+    "lr": 1e-3, "momentum": 0.9, "dampening": 0.0, "weight_decay": 1e-4, "nesterov": False,
+    "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "offset": 0,
+}  # fmt: skip
+
+
+def make(argument, shapes):
+    """A value for one argument of a schema, by its name and type."""
+    if argument.type.endswith("?") and argument.name in ABSENT:
+        return None
+    if argument.type in ("float[]", "int[]", "bool[]"):
+        return list(range(len(shapes))) if argument.name == "index" else [SCALARS[argument.name]] * len(shapes)
+    if argument.name == "noise":
+        return torch.tensor([0, 0, 0])
+    if argument.name == "norm":
+        return torch.tensor(1.0)
+    if argument.name == "norms":
+        return [torch.atleast_1d(filter_norm(torch.ones(s))) for s in shapes]
+    if argument.name == "steps":
+        return [torch.tensor(1.0) for _ in shapes]
+    return [0.05 * torch.rand(s) for s in shapes]
+
+
+def traffic(op, values) -> int:
+    """Bytes of the elements that the table says are read and written, each once."""
+    read = set(op.reads.split())
+    if "backups" in read:
+        read.discard("params")  # the clean weights are in the copy
+    lists = [values[name] for name in [*read, *op.writes] if values.get(name) is not None]
+    return sum(t.numel() * t.element_size() for ts in lists for t in (ts if isinstance(ts, list) else [ts]))
+
+
+@pytest.mark.parametrize("op, backend", CASES, ids=[f"{op.name}-{backend}" for op, backend in CASES])
+def test_op(op, backend, benchmark):
+    try:
+        function = resolve(op.name, "cpu", backend)
+    except RuntimeError as reason:
+        pytest.skip(str(reason))
+    shapes = MODELS["tiny_160" if benchmark.disabled else "resnet50"].shapes()  # a smoke test needs no size
+    torch.manual_seed(0)
+    values = {argument.name: make(argument, shapes) for argument in op.arguments}
+    args = [values[a.name] for a in op.arguments if not a.keyword_only]
+    kwargs = {a.name: values[a.name] for a in op.arguments if a.keyword_only}
+
+    benchmark.group = op.name
+    if backend == "eager":  # seconds per call where noise is drawn
+        benchmark.pedantic(function, args, kwargs, rounds=2, warmup_rounds=1)
+    else:
+        benchmark(function, *args, **kwargs)
+
+    if benchmark.stats:
+        moved = traffic(op, values)
+        benchmark.extra_info["bytes"] = moved
+        benchmark.extra_info["gigabytes_per_second"] = moved / benchmark.stats.stats.median / 1e9

@@ -1,0 +1,109 @@
+"""The harness itself: fair orders, failing candidates, traffic, files and tables. No test looks at a clock."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from bench import render, results
+from bench.harness import Timings, balanced_orders, interleave, takes_part
+from bench.methods import METHODS, floor_bytes
+from bench.models import MODELS
+from bench.tables import tables
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_counts_are_those_everybody_quotes(model):
+    MODELS[model].shapes()
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+def test_orders_are_balanced(n):
+    """Everybody is in every place, and follows everybody else, equally often."""
+    orders = balanced_orders(n)
+    places = Counter((i, place) for order in orders for place, i in enumerate(order))
+    pairs = Counter(pair for order in orders for pair in itertools.pairwise(order))
+    assert len(places) == n * n and len(set(places.values())) == 1
+    assert len(pairs) == n * (n - 1) and len(set(pairs.values())) <= 1
+
+
+@pytest.mark.parametrize("wanted, rounds", [(5, 15), (15, 15), (7, 20), (1, 4)])
+def test_turns_are_spread(wanted, rounds):
+    turns = [t for t in range(rounds) if takes_part(t, wanted, rounds)]
+    gaps = {b - a for a, b in itertools.pairwise(turns)}
+    assert len(turns) == wanted and (not gaps or max(gaps) - min(gaps) <= 1)
+
+
+def test_a_failure_costs_one_candidate():
+    def breaks(count):
+        if count == 3:
+            raise RuntimeError("no more")
+        return {"step": 1}
+
+    timings, failures = interleave({"good": lambda count: {"step": 5}, "bad": breaks}, rounds=6)
+
+    assert failures == {"bad": "RuntimeError: no more"}
+    assert list(timings) == ["good"] and timings["good"].stats().median == 5e-9
+
+
+def test_floors():
+    """Bytes per float32 parameter, SGD with momentum and AdamW; and with float32 masters behind bfloat16."""
+    expected = {
+        "plain": (20, 28), "rwp": (32, 40), "arwp": (32, 40), "m-rwp": (36, 44), "m-arwp": (36, 44),
+        "sam": (40, 48), "asam": (44, 52), "msam": (24 * 4 + 16, 24 * 4 + 24), "rolling": (24, 32),
+    }  # fmt: skip
+    assert {m: (floor_bytes(METHODS[m], "sgd", 4), floor_bytes(METHODS[m], "adamw", 4)) for m in METHODS} == expected
+    assert [floor_bytes(METHODS[m], "sgd", 2, True) for m in ("plain", "sam", "rolling")] == [20, 30, 20]
+
+
+@pytest.fixture
+def found():
+    """Results of two candidates on one model, as run.py writes them."""
+    rows = []
+    race = {"model": "resnet50", "method": "m-rwp", "base": "sgd", "dtype": "float32", "masters": False}
+    for candidate, ns in {"flatkern cpp": 20_000_000, "foreach": 10_000_000, "torch fused": 8_000_000}.items():
+        params = {**race, "candidate": candidate}
+        timings = Timings([{"perturb": ns // 2, "step": ns // 2}] * 3)
+        rows.append(results.entry("methods", params, timings, 25_557_032, floor_bytes=36, held_bytes=8.0))
+    results.compare(rows, "torch fused", 50.0)
+    failure = {**rows[0]["params"], "table": "methods", "candidate": "papers", "reason": "ValueError: no"}
+    return json.loads(json.dumps(results.document(rows, [failure], threads=2, seconds=1.0)))
+
+
+def test_tables_say_what_was_measured(found):
+    methods, failures = tables(found)
+    assert methods.name == "resnet50-sgd" and failures.name == "failures"
+    (row,) = methods.rows
+    assert row[:5] == ["m-RWP", "20.0 ms", "2.50x (1.80x)", "46", "92 %"]
+    assert row[5] == "**0.50x (slower)**"  # a loss is marked
+    assert "no" in failures.rows[0][-1]
+
+
+def test_documents_embed_tables(found):
+    text = "# T\n<!-- bench: resnet50-sgd -->\nold\n<!-- /bench -->\nrest\n"
+    once = render.embed(text, found)
+    assert "m-RWP" in once and "old" not in once and once.endswith("rest\n")
+    assert render.embed(once, found) == once
+    with pytest.raises(KeyError, match="no table"):
+        render.embed(text.replace("resnet50", "alexnet"), found)
+
+
+def test_pytest_benchmark_reads_the_file(found, tmp_path):
+    path = tmp_path / "results.json"
+    results.write(path, found)
+    command = [sys.executable, "-m", "pytest_benchmark", "compare", str(path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "flatkern cpp" in done.stdout, done.stderr
+
+
+def test_the_chart_is_drawn(found, tmp_path):
+    pytest.importorskip("matplotlib")
+    from bench.chart import plot
+
+    plot(found, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 10_000

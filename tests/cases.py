@@ -1,0 +1,298 @@
+"""How to call each operation: one function per op, which makes its arguments by name, in the schema's order.
+
+Imports nothing of flatkern, so that tests and benchmarks get inputs that the package had no part in. The same call
+makes the same values: two of them are one input for two backends. A *variant* is a string of words: names of optional
+arguments that shall be present, and the words explained at `Draw`.
+"""
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# "mixed" cycles through a list, every list from another start, so that dtypes differ inside each list and between them.
+DTYPES = {"float32": FLOATS[:1], "bfloat16": FLOATS[1:2], "float16": FLOATS[2:], "mixed": FLOATS}
+
+# Sizes at which a walk over memory can go wrong: nothing, ends of vectors, of chunks of a sum, of a thread's share.
+SHAPES = {
+    "empty": [(0,), (0, 4), (5, 0), ()],
+    "vector ends": [(1,), (15,), (16,), (17,), (7, 1), (3, 5), (3, 16), (2, 17)],
+    "chunk ends": [(1023,), (1024,), (1025,), (8191,), (8193,), (2, 1025), (3, 2048)],
+    "short rows": [(600, 1), (300, 3), (70, 9), (513, 2), (64, 3, 3, 3)],
+    "mixed ranks": [(3, 5), (0,), (64, 3, 3, 3), (), (33,), (4, 0), (5, 4, 3)],
+    # More than fits a core's cache, and in all more than one thread's share.
+    "long rows": [(3, 70001), (257,), (300000,)],
+}
+
+NOISE = (0xA4093822, 3, 0xFFFFFFFE)  # seed, stream, round: any words, two of them beyond 31 bits
+
+
+class Draw:
+    """Seeded inputs for a list of shapes. Words of a variant that are not names of arguments:
+
+    offset          draw normals of a shard that begins somewhere inside the unsharded tensor
+    unit            gradient weights are 1, so that an update may use the gradient as it is
+    specials        some gradients (weights, for filter_norms_) are infinite or NaN
+    skip            found_inf is nonzero
+    wide            backups are float32
+    zero, infinite  what the given norm is
+    channels_last   rank 4 tensors have that memory format
+    transposed      rank 2 tensors have dim 1 outermost in memory, which ops that walk no filters take
+    """
+
+    def __init__(self, shapes, dtype, device, variant):
+        self.shapes, self.device, self.words = shapes, device, set(variant.split())
+        self.dtypes = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
+        self.generator = torch.Generator().manual_seed(2404)
+        self.lists = 0
+        self.count = len(shapes)
+
+    def optional(self, name, make, *args, **kwargs):
+        return make(*args, **kwargs) if name in self.words else None
+
+    def tensors(self, scale=1.0, dtypes=None, positive=False, specials=False):
+        """A list of tensors of the shapes. Among the values are -0.0 and a subnormal number."""
+        dtypes = dtypes or self.dtypes
+        self.lists += 1
+        result = []
+        for k, shape in enumerate(self.shapes):
+            dtype = dtypes[(k + self.lists) % len(dtypes)]
+            flat = torch.randn(shape, generator=self.generator).flatten() * scale
+            if positive:
+                flat = flat.abs()
+            if flat.numel() > 2:
+                flat[flat.numel() // 2] = 0.0 if positive else -0.0
+                flat[0] = 2.0 ** (-20 if dtype == torch.float16 else -130)
+            # Not in every tensor, and near the end, so that filters without them remain.
+            if specials and k % 2 == 0 and flat.numel() > 8:
+                flat[-1], flat[-3], flat[-6] = float("inf"), float("nan"), -float("inf")
+            result.append(self.laid_out(flat.view(shape).to(self.device, dtype)))
+        return result
+
+    def grads(self):
+        return self.tensors(specials="specials" in self.words)
+
+    def laid_out(self, t):
+        if t.dim() == 4 and "channels_last" in self.words:
+            return t.contiguous(memory_format=torch.channels_last)
+        if t.dim() == 2 and "transposed" in self.words:
+            return t.t().contiguous().t()
+        return t
+
+    def lengths(self, elementwise=False):
+        return [s[0] if len(s) > 1 else (torch.Size(s).numel() if elementwise else 1) for s in self.shapes]
+
+    def vectors(self, low, high, elementwise=False):
+        """One float32 per filter; per element of tensors of rank <= 1 where `elementwise`."""
+        return [self.uniform(n, low, high) for n in self.lengths(elementwise)]
+
+    def uniform(self, shape, low, high):
+        return (low + (high - low) * torch.rand(shape, generator=self.generator)).to(self.device)
+
+    def scalar(self, value):
+        return torch.tensor(value, dtype=torch.float32, device=self.device)
+
+    def steps(self):
+        return [self.scalar(float(3 * (k % 3))) for k in range(self.count)]
+
+    def noise(self):
+        return torch.tensor(NOISE)
+
+    # Host scalars differ from entry to entry: a kernel that reads its neighbour's is wrong.
+
+    def floats(self, low, high):
+        return [low + (high - low) * ((0.37 + 0.61803398875 * k) % 1.0) for k in range(self.count)]
+
+    def cycle(self, *values):
+        return [values[k % len(values)] for k in range(self.count)]
+
+    def index(self):
+        return [(0xFFFFFFFF - k if k % 3 == 2 else 7 * k) for k in range(self.count)]
+
+    def offset(self):
+        if "offset" not in self.words:
+            return [0] * self.count
+        rows, elements = self.cycle(3, 0x85A308D3, 1000), self.cycle(5, 8 * 0x85A308D3 + 3, 1003, 16)
+        return [rows[k] if len(shape) > 1 else elements[k] for k, shape in enumerate(self.shapes)]
+
+    def weights(self):
+        if "unit" in self.words:
+            return dict(grad_weight=[1.0] * self.count, clean_weight=[1.0] * self.count)
+        return dict(grad_weight=self.floats(0.3, 0.7), clean_weight=self.floats(0.7, 0.3))
+
+
+def fill_normal_(shapes, dtype, device="cpu", variant=""):
+    d = Draw(shapes, dtype, device, variant)
+    return dict(outs=d.tensors(), noise=d.noise(), index=d.index(), offset=d.offset())
+
+
+def filter_norms_(shapes, dtype, device="cpu", variant=""):
+    d = Draw(shapes, dtype, device, variant)
+    return dict(norms=d.vectors(-1.0, 0.0), params=d.tensors(0.2, specials="specials" in d.words))
+
+
+def ascent_norm_(shapes, dtype, device="cpu", variant=""):
+    d = Draw(shapes, dtype, device, variant)
+    return dict(
+        norm=d.scalar(-1.0),
+        params=d.optional("params", d.tensors),
+        grads=d.grads(),
+        eta=d.cycle(0.01, -1.0, 0.0, 0.3) if "params" in d.words else d.cycle(-1.0),
+    )
+
+
+def gradient_norm_(shapes, dtype, device="cpu", variant=""):
+    d = Draw(shapes, dtype, device, variant)
+    return dict(
+        norm=d.scalar(-1.0),
+        grads=d.grads(),
+        clean_grads=d.optional("clean_grads", d.tensors),
+        grad_scale=d.optional("grad_scale", d.scalar, 0.3),
+        **d.weights(),
+    )
+
+
+def perturb_gaussian_(shapes, dtype, device="cpu", variant=""):
+    d = Draw(shapes, dtype, device, variant)
+    return dict(
+        params=d.tensors(0.2),
+        backups=d.optional("backups", d.tensors),
+        masters=d.optional("masters", d.tensors, 0.2, FLOATS[:1]),
+        norms=d.optional("norms", d.vectors, 0.0, 5.0),
+        history=d.optional("history", d.vectors, 0.0, 9.0, elementwise=True),
+        noise=d.noise(),
+        sigma=d.cycle(0.01, -0.02, 0.3, 0.0),
+        eta=d.cycle(0.1, 0.0, 2.0),
+        index=d.index(),
+        offset=d.offset(),
+    )
+
+
+def perturb_ascent_(shapes, dtype, device="cpu", variant=""):
+    d = Draw(shapes, dtype, device, variant)
+    return dict(
+        params=d.tensors(0.2),
+        backups=d.optional("backups", d.tensors),
+        masters=d.optional("masters", d.tensors, 0.2, FLOATS[:1]),
+        grads=d.grads(),
+        norm=d.scalar(0.0 if "zero" in d.words else float("inf") if "infinite" in d.words else 3.7),
+        rho=d.cycle(0.05, -0.5, 0.0, 2.0),
+        eta=d.cycle(-1.0, 0.01, 0.0),
+    )
+
+
+def restore_(shapes, dtype, device="cpu", variant=""):
+    d = Draw(shapes, dtype, device, variant)
+    return dict(params=d.tensors(), backups=d.tensors(dtypes=FLOATS[:1] if "wide" in d.words else None))
+
+
+def mix_gradients_(shapes, dtype, device="cpu", variant=""):
+    d = Draw(shapes, dtype, device, variant)
+    return dict(
+        grads=d.grads(),
+        history=d.optional("history", d.vectors, 0.0, 9.0, elementwise=True),
+        clean_grads=d.optional("clean_grads", d.tensors),
+        grad_scale=d.optional("grad_scale", d.scalar, 0.3),
+        clip=d.optional("clip", d.scalar, 0.7),
+        **d.weights(),
+        beta=d.cycle(0.99, 0.0, 0.5),
+    )
+
+
+def sgd_update_(shapes, dtype, device="cpu", variant=""):
+    d = Draw(shapes, dtype, device, variant)
+    return _update(
+        d,
+        state=dict(momentum_buffers=d.optional("momentum_buffers", d.tensors, 0.1)),
+        rule=dict(
+            lr=d.floats(0.01, 0.2),
+            momentum=d.cycle(0.9, 0.0, 0.5),
+            dampening=d.cycle(0.0, 0.1),
+            weight_decay=d.cycle(0.01, 0.0),
+            nesterov=d.cycle(False, True, True),
+        ),
+    )
+
+
+def adam_update_(shapes, dtype, device="cpu", variant=""):
+    d = Draw(shapes, dtype, device, variant)
+    return _update(
+        d,
+        state=dict(exp_avgs=d.tensors(0.1), exp_avg_sqs=d.tensors(0.01, positive=True), steps=d.steps()),
+        rule=dict(
+            lr=d.floats(0.001, 0.1),
+            beta1=d.cycle(0.9, 0.8, 0.0),
+            beta2=d.cycle(0.999, 0.9),
+            eps=d.cycle(1e-8, 1e-3),
+            weight_decay=d.cycle(0.01, 0.0, 0.3),
+        ),
+    )
+
+
+adamw_update_ = adam_update_
+
+
+def _update(d, state, rule):
+    """What every update takes besides the state and the scalars of its own rule."""
+    return dict(
+        params=d.tensors(0.2),
+        **state,
+        backups=d.optional("backups", d.tensors, 0.2),
+        masters=d.optional("masters", d.tensors, 0.2, FLOATS[:1]),
+        history=d.optional("history", d.vectors, 0.0, 9.0, elementwise=True),
+        grads=d.grads(),
+        clean_grads=d.optional("clean_grads", d.tensors),
+        noise=d.optional("noise", d.noise),
+        grad_scale=d.optional("grad_scale", d.scalar, 0.3),
+        clip=d.optional("clip", d.scalar, 0.7),
+        found_inf=d.scalar(1.0) if "skip" in d.words else d.optional("found_inf", d.scalar, 0.0),
+        **rule,
+        **d.weights(),
+        beta=d.cycle(0.99, 0.0, 0.5),
+        sigma=d.cycle(0.01, 0.02, 0.3, 0.0),
+        eta=d.cycle(0.1, 0.0, 2.0),
+        index=d.index(),
+        offset=d.offset(),
+    )
+
+
+_UPDATES = [
+    "backups",
+    "masters history clean_grads grad_scale clip found_inf",
+    "backups history grad_scale specials",
+    "masters skip history specials",
+    # Rolling: the norm of the new weights is measured inside.
+    "backups noise",
+    "masters noise history grad_scale offset",
+    "backups noise skip history specials",
+]
+# Where a norm is measured inside, backups or masters are there too: `compare` needs the clean weights.
+VARIANTS = {
+    "fill_normal_": ["", "offset"],
+    "filter_norms_": ["", "specials"],
+    "ascent_norm_": ["", "params", "params specials"],
+    "gradient_norm_": ["unit", "grad_scale", "clean_grads", "clean_grads grad_scale", "grad_scale specials"],
+    "perturb_gaussian_": [
+        "norms",
+        "norms backups history offset",
+        "norms backups masters",
+        "backups",
+        "backups masters history",
+    ],
+    "perturb_ascent_": ["", "backups", "backups masters specials", "backups zero", "backups infinite specials"],
+    "restore_": ["", "wide"],
+    "mix_gradients_": [
+        "grad_scale clip",
+        "clean_grads",
+        "unit history",
+        "history clean_grads grad_scale clip",
+        "history grad_scale specials",
+    ],
+    "sgd_update_": ["unit", *_UPDATES, *(f"momentum_buffers {words}" for words in _UPDATES)],
+    "adam_update_": ["unit", *_UPDATES],
+    "adamw_update_": ["unit", *_UPDATES],
+}
+
+
+def call(function, op, values):
+    """Call an op's function as dispatch does: tensors by position, host scalars by keyword."""
+    positional = [values[a.name] for a in op.arguments if not a.keyword_only]
+    return function(*positional, **{a.name: values[a.name] for a in op.arguments if a.keyword_only})

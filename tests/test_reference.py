@@ -1,0 +1,461 @@
+"""The eager reference against the papers' formulas in float64, torch.optim, and laws that hold to the bit.
+
+Inputs are drawn by hypothesis: shapes, hyper-parameters and the seed of the values.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from compare import assert_ulp, bits, spacing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flatkern.dispatch import resolve
+from flatkern.ops import OPS
+
+LAWS = {}  # op: the tests below that know what it does; test_table.py asks that none is missing
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+examples = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+seeds = st.integers(0, 2**32 - 1)
+shapes = st.lists(
+    st.sampled_from([(), (1,), (7,), (40,), (3, 5), (1, 9), (6, 1), (4, 3, 2, 2), (0,), (2, 0)]), min_size=1, max_size=3
+)
+weights = st.floats(0.0, 1.0, width=32)
+U = 2.0**-24  # a rounding to float32 is off by at most this, relative
+
+
+def law(*ops):
+    """Names the ops that a test is a law of."""
+
+    def note(test):
+        for op in ops:
+            LAWS.setdefault(op, []).append(test.__name__)
+        return test
+
+    return note
+
+
+class Values:
+    """Seeded tensors of a list of shapes, and an op run on them with every absent argument filled in."""
+
+    def __init__(self, shapes, seed, dtype=torch.float32):
+        self.shapes, self.generator, self.dtype = shapes, torch.Generator().manual_seed(seed), dtype
+
+    def tensors(self, scale=1.0, dtype=None):
+        draw = [torch.randn(s, generator=self.generator) * scale for s in self.shapes]
+        return [t.to(dtype or self.dtype) for t in draw]
+
+    def history(self):
+        lengths = [s[0] if len(s) > 1 else math.prod(s) for s in self.shapes]
+        return [torch.rand(n, generator=self.generator) * 4 for n in lengths]
+
+    def run(self, name, **given):
+        """Run an op in place; scalars are repeated for every entry."""
+        op, n = OPS[name], len(self.shapes)
+        defaults = dict(index=list(range(n)), offset=0, grad_weight=1.0, clean_weight=1.0, eta=0.0, sigma=0.0, beta=0.0)
+        values = {}
+        for a in op.arguments:
+            value = given.pop(a.name, defaults.get(a.name) if a.keyword_only else None)
+            values[a.name] = [value] * n if a.keyword_only and not isinstance(value, list) else value
+        assert not given, f"{name} has no {list(given)}"
+        tensors = [values[a.name] for a in op.arguments if not a.keyword_only]
+        resolve(name, "cpu", "eager")(*tensors, **{a.name: values[a.name] for a in op.arguments if a.keyword_only})
+
+
+def copies(tensors):
+    return [t.clone() for t in tensors]
+
+
+def scalar(value):
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def noise(seed=1, stream=2, round=3):
+    return torch.tensor([seed, stream, round])
+
+
+def rows64(t):
+    """Filters of a contiguous tensor as float64 rows."""
+    return t.double().numpy().reshape(t.shape[0], -1) if t.dim() > 1 else t.double().numpy().reshape(1, -1)
+
+
+def assert_close(got, want, roundings, scale=None):
+    """|got - want| <= roundings x 2^-24 x scale, and one rounding to got's dtype; `scale`: the largest term."""
+    want = torch.as_tensor(np.asarray(want)).reshape(got.shape).double()
+    scale = want.abs() if scale is None else torch.as_tensor(np.asarray(scale)).double().reshape(got.shape)
+    bound = roundings * U * scale + spacing(got) / 2 + 1e-42
+    assert ((got.double() - want).abs() <= bound).all(), (got, want)
+
+
+def assert_same(got, want):
+    for k, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert_ulp(f"[{k}]", a, b)
+
+
+# Norms.
+
+
+@law("filter_norms_")
+@every_dtype
+@examples
+@given(shapes=shapes, seed=seeds)
+def test_filter_norms(dtype, shapes, seed):
+    v = Values(shapes, seed, dtype)
+    params, norms = v.tensors(), [torch.full((s[0] if len(s) > 1 else 1,), -1.0) for s in shapes]
+    v.run("filter_norms_", norms=norms, params=params)
+    for norm, p in zip(norms, params, strict=True):
+        assert_close(norm, np.linalg.norm(rows64(p), axis=1), 1)
+
+
+@law("filter_norms_")
+def test_filters_of_channels_last_are_the_same_filters():
+    p = torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last)
+    v, norms = Values([p.shape], 0), [torch.zeros(4)]
+    v.run("filter_norms_", norms=norms, params=[p])
+    assert_close(norms[0], p.double().flatten(1).norm(dim=1), 1)
+
+
+@law("ascent_norm_", "perturb_ascent_")
+@pytest.mark.parametrize("eta", [-1.0, 0.0, 0.01], ids=["SAM", "ASAM without eta", "ASAM"])
+@examples
+@given(shapes=shapes, seed=seeds, rho=st.floats(0.001, 2.0), sign=st.sampled_from([1, -1]))
+def test_the_ascent_is_that_of_the_paper(eta, shapes, seed, rho, sign):
+    """e = rho T^2 g / ||T g||: Foret et al. 2021, eq. 2 (T = 1); Kwon et al. 2021, eq. 6 (T = |w| + eta)."""
+    v = Values(shapes, seed)
+    params, grads, norm = v.tensors(), v.tensors(), scalar(-1.0)
+    clean, backups = copies(params), v.tensors()
+    v.run("ascent_norm_", norm=norm, params=params if eta >= 0 else None, grads=grads, eta=eta)
+    v.run("perturb_ascent_", params=params, backups=backups, grads=grads, norm=norm, rho=sign * rho, eta=eta)
+
+    t = [np.abs(w.double().numpy()) + eta if eta >= 0 else np.ones(w.shape) for w in clean]
+    g = [x.double().numpy() for x in grads]
+    total = math.sqrt(sum(float(((ti * gi) ** 2).sum()) for ti, gi in zip(t, g, strict=True)))
+    assert_close(norm, total, 4)
+    assert_same(backups, clean)
+    for p, w, ti, gi in zip(params, clean, t, g, strict=True):
+        if total > 1e-3:
+            e = sign * rho / total * ti**2 * gi
+            assert_close(p, w.double().numpy() + e, 16, np.abs(e) + np.abs(w.double().numpy()))
+
+
+@law("perturb_ascent_")
+@pytest.mark.parametrize("rho, norm", [(0.0, 2.0), (0.1, math.inf), (0.1, math.nan)])
+def test_no_ascent_leaves_every_bit(rho, norm):
+    """A norm that is not finite must not reach the weights, and neither must gradients that are not."""
+    v = Values([(3, 5), (7,)], 0)
+    params, grads = v.tensors(), v.tensors()
+    params[0][0, 0], grads[0][0, 1], grads[1][2] = -0.0, math.inf, math.nan
+    clean = copies(params)
+    v.run("perturb_ascent_", params=params, grads=grads, norm=scalar(norm), rho=rho, eta=[-1.0, 0.1])
+    assert_same(params, clean)
+
+
+# Gaussian noise.
+
+
+@law("perturb_gaussian_", "fill_normal_")
+@every_dtype
+@pytest.mark.parametrize("masters", [False, True])
+@examples
+@given(shapes=shapes, seed=seeds, sigma=st.floats(-1.0, 1.0), eta=st.floats(0.0, 3.0), damped=st.booleans())
+def test_the_noise_is_that_of_the_papers(dtype, masters, shapes, seed, sigma, eta, damped):
+    """p = w + sigma ||w_f|| / sqrt(1 + eta F_f) z; F is one number a filter, one an element of vectors.
+
+    Li et al. 2022 and 2024, eq. 5; ARWP: 2024, eq. 14, with power -1/2.
+    """
+    v = Values(shapes, seed, dtype)
+    params, outs = v.tensors(), v.tensors(dtype=torch.float32)
+    wide = v.tensors(dtype=torch.float32) if masters else None
+    history, backups, clean = v.history(), v.tensors(), copies(params)
+    v.run("fill_normal_", outs=outs, noise=noise())
+    given = dict(params=params, backups=backups, masters=wide, history=history if damped else None)
+    v.run("perturb_gaussian_", **given, noise=noise(), sigma=sigma, eta=eta)
+    assert_same(backups, clean)
+    for p, w, f, z in zip(params, wide or clean, history, outs, strict=True):
+        std = sigma * np.linalg.norm(rows64(w), axis=1, keepdims=True)
+        if damped:
+            std = std / np.sqrt(1 + eta * f.double().numpy().reshape((-1, 1) if p.dim() > 1 else (1, -1)))
+        e = std * rows64(z)
+        assert_close(p, rows64(w) + e, 10, np.abs(e) + np.abs(rows64(w)))
+
+
+@law("perturb_gaussian_")
+@every_dtype
+@examples
+@given(shapes=shapes, seed=seeds, damped=st.booleans())
+def test_no_sigma_leaves_every_bit(dtype, shapes, seed, damped):
+    v = Values(shapes, seed, dtype)
+    params = v.tensors()
+    clean, history = copies(params), v.history() if damped else None
+    v.run("perturb_gaussian_", params=params, history=history, noise=noise(), sigma=0.0, eta=0.5)
+    assert all(torch.equal(p, w) for p, w in zip(params, clean, strict=True))
+
+
+@law("perturb_gaussian_")
+def test_history_without_eta_or_of_zeros_changes_nothing():
+    v = Values([(3, 5), (7,)], 0)
+    plain, no_eta, zeros = (Values([(3, 5), (7,)], 0).tensors() for _ in range(3))
+    v.run("perturb_gaussian_", params=plain, noise=noise(), sigma=0.1)
+    v.run("perturb_gaussian_", params=no_eta, history=v.history(), noise=noise(), sigma=0.1, eta=0.0)
+    none = [torch.zeros(3), torch.zeros(7)]
+    v.run("perturb_gaussian_", params=zeros, history=none, noise=noise(), sigma=0.1, eta=0.7)
+    assert_same(no_eta, plain)
+    assert_same(zeros, plain)
+
+
+# Restoring.
+
+
+@law("restore_")
+@every_dtype
+def test_restore_is_exact_for_every_bit_pattern(dtype):
+    """All 65536 patterns of half types, as many of float32; NaN too, whose sign and payload come back."""
+    patterns = torch.arange(-(2**15), 2**15)
+    if dtype == torch.float32:
+        backup = (patterns * 65537).to(torch.int32).view(dtype)
+    else:
+        backup = patterns.to(torch.int16).view(dtype)
+    param = torch.zeros_like(backup)
+    Values([(65536,)], 0).run("restore_", params=[param], backups=[backup])
+    assert torch.equal(bits(param), bits(backup))
+
+
+@law("restore_")
+def test_float32_masters_round_to_nearest_even():
+    """Against rounding by hand: bfloat16 in integers, float16 by NumPy."""
+    patterns = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint32)
+    patterns[:1000] = (patterns[:1000] & 0xFFFF0000) | 0x8000  # ties of bfloat16
+    patterns[1000:2000] = (patterns[1000:2000] & 0xFFFFE000) | 0x1000  # ties of float16
+    x = patterns.view(np.float32)
+    x = x[np.isfinite(x)]
+    v, master = Values([x.shape], 0), torch.from_numpy(x)
+
+    half = torch.zeros(x.shape, dtype=torch.float16)
+    v.run("restore_", params=[half], backups=[master])
+    with np.errstate(over="ignore"):
+        assert np.array_equal(half.view(torch.int16).numpy(), x.astype(np.float16).view(np.int16))
+
+    brain = torch.zeros(x.shape, dtype=torch.bfloat16)
+    v.run("restore_", params=[brain], backups=[master])
+    i = x.view(np.uint32).astype(np.uint64)
+    rounded = (i + 0x7FFF + ((i >> 16) & 1)) >> 16
+    assert np.array_equal(brain.view(torch.int16).numpy(), rounded.astype(np.uint16).view(np.int16))
+
+
+# Gradients: mixed, scaled, clipped, remembered.
+
+
+@law("mix_gradients_", "gradient_norm_")
+@examples
+@given(
+    shapes=shapes, seed=seeds, lam=weights, scale=weights, clip=weights, beta=st.floats(0.0, 0.999), two=st.booleans()
+)
+def test_mixing(shapes, seed, lam, scale, clip, beta, two):
+    """g = clip (lam scale g + (1 - lam) g_clean), F = beta F + sum_f (scale g)^2; Li et al. 2024, eq. 8."""
+    v = Values(shapes, seed)
+    grads, clean, history, norm = v.tensors(), v.tensors() if two else None, v.history(), scalar(-1.0)
+    given, before = copies(grads), copies(history)
+    mixing = dict(clean_grads=clean, grad_scale=scalar(scale), grad_weight=lam, clean_weight=1 - lam)
+    v.run("gradient_norm_", norm=norm, grads=grads, **mixing)
+    assert_same(grads, given)
+    v.run("mix_gradients_", grads=grads, history=history, clip=scalar(clip), beta=beta, **mixing)
+
+    total = 0.0
+    for k, g in enumerate(grads):
+        first, second = lam * scale * rows64(given[k]), (1 - lam) * rows64(clean[k]) if two else 0.0
+        assert_close(g, clip * (first + second), 8, np.abs(first) + np.abs(second))
+        total += float(((first + second) ** 2).sum())
+        squares = (scale * rows64(given[k])) ** 2
+        new = squares.sum(axis=1) if g.dim() > 1 else squares[0]
+        assert_close(history[k], beta * before[k].double().numpy() + new, 8)
+    size = sum(float(t.double().square().sum()) for t in given + (clean or []))
+    assert_close(norm, math.sqrt(total), 8, math.sqrt(size))
+
+
+UPDATES = {
+    "sgd_update_": dict(lr=0.1, momentum=0.9, dampening=0.0, weight_decay=0.01, nesterov=False),
+    "adam_update_": dict(lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01),
+    "adamw_update_": dict(lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01),
+}
+every_update = pytest.mark.parametrize("name", UPDATES)
+
+
+def state_of(name, v, steps=3.0):
+    if name == "sgd_update_":
+        return dict(momentum_buffers=v.tensors(0.1))
+    moments = dict(exp_avgs=v.tensors(0.1), exp_avg_sqs=[t.abs() for t in v.tensors(0.1)])
+    return moments | dict(steps=[scalar(steps) for _ in v.shapes])
+
+
+def copied(lists):
+    return {key: copies(tensors) for key, tensors in lists.items()}
+
+
+def assert_same_state(got, want):
+    for key in want:
+        assert_same(got[key], want[key])
+
+
+@law(*UPDATES)
+@every_update
+@every_dtype
+def test_mixing_in_the_update_is_mixing_before_it(name, dtype):
+    """update(g, g_clean, scale, clip) = update(mix_gradients_(...)) where the mixed gradient is float32, to the bit."""
+    v = Values([(3, 5), (7,), ()], 0, dtype)
+    params, state, history = v.tensors(), state_of(name, v), v.history()
+    grads, clean = v.tensors(dtype=torch.float32), v.tensors()
+    mixing = dict(clean_grads=clean, grad_scale=scalar(0.3), clip=scalar(0.7), grad_weight=0.6, clean_weight=0.4)
+    inside = copies(params), copied(state), copies(history)
+    v.run(name, params=inside[0], **inside[1], history=inside[2], grads=grads, **mixing, beta=0.9, **UPDATES[name])
+    v.run("mix_gradients_", grads=grads, history=history, **mixing, beta=0.9)
+    v.run(name, params=params, **state, grads=grads, **UPDATES[name])
+    assert_same(inside[0], params)
+    assert_same(inside[2], history)
+    assert_same_state(inside[1], state)
+
+
+@law(*UPDATES)
+@every_update
+@every_dtype
+@pytest.mark.parametrize("kept_in", ["backups", "masters"])
+def test_the_update_starts_from_the_clean_weights(name, dtype, kept_in):
+    """What is in the perturbed weights, NaN here, is in nothing afterwards."""
+    v = Values([(3, 5), (7,), ()], 0, dtype)
+    clean = v.tensors(dtype=torch.float32 if kept_in == "masters" else dtype)
+    grads, state = v.tensors(), state_of(name, v)
+    plain, plain_state = copies(clean), copied(state)
+    v.run(name, params=plain, **plain_state, grads=grads, **UPDATES[name])
+    perturbed = [torch.full_like(g, math.nan) for g in grads]
+    v.run(name, params=perturbed, **state, **{kept_in: clean}, grads=grads, **UPDATES[name])
+    assert_same(clean, plain)
+    assert_same(perturbed, [t.to(dtype) for t in plain])
+    assert_same_state(state, plain_state)
+
+
+@law(*UPDATES)
+@every_update
+@every_dtype
+def test_an_update_of_rate_zero_restores_exactly(name, dtype):
+    v = Values([(3, 5), (7,), ()], 0, dtype)
+    params, backups, state = v.tensors(), v.tensors(), state_of(name, v)
+    backups[0][0, 0], backups[1][1] = -0.0, 2.0**-20
+    clean = copies(backups)
+    rule = UPDATES[name] | dict(lr=0.0, weight_decay=0.0)
+    v.run(name, params=params, **state, backups=backups, grads=v.tensors(), **rule)
+    assert_same(params, clean)
+    assert_same(backups, clean)
+
+
+@law(*UPDATES)
+@every_update
+@every_dtype
+@pytest.mark.parametrize("kept_in", ["backups", "masters"])
+@pytest.mark.parametrize("rolling", [False, True])
+@pytest.mark.parametrize("found", [1.0, math.inf])
+def test_a_skipped_update_restores_and_changes_nothing_else(name, dtype, kept_in, rolling, found):
+    """In rolling mode the weights are perturbed again, from the same clean ones."""
+    v = Values([(3, 5), (7,), ()], 0, dtype)
+    clean = v.tensors(dtype=torch.float32 if kept_in == "masters" else dtype)
+    lists = state_of(name, v) | {"history": v.history(), kept_in: clean}
+    grads = [torch.full_like(t, math.inf) for t in v.tensors()]
+    before, params = copied(lists), v.tensors()
+    given = dict(noise=noise() if rolling else None, found_inf=scalar(found))
+    v.run(name, params=params, **lists, grads=grads, **given, beta=0.9, sigma=0.1, eta=0.5, **UPDATES[name])
+    assert_same_state(lists, before)
+    want = [t.to(dtype) for t in clean]
+    if rolling:
+        masters = clean if kept_in == "masters" else None
+        given = dict(masters=masters, history=lists["history"], noise=noise())
+        v.run("perturb_gaussian_", params=want, **given, sigma=0.1, eta=0.5)
+    assert_same(params, want)
+
+
+# The base rules against torch.optim in float64. A float32 step may be off by its own roundings: of every term, at most
+# twelve, relative to the largest one.
+
+
+def torch_steps(optimizer, clean, grads, steps, **options):
+    """Weights in float64 after each of `steps` of torch's rule, with the same gradients every time, times 1, 2, ..."""
+    params = [torch.nn.Parameter(w.double()) for w in clean]
+    optimizer = optimizer(params, **options)
+    for step in range(steps):
+        for p, g in zip(params, grads, strict=True):
+            p.grad = (step + 1) * g.double()
+        optimizer.step()
+    return params, [optimizer.state[p] for p in params]
+
+
+rates = st.floats(1e-4, 1.0)
+decays = st.sampled_from([0.0, 1e-4, 0.1])
+BETAS = [(0.9, 0.999, 1e-8), (0.0, 0.9, 1e-3), (0.5, 0.999, 1e-3)]  # and eps
+MOMENTA = [(0.0, 0.0, False), (0.9, 0.0, False), (0.5, 0.3, False), (0.9, 0.0, True)]  # and dampening, nesterov
+
+
+@law("sgd_update_")
+@examples
+@given(shapes=shapes, seed=seeds, lr=rates, weight_decay=decays, options=st.sampled_from(MOMENTA))
+def test_sgd_is_torchs(shapes, seed, lr, weight_decay, options):
+    """Three steps; a fresh buffer is zero and takes dampening 0, which is torch's first step."""
+    v = Values(shapes, seed)
+    params, grads = v.tensors(), v.tensors()
+    options = dict(zip(("momentum", "dampening", "nesterov"), options, strict=True))
+    options |= dict(lr=lr, weight_decay=weight_decay)
+    want, state = torch_steps(torch.optim.SGD, params, grads, 3, **options)
+    momentum, dampening = options["momentum"], options["dampening"]
+    buffers = [torch.zeros_like(p) for p in params] if momentum else None
+    for step in range(3):
+        options["dampening"] = dampening if step else 0.0
+        now = [g * (step + 1) for g in grads]
+        v.run("sgd_update_", params=params, momentum_buffers=buffers, grads=now, **options)
+    for k, (p, w) in enumerate(zip(params, want, strict=True)):
+        size = 2 + w.detach().abs() + 20 * lr * grads[k].double().abs() * 3
+        assert_close(p, w.detach(), 12, size)
+        if momentum:
+            assert_close(buffers[k], state[k]["momentum_buffer"], 12, size + 20 * grads[k].abs())
+
+
+@law("adam_update_", "adamw_update_")
+@pytest.mark.parametrize("name, rule", [("adam_update_", torch.optim.Adam), ("adamw_update_", torch.optim.AdamW)])
+@examples
+@given(shapes=shapes, seed=seeds, lr=rates, weight_decay=decays, options=st.sampled_from(BETAS))
+def test_adam_is_torchs(name, rule, shapes, seed, lr, weight_decay, options):
+    v = Values(shapes, seed)
+    params, grads = v.tensors(), v.tensors()
+    beta1, beta2, eps = options
+    want, state = torch_steps(rule, params, grads, 3, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
+    lists = dict(exp_avgs=[torch.zeros_like(p) for p in params], exp_avg_sqs=[torch.zeros_like(p) for p in params])
+    lists["steps"] = [scalar(0.0) for _ in params]
+    options = dict(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+    for step in range(3):
+        v.run(name, params=params, **lists, grads=[g * (step + 1) for g in grads], **options)
+    for k, (p, w) in enumerate(zip(params, want, strict=True)):
+        assert lists["steps"][k] == 3
+        size = 1 + w.detach().abs() + 3 * lr
+        # Adam divides by a root: a gradient that weight decay nearly cancels keeps few digits, so its rounding counts.
+        noise_of_g = 16 * U * (grads[k].double().abs() + 2) / (state[k]["exp_avg_sq"].sqrt() + eps)
+        assert ((p.double() - w.detach()).abs() <= 16 * U * size + 10 * lr * noise_of_g).all()
+        for key, lists_key in (("exp_avg", "exp_avgs"), ("exp_avg_sq", "exp_avg_sqs")):
+            size = 16 * (1 + grads[k].double().abs()) ** (2 if key == "exp_avg_sq" else 1)
+            assert_close(lists[lists_key][k], state[k][key], 8, size)
+
+
+@law(*UPDATES)
+@every_update
+@examples
+@given(shapes=shapes, seed=seeds, scale=weights, beta=st.floats(0.0, 0.999))
+def test_the_history_of_an_update(name, shapes, seed, scale, beta):
+    """F = beta F + sum_f (scale g)^2 of the perturbed gradient: unmixed, not clipped, without weight decay."""
+    v = Values(shapes, seed)
+    history, grads = v.history(), v.tensors()
+    before = copies(history)
+    mixing = dict(
+        clean_grads=v.tensors(), grad_scale=scalar(scale), clip=scalar(0.1), grad_weight=0.5, clean_weight=0.5
+    )
+    v.run(name, params=v.tensors(), **state_of(name, v), history=history, grads=grads, **mixing, beta=beta,
+          **UPDATES[name])  # fmt: skip
+    for f, old, g in zip(history, before, grads, strict=True):
+        squares = (scale * rows64(g)) ** 2
+        assert_close(f, beta * old.double().numpy() + (squares.sum(axis=1) if g.dim() > 1 else squares[0]), 8)
