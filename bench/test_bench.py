@@ -49,10 +49,11 @@ def make(argument, shapes):
 
 def traffic(op, values) -> int:
     """Bytes of the elements that the table says are read and written, each once."""
-    read = set(op.reads.split())
+    read, written = set(op.reads.split()), set(op.writes)
     if "backups" in read:
-        read.discard("params")  # the clean weights are in the copy
-    lists = [values[name] for name in [*read, *op.writes] if values.get(name) is not None]
+        read -= {"params"}  # the clean weights are in the copy,
+        written -= {"backups"}  # which only a rolling update renews
+    lists = [values[name] for name in [*read, *written] if values.get(name) is not None]
     return sum(t.numel() * t.element_size() for ts in lists for t in (ts if isinstance(ts, list) else [ts]))
 
 

@@ -1,6 +1,7 @@
 // The refusals of check.h. Short texts: flatkern/checks.py says the same at length, with the remedy.
 #include "check.h"
 
+#include <cmath>
 #include <string>
 
 namespace flatkern::cpu {
@@ -52,7 +53,7 @@ class Checker {
   const Checker& scalar(const char* name, const Table& list) const {
     if (!list) return *this;
     const View& t = memory(name, list, 0);
-    if (!is_float32(t.dtype) || t.numel != 1) fail(name, 0, "is not one float32");
+    if (!is_float32(t.dtype) || t.ndim != 0) fail(name, 0, "is not a 0-dim float32");
     return *this;
   }
   const Checker& noise(const Table& list, const Ints& index, const Ints& offset) const {
@@ -73,6 +74,8 @@ class Checker {
   template <class T>
   const Checker& scalars(const char* name, const Array<T>& list) const {
     count(name, list.size());
+    for (int64_t k = 0; k < list.size(); ++k)
+      if (!std::isfinite(static_cast<double>(list[k]))) fail(name, k, "is not finite");
     return *this;
   }
 

@@ -127,7 +127,8 @@ class Cycle:
     def _backup(self, p: Tensor) -> Tensor:
         saved = self.backups.get(p)
         if saved is None or saved.dtype != p.dtype or saved.device != p.device or not same_layout(saved, p):
-            new = torch.empty_like(p, memory_format=torch.preserve_format, requires_grad=False)
+            with torch.inference_mode(False):  # it is written in every mode
+                new = torch.empty_like(p, memory_format=torch.preserve_format, requires_grad=False)
             if saved is not None:
                 self.plans.clear()  # old plans would keep it alive
                 if saved.shape == p.shape:

@@ -77,11 +77,14 @@ def _check_rwp(opt: FlatOptimizer, method: RWP, fresh: bool) -> None:
         )
 
 
+Read = Callable[[dict[str, Any], str], Any]  # how a group's value is read: the present one, or the one drawn with
+
+
 def _now(group: dict[str, Any], key: str) -> Any:
     return group[key]
 
 
-def _perturbable(opt: FlatOptimizer, read: Callable[[dict[str, Any], str], Any] = _now) -> list[Tensor]:
+def _perturbable(opt: FlatOptimizer, read: Read = _now) -> list[Tensor]:
     return [p for group in opt.param_groups if read(group, "perturb") for p in group["params"] if p.requires_grad]
 
 
@@ -114,26 +117,27 @@ def current_plan(opt: FlatOptimizer) -> Plan:
     return _plan(opt, _perturbable(opt))
 
 
-def scatter(opt: FlatOptimizer, plan: Plan | None = None) -> None:
+def scatter(opt: FlatOptimizer, read: Read = _now) -> None:
     """CLEAN -> PERTURBED by the noise of the current round, which does not advance here."""
-    plan = plan or current_plan(opt)
+    plan = _plan(opt, _perturbable(opt, read))
     noise = noise_of(opt)
 
     def draw() -> None:
         with _undone_on_failure(opt, plan):
             for bucket in plan.buckets:
-                scatter_bucket(opt, bucket, noise)
+                scatter_bucket(opt, bucket, noise, read)
 
     layouts.retry(opt, plan.buckets, draw)
 
 
-def scatter_bucket(opt: FlatOptimizer, bucket: Bucket, noise: Tensor) -> None:
+def scatter_bucket(opt: FlatOptimizer, bucket: Bucket, noise: Tensor, read: Read = _now) -> None:
+    """perturb_gaussian_ on one bucket; `read(group, key)` gives sigma and eta."""
     backups, masters = _clean_stores(opt, bucket)
-    adaptive = any(drawn(g, "eta") > 0 for g in bucket.groups)
+    adaptive = any(read(g, "eta") > 0 for g in bucket.groups)
     bucket.op("perturb_gaussian_", opt.backend)(
         bucket.params, backups, masters, None, opt._histories(bucket.params) if adaptive else None, noise,
-        sigma=bucket.values("sigma", lambda g: float(drawn(g, "sigma"))),
-        eta=bucket.values("eta", lambda g: float(drawn(g, "eta"))), index=bucket.index, offset=bucket.offset,
+        sigma=bucket.values("sigma", lambda g: float(read(g, "sigma"))),
+        eta=bucket.values("eta", lambda g: float(read(g, "eta"))), index=bucket.index, offset=bucket.offset,
     )  # fmt: skip
 
 
@@ -295,7 +299,7 @@ def abort_round(opt: FlatOptimizer) -> None:
 def roll_on(opt: FlatOptimizer) -> None:
     """Rolling: from clean weights to the noise of the current round, which does not advance."""
     messages.refuse_suspended(opt, "train")
-    scatter(opt, _plan(opt, _perturbable(opt, drawn)))
+    scatter(opt, drawn)
     note_drawn(opt)
     torch.clear_autocast_cache()
 

@@ -81,7 +81,8 @@ class RuleOptimizer(FlatOptimizer):
             if master is None:
                 # A perturbed parameter's clean value is known even where somebody has cleared the state.
                 source = self.cycle.clean_copy(p) if self._is_held(p) else p.detach()
-                master = state["master"] = source.to(torch.float32, copy=True, memory_format=torch.preserve_format)
+                with torch.inference_mode(False):
+                    master = state["master"] = source.to(torch.float32, copy=True, memory_format=torch.preserve_format)
                 self.cycle.created.append((p, "master"))
             elif versions.get(p) != p._version and not self._is_held(p) and not torch.equal(master.to(p.dtype), p):
                 master.copy_(p)
@@ -99,6 +100,7 @@ class RuleOptimizer(FlatOptimizer):
             return lists[0]
         for p in params:
             if "history" not in self.state[p]:
-                self.state[p]["history"] = torch.zeros(history_length(p), dtype=torch.float32, device=p.device)
+                with torch.inference_mode(False):
+                    self.state[p]["history"] = torch.zeros(history_length(p), dtype=torch.float32, device=p.device)
                 self.cycle.created.append((p, "history"))
         return [self.state[p]["history"] for p in params]

@@ -92,7 +92,8 @@ class Wrap(FlatOptimizer):
             if history is None:
                 history = early.get(p)
             if history is None:
-                history = early[p] = torch.zeros(history_length(p), dtype=torch.float32, device=p.device)
+                with torch.inference_mode(False):
+                    history = early[p] = torch.zeros(history_length(p), dtype=torch.float32, device=p.device)
             result.append(history)
         return result
 
