@@ -116,9 +116,16 @@ def test_strict_fma_is_exact():
             assert off < other or (off == other and got.view(np.int32) % 2 == 0)
 
 
+LOG = "-0x1.e743bep-3 0x1.7e515ap-2 -0x1.a3c3cep-2 0x1.fe26ccp-2 -0x1.5523fcp-1 0x1.000176p+0 -0x1.00001p+1"
+SIN = "0x1.5bb08p-19 -0x1.9f4142p-13 0x1.110d6ep-7 -0x1.55553cp-3"
+COS = "0x1.847576p-16 -0x1.6b2aa4p-10 0x1.554edep-5 -0x1.ffffcp-2 0x1.fffffep-1"
+
+
 def strict_horner(x, coefficients):
-    result = np.full_like(x, coefficients[0])
-    for coefficient in coefficients[1:]:
+    """Highest power first, one fma a coefficient."""
+    first, *rest = (float.fromhex(coefficient) for coefficient in coefficients.split())
+    result = np.full_like(x, first)
+    for coefficient in rest:
         result = strict_fma(result, x, coefficient)
     return result
 
@@ -130,7 +137,7 @@ def strict_radii():
     bits = u.view(np.int32)
     e = (bits - 0x3F3504F3) >> 23
     f = (bits - (e << 23)).view(np.float32) - np.float32(1)
-    return np.sqrt(strict_fma(e, float.fromhex("-0x1.62e43p+0"), strict_horner(f, reference.LOG) * f))
+    return np.sqrt(strict_fma(e, float.fromhex("-0x1.62e43p+0"), strict_horner(f, LOG) * f))
 
 
 def strict_angles():
@@ -138,7 +145,7 @@ def strict_angles():
     h = (HALVES << 17).view(np.int32) >> 17
     x = strict_fma(h, float.fromhex("0x1.921fb6p-14"), float.fromhex("0x1.921fb6p-15"))
     q = x * x
-    sin, cos = x * strict_fma(q, strict_horner(q, reference.SIN), 1), strict_horner(q, reference.COS)
+    sin, cos = x * strict_fma(q, strict_horner(q, SIN), 1), strict_horner(q, COS)
     return np.where(HALVES >> 15, -cos, cos), sin
 
 

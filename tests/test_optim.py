@@ -428,3 +428,20 @@ def copy_weights(params, source):
     with torch.no_grad():
         for p, q in zip(params, source, strict=True):
             p.copy_(q)
+
+
+@pytest.mark.parametrize("base", ["AdamW", "RMSprop", "Adagrad"])
+def test_wrap_leaves_the_base_to_make_its_state(base):
+    """Many bases initialise only where a parameter's state is empty; ARWP's history comes after theirs."""
+    params = parameters()
+    opt = flatkern.Wrap(getattr(torch.optim, base)(params), flatkern.RWP(eta=1.0))
+    expected = set(opt.base.state[params[0]]) if base == "Adagrad" else set()  # made in its constructor
+    opt.perturb()
+    opt.restore()
+    assert all(set(opt.state.get(p, {})) == expected for p in params)
+    for step in range(2):
+        opt.perturb()
+        gradients(params, step)
+        opt.step()
+        opt.zero_grad()
+    assert all(opt.base.state[p]["history"].any() and "step" in opt.base.state[p] for p in params)

@@ -77,14 +77,14 @@ def test_it_takes_effect(backend):
 
 
 def test_resume():
-    """From its own state and from the optimizer's groups: the same values as without stopping."""
+    """From its own state, beside the optimizer's or without it: the same values as without stopping."""
     schedule = cosine_increase(0.01, 3.0, 10)
     opt = make(RWP())
     scheduler = PerturbationScheduler(opt, "sigma", schedule)
     for _ in range(4):
         scheduler.step()
     saved = {"opt": opt.state_dict(), "scheduler": scheduler.state_dict()}
-    for order in (("opt", "scheduler"), ("scheduler", "opt")):
+    for order in (("opt", "scheduler"), ("scheduler", "opt"), ("scheduler",)):
         other = make(RWP())
         again = PerturbationScheduler(other, "sigma", schedule)
         for name in order:

@@ -1,5 +1,6 @@
 """The places that hold an operation agree: table, reference, compiled modules, registered ops, cases and variants."""
 
+import copy
 import importlib
 import inspect
 import re
@@ -8,6 +9,7 @@ import cases
 import pytest
 import test_reference
 import torch
+from compare import bits
 
 import flatkern
 from flatkern.dispatch import PREFERENCE, compiled_module
@@ -136,6 +138,23 @@ def test_reads_and_tolerances(op):
     """`reads` names tensor arguments; only reductions may differ from eager."""
     assert set(op.reads.split()) <= {a.name for a in op.arguments if a.type.startswith("Tensor[]")}
     assert (op.ulp > 0) == (op.name in REDUCTIONS)
+
+
+@every_op
+def test_the_reference_writes_what_the_schema_says(op):
+    """Over all variants, every marked argument changes, and no other one does."""
+    written = set()
+    for words in cases.VARIANTS[op.name]:
+        values = getattr(cases, op.name)([(3, 5), (4,)], torch.float32, variant=words)
+        before = copy.deepcopy(values)
+        cases.call(torch.no_grad()(reference(op)), op, values)
+        for argument in op.arguments:
+            a, b = values[argument.name], before[argument.name]
+            if argument.type.startswith("Tensor") and a is not None:
+                pairs = zip(a, b, strict=True) if isinstance(a, list) else [(a, b)]
+                if any(not torch.equal(bits(x), bits(y)) for x, y in pairs):
+                    written.add(argument.name)
+    assert written == set(op.writes)
 
 
 def test_every_op_has_a_law():

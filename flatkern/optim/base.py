@@ -221,20 +221,20 @@ class FlatOptimizer(torch.optim.Optimizer):
             RuntimeError: the cycle lacks a gradient it needs, or has one too many; a closure together
                 with a gradient scaler. A refused call has changed nothing.
         """
-        if closure is not None:
-            return closures.step(self, closure)
-        self._step()
+        try:
+            if closure is not None:
+                return closures.step(self, closure)
+            self._step()
+        except BaseException:
+            scaling.forget(self)
+            raise
         return None
 
     def _step(self) -> None:
         """step() without a closure and without torch's step hooks, which fire once around the whole."""
         messages.refuse_suspended(self, "step")
-        try:
-            with self._refusing():
-                update.step(self)
-        except BaseException:
-            scaling.forget(self)
-            raise
+        with self._refusing():
+            update.step(self)
         self.cycle.steps += 1
         if self.cycle.steps == 10:
             messages.warn_never_perturbed(self)

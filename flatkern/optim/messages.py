@@ -31,6 +31,7 @@ def way_back(opt: FlatOptimizer) -> str:
 
 def refuse_unfinished(opt: FlatOptimizer, call: str) -> None:
     """Refuse `call` while the weights are perturbed or gradients wait in the optimizer."""
+    refuse_suspended(opt, call)
     if opt.cycle.plan is not None:
         raise RuntimeError(f"{call}: the weights are perturbed; call {way_back(opt)} first")
     if opt.cycle.has_pending():
