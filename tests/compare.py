@@ -68,7 +68,7 @@ def _report(where, got, want, wrong, allowed):
         first = tuple(wrong.nonzero()[0].tolist())
         a, b = got[first].item(), want[first].item()
         raise AssertionError(
-            f"{where}: {int(wrong.sum())} of {wrong.numel()} elements are further than {allowed} from eager; "
+            f"{where}: {int(wrong.sum())} of {wrong.numel()} elements are further off than {allowed}; "
             f"the first at {first} is {a!r}, but should be {b!r}"
         )
 

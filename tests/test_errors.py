@@ -313,6 +313,22 @@ def test_constructors_and_calls(row):
         call(p)
 
 
+def test_amsgrad_from_elsewhere():
+    """A torch checkpoint that used it, or a group changed in training: refused, not ignored."""
+    params = [Parameter(torch.randn(3, 2))]
+    fill(params)
+    base = torch.optim.Adam(params, amsgrad=True)
+    base.step()
+    text = "Adam: amsgrad is True, but no kernel keeps the maximum of the second moments; pass amsgrad=False"
+    loaded, changed = Adam(params), Adam(params)
+    with refused(ValueError, text, params):
+        loaded.load_state_dict(base.state_dict())
+        loaded.step()
+    changed.param_groups[0]["amsgrad"] = True
+    with refused(ValueError, text, params, changed):
+        changed.step()
+
+
 # --- gradients, and the functions ----------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flatkern
@@ -18,6 +18,7 @@ def make(method, groups=1):
     return SGD([{"params": [torch.nn.Parameter(torch.ones(3, 2))]} for _ in range(groups)], lr=0.0, perturb=method)
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1), st.floats(-1, 20), st.integers(1, 10**6), st.floats(0, 1))
 def test_cosine_increase(start, increase, total, share):
     """sigma_t = sigma_0 (1 + increase (1 - cos(pi t / T)) / 2), from sigma_0 to sigma_0 (1 + increase)."""
