@@ -125,7 +125,8 @@ def check_uint32(where: str, name: str, value: int) -> int:
 
 def _check_scalars(op: Op, name: str, values: Sequence[float]) -> None:
     for k, value in enumerate(values):
-        if name in ("index", "offset") and not 0 <= value < 8 * UINT32:
+        # A counter word holds the parameter index, and one the eighth part of a column.
+        if (name == "index" and not 0 <= value < UINT32) or (name == "offset" and not 0 <= value < 8 * UINT32):
             raise ValueError(f"{op.name}: {name}[{k}] is {value}, but should be >= 0 and in range of the counter")
         if not math.isfinite(value):
             raise ValueError(f"{op.name}: {name}[{k}] is {value}, but should be finite")

@@ -121,7 +121,7 @@ def fill_normal_(outs, noise, *, index, offset) -> None:
         z = sqrt(-2 ln u) (cos, sin)(angle)        one Philox4x32-10 word gives two normals
 
     Key (seed, stream); counter (column // 8, row, parameter index, round). Deviates from ideal
-    Box-Muller by at most 1.5e-6; |z| <= 4.85.
+    Box-Muller by at most 1.5e-6; |z| < 4.86.
 
     Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; Box and Muller 1958.
     """
