@@ -15,7 +15,7 @@ from .library import DISPATCH_KEYS
 from .tables import filters
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_registered(op: str, device_type: str, backend: str | None) -> bool:
     """True if a registered op serves the call; refuses as everywhere. torch.compile asks once, while it traces."""
     backend = check_backend(backend)
