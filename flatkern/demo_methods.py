@@ -44,26 +44,26 @@ METHODS = {
     "mSAM": Method(lambda s, seed: flatkern.SAM(s), "rho", 2, tuned_as="SAM"),
 }
 
-# From `python -m flatkern demo --search`, 25 epochs; SAM's and ASAM's grids were searched in part, so their values are
-# the papers' scale and the best of what was searched.
+# The best of `python -m flatkern demo --search` (torch 2.13.0, backend cpp): highest mean validation accuracy of three
+# seeds, written behind. SGD in the noisy setting takes the largest weight decay of the grid; twice that is worse.
 TUNED: dict[str, dict[str, dict[str, float]]] = {
     "clean": {
-        "SGD": {"lr": 0.05, "weight_decay": 2e-2},
-        "RWP": {"lr": 0.05, "weight_decay": 2e-2, "sigma": 0.03},
-        "ARWP": {"lr": 0.05, "weight_decay": 2e-2, "sigma": 0.03},
-        "m-RWP": {"lr": 0.05, "weight_decay": 2e-2, "sigma": 0.03},
-        "m-ARWP": {"lr": 0.05, "weight_decay": 2e-2, "sigma": 0.03},
-        "SAM": {"lr": 0.05, "weight_decay": 2e-2, "rho": 0.05},
-        "ASAM": {"lr": 0.05, "weight_decay": 5e-3, "rho": 0.5},
+        "SGD": {"lr": 0.05, "weight_decay": 0.02},  # 98.1
+        "RWP": {"lr": 0.05, "weight_decay": 0.02, "sigma": 0.03},  # 98.1
+        "ARWP": {"lr": 0.05, "weight_decay": 0.02, "sigma": 0.03},  # 98.2
+        "m-RWP": {"lr": 0.05, "weight_decay": 0.02, "sigma": 0.03},  # 98.2
+        "m-ARWP": {"lr": 0.05, "weight_decay": 0.02, "sigma": 0.03},  # 98.2
+        "SAM": {"lr": 0.05, "weight_decay": 0.02, "rho": 0.05},  # 98.4
+        "ASAM": {"lr": 0.05, "weight_decay": 0.02, "rho": 0.25},  # 98.2
     },
     "noisy": {
-        "SGD": {"lr": 0.1, "weight_decay": 5e-2},
-        "RWP": {"lr": 0.1, "weight_decay": 2e-2, "sigma": 0.07},
-        "ARWP": {"lr": 0.1, "weight_decay": 5e-2, "sigma": 0.07},
-        "m-RWP": {"lr": 0.1, "weight_decay": 5e-2, "sigma": 0.07},
-        "m-ARWP": {"lr": 0.1, "weight_decay": 5e-2, "sigma": 0.07},
-        "SAM": {"lr": 0.1, "weight_decay": 2e-2, "rho": 0.1},
-        "ASAM": {"lr": 0.1, "weight_decay": 5e-3, "rho": 0.5},
+        "SGD": {"lr": 0.1, "weight_decay": 0.05},  # 86.2
+        "RWP": {"lr": 0.1, "weight_decay": 0.02, "sigma": 0.07},  # 88.9
+        "ARWP": {"lr": 0.1, "weight_decay": 0.05, "sigma": 0.07},  # 88.7
+        "m-RWP": {"lr": 0.1, "weight_decay": 0.05, "sigma": 0.07},  # 88.7
+        "m-ARWP": {"lr": 0.1, "weight_decay": 0.05, "sigma": 0.07},  # 87.0
+        "SAM": {"lr": 0.1, "weight_decay": 0.05, "rho": 0.05},  # 88.2
+        "ASAM": {"lr": 0.1, "weight_decay": 0.05, "rho": 0.25},  # 89.6
     },
 }
 
