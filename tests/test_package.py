@@ -56,8 +56,16 @@ def pip_wheel(source, out, *arguments, **environment):
 
 
 def doctor(site, folder):
-    """What doctor says when flatkern is imported from `site`."""
-    done = build("-m", "flatkern", "doctor", "--json", cwd=folder, PYTHONPATH=str(site), PYTHONSAFEPATH="1")
+    """What doctor says when flatkern is imported from `site`, and nothing of it from an editable installation.
+
+    An editable installation's finder answers for every module that `site` lacks, the extension included.
+    """
+    alone = (
+        "import runpy, sys; "
+        "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]; "
+        "sys.argv = ['flatkern', 'doctor', '--json']; runpy.run_module('flatkern', run_name='__main__')"
+    )
+    done = build("-c", alone, cwd=folder, PYTHONPATH=str(site), PYTHONSAFEPATH="1")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
