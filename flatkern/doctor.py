@@ -86,6 +86,7 @@ def machine() -> dict[str, Any]:
             "isas": kernels.isas(),
             "openmp": kernels.openmp,
             "compiler": kernels.compiler,
+            "file": kernels.__file__,
         }
     return about
 
@@ -126,6 +127,7 @@ def sections(facts: dict[str, Any]) -> dict[str, Rows]:
         machine_rows.append(("instruction set", f"{compiled['isa']} (of {', '.join(compiled['isas'])})"))
         machine_rows.append(("OpenMP", "yes" if compiled["openmp"] else "no: the compiled kernels use one thread"))
         machine_rows.append(("compiled by", compiled["compiler"]))
+        machine_rows.append(("extension", compiled["file"]))
     machine_rows.append(("threads", str(about["threads"])))
     machine_rows += [(f"cuda:{k}", name) for k, name in enumerate(about.get("cuda", []))]
     backend_rows: Rows = []

@@ -10,38 +10,23 @@ import torch
 from torch import Tensor
 
 from .checks import check_backend, check_outer_filters, check_parameters, check_storage, check_uint32
-from .dispatch import PREFERENCE, refuse, resolve
-from .library import DISPATCH_KEYS
+from .dispatch import resolve
 from .tables import filters
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_registered(op: str, device_type: str, backend: str | None) -> bool:
-    """True if a registered op serves the call; refuses as everywhere. torch.compile asks once, while it traces."""
-    backend = check_backend(backend)
-    resolve(op, device_type, backend)
-    names = (backend,) if backend else PREFERENCE.get(device_type, ("eager",))
-    served_by = next(name for name in names if refuse(op, name, device_type) is None)
-    return DISPATCH_KEYS.get(device_type, ("", ""))[1] == served_by
-
-
-def _call(op: str, device_type: str, backend: str | None, *args: Any, **kwargs: Any) -> None:
+def call(op: str, device_type: str, backend: str | None, *args: Any, **kwargs: Any) -> None:
+    """One op, by the dispatcher."""
     resolve(op, device_type, check_backend(backend))(*args, **kwargs)
     torch.clear_autocast_cache()
 
 
-# Inductor takes minutes for the integers of eager's noise.
-_call_untraced = torch.compiler.disable(_call, reason="flatkern's eager backend is not traced")
-
-
 def _run(op: str, device: torch.device, backend: str | None, *args: Any, **kwargs: Any) -> None:
-    """One op; under torch.compile the registered one, which stays a single node of the graph."""
-    if not torch.compiler.is_compiling():
-        _call(op, device.type, backend, *args, **kwargs)
-    elif _is_registered(op, device.type, backend):
-        getattr(torch.ops.flatkern, op)(*args, **kwargs)
+    if torch.compiler.is_compiling():
+        from . import traced
+
+        traced.run(op, device.type, backend, *args, **kwargs)
     else:
-        _call_untraced(op, device.type, backend, *args, **kwargs)
+        call(op, device.type, backend, *args, **kwargs)
 
 
 def _by_device(params: list[Tensor]) -> dict[torch.device, list[int]]:

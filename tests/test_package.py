@@ -55,19 +55,17 @@ def pip_wheel(source, out, *arguments, **environment):
     )  # fmt: skip
 
 
-def doctor(site, folder):
-    """What doctor says when flatkern is imported from `site`, and nothing of it from an editable installation.
-
-    An editable installation's finder answers for every module that `site` lacks, the extension included.
-    """
-    alone = (
-        "import runpy, sys; "
-        "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]; "
-        "sys.argv = ['flatkern', 'doctor', '--json']; runpy.run_module('flatkern', run_name='__main__')"
-    )
-    done = build("-c", alone, cwd=folder, PYTHONPATH=str(site), PYTHONSAFEPATH="1")
+def run(site, folder, *arguments):
+    """Run Python with flatkern from `site`. -S keeps away the finder of an editable installation, which would
+    supply from the checkout whatever modules `site` lacks."""
+    paths = os.pathsep.join([str(site), *filter(None, sys.path)])
+    done = build("-S", *arguments, cwd=folder, PYTHONPATH=paths, PYTHONSAFEPATH="1")
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return done.stdout
+
+
+def doctor(site, folder):
+    return json.loads(run(site, folder, "-m", "flatkern", "doctor", "--json"))
 
 
 @pytest.fixture(scope="session")
@@ -178,11 +176,9 @@ class TestWheel:
             archive.extractall(tmp_path / "site")
         facts = doctor(tmp_path / "site", tmp_path)
         assert facts["backends"]["cpp"]["live"], facts["backends"]["cpp"]
-        done = build(
-            "-c", "import flatkern.triton_kernels as t; print(t.__name__)",
-            cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"), PYTHONSAFEPATH="1",
-        )  # fmt: skip
-        assert done.stdout.split()[:1] == ["flatkern.triton_kernels"], done.stderr
+        assert facts["machine"]["compiled"]["file"].startswith(str(tmp_path))
+        code = "import flatkern.triton_kernels as t; print(t.__file__)"
+        assert run(tmp_path / "site", tmp_path, "-c", code).startswith(str(tmp_path))
 
 
 class TestWithoutCompiler:
