@@ -116,7 +116,7 @@ def test_norms_measured_inside_are_those_of_filter_norms(backend, words, dtype):
 @pytest.mark.parametrize("words", ["", "masters", "backups", "backups history", "masters history offset skip"])
 @pytest.mark.parametrize("name", ["sgd_update_", "adam_update_", "adamw_update_"])
 def test_a_rolling_update_is_an_update_and_a_perturbation(backend, name, words, dtype):
-    """update(noise) = update(), then perturb_gaussian_ of the weights that it stored, to the bit."""
+    """update(noise) = update(), then perturb_gaussian_ of the weights that it stored, to the bit, backups included."""
     op, perturb = OPS[name], OPS["perturb_gaussian_"]
     shapes = cases.SHAPES["mixed ranks"] if backend == "eager" else ALL_WALKS
     fused, steps = (make(op, shapes, dtype, words + " noise") for _ in range(2))
@@ -124,8 +124,8 @@ def test_a_rolling_update_is_an_update_and_a_perturbation(backend, name, words, 
     noise, steps["noise"] = steps["noise"], None
     run(op, backend, steps)
     scalars = {key: steps[key] for key in ("sigma", "eta", "index", "offset")}
-    lists_ = {key: steps[key] for key in ("params", "masters", "history")}
-    run(perturb, backend, dict(**lists_, backups=None, norms=None, noise=noise, **scalars))
+    lists_ = {key: steps[key] for key in ("params", "backups", "masters", "history")}
+    run(perturb, backend, dict(**lists_, norms=None, noise=noise, **scalars))
     assert_same_bits(op, fused, steps | {"noise": noise})
 
 

@@ -91,11 +91,16 @@ FK_INLINE void prefetch(const char* begin, const char* end) {
 }
 
 // Elements [i, i + n) as float32: in place where they are that, else converted into `scratch`.
+// The next block is fetched meanwhile: of float32 its first lines, because a block is about a page, and processors do
+// not look beyond a page by themselves; of others all, because conversion takes as long as the memory.
 inline float* load(const View& view, int64_t i, int64_t n, float* scratch) {
-  if (view.dtype == DType::kFloat32) return view.as<float>() + i;
-  // Conversion keeps the arithmetic busy for as long as the memory: fetch the next block meanwhile.
-  const char* next = reinterpret_cast<const char*>(view.as<uint16_t>() + i + n);
-  prefetch(next, next + 2 * n);
+  const int64_t size = size_of(view.dtype);
+  const char* next = view.as<char>() + (i + n) * size;
+  if (view.dtype == DType::kFloat32) {
+    prefetch(next, next + 512);
+    return view.as<float>() + i;
+  }
+  prefetch(next, next + n * size);
   (view.dtype == DType::kBFloat16 ? widen_bfloat16 : widen_float16)(view.as<uint16_t>() + i, n, scratch);
   return scratch;
 }

@@ -6,23 +6,36 @@
 
 namespace flatkern::cpu::FK_ISA {
 
-// The final gradient of a block from the loaded perturbed one, `g`; in `out`, or `g` itself where nothing changes it.
-template <class Args>
-inline const float* final_gradient(const Args& a, const Table* clip_or_null, const Block& b, const float* g, float* out,
-                                   Scratch& scratch) {
+// Element i of the final gradient of a block, formed in registers.
+struct Unchanged {
+  const float* g;
+  FK_INLINE float operator()(int64_t i) const { return g[i]; }
+};
+struct Scaled {
+  const float* g;
+  float factor, clip;
+  FK_INLINE float operator()(int64_t i) const { return math::mixed(g[i], factor, clip); }
+};
+struct Mixed {
+  const float *g, *clean;
+  float factor, clean_weight, clip;
+  FK_INLINE float operator()(int64_t i) const { return math::mixed(g[i], clean[i], factor, clean_weight, clip); }
+};
+
+// Calls use(gradient) with one of the above, from the loaded perturbed gradient `g` of a block.
+template <class Args, class Use>
+FK_INLINE void with_final_gradient(const Args& a, const Table* clip_or_null, const Block& b, const float* g,
+                                   Scratch& scratch, const Use& use) {
   const float clip = clip_or_null != nullptr ? value_or(*clip_or_null, 1.0f) : 1.0f;
   const float factor = static_cast<float>(a.grad_weight[b.k]) * value_or(a.grad_scale, 1.0f);
   if (a.clean_grads) {
     const float* clean = load(a.clean_grads[b.k], b.begin, b.n, scratch.clean);
-    const float clean_weight = static_cast<float>(a.clean_weight[b.k]);
-    FK_SIMD
-    for (int64_t i = 0; i < b.n; ++i) out[i] = math::mixed(g[i], clean[i], factor, clean_weight, clip);
-    return out;
+    use(Mixed{g, clean, factor, static_cast<float>(a.clean_weight[b.k]), clip});
+  } else if (factor != 1.0f || clip != 1.0f) {
+    use(Scaled{g, factor, clip});
+  } else {
+    use(Unchanged{g});
   }
-  if (factor == 1.0f && clip == 1.0f) return g;
-  FK_SIMD
-  for (int64_t i = 0; i < b.n; ++i) out[i] = math::mixed(g[i], factor, clip);
-  return out;
 }
 
 // ARWP's history, for a block: tensors of rank <= 1 keep a square per element and are done; of the others, the scaled

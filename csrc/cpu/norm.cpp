@@ -35,7 +35,12 @@ void ascent_norm_(const AscentNorm& a) {
 
 void gradient_norm_(const GradientNorm& a) {
   *a.norm[0].as<float>() = total_norm(a.grads, [&](const Block& b, Scratch& scratch) {
-    return final_gradient(a, nullptr, b, load(a.grads[b.k], b.begin, b.n, scratch.g), scratch.v, scratch);
+    const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
+    with_final_gradient(a, nullptr, b, g, scratch, [&](const auto& gradient) {
+      FK_SIMD
+      for (int64_t i = 0; i < b.n; ++i) scratch.v[i] = gradient(i);
+    });
+    return scratch.v;
   });
 }
 

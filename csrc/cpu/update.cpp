@@ -14,18 +14,19 @@ struct Sgd {
     if (a.momentum_buffers) ahead.add(a.momentum_buffers[b.k], b);
   }
 
-  void apply(const Block& b, float* w, const float* g, Scratch& scratch) const {
+  template <class Gradient>
+  void apply(const Block& b, const float* w, const Gradient& g, float* out, Scratch& scratch) const {
     const math::SgdScalars s = {static_cast<float>(a.lr[b.k]), static_cast<float>(a.momentum[b.k]),
                                 static_cast<float>(1 - a.dampening[b.k]), static_cast<float>(a.weight_decay[b.k]),
                                 a.nesterov[b.k]};
     if (!a.momentum_buffers) {
       FK_SIMD
-      for (int64_t i = 0; i < b.n; ++i) w[i] = math::sgd(w[i], g[i], s);
+      for (int64_t i = 0; i < b.n; ++i) out[i] = math::sgd(w[i], g(i), s);
       return;
     }
     float* v = load(a.momentum_buffers[b.k], b.begin, b.n, scratch.v);
     FK_SIMD
-    for (int64_t i = 0; i < b.n; ++i) w[i] = math::sgd(w[i], g[i], v[i], s);
+    for (int64_t i = 0; i < b.n; ++i) out[i] = math::sgd(w[i], g(i), v[i], s);
     store(a.momentum_buffers[b.k], b.begin, b.n, v);
   }
 };
@@ -56,12 +57,13 @@ struct Adam {
     }
   }
 
-  void apply(const Block& b, float* w, const float* g, Scratch& scratch) const {
+  template <class Gradient>
+  void apply(const Block& b, const float* w, const Gradient& g, float* out, Scratch& scratch) const {
     const math::AdamScalars s = scalars[b.k];
     float* m = load(a.exp_avgs[b.k], b.begin, b.n, scratch.m);
     float* v = load(a.exp_avg_sqs[b.k], b.begin, b.n, scratch.v);
     FK_SIMD
-    for (int64_t i = 0; i < b.n; ++i) w[i] = math::adam(w[i], g[i], m[i], v[i], s);
+    for (int64_t i = 0; i < b.n; ++i) out[i] = math::adam(w[i], g(i), m[i], v[i], s);
     store(a.exp_avgs[b.k], b.begin, b.n, m);
     store(a.exp_avg_sqs[b.k], b.begin, b.n, v);
   }
@@ -77,21 +79,37 @@ struct UpdateWalk {
 
   const View& clean(int64_t k) const { return (a.masters ? a.masters : a.backups ? a.backups : a.params)[k]; }
 
+  // A large float32 weight is written past the caches, from scratch.
+  bool past(const View& param) const { return large && param.dtype == DType::kFloat32; }
+
+  void put(const View& param, const Block& b, const float* x) const {
+    if (past(param)) {
+      write_past(reinterpret_cast<char*>(param.as<float>() + b.begin), reinterpret_cast<const char*>(x),
+                 b.n * sizeof(float));
+    } else {
+      store(param, b.begin, b.n, x);
+    }
+  }
+
   Squares prepare(const Block& b, Scratch& scratch) const {
-    const View& store_of_w = clean(b.k);
+    const View &clean = this->clean(b.k), &param = a.params[b.k];
+    // Without noise a backup has served once it is read, and the weight goes straight to the parameter.
+    const bool keep = a.noise || a.masters || !a.backups;
     Squares squares;
-    float* w = load(store_of_w, b.begin, b.n, scratch.w);
+    float* w = load(clean, b.begin, b.n, scratch.w);
     if (!skip) {
       const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
-      rule.apply(b, w, final_gradient(a, &a.clip, b, g, scratch.e, scratch), scratch);
-      store(store_of_w, b.begin, b.n, w);
+      float* out = keep ? w : past(param) ? scratch.w : target(param, b.begin, scratch.w);
+      with_final_gradient(a, &a.clip, b, g, scratch,
+                          [&](const auto& gradient) { rule.apply(b, w, gradient, out, scratch); });
+      keep ? store(clean, b.begin, b.n, out) : put(param, b, out);
       if (a.history) squares.of[1] = remember(a, b, g, scratch.m);
     }
-    if (!a.noise) {
-      if (&store_of_w != &a.params[b.k]) copy(a.params[b.k], store_of_w, b.begin, b.n, scratch.w, large);
-    } else {
+    if (a.noise) {
       // Norm and perturbation see the weight that was stored.
-      squares.of[0] = skip ? w : load(store_of_w, b.begin, b.n, scratch.w);
+      squares.of[0] = skip ? w : load(clean, b.begin, b.n, scratch.w);
+    } else if (a.masters || (skip && a.backups)) {
+      copy(param, clean, b.begin, b.n, scratch.w, large);
     }
     return squares;
   }
@@ -105,9 +123,7 @@ struct UpdateWalk {
     if (!a.noise) return;
     const View& param = a.params[b.k];
     if (w == nullptr) w = load(clean(b.k), b.begin, b.n, scratch.w);
-    // A large float32 weight is written past the caches, from scratch.
-    const bool past = large && param.dtype == DType::kFloat32;
-    float* p = past ? scratch.v : target(param, b.begin, scratch.v);
+    float* p = past(param) ? scratch.v : target(param, b.begin, scratch.v);
     scratch.ahead.clear();
     if (b.next > 0 && !skip) {
       scratch.ahead.add(clean(b.k), b);
@@ -116,11 +132,7 @@ struct UpdateWalk {
       rule.ahead(b, scratch.ahead);
     }
     perturbation.add(b, w, p, scratch);
-    if (past) {
-      write_past(reinterpret_cast<char*>(param.as<float>() + b.begin), reinterpret_cast<char*>(p), b.n * sizeof(float));
-    } else {
-      store(param, b.begin, b.n, p);
-    }
+    put(param, b, p);
   }
 };
 
@@ -147,7 +159,12 @@ struct MixGradientsWalk {
       // The final gradient is about to take its place.
       if (squares.of[1] == g) squares.of[1] = static_cast<float*>(std::memcpy(scratch.m, g, b.n * sizeof(float)));
     }
-    store(grad, b.begin, b.n, final_gradient(a, &a.clip, b, g, target(grad, b.begin, scratch.v), scratch));
+    float* out = target(grad, b.begin, scratch.v);
+    with_final_gradient(a, &a.clip, b, g, scratch, [&](const auto& gradient) {
+      FK_SIMD
+      for (int64_t i = 0; i < b.n; ++i) out[i] = gradient(i);
+    });
+    store(grad, b.begin, b.n, out);
     return squares;
   }
   float settle(int64_t k, int64_t row, const double* sums) const {

@@ -56,19 +56,22 @@ def _update(
     """The pass that every rule shares; `rule(k, w, g)` returns the new weight of parameter k."""
     skip = found_inf is not None and bool(found_inf)
     for k, param in enumerate(params):
-        w = masters[k] if masters else backups[k] if backups else param
+        clean = masters[k] if masters else backups[k] if backups else param
         past = history[k] if history else None
         if not skip:
             clean_grad = clean_grads[k] if clean_grads else None
             g = mixed(grads[k], clean_grad, grad_scale, grad_weight[k], clean_weight[k], clip)
-            w.copy_(rule(k, w.float(), g))
+            # Without noise a backup has served, and is left as it was.
+            updated = param if noise is None and not masters else clean
+            updated.copy_(rule(k, clean.float(), g))
+            clean = updated
             if past is not None:
                 remember(past, grads[k], grad_scale, beta[k])
         if noise is None:
-            param.copy_(w)
+            param.copy_(clean)
         else:
-            e = perturbation(w, row_norms(rows(w)), past, sigma[k], eta[k], noise, index[k], offset[k])
-            rows(param).copy_(rows(w).float() + e)
+            e = perturbation(clean, row_norms(rows(clean)), past, sigma[k], eta[k], noise, index[k], offset[k])
+            rows(param).copy_(rows(clean).float() + e)
 
 
 def sgd_update_(
