@@ -5,7 +5,8 @@ Nothing here touches the values of a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
+from operator import is_
 from typing import Any
 
 from torch import Tensor
@@ -30,13 +31,14 @@ class Bucket:
         self.index: list[int] = []  # position among all parameters, frozen ones included
         self.groups: list[Group] = []
         self.counts: list[int] = []  # parameters of each group
+        self.everything = False  # holds all of the optimizer's parameters
         self.perturbed = False
         self.masters = False
         self.backups: list[Tensor] = []  # scratch of `params`, as of `epoch`
         self.epoch = -1
         self.clean: list[Tensor] = []  # while perturbed: where the clean weights are, backups or masters
         self.versions: list[int] = []  # while perturbed: the parameters' versions after our write
-        self._cache: dict[str, tuple[tuple[Any, ...], list[Any]]] = {}
+        self._cache: dict[str, tuple[list[Any], list[Any]]] = {}
 
     def add(self, param: Tensor, group: Group, index: int) -> None:
         if not self.groups or self.groups[-1] is not group:
@@ -48,7 +50,7 @@ class Bucket:
 
     def values(self, key: str, read: Callable[[Group], Any] | None = None) -> list[Any]:
         """One entry per parameter: float(group[key]), or `read(group)` remembered under `key`."""
-        now = tuple(read(g) if read else float(g[key]) for g in self.groups)
+        now = [read(g) if read else float(g[key]) for g in self.groups]
         cached = self._cache.get(key)
         if cached is None or cached[0] != now:
             for value in now:
@@ -56,6 +58,10 @@ class Bucket:
             cached = now, [v for v, n in zip(now, self.counts, strict=True) for _ in range(n)]
             self._cache[key] = cached
         return cached[1]
+
+    def select(self, values: list[Any]) -> list[Any]:
+        """Of one entry per parameter of the optimizer, those of this bucket."""
+        return values if self.everything else [values[i] for i in self.index]
 
     def constant(self, value: Any) -> list[Any]:
         """`value` once per parameter."""
@@ -74,16 +80,19 @@ class Bucket:
 class Plan:
     """The buckets of one set of parameters, and who is in them."""
 
-    def __init__(self, buckets: Iterable[Bucket]) -> None:
-        self.buckets = list(buckets)
-        self.members = frozenset(id(p) for b in self.buckets for p in b.params)
+    def __init__(self, params: list[Tensor], buckets: list[Bucket], perturbed: Plan | None) -> None:
+        self.params = params
+        self.buckets = buckets
+        self.members = frozenset(map(id, params))
+        self.covers_perturbed = perturbed is None or perturbed.members <= self.members
 
 
 class Plans:
     """Plans by the parameters they cover. Holding the parameters keeps their ids from being reused."""
 
     def __init__(self) -> None:
-        self._plans: dict[Hashable, Plan] = {}
+        self._plans: dict[Hashable, list[Plan]] = {}
+        self._count = 0
 
     def get(
         self,
@@ -94,21 +103,22 @@ class Plans:
         master: Callable[[Tensor], bool],
     ) -> Plan:
         """The plan of `params`: split by device, `flags(group)`, masters, and membership in `perturbed`."""
-        key = (
-            tuple(map(id, params)),
-            id(perturbed) if perturbed is not None else 0,
-            # Models move and change dtype as a whole, so one parameter of a group speaks for it.
-            tuple((id(g), flags(g), p.device, p.dtype) for g in groups for p in g["params"][:1]),
-        )
-        plan = self._plans.get(key)
-        if plan is None:
-            if len(self._plans) >= MAX_PLANS:
-                self._plans.clear()
-            plan = self._plans[key] = _build(groups, params, perturbed, flags, master)
+        # Models move and change dtype as a whole, so one parameter of a group speaks for it.
+        heads = [(id(g), flags(g), p.device, p.dtype) for g in groups for p in g["params"][:1]]
+        key = perturbed, *heads
+        for plan in self._plans.get(key, ()):
+            if len(plan.params) == len(params) and all(map(is_, plan.params, params)):
+                return plan
+        if self._count >= MAX_PLANS:
+            self.clear()
+        self._count += 1
+        plan = _build(groups, params, perturbed, flags, master)
+        self._plans.setdefault(key, []).append(plan)
         return plan
 
     def clear(self) -> None:
         self._plans.clear()
+        self._count = 0
 
 
 def _build(
@@ -132,4 +142,6 @@ def _build(
                     bucket.perturbed, bucket.masters = key[2:]
                 bucket.add(p, group, index)
             index += 1
-    return Plan(buckets.values())
+    for bucket in buckets.values():
+        bucket.everything = len(bucket.params) == index
+    return Plan(params, list(buckets.values()), perturbed)
