@@ -85,6 +85,18 @@ def test_unscaled_by_the_user(name, backend):
     assert same(runs[1].weights(), runs[0].weights())
 
 
+@pytest.mark.parametrize("name", ["m-RWP", "SAM", "mSAM"])
+def test_unscaled_too_early(name, backend):
+    """unscale_ before perturb() would leave the scale on the gradient of the perturbed weights."""
+    run = make(name, backend, make_scaler())
+    run.backward(0)
+    run.scaler.unscale_(run.opt)
+    with pytest.raises(RuntimeError, match="after the last backward"):
+        run.opt.perturb(scaler=run.scaler)
+    assert not run.opt.is_perturbed
+    assert same(run.weights(), run.start)
+
+
 @pytest.mark.parametrize("base", ["SGD", "Wrap"])
 @pytest.mark.parametrize("name", ["RWP", "SAM", "rolling"])
 def test_clipped_by_the_user(name, base, backend):

@@ -33,6 +33,8 @@ def step(opt: FlatOptimizer, closure: Closure | list[Closure]) -> Any:
     if not fresh and cycle.plan is None and (cycle.rounds or cycle.clean):
         raise RuntimeError("step: rounds are pending; finish them with step() without a closure, or release() them")
     try:
+        if fresh and (opt.method is None or opt.rolling):
+            return _accumulated(opt, closures)
         if fresh:
             return _with_gradients_on_entry(opt, closures)
         if opt.rolling or cycle.plan is not None:
@@ -68,6 +70,16 @@ def _check_number(opt: FlatOptimizer, closures: list[Closure], fresh: bool) -> N
             f"step: {len(closures)} closures, but "
             + ("m-RWP takes one, or two: [clean, noisy]" if most == 2 else "this step takes one")
         )
+
+
+def _accumulated(opt: FlatOptimizer, closures: list[Closure]) -> Any:
+    """Plain and rolling, every gradient of a step is taken at the same weights: what is there already counts.
+
+    Trainers that accumulate micro-batches pass a closure for the last one only.
+    """
+    loss = _call(closures[0])
+    opt._step()
+    return loss
 
 
 def _with_gradients_on_entry(opt: FlatOptimizer, closures: list[Closure]) -> Any:

@@ -14,7 +14,7 @@ from ..methods import ASAM, RWP, SAM
 from ..tables import history_length
 from . import layouts, messages
 from .plan import Bucket, Plan
-from .scaling import loss_scale, unscale_pass
+from .scaling import check_scaled, loss_scale, unscale_pass
 
 if TYPE_CHECKING:
     from .base import FlatOptimizer
@@ -32,6 +32,7 @@ def perturb(opt: FlatOptimizer, scaler: Any) -> None:
     if cycle.plan is not None:
         raise RuntimeError("perturb: already perturbed; call step() or restore() first")
     opt._check_groups()
+    check_scaled(opt, scaler)
 
     params = opt._parameters()
     fresh = cycle.is_fresh(params)

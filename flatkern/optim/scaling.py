@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import OptState
 
 if TYPE_CHECKING:
     from .base import FlatOptimizer
@@ -29,6 +30,18 @@ def unscale_pass(opt: FlatOptimizer, scaler: Any) -> None:
     found = scaler._per_optimizer_states[id(cycle.scaler_pass)]["found_inf_per_device"]
     for flag in found.values():
         cycle.require_finite(flag.reshape(()))
+
+
+def check_scaled(opt: FlatOptimizer, scaler: Any) -> None:
+    """Refuse a gradient that the scaler has unscaled before perturb(): it does so once per step, and the gradient of
+    the perturbed weights would enter the update with the scale still on it."""
+    if scaler is None or not scaler.is_enabled():
+        return
+    if scaler._per_optimizer_states.get(id(opt), {}).get("stage") is OptState.UNSCALED:
+        raise RuntimeError(
+            "perturb: scaler.unscale_() was called before perturb(), and a scaler unscales only once per step; "
+            "call it after the last backward, right before step(), or clip with max_grad_norm"
+        )
 
 
 def loss_scale(scaler: Any) -> float | Tensor:
