@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import flatkern
 
-EPOCHS = 20  # that the hyper-parameters are for
+EPOCHS = 25  # that the hyper-parameters are for
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,6 @@ class Method:
 METHODS = {
     "SGD": Method(lambda _, seed: None),
     "SGD, 2x steps": Method(lambda _, seed: None, length=2, tuned_as="SGD"),
-    "SGD, decay": Method(lambda _, seed: None),
     "RWP": Method(lambda s, seed: flatkern.RWP(s, seed=seed), "sigma"),
     "RWP rolling": Method(lambda s, seed: flatkern.RWP(s, seed=seed, rolling=True), "sigma", tuned_as="RWP"),
     "ARWP": Method(lambda s, seed: flatkern.RWP(s, eta=0.1, seed=seed), "sigma"),
@@ -42,7 +41,7 @@ METHODS = {
     "m-ARWP": Method(lambda s, seed: flatkern.RWP(s, lam=0.5, eta=0.1, seed=seed), "sigma", 2),
     "SAM": Method(lambda s, seed: flatkern.SAM(s), "rho", 2),
     "ASAM": Method(lambda s, seed: flatkern.ASAM(s), "rho", 2),
-    "mSAM": Method(lambda s, seed: flatkern.SAM(s), "rho", 2),
+    "mSAM": Method(lambda s, seed: flatkern.SAM(s), "rho", 2, tuned_as="SAM"),
 }
 
 # The best of `python -m flatkern demo --search` (torch 2.13.0, backend cpp): highest mean validation accuracy of three

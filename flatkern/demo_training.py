@@ -97,7 +97,7 @@ def train_step(
     """One optimizer step; `backward` takes the indices of a batch, `other` is m-RWP's second one."""
     opt.zero_grad()
     match name:
-        case "SGD" | "SGD, 2x steps" | "SGD, decay" | "RWP rolling":
+        case "SGD" | "SGD, 2x steps" | "RWP rolling":
             backward(batch)
         case "RWP" | "ARWP":
             timed(opt.perturb)
