@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
+import operator
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -54,6 +56,8 @@ def check(op: Op, values: dict[str, Any]) -> None:
             check_noise(op.name, value)
         elif value.dtype != torch.float32 or value.dim() != 0:
             raise TypeError(f"{op.name}: {name} is {_kind(value)}, but should be a 0-dim float32 tensor")
+    if op.name == "ascent_norm_" and values["params"] is None and any(eta >= 0 for eta in values["eta"]):
+        raise ValueError("ascent_norm_: params is None, but an eta is >= 0, and T_w = |w| + eta needs the weights")
     if op.name in WALKS_FILTERS or values.get("noise") is not None or values.get("history") is not None:
         check_outer_filters(op.name, reference_name, reference)
 
@@ -117,10 +121,15 @@ def check_noise(where: str, noise: Tensor) -> None:
         check_uint32(where, name, value)
 
 
-def check_uint32(where: str, name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < UINT32:
+def check_uint32(where: str, name: str, value: Any) -> int:
+    """An integer of any kind (NumPy's too) as an int."""
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number < UINT32:
         raise ValueError(f"{where}: {name} is {value!r}, but should be an integer in [0, 2^32)")
-    return value
+    return number
 
 
 def _check_scalars(op: Op, name: str, values: Sequence[float]) -> None:
@@ -160,6 +169,11 @@ def check_backend(backend: str | None) -> str | None:
     return backend
 
 
+def is_number(value: Any) -> bool:
+    """A real number of any kind (NumPy's too); a truth value is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 RANGES = {  # inclusive; open ends are excluded below
     "lr": (0.0, math.inf),
     "weight_decay": (0.0, math.inf),
@@ -189,6 +203,8 @@ def check_value(key: str, value: Any) -> None:
     if key not in RANGES:
         return
     low, high = RANGES[key]
+    if not (is_number(value) or isinstance(value, Tensor)):
+        raise TypeError(f"{key} is {value!r}, but should be a number")
     if not low <= value <= high or value in (math.inf, -math.inf) or (key in BELOW_ONE and value == high):
         bound = (
             f">= {low:g} and finite" if high == math.inf else f"in [{low:g}, {high:g}{')' if key in BELOW_ONE else ']'}"

@@ -40,7 +40,9 @@ def resolve(op: str, device_type: str, backend: str | None = None) -> Callable[.
                 _warn_eager(device_type, "; ".join(refusals))
             return load(OPS[op], name)
         refusals.append(reason)
-    raise RuntimeError(f"{op}: no backend for {device_type}: {'; '.join(refusals)}")
+    usable = backend is not None and device_type in DEVICES[backend]
+    remedy = REMEDY[backend] if backend and usable else "use backend=None or 'eager' on this device"
+    raise RuntimeError(f"{op}: no backend for {device_type}: {'; '.join(refusals)}; {remedy}")
 
 
 @functools.cache

@@ -29,6 +29,12 @@ def _run(op: str, device: torch.device, backend: str | None, *args: Any, **kwarg
         call(op, device.type, backend, *args, **kwargs)
 
 
+def _list(op: str, name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(tensors, Tensor):
+        raise TypeError(f"{op}: {name} is a tensor, but should be a list of tensors; pass [{name}]")
+    return list(tensors)
+
+
 def _by_device(params: list[Tensor]) -> dict[torch.device, list[int]]:
     result: dict[torch.device, list[int]] = {}
     for k, p in enumerate(params):
@@ -69,7 +75,7 @@ def filter_norms(params: Iterable[Tensor]) -> list[Tensor]:
     Raises:
         TypeError, ValueError: a dtype or layout that no kernel can walk.
     """
-    params = list(params)
+    params = _list("filter_norms", "params", params)
     if not torch.compiler.is_compiling():
         check_parameters("filter_norms", params)
         check_outer_filters("filter_norms", "params", params)
@@ -116,12 +122,14 @@ def perturb_(
 
     Source: Li et al. 2024 (arXiv:2404.00357), eq. 5.
     """
-    params = list(params)
+    params = _list("perturb_", "params", params)
     if not torch.compiler.is_compiling():
         if not math.isfinite(sigma):
             raise ValueError(f"perturb_: sigma is {sigma!r}, but should be a finite number")
-        for name, value in (("seed", seed), ("round", round), ("stream", stream)):
+        seed, round, stream = (
             check_uint32("perturb_", name, value)
+            for name, value in (("seed", seed), ("round", round), ("stream", stream))
+        )
         check_parameters("perturb_", params)
         check_outer_filters("perturb_", "params", params)
         for name, values in (("norms", norms), ("backups", backups)):
@@ -154,7 +162,7 @@ def restore_(params: Iterable[Tensor], backups: Iterable[Tensor], *, backend: st
         ValueError, TypeError: lists of different length, shape, device or layout; nothing has been
             written then.
     """
-    params, backups = list(params), list(backups)
+    params, backups = _list("restore_", "params", params), _list("restore_", "backups", backups)
     if not torch.compiler.is_compiling():
         if len(params) != len(backups):
             raise ValueError(f"restore_: backups has {len(backups)} entries, but params has {len(params)}")

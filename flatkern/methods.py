@@ -9,9 +9,11 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .checks import check_uint32, is_number
+
 
 def _check(method: str, name: str, value: Any, low: float, high: float = math.inf, *, open_end: bool = False) -> None:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high and value < math.inf
+    ok = is_number(value) and low <= value <= high and value < math.inf
     if not ok or (open_end and value == high):
         bound = f"in [{low:g}, {high:g}{')' if open_end else ']'}" if high < math.inf else f">= {low:g} and finite"
         raise ValueError(f"{method}: {name} is {value!r}, but should be a number {bound}")
@@ -67,9 +69,7 @@ class RWP:
             if self.rolling:
                 raise ValueError("RWP: rolling=True excludes lam: a rolling step has one gradient; pass lam=None")
         for name in ("seed", "stream"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
-                raise ValueError(f"RWP: {name} is {value!r}, but should be an integer in [0, 2^32)")
+            object.__setattr__(self, name, check_uint32("RWP", name, getattr(self, name)))
         if self.mix == "ranks":
             raise NotImplementedError('RWP: mix="ranks" is not in this version yet; use "gradients" or "losses"')
         if self.mix not in ("gradients", "losses"):

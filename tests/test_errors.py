@@ -282,9 +282,26 @@ CALLS = [
     ("RWP: mix is 'both', but should be \"gradients\" or \"losses\"", ValueError, lambda p: RWP(lam=0.5, mix="both")),
     ('RWP: mix="losses" mixes two losses; give lam, the weight of the perturbed one',
      ValueError, lambda p: RWP(mix="losses")),
-    ("SGD: max_grad_norm is 0, but should be > 0, or None", ValueError, lambda p: SGD([p], max_grad_norm=0)),
-    ("SGD: max_grad_norm is -1.0, but should be > 0, or None", ValueError, lambda p: SGD([p], max_grad_norm=-1.0)),
-    ("SGD: max_grad_norm is nan, but should be > 0, or None", ValueError, lambda p: SGD([p], max_grad_norm=NAN)),
+    ("SGD: max_grad_norm is 0, but should be a number > 0, or None", ValueError, lambda p: SGD([p], max_grad_norm=0)),
+    ("SGD: max_grad_norm is -1.0, but should be a number > 0", ValueError, lambda p: SGD([p], max_grad_norm=-1.0)),
+    ("SGD: max_grad_norm is nan, but should be a number > 0", ValueError, lambda p: SGD([p], max_grad_norm=NAN)),
+    ("SGD: max_grad_norm is '1', but should be a number > 0, or None",
+     ValueError, lambda p: SGD([p], max_grad_norm="1")),
+    ("SGD: max_grad_norm is True, but should be a number", ValueError, lambda p: SGD([p], max_grad_norm=True)),
+    ("lr is None, but should be a number", TypeError, lambda p: SGD([p], lr=None)),
+    ("momentum is '0.9', but should be a number", TypeError, lambda p: SGD([p], momentum="0.9")),
+    ("sigma is None, but should be a number",
+     TypeError, lambda p: SGD([{"params": [p], "sigma": None}], perturb=RWP())),
+    ("betas is 0.9, but should be a pair of numbers in [0, 1)", ValueError, lambda p: Adam([p], betas=0.9)),
+    ("betas is (0.9,), but should be a pair of numbers in [0, 1)", ValueError, lambda p: AdamW([p], betas=(0.9,))),
+    ("perturb_: params is a tensor, but should be a list of tensors; pass [params]",
+     TypeError, lambda p: flatkern.perturb_(p, 0.1, seed=0, round=0)),
+    ("filter_norms: params is a tensor, but should be a list", TypeError, lambda p: flatkern.filter_norms(p)),
+    ("restore_: backups is a tensor, but should be a list", TypeError, lambda p: flatkern.restore_([p], p)),
+    ("no backend for cpu: cuda has no such kernel in this version; use backend=None or 'eager' on this device",
+     RuntimeError, lambda p: SGD([p], backend="cuda")),
+    ("ascent_norm_: params is None, but an eta is >= 0, and T_w = |w| + eta needs the weights",
+     ValueError, lambda p: dispatch.resolve("ascent_norm_", "cpu", "eager")(torch.zeros(()), None, [p], eta=[0.1])),
     ("backend is 'gpu', but should be one of eager, cpp, triton, cuda, or None for the best one",
      ValueError, lambda p: SGD([p], backend="gpu")),
     ("step: closure is 3, but should be a callable or a list of them", TypeError, lambda p: SGD([p]).step(3)),
@@ -321,9 +338,9 @@ def test_amsgrad_from_elsewhere():
     base.step()
     text = "Adam: amsgrad is True, but no kernel keeps the maximum of the second moments; pass amsgrad=False"
     loaded, changed = Adam(params), Adam(params)
-    with refused(ValueError, text, params):
+    with refused(ValueError, text, params, loaded):
         loaded.load_state_dict(base.state_dict())
-        loaded.step()
+    assert not loaded.param_groups[0]["amsgrad"]
     changed.param_groups[0]["amsgrad"] = True
     with refused(ValueError, text, params, changed):
         changed.step()

@@ -80,6 +80,8 @@ class Adam(RuleOptimizer):
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
         require_unset(type(self).__name__, amsgrad=group["amsgrad"], capturable=group["capturable"])
+        if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
+            raise ValueError(f"betas is {group['betas']!r}, but should be a pair of numbers in [0, 1)")
         if len({isinstance(beta, Tensor) for beta in group["betas"]}) > 1:
             raise ValueError("betas must be either both floats or both Tensors")
         for key, value in zip(("beta1", "beta2"), group["betas"], strict=True):

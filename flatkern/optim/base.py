@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_backend, check_outer_filters, check_parameters, check_uint32, check_value
+from ..checks import check_backend, check_outer_filters, check_parameters, check_uint32, check_value, is_number
+from ..dispatch import resolve
 from ..methods import RWP, SAM
 from . import checkpoint, closures, follow, messages, perturbations, scaling, update
 from .cycle import Cycle, holders
@@ -49,8 +50,8 @@ class FlatOptimizer(torch.optim.Optimizer):
             raise TypeError(f"{name}: perturb is {perturb!r}, but should be flatkern.RWP, SAM or ASAM, or None")
         if enhance is not None:
             raise NotImplementedError(f"{name}: enhance is {enhance!r}, but IRE is not in this version yet; pass None")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"{name}: max_grad_norm is {max_grad_norm!r}, but should be > 0, or None")
+        if max_grad_norm is not None and not (is_number(max_grad_norm) and max_grad_norm > 0):
+            raise ValueError(f"{name}: max_grad_norm is {max_grad_norm!r}, but should be a number > 0, or None")
         self.method = perturb
         self.backend = check_backend(backend)
         self.master_weights = master_weights
@@ -70,6 +71,9 @@ class FlatOptimizer(torch.optim.Optimizer):
         check_parameters(name, params)
         if self.method is not None:
             check_outer_filters(name, "params", params)
+        if self.backend is not None:
+            for device_type in {p.device.type for p in params} - {"meta"}:
+                resolve("restore_", device_type, self.backend)
         for other in holders(params):
             if other is not self.cycle:
                 raise RuntimeError(
@@ -80,12 +84,17 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: Group) -> None:
         for key, value in group.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
+            unset = key == "lam" and value is None
+            if (self._is_ours(key) and not unset) or is_number(value):
                 check_value(key, value)
         if isinstance(self.method, RWP):
             self._check_lam(group)
             for key in ("seed", "stream", "round"):
                 check_uint32(type(self).__name__, key, group[key])
+
+    def _is_ours(self, key: str) -> bool:
+        """True if a group's `key` means what it means here, so that its value must be a number."""
+        return self.method is not None and key in self.method.defaults
 
     def _check_groups(self) -> None:
         """Check what has changed in the groups since the last call, before anything is written."""

@@ -50,6 +50,8 @@ def prepare(opt: FlatOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
                 f"{len(group['params'])} in the optimizer"
             )
     completed = [_completed(opt, group, saved) for group, saved in zip(groups, saved_groups, strict=True)]
+    for group, saved in zip(groups, completed, strict=True):
+        opt._check_group({**group, **saved})
     return {**state_dict, "param_groups": completed}
 
 

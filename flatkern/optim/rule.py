@@ -39,6 +39,9 @@ class RuleOptimizer(FlatOptimizer):
         self._check_new_parameters()
         self._ready = True
 
+    def _is_ours(self, key: str) -> bool:
+        return True
+
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
         require_unset(type(self).__name__, differentiable=group["differentiable"])
@@ -46,7 +49,7 @@ class RuleOptimizer(FlatOptimizer):
     def _check_value(self, key: str, value: Any) -> None:
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"Tensor {key} must be 1-element")
-        check_value(key, float(value))
+        check_value(key, value)
 
     # --- state, created at the first step that needs it ------------------------------------------
 
