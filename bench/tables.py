@@ -118,7 +118,6 @@ def footnote(results: dict, table: str, model: str) -> str:
     parts = [
         f"Medians of {steps} interleaved {'steps' if MODELS[model].numel > 1e6 else 'bursts of steps'}",
         f"{threads} thread{'s' * (threads > 1)} of {machine['processor']}{f' ({isa})' if isa else ''}",
-        f"{f' ({isa})' if isa else ''}",
         f"torch {machine['torch']}",
         f"a copy runs at {rate:.0f} GB/s" if rate else "",
         results["datetime"][:10],
