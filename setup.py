@@ -21,7 +21,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-FAMILIES = ("noise", "norm", "perturb", "update")
+FAMILIES = ("noise", "norm", "perturb", "update", "mask")
 COMMON = ("bindings.cpp", "from_python.cpp", "cpu/check.cpp", "cpu/isa.cpp")
 X86_ISAS = {
     "baseline": [],

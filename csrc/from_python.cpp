@@ -18,7 +18,7 @@ bool dlpack_enabled = true;
 // What of torch is needed, looked up at the first tensor: importing this module does not import torch.
 struct Torch {
   PyTypeObject* tensor = nullptr;
-  PyObject *float32 = nullptr, *float16 = nullptr, *bfloat16 = nullptr, *int64 = nullptr;
+  PyObject *float32 = nullptr, *float16 = nullptr, *bfloat16 = nullptr, *int64 = nullptr, *uint8 = nullptr;
   int (*read)(void*, dlpack::Tensor*) = nullptr;  // null before torch 2.10
 };
 
@@ -32,9 +32,10 @@ const Torch* torch() {
   t.float16 = PyObject_GetAttrString(module, "float16");
   t.bfloat16 = PyObject_GetAttrString(module, "bfloat16");
   t.int64 = PyObject_GetAttrString(module, "int64");
+  t.uint8 = PyObject_GetAttrString(module, "uint8");
   PyObject* tensor = PyObject_GetAttrString(module, "Tensor");
   Py_DECREF(module);
-  if (tensor == nullptr || !t.float32 || !t.float16 || !t.bfloat16 || !t.int64) return nullptr;
+  if (tensor == nullptr || !t.float32 || !t.float16 || !t.bfloat16 || !t.int64 || !t.uint8) return nullptr;
   t.tensor = reinterpret_cast<PyTypeObject*>(tensor);
   PyObject* capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
   if (capsule != nullptr && PyCapsule_IsValid(capsule, dlpack::kCapsuleName)) {
@@ -86,6 +87,7 @@ DType dtype_of(const dlpack::Tensor& t) {
   if (t.code == dlpack::kCodeFloat && t.bits == 16) return DType::kFloat16;
   if (t.code == dlpack::kCodeBfloat && t.bits == 16) return DType::kBFloat16;
   if (t.code == dlpack::kCodeInt && t.bits == 64) return DType::kInt64;
+  if (t.code == dlpack::kCodeUInt && t.bits == 8) return DType::kUInt8;
   return DType::kOther;
 }
 
@@ -140,6 +142,7 @@ bool read_through_attributes(const Torch& torch, PyObject* object, View& v, Dims
             : dtype == torch.float16  ? DType::kFloat16
             : dtype == torch.bfloat16 ? DType::kBFloat16
             : dtype == torch.int64    ? DType::kInt64
+            : dtype == torch.uint8    ? DType::kUInt8
                                       : DType::kOther;
   Py_XDECREF(dtype);
   PyObject* on_cpu = PyObject_GetAttrString(object, "is_cpu");

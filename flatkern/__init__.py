@@ -4,7 +4,8 @@ from . import library, schedules
 from .cost import Cost, cost
 from .dispatch import backends
 from .functional import filter_norms, perturb_, restore_
-from .methods import ASAM, RWP, SAM
+from .losses import sampled_label_loss
+from .methods import ASAM, IRE, RWP, SAM
 from .optim.adam import Adam, AdamW
 from .optim.sgd import SGD
 from .optim.wrap import Wrap
@@ -13,6 +14,7 @@ from .running_stats import frozen_running_stats
 __version__ = "0.1.0"
 __all__ = [
     "ASAM",
+    "IRE",
     "RWP",
     "SAM",
     "SGD",
@@ -26,6 +28,7 @@ __all__ = [
     "frozen_running_stats",
     "perturb_",
     "restore_",
+    "sampled_label_loss",
     "schedules",
 ]
 

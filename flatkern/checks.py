@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import numbers
-import operator
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,13 +16,15 @@ import torch
 from torch import Tensor
 
 from . import tables
+from .methods import check_uint32, is_number
 from .ops import Op
 
 STORAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLOAT32_LISTS = {"norms", "masters", "history", "steps"}
+MAGNITUDE_DIGITS = (11, 10, 10)  # bits of each step of a radix selection
 # One number a parameter, per filter or for all of it, instead of one per element.
 LENGTHS = {"norms": tables.filters, "history": tables.history_length, "steps": lambda t: 1}
-WALKS_FILTERS = {"fill_normal_", "filter_norms_", "perturb_gaussian_"}
+WALKS_FILTERS = {"fill_normal_", "filter_norms_", "perturb_gaussian_", "pack_mask_", "amplify_"}
 BACKENDS = ("eager", "cpp", "triton", "cuda")
 UINT32 = 2**32
 
@@ -54,11 +54,19 @@ def check(op: Op, values: dict[str, Any]) -> None:
             _check_scalars(op, name, value)
         elif name == "noise":
             check_noise(op.name, value)
+        elif name == "prefix":
+            if value.dtype != torch.int64 or value.dim() != 1 or value.numel() >= len(MAGNITUDE_DIGITS):
+                raise TypeError(f"{op.name}: prefix is {_kind(value)}, but should be int64 with fewer than 3 digits")
+        elif name == "counts":
+            size = 2 ** MAGNITUDE_DIGITS[values["prefix"].numel() % len(MAGNITUDE_DIGITS)]
+            if value.dtype != torch.int64 or value.shape != (size,) or not value.is_contiguous():
+                raise TypeError(f"{op.name}: counts is {_kind(value)}, but should be int64 ({size},)")
         elif value.dtype != torch.float32 or value.dim() != 0:
             raise TypeError(f"{op.name}: {name} is {_kind(value)}, but should be a 0-dim float32 tensor")
     if op.name == "ascent_norm_" and values["params"] is None and any(eta >= 0 for eta in values["eta"]):
         raise ValueError("ascent_norm_: params is None, but an eta is >= 0, and T_w = |w| + eta needs the weights")
-    if op.name in WALKS_FILTERS or values.get("noise") is not None or values.get("history") is not None:
+    walks_filters = any(values.get(name) is not None for name in ("noise", "history", "masks"))
+    if op.name in WALKS_FILTERS or walks_filters:
         check_outer_filters(op.name, reference_name, reference)
 
 
@@ -71,7 +79,8 @@ def _check_list(op: Op, name: str, tensors: Sequence[Tensor], reference_name: st
         raise ValueError(f"{op.name}: {name} has {len(tensors)} entries, but {reference_name} has {len(reference)}")
     for k, (t, like) in enumerate(zip(tensors, reference, strict=True)):
         where = f"{op.name}: {name}[{k}]"
-        check_storage(where, t, (torch.float32,) if name in FLOAT32_LISTS else STORAGE_DTYPES)
+        dtypes = (torch.float32,) if name in FLOAT32_LISTS else (torch.uint8,) if name == "masks" else STORAGE_DTYPES
+        check_storage(where, t, dtypes)
         if t.device != like.device and name != "steps":
             raise ValueError(
                 f"{where} is on {t.device}, but {reference_name}[{k}] is on {like.device}; move one of them"
@@ -80,6 +89,12 @@ def _check_list(op: Op, name: str, tensors: Sequence[Tensor], reference_name: st
             if t.numel() != LENGTHS[name](like):
                 raise ValueError(
                     f"{where} has {t.numel()} elements, but {reference_name}[{k}] needs {LENGTHS[name](like)}"
+                )
+        elif name == "masks":
+            if t.shape != tables.mask_shape(like) or not t.is_contiguous():
+                raise ValueError(
+                    f"{where} has shape {tuple(t.shape)}, but {reference_name}[{k}] needs a contiguous "
+                    f"{tables.mask_shape(like)}"
                 )
         elif t.shape != like.shape:
             raise ValueError(f"{where} has shape {tuple(t.shape)}, but {reference_name}[{k}] has {tuple(like.shape)}")
@@ -121,17 +136,6 @@ def check_noise(where: str, noise: Tensor) -> None:
         check_uint32(where, name, value)
 
 
-def check_uint32(where: str, name: str, value: Any) -> int:
-    """An integer of any kind (NumPy's too) as an int."""
-    try:
-        number = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = -1
-    if not 0 <= number < UINT32:
-        raise ValueError(f"{where}: {name} is {value!r}, but should be an integer in [0, 2^32)")
-    return number
-
-
 def _check_scalars(op: Op, name: str, values: Sequence[float]) -> None:
     for k, value in enumerate(values):
         # A counter word holds the parameter index, and one the eighth part of a column.
@@ -169,11 +173,6 @@ def check_backend(backend: str | None) -> str | None:
     return backend
 
 
-def is_number(value: Any) -> bool:
-    """A real number of any kind (NumPy's too); a truth value is none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
 RANGES = {  # inclusive; open ends are excluded below
     "lr": (0.0, math.inf),
     "weight_decay": (0.0, math.inf),
@@ -183,6 +182,7 @@ RANGES = {  # inclusive; open ends are excluded below
     "sigma": (0.0, math.inf),
     "rho": (0.0, math.inf),
     "eta": (0.0, math.inf),
+    "kappa": (0.0, math.inf),
     "lam": (0.0, 1.0),
     "beta": (0.0, 1.0),
     "beta1": (0.0, 1.0),

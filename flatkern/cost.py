@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .methods import ASAM, RWP, SAM
-from .tables import history_length
+from .tables import history_length, mask_shape
 
 if TYPE_CHECKING:
     from .optim.base import FlatOptimizer
@@ -20,8 +21,8 @@ class Cost:
         parameters: elements, without frozen ones.
         bytes_moved: read and written by perturb() and step(), gradients counted once per read.
         base_bytes: what the plain fused base optimizer moves.
-        launches: op calls, whatever the number of tensors.
-        state_bytes: kept and saved: momenta, masters, history.
+        launches: op calls, whatever the number of tensors; without those of `update_mask()`.
+        state_bytes: kept and saved: momenta, masters, history, IRE's mask.
         scratch_bytes: kept, not saved: clean copies, and m-RWP's first gradient.
     """
 
@@ -44,7 +45,7 @@ def cost(opt: FlatOptimizer) -> Cost:
     """Count bytes, op calls and memory of one step of `opt`, from shapes and dtypes alone.
 
     Counted: perturb (read w, write the clean copy, write w'), the norm and ascent reads of SAM, the
-    update (read clean w, gradients, moments; write w, moments). mSAM's further rounds, autograd's
+    update (read clean w, gradients, moments; write w, moments), IRE's mask. mSAM's further rounds, autograd's
     accumulation and `Wrap`'s base step are not counted.
     """
     method = opt.method
@@ -67,6 +68,11 @@ def cost(opt: FlatOptimizer) -> Cost:
             if opt.max_grad_norm is not None:
                 bytes_moved += n * item * (2 if mixes else 1)
             state_bytes += n * (moments * moment + (4 if master else 0))
+            if opt.enhancement is not None and group["enhance"]:
+                mask = math.prod(mask_shape(p))
+                state_bytes += mask
+                # The step reads the mask; its update reads the gradient four times and writes the mask.
+                bytes_moved += mask + round((4 * n * item + mask) / opt.enhancement.interval)
             if method is None or not group["perturb"]:
                 continue
             clean_copy = 0 if master else n * item

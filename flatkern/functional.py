@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_backend, check_outer_filters, check_parameters, check_storage, check_uint32
+from .checks import check_backend, check_outer_filters, check_parameters, check_storage
 from .dispatch import resolve
+from .methods import check_uint32
 from .tables import filters
 
 

@@ -1,4 +1,4 @@
-"""RWP, SAM, ASAM: frozen descriptions of a perturbation, each with its equation. No tensors here.
+"""RWP, SAM, ASAM, IRE: frozen descriptions of a method, each with its equation. No tensors here.
 
 Any value may be overridden per parameter group under the same key, and changed at any step.
 """
@@ -6,10 +6,26 @@ Any value may be overridden per parameter group under the same key, and changed 
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .checks import check_uint32, is_number
+
+def is_number(value: Any) -> bool:
+    """A real number of any kind (NumPy's too); a truth value is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_uint32(where: str, name: str, value: Any) -> int:
+    """An integer of any kind (NumPy's too) as an int."""
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**32:
+        raise ValueError(f"{where}: {name} is {value!r}, but should be an integer in [0, 2^32)")
+    return number
 
 
 def _check(method: str, name: str, value: Any, low: float, high: float = math.inf, *, open_end: bool = False) -> None:
@@ -141,3 +157,48 @@ class ASAM(SAM):
     def defaults(self) -> dict[str, Any]:
         """What enters the parameter groups."""
         return {"rho": self.rho, "eta": self.eta}
+
+
+@dataclass(frozen=True)
+class IRE:
+    """Implicit regularization enhancement: longer steps along flat directions; alone or with a perturbation.
+
+        w <- w_base + kappa n (w_base - w_old),    n_i = [ |g_i| <= t ]
+        t = the K-th smallest |g_i| of all parameters,    K = clamp(int(N (1 - sharp_fraction)), 1, N)
+
+    w_base is what the base optimizer made of w_old, so momentum and weight decay are amplified too. g is the gradient
+    of a loss with labels drawn from the model (`flatkern.sampled_label_loss`), taken at clean weights; its square
+    estimates the diagonal of the Gauss-Newton matrix. `opt.update_mask()` reads it from `.grad` whenever
+    `opt.mask_due`; until the first update the mask is zero.
+
+    Everything tied with the threshold joins the mask, exact zeros first: parameters that the batch did not reach,
+    such as embedding rows of unseen tokens, count as flat. `enhance=False` in a parameter group leaves it out.
+
+    Arguments:
+        kappa: by how much the step is lengthened where the mask is set; 0 is the base optimizer.
+        sharp_fraction: the fraction of coordinates that is not amplified, in (0, 1).
+        interval: steps that a mask serves.
+        kappa_follows_lr: kappa shrinks with the learning rate, kappa lr / initial lr.
+
+    Raises:
+        ValueError: a value out of range.
+
+    Source: Wang et al. 2024 (arXiv:2405.20763), algorithm 1; |g| in place of g^2 gives the same order.
+    """
+
+    kappa: float
+    sharp_fraction: float = 0.2
+    interval: int = 10
+    kappa_follows_lr: bool = False
+
+    def __post_init__(self) -> None:
+        _check("IRE", "kappa", self.kappa, 0.0)
+        if not (is_number(self.sharp_fraction) and 0 < self.sharp_fraction < 1):
+            raise ValueError(f"IRE: sharp_fraction is {self.sharp_fraction!r}, but should be a number in (0, 1)")
+        if check_uint32("IRE", "interval", self.interval) < 1:
+            raise ValueError(f"IRE: interval is {self.interval!r}, but should be >= 1")
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What enters the parameter groups; `mask_age` counts the steps since the mask was updated."""
+        return {"kappa": self.kappa, "enhance": True, "mask_age": None}

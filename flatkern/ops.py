@@ -10,6 +10,8 @@ op and in every backend:
     history         ARWP's discounted sum of squared gradients, float32: (filters,), or (n,) when rank <= 1
     grads           gradients of the perturbed pass (the only ones, for methods that have one pass)
     clean_grads     gradients of the clean pass (m-RWP), already unscaled
+    masks           uint8, where IRE lengthens the step: (filters, ceil(columns / 8)), eight columns of a filter to a
+                    byte, the lowest bit first; (n,), a byte each, when rank <= 1
     noise           int64 (3,): seed, stream, round of the counter-based normals
     index, offset   which normals a tensor draws: its parameter index, and the first row (rank <= 1:
                     the first element) of the unsharded tensor that it holds
@@ -73,10 +75,12 @@ class Op:
 
 # What every update takes besides its own state: how the gradient is formed, and what follows.
 _UPDATE_INPUTS = (
-    "Tensor[] grads, Tensor[]? clean_grads, Tensor? noise, Tensor? grad_scale, Tensor? clip, Tensor? found_inf"
+    "Tensor[] grads, Tensor[]? clean_grads, Tensor[]? masks, "
+    "Tensor? noise, Tensor? grad_scale, Tensor? clip, Tensor? found_inf"
 )
 _UPDATE_METHOD = (
-    "float[] grad_weight, float[] clean_weight, float[] beta, float[] sigma, float[] eta, int[] index, int[] offset"
+    "float[] grad_weight, float[] clean_weight, float[] kappa, float[] beta, float[] sigma, float[] eta, "
+    "int[] index, int[] offset"
 )
 _ADAM = (
     "(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
@@ -174,6 +178,27 @@ _ROWS = (
         family="update",
         schema=_ADAM,
         reads="params exp_avgs exp_avg_sqs backups masters grads clean_grads",
+        backends="cpp",
+    ),
+    Op(
+        name="count_magnitudes_",
+        family="mask",
+        schema="(Tensor(a!) counts, Tensor[] grads, Tensor prefix) -> ()",
+        reads="grads",
+        backends="cpp",
+    ),
+    Op(
+        name="pack_mask_",
+        family="mask",
+        schema="(Tensor(a!)[] masks, Tensor[] grads, Tensor threshold) -> ()",
+        reads="grads",
+        backends="cpp",
+    ),
+    Op(
+        name="amplify_",
+        family="mask",
+        schema="(Tensor(a!)[] params, Tensor[] previous, Tensor[] masks, *, float[] kappa) -> ()",
+        reads="params previous",
         backends="cpp",
     ),
 )

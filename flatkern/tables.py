@@ -24,6 +24,12 @@ def history_length(t: Tensor) -> int:
     return filters(t) if t.dim() >= 2 else t.numel()
 
 
+def mask_shape(t: Tensor) -> tuple[int, ...]:
+    """Shape of a tensor's uint8 mask: a bit per element, eight columns of a filter to a byte; for tensors of rank <= 1
+    a byte per element. Both are cut by rows where the tensor is."""
+    return (t.shape[0], -(-columns(t) // 8)) if t.dim() >= 2 else (t.numel(),)
+
+
 def is_dense(t: Tensor) -> bool:
     """True if the elements fill one gapless, non-overlapping block of memory in some order."""
     if t.numel() == 0:

@@ -33,6 +33,7 @@ class Draw:
     specials        some gradients (weights, for filter_norms_) are infinite or NaN
     skip            found_inf is nonzero
     wide            backups are float32
+    second, third   which digit of the magnitudes is counted
     zero, infinite  what the given norm is
     channels_last   rank 4 tensors have that memory format
     transposed      rank 2 tensors have dim 1 outermost in memory, which ops that walk no filters take
@@ -83,6 +84,20 @@ class Draw:
     def vectors(self, low, high, elementwise=False):
         """One float32 per filter; per element of tensors of rank <= 1 where `elementwise`."""
         return [self.uniform(n, low, high) for n in self.lengths(elementwise)]
+
+    def masks(self):
+        """A bit per element, eight columns of a row to a byte; a byte per element of tensors of rank <= 1."""
+        result = []
+        for shape in self.shapes:
+            size = torch.Size(shape).numel()
+            rows = shape[0] if len(shape) > 1 else 1
+            columns = size // rows if rows else 0
+            bits = torch.rand((rows, columns), generator=self.generator) < 0.6
+            if len(shape) > 1:
+                bits = torch.nn.functional.pad(bits, (0, -columns % 8)).view(rows, -(-columns // 8), 8)
+                bits = (bits * 2 ** torch.arange(8)).sum(dim=-1)
+            result.append((bits if len(shape) > 1 else bits.flatten()).to(self.device, torch.uint8))
+        return result
 
     def uniform(self, shape, low, high):
         return (low + (high - low) * torch.rand(shape, generator=self.generator)).to(self.device)
@@ -197,6 +212,28 @@ def mix_gradients_(shapes, dtype, device="cpu", variant=""):
     )
 
 
+def count_magnitudes_(shapes, dtype, device="cpu", variant=""):
+    d = Draw(shapes, dtype, device, variant)
+    grads = d.grads()
+    # The digits of a number that is there, 1.0, so that later digits are counted too.
+    bits, known = 0x3F800000, len(d.words & {"second", "third"}) + ("third" in d.words)
+    for t in grads:
+        t.flatten()[-2:-1] = 1.0
+    digits = [bits >> 20, bits >> 10 & 1023][:known]
+    counts = torch.full((2048 if known == 0 else 1024,), -1, dtype=torch.int64, device=d.device)
+    return dict(counts=counts, grads=grads, prefix=torch.tensor(digits, dtype=torch.int64, device=d.device))
+
+
+def pack_mask_(shapes, dtype, device="cpu", variant=""):
+    d = Draw(shapes, dtype, device, variant)
+    return dict(masks=d.masks(), grads=d.grads(), threshold=d.scalar(0.7))
+
+
+def amplify_(shapes, dtype, device="cpu", variant=""):
+    d = Draw(shapes, dtype, device, variant)
+    return dict(params=d.tensors(), previous=d.tensors(), masks=d.masks(), kappa=d.floats(0.0, 4.0))
+
+
 def sgd_update_(shapes, dtype, device="cpu", variant=""):
     d = Draw(shapes, dtype, device, variant)
     return _update(
@@ -240,12 +277,14 @@ def _update(d, state, rule):
         history=d.optional("history", d.vectors, 0.0, 9.0, elementwise=True),
         grads=d.grads(),
         clean_grads=d.optional("clean_grads", d.tensors),
+        masks=d.optional("masks", d.masks),
         noise=d.optional("noise", d.noise),
         grad_scale=d.optional("grad_scale", d.scalar, 0.3),
         clip=d.optional("clip", d.scalar, 0.7),
         found_inf=d.scalar(1.0) if "skip" in d.words else d.optional("found_inf", d.scalar, 0.0),
         **rule,
         **d.weights(),
+        kappa=d.cycle(3.0, 0.0, 0.7),
         beta=d.cycle(0.99, 0.0, 0.5),
         sigma=d.cycle(0.01, 0.02, 0.3, 0.0),
         eta=d.cycle(0.1, 0.0, 2.0),
@@ -259,6 +298,10 @@ _UPDATES = [
     "masters history clean_grads grad_scale clip found_inf",
     "backups history grad_scale specials",
     "masters skip history specials",
+    # IRE.
+    "masks",
+    "backups masks clean_grads grad_scale",
+    "masters masks noise",
     # Rolling: the norm of the new weights is measured inside.
     "backups noise",
     "masters noise history grad_scale offset",
@@ -279,6 +322,9 @@ VARIANTS = {
     ],
     "perturb_ascent_": ["", "backups", "backups masters specials", "backups zero", "backups infinite specials"],
     "restore_": ["", "wide"],
+    "count_magnitudes_": ["", "second", "third specials"],
+    "pack_mask_": ["", "specials"],
+    "amplify_": [""],
     "mix_gradients_": [
         "grad_scale clip",
         "clean_grads",

@@ -10,6 +10,7 @@ import torch
 from compare import assert_ulp, assert_within, ulp_distance
 from conftest import live
 
+from flatkern import checks
 from flatkern.dispatch import resolve
 from flatkern.ops import OPS
 
@@ -63,9 +64,7 @@ def test_matches_eager_in_other_layouts(op, backend, words, dtype):
     live(backend)
     layouts = words + " channels_last transposed"
     shapes = [(8, 3, 5, 5), (17,), (4, 16, 2, 2), (1, 5, 3, 3), (40, 30)]
-    walks_filters = op.name in ("fill_normal_", "filter_norms_", "perturb_gaussian_") or (
-        {"noise", "history"} & set(words.split())
-    )
+    walks_filters = op.name in checks.WALKS_FILTERS or {"noise", "history", "masks"} & set(words.split())
     if walks_filters:
         values = make(op, shapes, dtype, layouts)
         before = copy.deepcopy(values)

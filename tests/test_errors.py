@@ -261,10 +261,10 @@ CALLS = [
     ("Wrap: base_optimizer is flatkern's already; pass perturb= to it instead", TypeError, lambda p: Wrap(SGD([p]))),
     ("SGD: perturb is <class 'flatkern.methods.RWP'>, but should be flatkern.RWP, SAM or ASAM, or None",
      TypeError, lambda p: SGD([p], perturb=RWP)),
-    ("SGD: enhance is 1, but IRE is not in this version yet; pass None",
-     NotImplementedError, lambda p: SGD([p], enhance=1)),
-    ("Wrap: enhance is 1, but IRE is not in this version yet; pass None",
-     NotImplementedError, lambda p: Wrap(torch.optim.SGD([p]), enhance=1)),
+    ("SGD: enhance is 1, but should be flatkern.IRE(kappa=...), or None",
+     TypeError, lambda p: SGD([p], enhance=1)),
+    ("Wrap: enhance is 1, but should be flatkern.IRE(kappa=...), or None",
+     TypeError, lambda p: Wrap(torch.optim.SGD([p]), enhance=1)),
     ("Adam: amsgrad is True, but no kernel keeps the maximum of the second moments; pass amsgrad=False",
      ValueError, lambda p: Adam([p], amsgrad=True)),
     ("SGD: differentiable is True, but the kernels write in place and have no backward; pass differentiable=False",
@@ -430,10 +430,10 @@ def test_functions(row, backend):
 
 
 UPDATE = {"lr": [0.1], "momentum": [0.0], "dampening": [0.0], "weight_decay": [0.0], "nesterov": [False],
-          "grad_weight": [1.0], "clean_weight": [0.0], "beta": [0.0], "sigma": [0.0], "eta": [0.0], "index": [0],
-          "offset": [0]}  # fmt: skip
-TENSORS = ("params", "momentum_buffers", "backups", "masters", "history", "grads", "clean_grads", "noise", "grad_scale",
-           "clip", "found_inf")  # fmt: skip
+          "grad_weight": [1.0], "clean_weight": [0.0], "kappa": [0.0], "beta": [0.0], "sigma": [0.0], "eta": [0.0],
+          "index": [0], "offset": [0]}  # fmt: skip
+TENSORS = ("params", "momentum_buffers", "backups", "masters", "history", "grads", "clean_grads", "masks", "noise",
+           "grad_scale", "clip", "found_inf")  # fmt: skip
 DRAWS = torch.zeros(3, dtype=torch.int64)
 OPERATION = [  # arguments of sgd_update_, and what every backend says about them
     ("grads[0] is on meta, but params[0] is on cpu; move one of them", ValueError, {"grads": [META]}),
@@ -447,6 +447,9 @@ OPERATION = [  # arguments of sgd_update_, and what every backend says about the
      ValueError, {"momentum_buffers": [torch.ones(12)]}),
     (f"masters[0] has dtype torch.float16, {ONLY32}", TypeError, {"masters": [X.half()]}),
     ("history[0] has 4 elements, but params[0] needs 3", ValueError, {"history": [torch.ones(4)]}),
+    ("masks[0] has dtype torch.float32, but should have one of: uint8", TypeError, {"masks": [torch.ones(3, 1)]}),
+    ("masks[0] has shape (3, 4), but params[0] needs a contiguous (3, 1)",
+     ValueError, {"masks": [torch.ones(3, 4, dtype=torch.uint8)]}),
     ("lr has 2 entries, but params has 1", ValueError, {"lr": [0.1, 0.2]}),
     ("lr[0] is nan, but should be finite", ValueError, {"lr": [NAN]}),
     ("grad_scale is float64 (), but should be a 0-dim float32 tensor", TypeError, {"grad_scale": X.double()[0, 0]}),

@@ -435,7 +435,8 @@ def test_wrap_leaves_the_base_to_make_its_state(base):
     """Many bases initialise only where a parameter's state is empty; ARWP's history comes after theirs."""
     params = parameters()
     opt = flatkern.Wrap(getattr(torch.optim, base)(params), flatkern.RWP(eta=1.0))
-    expected = set(opt.base.state[params[0]]) if base == "Adagrad" else set()  # made in its constructor
+    # Adagrad's is made in its constructor.
+    expected = {*opt.base.state[params[0]], "history"} if base == "Adagrad" else set()
     opt.perturb()
     opt.restore()
     assert all(set(opt.state.get(p, {})) == expected for p in params)

@@ -55,7 +55,8 @@ class Values:
     def run(self, name, **given):
         """Run an op in place; scalars are repeated for every entry."""
         op, n = OPS[name], len(self.shapes)
-        defaults = dict(index=list(range(n)), offset=0, grad_weight=1.0, clean_weight=1.0, eta=0.0, sigma=0.0, beta=0.0)
+        zero = dict.fromkeys(("offset", "kappa", "eta", "sigma", "beta"), 0.0) | dict(offset=0)
+        defaults = dict(index=list(range(n)), grad_weight=1.0, clean_weight=1.0, **zero)
         values = {}
         for a in op.arguments:
             value = given.pop(a.name, defaults.get(a.name) if a.keyword_only else None)

@@ -7,6 +7,7 @@
 #include <omp.h>
 #endif
 
+#include "../math/norm.h"
 #include "ops.h"
 #include "reduce.h"
 
@@ -53,6 +54,7 @@ struct Scratch {
   alignas(64) float w[kBlock], g[kBlock], clean[kBlock], m[kBlock], v[kBlock];
   alignas(64) float e[kBlock + 64], z[8 * kEights + 512];
   alignas(64) uint32_t count[kEights], column[2 * kEights], row[2 * kEights];
+  uint8_t flags[kBlock + 8];   // nonzero where a mask is set
   int64_t eights_per_row = 0;  // what `column` and `row` are tabulated for; `count` counts on
   float scale[kBlockRows];     // one per row of the block: what `settle` returned
   Ahead ahead;

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <string>
 
+#include "../math/mask.h"
+
 namespace flatkern::cpu {
 namespace {
 
@@ -47,6 +49,20 @@ class Checker {
   }
   const Checker& steps(const char* name, const Table& list) const {
     return vectors(name, list, [](const View&) { return int64_t{1}; });
+  }
+
+  // A bit per element of each row, or a byte per element.
+  const Checker& masks(const char* name, const Table& list) const {
+    if (!list) return *this;
+    count(name, list.size());
+    for (int64_t k = 0; k < list.size(); ++k) {
+      const View &t = memory(name, list, k), &like = like_[k];
+      if (t.dtype != DType::kUInt8) fail(name, k, "is not uint8");
+      const int64_t size = like.ndim < 2 ? like.numel : like.rows * ((like.cols + 7) / 8);
+      if (t.numel != size || t.ndim != (like.ndim < 2 ? 1 : 2) || !t.outer || !t.dense)
+        fail(name, k, "is not a dense mask of " + std::to_string(size) + " bytes");
+    }
+    return *this;
   }
 
   // A 0-dim float32 tensor.
@@ -130,9 +146,10 @@ class Checker {
 
 // Everything of an update but its own rule.
 Checker check_update(const char* op, const Update& a) {
-  const Checker checker(op, "params", a.params, a.noise || a.history);
+  const Checker checker(op, "params", a.params, a.noise || a.history || a.masks);
   checker.weights("backups", a.backups).masters("masters", a.masters).history("history", a.history);
-  checker.weights("grads", a.grads).weights("clean_grads", a.clean_grads).noise(a.noise, a.index, a.offset);
+  checker.weights("grads", a.grads).weights("clean_grads", a.clean_grads).masks("masks", a.masks);
+  checker.scalars("kappa", a.kappa).noise(a.noise, a.index, a.offset);
   checker.scalar("grad_scale", a.grad_scale).scalar("clip", a.clip).scalar("found_inf", a.found_inf);
   checker.scalars("grad_weight", a.grad_weight).scalars("clean_weight", a.clean_weight).scalars("beta", a.beta);
   checker.scalars("sigma", a.sigma).scalars("eta", a.eta);
@@ -191,6 +208,25 @@ void check(const AdamUpdate& a) {
   checker.weights("exp_avgs", a.exp_avgs).weights("exp_avg_sqs", a.exp_avg_sqs).steps("steps", a.steps);
   checker.scalars("lr", a.lr).scalars("beta1", a.beta1).scalars("beta2", a.beta2).scalars("eps", a.eps);
   checker.scalars("weight_decay", a.weight_decay);
+}
+
+void check(const CountMagnitudes& a) {
+  const Checker checker("count_magnitudes_", "grads", a.grads, false);
+  const View &prefix = a.prefix[0], &counts = a.counts[0];
+  if (!prefix.on_cpu || prefix.dtype != DType::kInt64 || prefix.ndim != 1 || prefix.numel >= math::kDigits)
+    throw Mismatch("count_magnitudes_: prefix is not int64 with fewer than 3 digits");
+  if (!counts.on_cpu || counts.dtype != DType::kInt64 || counts.ndim != 1 || !counts.dense ||
+      counts.numel != int64_t{1} << math::kDigitWidth[prefix.numel])
+    throw Mismatch("count_magnitudes_: counts is not int64 with one entry per value of the digit");
+}
+
+void check(const PackMask& a) {
+  Checker("pack_mask_", "grads", a.grads, true).masks("masks", a.masks).scalar("threshold", a.threshold);
+}
+
+void check(const Amplify& a) {
+  const Checker checker("amplify_", "params", a.params, true);
+  checker.weights("previous", a.previous).masks("masks", a.masks).scalars("kappa", a.kappa);
 }
 
 }  // namespace flatkern::cpu

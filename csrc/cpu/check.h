@@ -22,5 +22,8 @@ void check(const Restore& a);
 void check(const MixGradients& a);
 void check(const SgdUpdate& a);
 void check(const AdamUpdate& a);
+void check(const CountMagnitudes& a);
+void check(const PackMask& a);
+void check(const Amplify& a);
 
 }  // namespace flatkern::cpu

@@ -7,7 +7,7 @@
 namespace flatkern::dlpack {
 
 constexpr int32_t kDeviceCpu = 1, kDeviceCudaHost = 3;
-constexpr uint8_t kCodeInt = 0, kCodeFloat = 2, kCodeBfloat = 4;
+constexpr uint8_t kCodeInt = 0, kCodeUInt = 1, kCodeFloat = 2, kCodeBfloat = 4;
 
 struct Tensor {
   void* data;

@@ -17,9 +17,10 @@ struct Isa {
   Kernels kernels;
 };
 
-#define FK_KERNELS(isa)                                                                                        \
-  {isa::fill_normal_,    isa::filter_norms_, isa::ascent_norm_,   isa::gradient_norm_, isa::perturb_gaussian_, \
-   isa::perturb_ascent_, isa::restore_,      isa::mix_gradients_, isa::sgd_update_,    isa::adam_update_}
+#define FK_KERNELS(isa)                                                                                          \
+  {isa::fill_normal_,      isa::filter_norms_, isa::ascent_norm_,   isa::gradient_norm_, isa::perturb_gaussian_, \
+   isa::perturb_ascent_,   isa::restore_,      isa::mix_gradients_, isa::sgd_update_,    isa::adam_update_,      \
+   isa::count_magnitudes_, isa::pack_mask_,    isa::amplify_}
 
 bool always() { return true; }
 

@@ -46,8 +46,8 @@ struct MixGradients {
 
 // What every update takes besides the state and the scalars of its own rule.
 struct Update {
-  Table params, backups, masters, history, grads, clean_grads, noise, grad_scale, clip, found_inf;
-  Floats grad_weight, clean_weight, beta, sigma, eta;
+  Table params, backups, masters, history, grads, clean_grads, masks, noise, grad_scale, clip, found_inf;
+  Floats grad_weight, clean_weight, kappa, beta, sigma, eta;
   Ints index, offset;
 };
 
@@ -63,6 +63,19 @@ struct AdamUpdate : Update {
   bool decoupled;
 };
 
+struct CountMagnitudes {
+  Table counts, grads, prefix;
+};
+
+struct PackMask {
+  Table masks, grads, threshold;
+};
+
+struct Amplify {
+  Table params, previous, masks;
+  Floats kappa;
+};
+
 // One instruction set's walks.
 struct Kernels {
   void (*fill_normal_)(const FillNormal&);
@@ -75,6 +88,9 @@ struct Kernels {
   void (*mix_gradients_)(const MixGradients&);
   void (*sgd_update_)(const SgdUpdate&);
   void (*adam_update_)(const AdamUpdate&);
+  void (*count_magnitudes_)(const CountMagnitudes&);
+  void (*pack_mask_)(const PackMask&);
+  void (*amplify_)(const Amplify&);
 };
 
 #define FK_DECLARE_KERNELS(isa)                   \
@@ -89,6 +105,9 @@ struct Kernels {
   void mix_gradients_(const MixGradients&);       \
   void sgd_update_(const SgdUpdate&);             \
   void adam_update_(const AdamUpdate&);           \
+  void count_magnitudes_(const CountMagnitudes&); \
+  void pack_mask_(const PackMask&);               \
+  void amplify_(const Amplify&);                  \
   }
 
 FK_DECLARE_KERNELS(baseline)

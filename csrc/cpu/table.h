@@ -41,7 +41,7 @@ class Array {
   int64_t size_ = 0;
 };
 
-enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kInt64, kOther };
+enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kInt64, kUInt8, kOther };
 
 // One tensor, read as a table of filters: `rows` dim-0 slices of `cols` elements in memory order (rank <= 1: one row).
 struct View {

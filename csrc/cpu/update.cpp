@@ -1,11 +1,27 @@
 // The update family on the CPU: SGD, Adam and AdamW with what a method wraps around them, and mix_gradients_.
 #include "../math/update.h"
 
+#include "../math/mask.h"
+#include "bits.h"
 #include "gradient.h"
 #include "normals.h"
 
 namespace flatkern::cpu::FK_ISA {
 namespace {
+
+// Where a rule puts its new weight, given the old one.
+struct Plainly {
+  float* out;
+  FK_INLINE void operator()(int64_t i, float, float w) const { out[i] = w; }
+};
+struct Amplified {
+  float* out;
+  const uint8_t* flags;
+  float kappa;
+  FK_INLINE void operator()(int64_t i, float previous, float w) const {
+    out[i] = flags[i] ? math::amplified(w, previous, kappa) : w;
+  }
+};
 
 struct Sgd {
   const SgdUpdate& a;
@@ -14,19 +30,19 @@ struct Sgd {
     if (a.momentum_buffers) ahead.add(a.momentum_buffers[b.k], b);
   }
 
-  template <class Gradient>
-  void apply(const Block& b, const float* w, const Gradient& g, float* out, Scratch& scratch) const {
+  template <class Gradient, class Out>
+  void apply(const Block& b, const float* w, const Gradient& g, const Out& out, Scratch& scratch) const {
     const math::SgdScalars s = {static_cast<float>(a.lr[b.k]), static_cast<float>(a.momentum[b.k]),
                                 static_cast<float>(1 - a.dampening[b.k]), static_cast<float>(a.weight_decay[b.k]),
                                 a.nesterov[b.k]};
     if (!a.momentum_buffers) {
       FK_SIMD
-      for (int64_t i = 0; i < b.n; ++i) out[i] = math::sgd(w[i], g(i), s);
+      for (int64_t i = 0; i < b.n; ++i) out(i, w[i], math::sgd(w[i], g(i), s));
       return;
     }
     float* v = load(a.momentum_buffers[b.k], b.begin, b.n, scratch.v);
     FK_SIMD
-    for (int64_t i = 0; i < b.n; ++i) out[i] = math::sgd(w[i], g(i), v[i], s);
+    for (int64_t i = 0; i < b.n; ++i) out(i, w[i], math::sgd(w[i], g(i), v[i], s));
     store(a.momentum_buffers[b.k], b.begin, b.n, v);
   }
 };
@@ -57,13 +73,13 @@ struct Adam {
     }
   }
 
-  template <class Gradient>
-  void apply(const Block& b, const float* w, const Gradient& g, float* out, Scratch& scratch) const {
+  template <class Gradient, class Out>
+  void apply(const Block& b, const float* w, const Gradient& g, const Out& out, Scratch& scratch) const {
     const math::AdamScalars s = scalars[b.k];
     float* m = load(a.exp_avgs[b.k], b.begin, b.n, scratch.m);
     float* v = load(a.exp_avg_sqs[b.k], b.begin, b.n, scratch.v);
     FK_SIMD
-    for (int64_t i = 0; i < b.n; ++i) out[i] = math::adam(w[i], g(i), m[i], v[i], s);
+    for (int64_t i = 0; i < b.n; ++i) out(i, w[i], math::adam(w[i], g(i), m[i], v[i], s));
     store(a.exp_avgs[b.k], b.begin, b.n, m);
     store(a.exp_avg_sqs[b.k], b.begin, b.n, v);
   }
@@ -100,8 +116,14 @@ struct UpdateWalk {
     if (!skip) {
       const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
       float* out = keep ? w : past(param) ? scratch.w : target(param, b.begin, scratch.w);
-      with_final_gradient(a, &a.clip, b, g, scratch,
-                          [&](const auto& gradient) { rule.apply(b, w, gradient, out, scratch); });
+      with_final_gradient(a, &a.clip, b, g, scratch, [&](const auto& gradient) {
+        if (a.masks) {
+          const uint8_t* flags = unpack(a.masks[b.k], param, b, scratch);
+          rule.apply(b, w, gradient, Amplified{out, flags, static_cast<float>(a.kappa[b.k])}, scratch);
+        } else {
+          rule.apply(b, w, gradient, Plainly{out}, scratch);
+        }
+      });
       keep ? store(clean, b.begin, b.n, out) : put(param, b, out);
       if (a.history) squares.of[1] = remember(a, b, g, scratch.m);
     }
@@ -140,7 +162,7 @@ template <class Rule>
 void update(const Update& a, const Rule& rule, bool skip) {
   const Perturbation perturbation(a.params, a.history, a.noise, a.sigma, a.eta, a.index, a.offset);
   const UpdateWalk<Rule> walk{a, rule, skip, numel(a.params) > kLarge, perturbation};
-  if (a.noise || (a.history && !skip)) {
+  if (a.noise || ((a.history || a.masks) && !skip)) {
     for_each_row(a.params, walk);
   } else {
     for_each_block(a.params, [&](const Block& b, Scratch& scratch) { walk.prepare(b, scratch); });

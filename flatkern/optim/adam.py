@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..dispatch import choose
-from ..methods import RWP, SAM
+from ..methods import IRE, RWP, SAM
 from .plan import Bucket, Group
 from .rule import RuleOptimizer, require_unset
 from .update import Forming
@@ -55,7 +55,7 @@ class Adam(RuleOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         perturb: RWP | SAM | None = None,
-        enhance: Any = None,
+        enhance: IRE | None = None,
         backend: str | None = None,
         master_weights: bool = False,
         max_grad_norm: float | None = None,
@@ -126,7 +126,7 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         perturb: RWP | SAM | None = None,
-        enhance: Any = None,
+        enhance: IRE | None = None,
         backend: str | None = None,
         master_weights: bool = False,
         max_grad_norm: float | None = None,

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_backend, check_outer_filters, check_parameters, check_uint32, check_value, is_number
+from ..checks import check_backend, check_outer_filters, check_parameters, check_value
 from ..dispatch import resolve
-from ..methods import RWP, SAM
-from . import checkpoint, closures, follow, messages, perturbations, scaling, update
+from ..methods import IRE, RWP, SAM, check_uint32, is_number
+from . import checkpoint, closures, enhance, follow, messages, perturbations, scaling, update
 from .cycle import Cycle, holders
 from .plan import Bucket, Group
 
@@ -32,6 +32,7 @@ class FlatOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     cycle: Cycle
     method: RWP | SAM | None
+    enhancement: IRE | None
     backend: str | None
     master_weights: bool
     max_grad_norm: float | None
@@ -39,7 +40,7 @@ class FlatOptimizer(torch.optim.Optimizer):
     def _configure(
         self,
         perturb: RWP | SAM | None,
-        enhance: Any,
+        enhance: IRE | None,
         backend: str | None,
         master_weights: bool,
         max_grad_norm: float | None,
@@ -48,16 +49,18 @@ class FlatOptimizer(torch.optim.Optimizer):
         name = type(self).__name__
         if perturb is not None and not isinstance(perturb, (RWP, SAM)):
             raise TypeError(f"{name}: perturb is {perturb!r}, but should be flatkern.RWP, SAM or ASAM, or None")
-        if enhance is not None:
-            raise NotImplementedError(f"{name}: enhance is {enhance!r}, but IRE is not in this version yet; pass None")
+        if enhance is not None and not isinstance(enhance, IRE):
+            raise TypeError(f"{name}: enhance is {enhance!r}, but should be flatkern.IRE(kappa=...), or None")
         if max_grad_norm is not None and not (is_number(max_grad_norm) and max_grad_norm > 0):
             raise ValueError(f"{name}: max_grad_norm is {max_grad_norm!r}, but should be a number > 0, or None")
         self.method = perturb
+        self.enhancement = enhance
         self.backend = check_backend(backend)
         self.master_weights = master_weights
         self.max_grad_norm = max_grad_norm
         self._new_cycle()
-        return {} if perturb is None else {**perturb.defaults, "perturb": True}
+        defaults = {} if perturb is None else {**perturb.defaults, "perturb": True}
+        return defaults if enhance is None else {**defaults, **enhance.defaults}
 
     def _new_cycle(self) -> None:
         self.cycle = Cycle(self.backend, weakref.ref(self))
@@ -69,7 +72,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         params = self._parameters()
         name = type(self).__name__
         check_parameters(name, params)
-        if self.method is not None:
+        if self.method is not None or self.enhancement is not None:
             check_outer_filters(name, "params", params)
         if self.backend is not None:
             for device_type in {p.device.type for p in params} - {"meta"}:
@@ -94,7 +97,9 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     def _is_ours(self, key: str) -> bool:
         """True if a group's `key` means what it means here, so that its value must be a number."""
-        return self.method is not None and key in self.method.defaults
+        return (self.method is not None and key in self.method.defaults) or (
+            self.enhancement is not None and key == "kappa"
+        )
 
     def _check_groups(self) -> None:
         """Check what has changed in the groups since the last call, before anything is written."""
@@ -102,7 +107,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         for k, group in enumerate(self.param_groups):
             if isinstance(self.method, RWP):
                 check_uint32(type(self).__name__, "round", group["round"])
-            values = [v for key, v in group.items() if key not in ("params", "round", "drawn")]
+            values = [v for key, v in group.items() if key not in ("params", "round", "drawn", "mask_age")]
             if checked.get(k) != values:
                 self._check_group(group)
                 checked[k] = values
@@ -134,6 +139,11 @@ class FlatOptimizer(torch.optim.Optimizer):
     def _histories(self, params: list[Tensor]) -> list[Tensor]:
         """ARWP's history of `params`: float32 (filters,), or per element for tensors of rank <= 1."""
         raise NotImplementedError
+
+    def _state_of(self, p: Tensor) -> dict[str, Any]:
+        """Where our own state of `p` is kept."""
+        state: dict[str, Any] = self.state[p]
+        return state
 
     def _update_bucket(self, bucket: Bucket, grads: list[Tensor], forming: update.Forming) -> None:
         """Apply the base rule to one bucket."""
@@ -335,6 +345,36 @@ class FlatOptimizer(torch.optim.Optimizer):
             raise RuntimeError(f"release: the weights are perturbed; call {messages.way_back(self)} first")
         self.cycle.drop_pending()
         self.cycle.release()
+
+    # --- enhancement -----------------------------------------------------------------------------
+
+    @property
+    def mask_due(self) -> bool:
+        """IRE: True when the mask has served its steps, or there is none yet, and `update_mask()` should follow."""
+        return enhance.is_due(self)
+
+    @torch.no_grad()
+    def update_mask(self, scaler: Any = None) -> None:
+        """IRE: set the mask from the gradients in `.grad`, and drop them.
+
+            n_i <- [ |g_i| <= the K-th smallest |g| of all parameters ]
+
+            if opt.mask_due:
+                flatkern.sampled_label_loss(model(x)).backward()
+                opt.update_mask()
+
+        On clean weights, with no gradients of a step pending. Only the order of the gradients counts, so a loss scale
+        does not matter. Reads the gradients four times; a parameter without one gets a mask of zeros.
+
+        Arguments:
+            scaler: the GradScaler in use: gradients that are not finite then leave the mask as it is, in silence.
+
+        Raises:
+            RuntimeError: no enhancement; perturbed weights; no gradient; a gradient that is not finite. Nothing has
+                changed then.
+        """
+        with self._refusing():
+            enhance.update_mask(self, scaler)
 
     # --- state -----------------------------------------------------------------------------------
 

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from ..methods import RWP
-from ..tables import history_length
+from ..tables import history_length, mask_shape
 from . import layouts
 
 if TYPE_CHECKING:
     from .base import FlatOptimizer
+
+
+_METHOD_KEYS = ("sigma", "lam", "eta", "beta", "rho")  # that mean something else in another method
 
 
 def load(opt: FlatOptimizer, state_dict: dict[str, Any]) -> None:
@@ -58,12 +61,15 @@ def prepare(opt: FlatOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
 def _completed(opt: FlatOptimizer, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """The saved group; what it lacks, and the values of another method, as they are in the optimizer."""
     ours = () if opt.method is None else (*opt.method.defaults, "perturb")
+    if opt.enhancement is not None:
+        group = {**group, "mask_age": None}  # without a mask in the checkpoint there is none
+        ours = (*ours, *opt.enhancement.defaults)
     if isinstance(opt.method, RWP):
         same = "sigma" in saved and (saved["lam"] is None) == (group["lam"] is None)
         same = same and (saved["eta"] > 0) == (group["eta"] > 0)
     else:
         same = "rho" in saved and ("eta" in saved) == ("eta" in group)
-    kept = {key: group[key] for key in ours if not same and key not in ("seed", "stream", "round", "perturb")}
+    kept = {key: group[key] for key in ours if not same and key in _METHOD_KEYS}
     return {**{key: group[key] for key in ours}, **saved, **kept}
 
 
@@ -92,9 +98,13 @@ def settle(opt: FlatOptimizer) -> None:
     opt.cycle.master_versions.clear()
     adaptive = isinstance(opt.method, RWP)
     missing = False
+    if opt.enhancement is not None and any(group["mask_age"] is None for group in opt.param_groups):
+        warnings.warn("load_state_dict: the checkpoint has no IRE mask; it starts empty", UserWarning, stacklevel=5)
     for group in opt.param_groups:
         for p in group["params"]:
             state = opt.state.get(p, {})
+            if "mask" in state and (opt.enhancement is None or state["mask"].shape != mask_shape(p)):
+                del state["mask"]
             if not opt._has_master(p):
                 state.pop("master", None)
             history = state.get("history")
@@ -108,7 +118,7 @@ def settle(opt: FlatOptimizer) -> None:
         hook(opt)
 
 
-FIXED = ("method", "backend", "master_weights", "max_grad_norm", "base")
+FIXED = ("method", "enhancement", "backend", "master_weights", "max_grad_norm", "base")
 
 
 def getstate(opt: FlatOptimizer) -> dict[str, Any]:

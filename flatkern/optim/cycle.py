@@ -33,7 +33,7 @@ class Cycle:
     plans: Plans = field(default_factory=Plans)
     backups: dict[Tensor, Tensor] = field(default_factory=dict)  # scratch, kept for the optimizer's life
     master_versions: dict[Tensor, int] = field(default_factory=dict)
-    early_history: dict[Tensor, Tensor] = field(default_factory=dict)  # Wrap: before the base has made its state
+    early: dict[Tensor, dict[str, Tensor]] = field(default_factory=dict)  # Wrap: state before the base has made its own
     checked: dict[int, list[Any]] = field(default_factory=dict)  # group values that were found right
     created: list[tuple[Tensor, str]] = field(default_factory=list)  # state made by the present call
     epoch: int = 0  # counts re-allocations of backups

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..dispatch import choose
-from ..methods import RWP, SAM
+from ..methods import IRE, RWP, SAM
 from .plan import Bucket, Group
 from .rule import RuleOptimizer, require_unset
 from .update import Forming
@@ -27,7 +27,7 @@ class SGD(RuleOptimizer):
         differentiable: refused when True.
     and ours, keyword-only:
         perturb: flatkern.RWP, SAM or ASAM, or None for the plain optimizer.
-        enhance: not in this version yet.
+        enhance: flatkern.IRE, or None.
         backend: "eager" or "cpp", used or refused; None takes the best one that is live.
         master_weights: keep float32 weights behind half-precision parameters.
         capturable: refused until a GPU backend exists.
@@ -55,7 +55,7 @@ class SGD(RuleOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         perturb: RWP | SAM | None = None,
-        enhance: Any = None,
+        enhance: IRE | None = None,
         backend: str | None = None,
         master_weights: bool = False,
         capturable: bool = False,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import LayoutError, check_storage
 from ..methods import RWP
-from . import layouts, messages, perturbations, scaling
+from . import enhance, layouts, messages, perturbations, scaling
 from .plan import Bucket
 
 if TYPE_CHECKING:
@@ -25,12 +25,14 @@ class Forming:
     masters: list[Tensor] | None
     history: list[Tensor] | None
     clean_grads: list[Tensor] | None
+    masks: list[Tensor] | None
     noise: Tensor | None
     grad_scale: Tensor | None
     clip: Tensor | None
     found_inf: Tensor | None
     grad_weight: list[float]
     clean_weight: list[float]
+    kappa: list[float]
     beta: list[float]
     sigma: list[float]
     eta: list[float]
@@ -40,13 +42,13 @@ class Forming:
     def inputs(self, grads: list[Tensor]) -> tuple[Any, ...]:
         """The positional arguments that follow a rule's own state."""
         return (
-            self.backups, self.masters, self.history, grads, self.clean_grads,
+            self.backups, self.masters, self.history, grads, self.clean_grads, self.masks,
             self.noise, self.grad_scale, self.clip, self.found_inf,
         )  # fmt: skip
 
     def method(self) -> dict[str, Any]:
         """The keyword arguments that every update shares."""
-        names = ("grad_weight", "clean_weight", "beta", "sigma", "eta", "index", "offset")
+        names = ("grad_weight", "clean_weight", "kappa", "beta", "sigma", "eta", "index", "offset")
         return {name: getattr(self, name) for name in names}
 
 
@@ -146,7 +148,9 @@ def _apply(opt: FlatOptimizer, params: list[Tensor], gradients: Gradients, noise
     else:
         pairs = zip(params, gradients.grads, gradients.clean or gradients.grads, strict=True)
         present = [p for p, g, c in pairs if g is not None or c is not None]
-    plan = cycle.plans.get(opt.param_groups, present, cycle.plan, opt._flags, opt._has_master)
+    plan = cycle.plans.get(
+        opt.param_groups, present, cycle.plan, lambda g: (opt._flags(g), enhance.is_on(opt, g)), opt._has_master
+    )
     try:
         work = _gather(opt, plan.buckets, gradients, noise)
         _clip(opt, work)
@@ -165,6 +169,7 @@ def _apply(opt: FlatOptimizer, params: list[Tensor], gradients: Gradients, noise
         cycle.note_masters(work[k][0])
         cycle.created.clear()
     opt._finish(work)
+    enhance.count_step(opt, work)
     if not plan.covers_perturbed:
         _serve_the_rest(opt, plan.members, noise)
     if cycle.squares:
@@ -219,17 +224,20 @@ def _forming(opt: FlatOptimizer, bucket: Bucket, clean: Any, gradients: Gradient
     remembers = adaptive and gradients.perturbed and not opt.cycle.squares
     draws = noise is not None and bucket.perturbed
     factor = gradients.factor
+    masks, kappa = enhance.of(opt, bucket)
     return Forming(
         backups=opt.cycle.backups_of(bucket) if bucket.perturbed and not bucket.masters else None,
         masters=opt._masters(bucket.params) if bucket.masters else None,
         history=history if remembers else None,
         clean_grads=clean,
+        masks=masks,
         noise=noise if draws else None,
         grad_scale=scaling.factor(opt, gradients.rounds, bucket.device) if factor is None else factor.to(bucket.device),
         clip=None,
         found_inf=scaling.found_inf(opt, bucket.device),
         grad_weight=grad_weight,
         clean_weight=clean_weight,
+        kappa=kappa,
         beta=bucket.values("beta") if remembers else zero,
         sigma=bucket.values("sigma") if draws else zero,
         eta=bucket.values("eta") if remembers else zero,

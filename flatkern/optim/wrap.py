@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods import RWP, SAM
+from ..methods import IRE, RWP, SAM
 from ..tables import history_length
 from . import checkpoint, messages, perturbations
 from .base import FlatOptimizer
@@ -37,7 +37,7 @@ class Wrap(FlatOptimizer):
         self,
         base_optimizer: torch.optim.Optimizer,
         perturb: RWP | SAM | None = None,
-        enhance: Any = None,
+        enhance: IRE | None = None,
         backend: str | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
@@ -84,18 +84,19 @@ class Wrap(FlatOptimizer):
         return 1.0  # the base turns the gradient over itself
 
     def _histories(self, params: list[Tensor]) -> list[Tensor]:
-        """In the base's state, but only once the base has made its own: many initialise on an empty dict."""
-        early = self.cycle.early_history
+        """ARWP's; in the base's state, but only once the base has made its own: many initialise on an empty dict."""
         result = []
         for p in params:
-            history = self.state[p].get("history") if p in self.state else None
-            if history is None:
-                history = early.get(p)
-            if history is None:
+            state = self._state_of(p)
+            if "history" not in state:
                 with torch.inference_mode(False):
-                    history = early[p] = torch.zeros(history_length(p), dtype=torch.float32, device=p.device)
-            result.append(history)
+                    state["history"] = torch.zeros(history_length(p), dtype=torch.float32, device=p.device)
+            result.append(state["history"])
         return result
+
+    def _state_of(self, p: Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[p] if p in self.state else self.cycle.early.setdefault(p, {})
+        return state
 
     def _update_bucket(self, bucket: Bucket, grads: list[Tensor], forming: Forming) -> None:
         """Clean weights and the final gradient in `.grad`; the base steps when all buckets are ready."""
@@ -109,6 +110,10 @@ class Wrap(FlatOptimizer):
                 grads, forming.history, forming.clean_grads, forming.grad_scale, forming.clip,
                 grad_weight=forming.grad_weight, clean_weight=forming.clean_weight, beta=forming.beta,
             )  # fmt: skip
+        if forming.masks is not None and forming.backups is None:
+            # The displacement of a base that is not ours is known only from a copy; a perturbation has one already.
+            forming.backups = self.cycle.backups_of(bucket)
+            self.cycle.restore(forming.backups, bucket.params)
         if forming.clean_grads is not None:
             for p, g in zip(bucket.params, grads, strict=True):
                 p.grad = g
@@ -116,8 +121,13 @@ class Wrap(FlatOptimizer):
     def _finish(self, work: Work) -> None:
         if not any(_is_skipped(forming) for _, _, forming in work):
             self.base.step()
-            for p in [p for p in self.cycle.early_history if p.grad is not None]:
-                self.state[p]["history"] = self.cycle.early_history.pop(p)
+            for p in [p for p in self.cycle.early if p in self.state]:
+                self.state[p].update(self.cycle.early.pop(p))
+            for bucket, _, forming in work:
+                if forming.masks is not None:
+                    bucket.op("amplify_", self.backend)(
+                        bucket.params, forming.backups, forming.masks, kappa=forming.kappa
+                    )
         for bucket, _, forming in work:
             if forming.noise is not None:
                 perturbations.scatter_bucket(self, bucket, forming.noise)
@@ -161,7 +171,7 @@ class Wrap(FlatOptimizer):
                 loaded = self.state[p].get(name)
                 if isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
                     self.state[p][name] = checkpoint.fit(name, value, p)
-        self.cycle.early_history.clear()
+        self.cycle.early.clear()
         checkpoint.settle(self)
 
 

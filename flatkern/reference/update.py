@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..tables import rows
 from .arithmetic import float32, mixed, root
+from .mask import amplified
 from .norm import row_norms
 from .perturb import perturbation
 
@@ -50,8 +51,8 @@ def adam(p, g, m, v, step, lr, beta1, beta2, eps, decay, decoupled):
 
 
 def _update(
-    rule, params, backups, masters, history, grads, clean_grads, noise, grad_scale, clip, found_inf,
-    grad_weight, clean_weight, beta, sigma, eta, index, offset,
+    rule, params, backups, masters, history, grads, clean_grads, masks, noise, grad_scale, clip, found_inf,
+    grad_weight, clean_weight, kappa, beta, sigma, eta, index, offset,
 ) -> None:  # fmt: skip
     """The pass that every rule shares; `rule(k, w, g)` returns the new weight of parameter k."""
     skip = found_inf is not None and bool(found_inf)
@@ -63,7 +64,8 @@ def _update(
             g = mixed(grads[k], clean_grad, grad_scale, grad_weight[k], clean_weight[k], clip)
             # Without noise a backup has served, and is left as it was.
             updated = param if noise is None and not masters else clean
-            updated.copy_(rule(k, clean.float(), g))
+            w = rule(k, clean.float(), g)
+            updated.copy_(amplified(w, clean.float(), masks[k], kappa[k]) if masks else w)
             clean = updated
             if past is not None:
                 remember(past, grads[k], grad_scale, beta[k])
@@ -75,9 +77,9 @@ def _update(
 
 
 def sgd_update_(
-    params, momentum_buffers, backups, masters, history, grads, clean_grads, noise, grad_scale, clip, found_inf,
+    params, momentum_buffers, backups, masters, history, grads, clean_grads, masks, noise, grad_scale, clip, found_inf,
     *, lr, momentum, dampening, weight_decay, nesterov,
-    grad_weight, clean_weight, beta, sigma, eta, index, offset,
+    grad_weight, clean_weight, kappa, beta, sigma, eta, index, offset,
 ) -> None:  # fmt: skip
     """Restore, form the gradient, and take one SGD step; in rolling mode perturb for the next one.
 
@@ -86,6 +88,7 @@ def sgd_update_(
         d <- g + weight_decay w
         v <- momentum v + (1 - dampening) d
         w <- w - lr (d + momentum v)     with nesterov, else w - lr v;  w - lr d without momentum
+        w <- w + kappa n (w - w_old)                                    where there are masks (IRE)
         F <- beta F + sum_f (grad_scale g)^2                            where there is a history
         p <- w, or with `noise` (rolling): backup <- w,  p <- w + s z   as in perturb_gaussian_
 
@@ -104,8 +107,8 @@ def sgd_update_(
         return w
 
     _update(
-        rule, params, backups, masters, history, grads, clean_grads, noise, grad_scale, clip, found_inf,
-        grad_weight, clean_weight, beta, sigma, eta, index, offset,
+        rule, params, backups, masters, history, grads, clean_grads, masks, noise, grad_scale, clip, found_inf,
+        grad_weight, clean_weight, kappa, beta, sigma, eta, index, offset,
     )  # fmt: skip
 
 
@@ -122,9 +125,9 @@ def _adam_rule(exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay
 
 
 def adam_update_(
-    params, exp_avgs, exp_avg_sqs, steps, backups, masters, history, grads, clean_grads, noise,
+    params, exp_avgs, exp_avg_sqs, steps, backups, masters, history, grads, clean_grads, masks, noise,
     grad_scale, clip, found_inf, *, lr, beta1, beta2, eps, weight_decay,
-    grad_weight, clean_weight, beta, sigma, eta, index, offset,
+    grad_weight, clean_weight, kappa, beta, sigma, eta, index, offset,
 ) -> None:  # fmt: skip
     """Restore, form the gradient, and take one Adam step; in rolling mode perturb for the next one.
 
@@ -140,15 +143,15 @@ def adam_update_(
     """
     rule = _adam_rule(exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled=False)
     _update(
-        rule, params, backups, masters, history, grads, clean_grads, noise, grad_scale, clip, found_inf,
-        grad_weight, clean_weight, beta, sigma, eta, index, offset,
+        rule, params, backups, masters, history, grads, clean_grads, masks, noise, grad_scale, clip, found_inf,
+        grad_weight, clean_weight, kappa, beta, sigma, eta, index, offset,
     )  # fmt: skip
 
 
 def adamw_update_(
-    params, exp_avgs, exp_avg_sqs, steps, backups, masters, history, grads, clean_grads, noise,
+    params, exp_avgs, exp_avg_sqs, steps, backups, masters, history, grads, clean_grads, masks, noise,
     grad_scale, clip, found_inf, *, lr, beta1, beta2, eps, weight_decay,
-    grad_weight, clean_weight, beta, sigma, eta, index, offset,
+    grad_weight, clean_weight, kappa, beta, sigma, eta, index, offset,
 ) -> None:  # fmt: skip
     """As adam_update_, with decoupled weight decay.
 
@@ -158,8 +161,8 @@ def adamw_update_(
     """
     rule = _adam_rule(exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled=True)
     _update(
-        rule, params, backups, masters, history, grads, clean_grads, noise, grad_scale, clip, found_inf,
-        grad_weight, clean_weight, beta, sigma, eta, index, offset,
+        rule, params, backups, masters, history, grads, clean_grads, masks, noise, grad_scale, clip, found_inf,
+        grad_weight, clean_weight, kappa, beta, sigma, eta, index, offset,
     )  # fmt: skip
 
 
