@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .baselines import STYLES, torch_optimizer
+from .baselines_ire import IRE_STYLES
 from .harness import Gradients, Timed, run_cycle
 from .methods import LR, METHODS, MOMENTUM, WEIGHT_DECAY, Method
 
@@ -32,7 +33,8 @@ def flatkern_optimizer(params: list[Tensor], method: Method, base: str, *, backe
         perturb = flatkern.RWP(
             sigma=method.sigma, lam=method.lam, eta=method.history, beta=method.beta, rolling=method.rolling
         )
-    ours = {"perturb": perturb, "backend": backend, "master_weights": masters}
+    enhance = flatkern.IRE(method.kappa, sharp_fraction=method.sharp_fraction) if method.kappa else None
+    ours = {"perturb": perturb, "enhance": enhance, "backend": backend, "master_weights": masters}
     if base == "sgd":
         optimizer = flatkern.SGD(params, LR[base], MOMENTUM, weight_decay=WEIGHT_DECAY[base], **ours)
     else:
@@ -87,7 +89,7 @@ class Candidate:
             from .compiled import Compiled
 
             return Compiled(self.params, self.method, base)
-        return STYLES[kind](self.params, self.method, base)
+        return (IRE_STYLES if self.method.kappa else STYLES)[kind](self.params, self.method, base)
 
     def __call__(self, count: int) -> dict[str, int]:
         steps = [
@@ -98,7 +100,7 @@ class Candidate:
 
     def held_bytes(self) -> int:
         """Bytes of tensors held besides weights and their `.grad`, at the point of a step where most are held."""
-        *before, (kind, last) = self.method.cycle
+        *before, (kind, last, _) = self.method.cycle
         run_cycle(self.optimizer, self.params, before, self.gradients)
         self.gradients.deliver(self.params, kind, 0)
         own = {t.untyped_storage().data_ptr() for p in self.params for t in (p, p.grad)}

@@ -20,11 +20,13 @@ class Turn(NamedTuple):
     """One call of a cycle, and how its gradients arrive before it (never timed, except "add").
 
     "none": `.grad` is None; "clean", "noisy": `.grad` is a fresh gradient; "keep": left alone;
-    "add": as autograd does it, taken where `.grad` is None and added in place elsewhere.
+    "add": as autograd does it, taken where `.grad` is None and added in place elsewhere. A call that
+    comes only once in several steps counts with its `share`.
     """
 
     gradient: str
     call: str
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Method:
     rho: float = 0.0  # radius of the climb; 0: no climb
     floor: float | None = None  # eta of ASAM; None: SAM
     rolling: bool = False
+    kappa: float = 0.0  # IRE's enhancement; 0: none
+    sharp_fraction: float = 0.2
 
     @property
     def rounds(self) -> int:
@@ -62,10 +66,11 @@ METHODS = {
     "asam": Method("ASAM", TWO_PASSES, rho=0.5, floor=0.01),
     "msam": Method("mSAM, 4 shards", 3 * SHARD + LAST_SHARD, rho=0.05),
     "rolling": Method("rolling RWP", (Turn("noisy", "step"),), sigma=0.01, rolling=True),
+    "ire": Method("IRE, a mask per 10 steps", (Turn("clean", "update_mask", 0.1), Turn("noisy", "step")), kappa=2.0),
 }
 
 
-def floor_bytes(method: Method, base: str, param: int, masters: bool = False) -> int:
+def floor_bytes(method: Method, base: str, param: int, masters: bool = False) -> float:
     """Bytes per parameter that one step must move at least, when weights have `param` bytes.
 
     Each tensor that a call needs is read once and each that it changes is written once. Rows are
@@ -79,6 +84,9 @@ def floor_bytes(method: Method, base: str, param: int, masters: bool = False) ->
     states = {"sgd": 1, "adamw": 2}[base]
     update = grad + 2 * clean + 2 * clean * states + (param if masters else 0)
 
+    if method.kappa:
+        # A bit per weight to read; every ten steps four reads of the gradient and the mask to write.
+        return update + 1 / 8 + (4 * grad + 1 / 8) / 10
     if method.rolling:
         return update + backup
     if method.rho:

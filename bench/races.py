@@ -80,7 +80,7 @@ def default_plan(args) -> list[Race]:
         *by_method("resnet50", list(METHODS), list(BASES), "float32", args),
         *by_dtype("resnet50", ["plain", "m-rwp", "rolling"], "sgd", args.backends),
         *by_method("vit_b16", ["plain", "m-rwp", "sam"], ["adamw"], "float32", args),
-        *by_method("gpt2", ["plain", "m-rwp", "rolling"], ["adamw"], "float32", args),
+        *by_method("gpt2", ["plain", "m-rwp", "rolling", "ire"], ["adamw"], "float32", args),
     ]
 
 

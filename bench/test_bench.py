@@ -16,17 +16,18 @@ from bench.baselines import filter_norm
 from bench.models import MODELS
 from flatkern.dispatch import resolve
 from flatkern.ops import OPS
+from flatkern.tables import mask_shape
 
 CASES = [(op, backend) for op in OPS.values() for backend in (*op.backends.split(), "eager")]
 
 # Optional arguments that the benchmark leaves out: the common case has no masters, no history, no scaler,
 # and its noise comes from perturb_gaussian_ (which measures its norms itself), not from a rolling update.
-ABSENT = {"masters", "history", "norms", "noise", "grad_scale", "clip", "found_inf"}
+ABSENT = {"masters", "history", "masks", "norms", "noise", "grad_scale", "clip", "found_inf"}
 
 SCALARS = {
     "sigma": 0.01, "rho": 0.05, "eta": -1.0, "beta": 0.99, "grad_weight": 0.5, "clean_weight": 0.5,
     "lr": 1e-3, "momentum": 0.9, "dampening": 0.0, "weight_decay": 1e-4, "nesterov": False,
-    "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "offset": 0,
+    "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "offset": 0, "kappa": 2.0,
 }  # fmt: skip
 
 
@@ -38,8 +39,14 @@ def make(argument, shapes):
         return list(range(len(shapes))) if argument.name == "index" else [SCALARS[argument.name]] * len(shapes)
     if argument.name == "noise":
         return torch.tensor([0, 0, 0])
-    if argument.name == "norm":
+    if argument.name in ("norm", "threshold"):
         return torch.tensor(1.0)
+    if argument.name == "counts":
+        return torch.zeros(2048, dtype=torch.int64)
+    if argument.name == "prefix":
+        return torch.zeros(0, dtype=torch.int64)
+    if argument.name == "masks":
+        return [torch.zeros(mask_shape(torch.empty(s)), dtype=torch.uint8) for s in shapes]
     if argument.name == "norms":
         return [torch.atleast_1d(filter_norm(torch.ones(s))) for s in shapes]
     if argument.name == "steps":

@@ -56,6 +56,7 @@ def test_floors():
     expected = {
         "plain": (20, 28), "rwp": (32, 40), "arwp": (32, 40), "m-rwp": (36, 44), "m-arwp": (36, 44),
         "sam": (40, 48), "asam": (44, 52), "msam": (24 * 4 + 16, 24 * 4 + 24), "rolling": (24, 32),
+        "ire": (20 + 1 / 8 + 16.125 / 10, 28 + 1 / 8 + 16.125 / 10),
     }  # fmt: skip
     assert {m: (floor_bytes(METHODS[m], "sgd", 4), floor_bytes(METHODS[m], "adamw", 4)) for m in METHODS} == expected
     assert [floor_bytes(METHODS[m], "sgd", 2, True) for m in ("plain", "sam", "rolling")] == [20, 30, 20]

@@ -50,9 +50,7 @@ struct PackMaskWalk {
 
   Squares prepare(const Block& b, Scratch& scratch) const {
     const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
-    FK_SIMD
-    for (int64_t i = 0; i < b.n; ++i) scratch.flags[i] = math::is_small(g[i], threshold);
-    pack(a.masks[b.k], a.grads[b.k], b, scratch.flags);
+    pack_small(a.masks[b.k], a.grads[b.k], b, g, threshold);
     return {};
   }
   float settle(int64_t, int64_t, const double*) const { return 0.0f; }
@@ -78,41 +76,47 @@ struct AmplifyWalk {
   void finish(const Block&, const float*, Scratch&) const {}
 };
 
-}  // namespace
+// Every thread has counters of its own, kLanes of each: equal digits in a row would wait for one another.
+constexpr int64_t kLanes = 4;
 
-void count_magnitudes_(const CountMagnitudes& a) {
-  const int64_t level = a.prefix[0].numel;
-  const int shift = math::kDigitShift[level], width = math::kDigitWidth[level];
-  uint32_t higher = 0;
-  for (int64_t j = 0; j < level; ++j)
-    higher = higher << math::kDigitWidth[j] | static_cast<uint32_t>(a.prefix[0].as<int64_t>()[j]);
-
-  // Every thread has counters of its own, two of each: equal digits in a row would wait for one another.
+template <class Counter>
+void count_magnitudes(const CountMagnitudes& a, int shift, int width, uint32_t higher) {
   const int64_t values = int64_t{1} << width;
-  Array<int64_t> counters(2 * values * threads());
+  Array<Counter> counters(kLanes * values * threads());
   for (int64_t i = 0; i < counters.size(); ++i) counters[i] = 0;
   for_each_block(a.grads, [&](const Block& b, Scratch& scratch) {
     const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
-    int64_t* count = &counters[2 * values * thread()];
+    Counter* count = &counters[kLanes * values * thread()];
     uint32_t* digits = reinterpret_cast<uint32_t*>(scratch.v);
     int64_t n = b.n;
-    if (level == 0) {
+    if (shift + width == 31) {
       FK_SIMD
       for (int64_t i = 0; i < n; ++i) digits[i] = math::magnitude_bits(g[i]) >> shift;
     } else {
       n = matching_digits(g, n, higher, shift, width, digits);
     }
-    for (int64_t i = 0; i + 2 <= n; i += 2) {
-      ++count[2 * digits[i]];
-      ++count[2 * digits[i + 1] + 1];
-    }
-    if (n % 2) ++count[2 * digits[n - 1]];
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+      for (int64_t lane = 0; lane < kLanes; ++lane) ++count[lane * values + digits[i + lane]];
+    for (; i < n; ++i) ++count[digits[i]];
   });
   int64_t* out = a.counts[0].as<int64_t>();
   for (int64_t d = 0; d < values; ++d) {
     out[d] = 0;
-    for (int t = 0; t < threads(); ++t) out[d] += counters[2 * (values * t + d)] + counters[2 * (values * t + d) + 1];
+    for (int64_t i = d; i < counters.size(); i += values) out[d] += static_cast<int64_t>(counters[i]);
   }
+}
+
+}  // namespace
+
+void count_magnitudes_(const CountMagnitudes& a) {
+  const int64_t level = a.prefix[0].numel;
+  uint32_t higher = 0;
+  for (int64_t j = 0; j < level; ++j)
+    higher = higher << math::kDigitWidth[j] | static_cast<uint32_t>(a.prefix[0].as<int64_t>()[j]);
+  // Narrow counters stay in the first cache, as long as they cannot run over.
+  const auto count = numel(a.grads) <= UINT32_MAX ? count_magnitudes<uint32_t> : count_magnitudes<int64_t>;
+  count(a, math::kDigitShift[level], math::kDigitWidth[level], higher);
 }
 
 void pack_mask_(const PackMask& a) { for_each_row(a.grads, PackMaskWalk{a, *a.threshold[0].as<float>()}); }
