@@ -1,4 +1,4 @@
-"""`python -m flatkern doctor | demo`. Nothing is imported for a command that was not asked for."""
+"""`python -m flatkern doctor | demo | language`. Nothing is imported for a command that was not asked for."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import sys
 
 COMMANDS = {
     "doctor": "what is live on this machine, why the rest is not, and what to do about it",
+    "language": "train a small Llama on bytes: AdamW against AdamW with IRE",
     "demo": "train on handwritten digits with every method: accuracy, time, passes over memory",
 }
-USAGE = "usage: python -m flatkern COMMAND [--help]\n\n" + "".join(f"  {c:8}{text}\n" for c, text in COMMANDS.items())
+USAGE = "usage: python -m flatkern COMMAND [--help]\n\n" + "".join(f"  {c:10}{text}\n" for c, text in COMMANDS.items())
 
 
 def main(arguments: list[str]) -> int:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_backend, check_outer_filters, check_parameters, check_value
-from ..dispatch import resolve
+from ..dispatch import gather_state, resolve
 from ..methods import IRE, RWP, SAM, check_uint32, is_number
+from ..tables import history_length
 from . import checkpoint, closures, enhance, follow, messages, perturbations, scaling, update
 from .cycle import Cycle, holders
 from .plan import Bucket, Group
@@ -138,7 +139,24 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     def _histories(self, params: list[Tensor]) -> list[Tensor]:
         """ARWP's history of `params`: float32 (filters,), or per element for tensors of rank <= 1."""
-        raise NotImplementedError
+        return self._kept(params, "history", history_length, torch.float32)
+
+    def _kept(
+        self, params: list[Tensor], key: str, shape: Callable[[Tensor], int | tuple[int, ...]], dtype: torch.dtype
+    ) -> list[Tensor]:
+        """Our own state `key` of `params`; zeros where it is missing."""
+        found = gather_state(self.state, params, (key,))
+        if found is not None:
+            return found[0]
+        result = []
+        for p in params:
+            state = self._state_of(p)
+            if key not in state:
+                with torch.inference_mode(False):
+                    state[key] = torch.zeros(shape(p), dtype=dtype, device=p.device)
+                self.cycle.created.append((p, key))
+            result.append(state[key])
+        return result
 
     def _state_of(self, p: Tensor) -> dict[str, Any]:
         """Where our own state of `p` is kept."""

@@ -51,15 +51,7 @@ def _kappa(opt: FlatOptimizer, group: Group) -> float:
 
 def masks_of(opt: FlatOptimizer, params: list[Tensor]) -> list[Tensor]:
     """The masks; zero where a parameter has none yet."""
-    result = []
-    for p in params:
-        state = opt._state_of(p)
-        if "mask" not in state:
-            with torch.inference_mode(False):
-                state["mask"] = torch.zeros(mask_shape(p), dtype=torch.uint8, device=p.device)
-            opt.cycle.created.append((p, "mask"))
-        result.append(state["mask"])
-    return result
+    return opt._kept(params, "mask", mask_shape, torch.uint8)
 
 
 def count_step(opt: FlatOptimizer, work: Work) -> None:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..checks import check_value
 from ..dispatch import gather_state
-from ..tables import history_length
 from .base import FlatOptimizer
 from .plan import Bucket, Group
 
@@ -95,15 +94,3 @@ class RuleOptimizer(FlatOptimizer):
     def _is_held(self, p: Tensor) -> bool:
         """True while `p` holds a perturbation, and so differs from its master by right."""
         return self.cycle.plan is not None and id(p) in self.cycle.plan.members
-
-    def _histories(self, params: list[Tensor]) -> list[Tensor]:
-        """ARWP's history of `params`: float32 (filters,), or per element for tensors of rank <= 1."""
-        lists = gather_state(self.state, params, ("history",))
-        if lists is not None:
-            return lists[0]
-        for p in params:
-            if "history" not in self.state[p]:
-                with torch.inference_mode(False):
-                    self.state[p]["history"] = torch.zeros(history_length(p), dtype=torch.float32, device=p.device)
-                self.cycle.created.append((p, "history"))
-        return [self.state[p]["history"] for p in params]

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..methods import IRE, RWP, SAM
-from ..tables import history_length
 from . import checkpoint, messages, perturbations
 from .base import FlatOptimizer
 from .plan import Bucket, Group
@@ -83,18 +82,8 @@ class Wrap(FlatOptimizer):
     def _sign(self, group: Group) -> float:
         return 1.0  # the base turns the gradient over itself
 
-    def _histories(self, params: list[Tensor]) -> list[Tensor]:
-        """ARWP's; in the base's state, but only once the base has made its own: many initialise on an empty dict."""
-        result = []
-        for p in params:
-            state = self._state_of(p)
-            if "history" not in state:
-                with torch.inference_mode(False):
-                    state["history"] = torch.zeros(history_length(p), dtype=torch.float32, device=p.device)
-            result.append(state["history"])
-        return result
-
     def _state_of(self, p: Tensor) -> dict[str, Any]:
+        """The base's, but only once the base has made it: many initialise on an empty dict."""
         state: dict[str, Any] = self.state[p] if p in self.state else self.cycle.early.setdefault(p, {})
         return state
 
