@@ -28,7 +28,7 @@ BASE, ENHANCED = "AdamW", "AdamW-IRE"
 def language(
     steps: Annotated[int, typer.Option(min=10, help="Optimizer steps of every run.")] = 600,
     seeds: Annotated[int, typer.Option(min=1, help="Runs per method.")] = 1,
-    lr: Annotated[float, typer.Option(min=0.0, help="Peak learning rate, of both.")] = 3e-3,
+    lr: Annotated[float, typer.Option(min=0.0, help="Peak learning rate of both; AdamW's best.")] = 2e-3,
     kappa: Annotated[float, typer.Option(min=0.0, help="IRE's enhancement of flat directions.")] = 2.0,
     sharp_fraction: Annotated[float, typer.Option(help="Coordinates that are not enhanced, in (0, 1).")] = 0.4,
     width: Annotated[int, typer.Option(min=16, help="Of the model.")] = Shape.width,
