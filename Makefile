@@ -22,7 +22,7 @@ SANITIZE_TESTS ?= tests/test_backends.py tests/test_noise.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env build demo test check format bench sanitize wheel-check show clean
+.PHONY: help env build demo test test-triton check format bench sanitize wheel-check show clean
 
 NATIVE := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 TREE := $(CURDIR)/build/tree
@@ -121,7 +121,15 @@ PYTEST = $(RUN) -m pytest \
 test: build check ## build, check, every test (the wheel's too)
 	@$(call has,pytest) || { echo "error: pytest is not installed for $(PY)" >&2; exit 1; }
 	@$(if $(ARGS),,$(PYTEST) -q bench)
+	@$(if $(ARGS),,$(MAKE) --no-print-directory test-triton)
 	@$(PYTEST) $(ARGS)
+
+# The interpreter has to be chosen before triton is imported, so this is a process of its own. There is a triton for few
+# platforms only.
+test-triton: $(READY) ## the Triton kernels in Triton's interpreter (no GPU needed; part of `test`)
+	@if $(call has,triton) && $(call has,pytest); then \
+	  TRITON_INTERPRET=1 $(PYTEST) -q tests/test_triton.py $(ARGS); \
+	else echo "not checked: Triton kernels (triton is not installed)"; fi
 
 check: $(if $(NO_VENV),,$(ENV_STAMP)) ## formatting, lint, types
 	$(call tool,ruff,$(PY) -m ruff,Python lint,check .)

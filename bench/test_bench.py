@@ -14,11 +14,16 @@ import torch
 
 from bench.baselines import filter_norm
 from bench.models import MODELS
-from flatkern.dispatch import resolve
+from flatkern.dispatch import DEVICES, resolve
 from flatkern.ops import OPS
 from flatkern.tables import mask_shape
 
-CASES = [(op, backend) for op in OPS.values() for backend in (*op.backends.split(), "eager")]
+CASES = [
+    (op, backend)
+    for op in OPS.values()
+    for backend in (*op.backends.split(), "eager")
+    if {"any", "cpu"} & set(DEVICES[backend])
+]
 
 # Optional arguments that the benchmark leaves out: the common case has no masters, no history, no scaler,
 # and its noise comes from perturb_gaussian_ (which measures its norms itself), not from a rolling update.

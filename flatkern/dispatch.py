@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +19,11 @@ PREFERENCE = {  # the first backend that is installed and has the op wins
     "cuda": ("triton", "cuda", "eager"),
 }
 DEVICES = {"eager": ["any"], "cpp": ["cpu"], "triton": ["cuda"], "cuda": ["cuda"]}
+if os.environ.get("TRITON_INTERPRET") == "1":
+    DEVICES["triton"].append("cpu")  # for tests; it is never preferred there
 REMEDY = {
     "cpp": "install a C++17 compiler and reinstall; FLATKERN_BUILD=require shows why the build fails",
-    "triton": "use backend=None or 'eager' on this device",
+    "triton": "pip install 'flatkern[triton]' where torch sees a GPU; elsewhere use backend=None",
     "cuda": "use backend=None or 'eager' on this device",
 }
 
@@ -66,8 +68,10 @@ def refuse(op: str, backend: str, device_type: str) -> str | None:
         return f"{backend} runs on {', '.join(DEVICES[backend])} only"
     try:
         compiled_module(backend)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         return f"{backend} is not installed ({error})"
+    except ImportError as error:
+        return f"{backend} cannot be used ({error})"
     return None
 
 
@@ -77,8 +81,11 @@ def compiled_name(backend: str) -> str:
 
 
 def compiled_module(backend: str) -> Any:
-    """That module, imported on first use; ImportError if absent."""
-    return importlib.import_module(compiled_name(backend))
+    """That module, imported on first use; ImportError if it is absent or has nothing to run on."""
+    module = importlib.import_module(compiled_name(backend))
+    if backend == "triton":
+        module.check_driver()
+    return module
 
 
 def load(op: Op, backend: str) -> Callable[..., None]:
@@ -132,8 +139,6 @@ def backends() -> dict[str, dict[str, Any]]:
             device = DEVICES[name][0]
             ops = [op for op in OPS.values() if name in op.backends.split()]
             reason = (refuse(ops[0].name, name, device) or "") if ops else f"{name} has no kernels in this version"
-            if not ops and name == "triton" and importlib.util.find_spec("triton") is None:
-                reason += ", and triton is not installed"
         report[name] = {
             "live": not reason,
             "devices": DEVICES[name],

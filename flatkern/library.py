@@ -15,7 +15,8 @@ import torch
 from .dispatch import compiled_name, resolve
 from .ops import OPS, Op
 
-DISPATCH_KEYS = {"cpu": ("CPU", "cpp")}  # device type: torch's dispatch key, the backend that serves it
+# Device type: torch's dispatch key, the backend that serves it.
+DISPATCH_KEYS = {"cpu": ("CPU", "cpp"), "cuda": ("CUDA", "triton")}
 
 
 def _fake(*args: Any, **kwargs: Any) -> None:

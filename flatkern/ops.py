@@ -95,14 +95,14 @@ _ROWS = (
         family="noise",
         schema="(Tensor(a!)[] outs, Tensor noise, *, int[] index, int[] offset) -> ()",
         reads="",
-        backends="cpp",
+        backends="cpp triton",
     ),
     Op(
         name="filter_norms_",
         family="norm",
         schema="(Tensor(a!)[] norms, Tensor[] params) -> ()",
         reads="params",
-        backends="cpp",
+        backends="cpp triton",
         # float32 within chunks of 1024, 64 lanes of 16 elements: a square passes 1 + 16 + 6 roundings of 2^-24 each,
         # float64 above them. The root halves that, and an ulp is 2^-24 of the result at least: 11.5.
         ulp=12,
@@ -112,7 +112,7 @@ _ROWS = (
         family="norm",
         schema="(Tensor(a!) norm, Tensor[]? params, Tensor[] grads, *, float[] eta) -> ()",
         reads="params grads",
-        backends="cpp",
+        backends="cpp triton",
         ulp=12,
     ),
     Op(
@@ -121,7 +121,7 @@ _ROWS = (
         schema="(Tensor(a!) norm, Tensor[] grads, Tensor[]? clean_grads, Tensor? grad_scale, *, "
         "float[] grad_weight, float[] clean_weight) -> ()",
         reads="grads clean_grads",
-        backends="cpp",
+        backends="cpp triton",
         ulp=12,
     ),
     Op(
@@ -130,7 +130,7 @@ _ROWS = (
         schema="(Tensor(a!)[] params, Tensor(b!)[]? backups, Tensor[]? masters, Tensor[]? norms, Tensor[]? history, "
         "Tensor noise, *, float[] sigma, float[] eta, int[] index, int[] offset) -> ()",
         reads="params masters",
-        backends="cpp",
+        backends="cpp triton",
     ),
     Op(
         name="perturb_ascent_",
@@ -138,14 +138,14 @@ _ROWS = (
         schema="(Tensor(a!)[] params, Tensor(b!)[]? backups, Tensor[]? masters, Tensor[] grads, Tensor norm, *, "
         "float[] rho, float[] eta) -> ()",
         reads="params masters grads",
-        backends="cpp",
+        backends="cpp triton",
     ),
     Op(
         name="restore_",
         family="perturb",
         schema="(Tensor(a!)[] params, Tensor[] backups) -> ()",
         reads="backups",
-        backends="cpp",
+        backends="cpp triton",
     ),
     Op(
         name="mix_gradients_",
@@ -154,7 +154,7 @@ _ROWS = (
         "Tensor? grad_scale, Tensor? clip, *, "
         "float[] grad_weight, float[] clean_weight, float[] beta) -> ()",
         reads="grads clean_grads",
-        backends="cpp",
+        backends="cpp triton",
     ),
     Op(
         name="sgd_update_",
@@ -164,42 +164,42 @@ _ROWS = (
         f"{_UPDATE_INPUTS}, *, float[] lr, float[] momentum, float[] dampening, float[] weight_decay, "
         f"bool[] nesterov, {_UPDATE_METHOD}) -> ()",
         reads="params momentum_buffers backups masters grads clean_grads",
-        backends="cpp",
+        backends="cpp triton",
     ),
     Op(
         name="adam_update_",
         family="update",
         schema=_ADAM,
         reads="params exp_avgs exp_avg_sqs backups masters grads clean_grads",
-        backends="cpp",
+        backends="cpp triton",
     ),
     Op(
         name="adamw_update_",
         family="update",
         schema=_ADAM,
         reads="params exp_avgs exp_avg_sqs backups masters grads clean_grads",
-        backends="cpp",
+        backends="cpp triton",
     ),
     Op(
         name="count_magnitudes_",
         family="mask",
         schema="(Tensor(a!) counts, Tensor[] grads, Tensor prefix) -> ()",
         reads="grads",
-        backends="cpp",
+        backends="cpp triton",
     ),
     Op(
         name="pack_mask_",
         family="mask",
         schema="(Tensor(a!)[] masks, Tensor[] grads, Tensor threshold) -> ()",
         reads="grads",
-        backends="cpp",
+        backends="cpp triton",
     ),
     Op(
         name="amplify_",
         family="mask",
         schema="(Tensor(a!)[] params, Tensor[] previous, Tensor[] masks, *, float[] kappa) -> ()",
         reads="params previous",
-        backends="cpp",
+        backends="cpp triton",
     ),
 )
 

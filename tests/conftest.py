@@ -1,5 +1,7 @@
 """Fixtures: a test per backend, and the thread counts and instruction sets of the compiled one."""
 
+import os
+
 import pytest
 import torch
 
@@ -10,6 +12,15 @@ from flatkern import dispatch
 torch.set_num_threads(1)
 
 BACKENDS = ("eager", "cpp")  # those that run on the CPU; the dispatcher's checks are in front of each
+
+# Triton's interpreter has to be on before triton is imported, and compiling needs it off: processes of their own.
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore = ["test_triton_compile.py", "test_gpu.py"] if INTERPRETING else ["test_triton.py"]
+
+
+def compiled(op):
+    """The compiled backends of `op` that are tested like this on the CPU."""
+    return [name for name in op.backends.split() if name in BACKENDS]
 
 
 def live(name):

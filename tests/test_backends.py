@@ -8,13 +8,13 @@ import cases
 import pytest
 import torch
 from compare import assert_ulp, assert_within, ulp_distance
-from conftest import live
+from conftest import compiled, live
 
 from flatkern import checks
 from flatkern.dispatch import resolve
 from flatkern.ops import OPS
 
-PAIRS = [(op, backend) for op in OPS.values() for backend in op.backends.split()]
+PAIRS = [(op, backend) for op in OPS.values() for backend in compiled(op)]
 VARIANTS = [(op, backend, words) for op, backend in PAIRS for words in cases.VARIANTS[op.name]]
 # Long rows take most of the time, and what depends on a dtype is the same for them: two of the four dtypes.
 GRIDS = [(s, d) for s in cases.SHAPES for d in cases.DTYPES if s != "long rows" or d in ("float32", "mixed")]

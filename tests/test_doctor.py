@@ -77,7 +77,8 @@ def test_as_installed(tmp_path):
 @pytest.mark.parametrize("op", OPS)
 def test_the_dispatcher_agrees(op):
     for name, state in flatkern.backends().items():
-        if state["live"] and name in ("eager", *OPS[op].backends.split()):
+        here = {"any", "cpu"} & set(state["devices"])
+        if here and state["live"] and name in ("eager", *OPS[op].backends.split()):
             assert callable(dispatch.resolve(op, "cpu", name))
         else:
             with pytest.raises(RuntimeError, match=name):
@@ -107,18 +108,20 @@ def test_without_triton(tmp_path):
     assert "not installed" in facts["backends"]["triton"]["reason"]
 
 
-def test_with_triton(tmp_path):
-    """An installed triton is named, and does not make a backend live that has no kernels."""
-    info = tmp_path / "site" / "triton-99.1.dist-info"
+@pytest.mark.parametrize("number, reason", [("99.1", "cannot be used"), ("3.5.1", "triton 3.5.1 is too old")])
+def test_with_triton(tmp_path, number, reason):
+    """An installed triton is named; if it cannot be used, the backend is not live and says why, without a crash."""
+    info = tmp_path / "site" / f"triton-{number}.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: triton\nVersion: 99.1\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: triton\nVersion: {number}\n")
     (tmp_path / "site" / "triton").mkdir()
     (tmp_path / "site" / "triton" / "__init__.py").write_text("")
     facts = report(tmp_path, path=[tmp_path / "site"])
     check_shape(facts)
-    assert facts["versions"]["triton"] == "99.1"
+    assert facts["versions"]["triton"] == number
     assert "not installed" not in facts["backends"]["triton"]["reason"]
-    assert facts["backends"]["triton"]["live"] is any("triton" in op.backends.split() for op in OPS.values())
+    assert not facts["backends"]["triton"]["live"]
+    assert reason in facts["backends"]["triton"]["reason"]
 
 
 @pytest.mark.parametrize("before", ["", ABSENT.format(name="rich")], ids=["as installed", "without rich"])

@@ -177,7 +177,8 @@ class TestWheel:
         facts = doctor(tmp_path / "site", tmp_path)
         assert facts["backends"]["cpp"]["live"], facts["backends"]["cpp"]
         assert facts["machine"]["compiled"]["file"].startswith(str(tmp_path))
-        code = "import flatkern.triton_kernels as t; print(t.__file__)"
+        # Not imported: that needs triton.
+        code = "import importlib.util as u; print(u.find_spec('flatkern.triton_kernels').origin)"
         assert run(tmp_path / "site", tmp_path, "-c", code).startswith(str(tmp_path))
 
 

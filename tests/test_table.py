@@ -11,6 +11,7 @@ import test_mask  # noqa: F401  (its laws count too)
 import test_reference
 import torch
 from compare import bits
+from conftest import compiled
 
 import flatkern
 from flatkern.dispatch import PREFERENCE, compiled_module
@@ -73,7 +74,7 @@ def test_the_reference_says_what_it_does(op):
 
 @every_op
 def test_compiled_modules_take_these_arguments(op):
-    for backend in op.backends.split():
+    for backend in compiled(op):
         if not flatkern.backends()[backend]["live"]:
             pytest.skip(f"{backend} is not live: {flatkern.backends()[backend]['reason']}")
         first = getattr(compiled_module(backend), op.name).__doc__.splitlines()[0]

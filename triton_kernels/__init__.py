@@ -1,6 +1,70 @@
-"""Triton kernels, installed as flatkern.triton_kernels. There are none yet: no operation lists triton as a backend."""
+"""Triton kernels, installed as flatkern.triton_kernels: every operation of the table, one module per family.
+
+`tile` is how a kernel walks memory, `plan` what a call is cut into, `launch` how it is started; no other module knows.
+"""
 
 if __name__ == "triton_kernels":
     raise ImportError(
         "triton_kernels is installed as flatkern.triton_kernels; at top level the name belongs to other packages"
     )
+
+import re as _re
+from importlib import metadata as _metadata
+
+OLDEST = (3, 6)
+
+
+def _check_version():
+    try:
+        version = _metadata.version("triton")
+    except _metadata.PackageNotFoundError:
+        return  # a build of somebody's own; what it lacks shows below
+    if tuple(int(n) for n in _re.findall(r"\d+", version)[:2]) < OLDEST:
+        raise ImportError(f"triton {version} is too old; {'.'.join(map(str, OLDEST))} or later is needed")
+
+
+_check_version()
+try:
+    import triton as _triton
+    import triton.language as _language  # noqa: F401
+    import triton.runtime as _runtime
+except ModuleNotFoundError as error:
+    if error.name == "triton":
+        raise
+    raise ImportError(f"the triton that is installed cannot be used: {error}") from error
+
+from .launch import Mismatch  # noqa: E402
+from .mask import amplify_, count_magnitudes_, pack_mask_  # noqa: E402
+from .noise import fill_normal_  # noqa: E402
+from .norm import ascent_norm_, filter_norms_, gradient_norm_  # noqa: E402
+from .perturb import perturb_ascent_, perturb_gaussian_, restore_  # noqa: E402
+from .update import adam_update_, adamw_update_, mix_gradients_, sgd_update_  # noqa: E402
+
+__all__ = [
+    "Mismatch",
+    "adam_update_",
+    "adamw_update_",
+    "amplify_",
+    "ascent_norm_",
+    "check_driver",
+    "count_magnitudes_",
+    "fill_normal_",
+    "filter_norms_",
+    "gradient_norm_",
+    "mix_gradients_",
+    "pack_mask_",
+    "perturb_ascent_",
+    "perturb_gaussian_",
+    "restore_",
+    "sgd_update_",
+]
+
+
+def check_driver():
+    """ImportError where there is no GPU to run on, and kernels are not interpreted (TRITON_INTERPRET=1)."""
+    if _triton.knobs.runtime.interpret:
+        return
+    try:
+        _runtime.driver.active.get_current_target()
+    except Exception as error:  # whatever a driver finds wrong, it cannot be used
+        raise ImportError(f"triton finds no GPU: {error}") from error

@@ -1,0 +1,181 @@
+"""What Triton's compiler makes of every kernel, without a GPU: 16 bytes a load and a store, no spills, few registers.
+
+Compiled for each architecture that has a tuning, and read with the disassembler that Triton brings along. Needs kernels
+that are not interpreted, so it does not run in test_triton.py's process.
+"""
+
+import re
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip(
+    "triton", minversion="3.6", reason="triton is not installed, so nothing is compiled with it"
+)
+
+import triton.language as tl  # noqa: E402
+from flatkern.triton_kernels import mask, noise, norm, perturb, update  # noqa: E402
+from flatkern.triton_kernels.plan import RESIDENT, SEGMENT, TUNING  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {name: "*i64" for name in ("tiles", "tensors", "pointers", "rows", "noise", "prefix", "counts")} | {
+    "scalars": "*fp64"
+}
+WORDS = ("seed", "stream", "round_", "count")
+F32, BF16 = tl.float32, tl.int16  # bfloat16 is moved as its bits
+
+FLAT = dict(ROWS=1, COLUMNS=SEGMENT, EVEN=True, LONG=True)
+
+
+def rows_of(columns):
+    """Whole rows of a matrix, as plan.py cuts them."""
+    return dict(ROWS=max(1, TUNING["sm_90"].elements // columns), COLUMNS=columns, EVEN=True, LONG=False)
+
+
+@dataclass
+class Case:
+    """A kernel with its constants, and which pointers are absent; bytes per element that tiles load and store."""
+
+    kernel: object
+    constants: dict
+    loads: int
+    stores: int
+    registers: int = 96
+    absent: tuple = ()
+    types: dict = field(default_factory=dict)
+
+
+def updating(rule, shape, loads, stores, registers, type_=F32, absent=("found_inf", "clip"), **given):
+    adam = rule != "sgd"
+    constants = dict(
+        RULE=rule, PARAM=type_, BACKUP=None, MASTER=None, HISTORY=None, GRAD=type_, CLEAN_GRAD=None, MASK=None,
+        FIRST=type_, SECOND=type_ if adam else None, NOISE=False, WIDTH=11 if adam else 9, SCALARS=16 if adam else 11,
+        VECTOR=False, SHIFTED=False,
+    )  # fmt: skip
+    absent = (*absent, *(() if adam else ("derived",)), *(() if given.get("NOISE") == "device" else ("noise",)))
+    given = given | ({"NOISE": True} if given.get("NOISE") else {})
+    return Case(update.update_kernel, constants | given | shape, loads, stores, registers, absent)
+
+
+def perturbing(shape, loads, stores, registers, param=F32, **given):
+    constants = dict(
+        PARAM=param, BACKUP=None, CLEAN=param, CLEAN_AT=0, NORM=None, NORM_AT=None, HISTORY=None, HISTORY_AT=4, WIDTH=5,
+        SIGMA=0, ETA=1, SCALARS=2, VECTOR=False, SHIFTED=False,
+    )  # fmt: skip
+    return Case(perturb.perturb_gaussian_kernel, constants | given | shape, loads, stores, registers, ("noise",))
+
+
+CASES = {
+    "fill": Case(noise.fill_normal_kernel, dict(OUT=F32, WIDTH=1, SHIFTED=False) | FLAT, 0, 4, absent=("noise",)),
+    "norms": Case(norm.filter_norms_kernel, dict(PARAM=F32, AT=0, OUT_AT=1, WIDTH=2) | rows_of(1024), 4, 0, 64),
+    "ascent norm": Case(norm.ascent_norm_kernel, dict(GRAD=F32, PARAM=F32, WIDTH=2) | FLAT, 8, 0, 64),
+    "gradient norm": Case(norm.gradient_norm_kernel, dict(GRAD=F32, CLEAN=F32, WIDTH=2) | FLAT, 8, 0, 64),
+    "total": Case(norm.total_kernel, {}, 0, 0, 64),
+    "settle": Case(norm.settle_kernel, dict(NORM=7, HISTORY=3, BETA=3, WIDTH=11, SCALARS=16), 0, 0, 64),
+    "perturb short rows": perturbing(rows_of(64), 4, 8, 72, BACKUP=F32),
+    "perturb": perturbing(rows_of(2048), 4, 8, 72, BACKUP=F32),
+    "perturb the longest rows": perturbing(rows_of(RESIDENT), 4, 8, 72, BACKUP=F32, HISTORY=F32),
+    "perturb from masters": perturbing(rows_of(1024), 4, 2, 72, BF16, CLEAN=F32, CLEAN_AT=2),
+    "perturb bfloat16": perturbing(FLAT, 2, 2, 72, BF16, NORM=F32, NORM_AT=3),
+    "ascent": Case(
+        perturb.perturb_ascent_kernel, dict(PARAM=F32, BACKUP=F32, MASTER=None, GRAD=F32, WIDTH=4) | FLAT, 8, 8, 72,
+    ),
+    "restore": Case(perturb.restore_kernel, dict(PARAM=F32, BACKUP=F32, WIDTH=2) | FLAT, 4, 4, 64),
+    "mix": Case(
+        update.mix_gradients_kernel,
+        dict(GRAD=F32, HISTORY=F32, CLEAN_GRAD=F32, WIDTH=3, VECTOR=False) | rows_of(1024), 8, 4,
+    ),
+    "count, first digit": Case(
+        mask.count_magnitudes_kernel,
+        dict(GRAD=F32, WIDTH=1, KNOWN=0, SHIFT=20, BITS=11, KNOWN_BITS=10) | FLAT, 4, 0, 128, ("prefix",),
+    ),
+    "count, last digit": Case(
+        mask.count_magnitudes_kernel,
+        dict(GRAD=F32, WIDTH=1, KNOWN=2, SHIFT=0, BITS=10, KNOWN_BITS=10) | FLAT, 4, 0, 128,
+    ),
+    "pack": Case(mask.pack_mask_kernel, dict(GRAD=F32, WIDTH=2, VECTOR=False) | rows_of(1024), 4, 0, 72),
+    "amplify": Case(
+        mask.amplify_kernel, dict(PARAM=F32, PREVIOUS=F32, WIDTH=3, VECTOR=False) | rows_of(1024), 8, 4,
+    ),
+    "advance": Case(update.advance_kernel, dict(STEP=10, WIDTH=11, SCALARS=16, LANES=128), 0, 0, 64),
+    "sgd": updating("sgd", FLAT, 12, 8, 72),
+    "sgd, restoring, two gradients": updating("sgd", FLAT, 16, 8, 96, BACKUP=F32, CLEAN_GRAD=F32, absent=()),
+    "sgd, rolling": updating("sgd", rows_of(1024), 12, 12, 96, BACKUP=F32, NOISE=True),
+    "adamw": updating("adamw", FLAT, 16, 12, 128),
+    "adam, rolling, masters": updating("adam", rows_of(1024), 10, 10, 128, BF16, MASTER=F32, NOISE=True),
+    "adamw, everything, the longest rows": updating(
+        "adamw", rows_of(RESIDENT), 20, 16, 128, absent=(), BACKUP=F32, HISTORY=F32, CLEAN_GRAD=F32, MASK=tl.uint8,
+        NOISE="device",
+    ),
+}  # fmt: skip
+
+
+def compiled(case, architecture):
+    """The compiled kernel; what is neither a constant nor absent is a pointer, aligned as torch aligns."""
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(case.kernel.arg_names):
+        if name in case.constants or name in case.absent:
+            signature[name], constants[i,] = "constexpr", case.constants.get(name)
+        elif name in WORDS or (case.kernel is update.advance_kernel and name == "tensors"):
+            signature[name] = "i32"
+        else:
+            signature[name], attributes[i,] = POINTERS.get(name, "*fp32"), [["tt.divisibility", 16]]
+    elements = case.constants.get("ROWS", 1) * case.constants.get("COLUMNS", 1024)
+    warps = min(16, max(1, elements // TUNING[architecture].per_warp)) if "ROWS" in case.constants else 4
+    source = ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes)
+    options = dict(num_warps=warps, enable_fp_fusion=False)
+    return triton.compile(source, target=TARGETS[architecture], options=options)
+
+
+def tool(name, *arguments):
+    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path):
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path)
+        yield
+
+
+@pytest.mark.parametrize("architecture", [name for name in TARGETS if name.startswith("sm")])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_cuda(case, architecture, tmp_path):
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled(case, architecture).asm["cubin"])
+    code = tool("nvdisasm", "-c", cubin)
+    used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", cubin)))
+    assert len(re.findall(r"\bLDG\S*\.128", code)) == case.loads
+    assert len(re.findall(r"\bSTG\S*\.128", code)) == case.stores
+    assert not re.findall(r"\b(?:LDL|STL)\b", code)
+    assert used["STACK"] == used["LOCAL"] == "0"
+    assert int(used["REG"]) <= case.registers
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_amd(case):
+    code = compiled(case, "gfx942").asm["amdgcn"]
+    assert len(re.findall(r"\b(?:global|buffer)_load_dwordx4", code)) >= case.loads
+    assert len(re.findall(r"\b(?:global|buffer)_store_dwordx4", code)) == case.stores
+    assert re.findall(r"\.vgpr_spill_count:\s+(\d+)", code) == ["0"]
+    assert re.findall(r"\.private_segment_fixed_size:\s+(\d+)", code) == ["0"]
+
+
+def test_every_kernel_is_here():
+    kernels = {
+        value
+        for module in (mask, noise, norm, perturb, update)
+        for name, value in vars(module).items()
+        if name.endswith("_kernel")
+    }
+    assert kernels == {case.kernel for case in CASES.values()}

@@ -1,0 +1,112 @@
+"""The mask family in Triton: which gradients are small, and longer steps there. Mirrors flatkern/reference/mask.py."""
+
+import triton
+import triton.language as tl
+
+from flatkern.checks import MAGNITUDE_DIGITS
+
+from . import tile
+from .launch import begin_call
+from .update import amplified, mask_bits
+
+
+@triton.jit
+def count_magnitudes_kernel(
+    tiles, tensors, pointers, prefix, counts,
+    GRAD: tl.constexpr, WIDTH: tl.constexpr, KNOWN: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr,
+    KNOWN_BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
+    """A histogram of a digit of |g| for a tile, added to all. Integers, so that the order does not matter."""
+    k, _row, _column, start, inside, mask = tile.begin(tiles, tensors, ROWS, COLUMNS, EVEN, LONG)
+    g = tile.widen(tile.load(pointers, k, 0, WIDTH, GRAD, start, inside, mask, EVEN), GRAD)
+    bits = g.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    if KNOWN > 0:
+        higher = tl.load(prefix).to(tl.int32)
+        if KNOWN > 1:
+            higher = (higher << KNOWN_BITS) | tl.load(prefix + 1).to(tl.int32)
+        mask = mask & ((bits >> (SHIFT + BITS)) == higher)
+    BINS: tl.constexpr = 1 << BITS
+    # What is not to be counted goes to bin 0 and is taken off again: tl.histogram takes no mask in every version.
+    digit = tl.where(mask, (bits >> SHIFT) & (BINS - 1), 0)
+    b = tl.arange(0, BINS)
+    others = ROWS * COLUMNS - tl.sum(tl.reshape(mask.to(tl.int32), [ROWS * COLUMNS]), axis=0)
+    found = tl.histogram(tl.reshape(digit, [ROWS * COLUMNS]), BINS) - tl.where(b == 0, others, 0)
+    tl.atomic_add(counts + b, found.to(tl.int64), mask=found > 0)
+
+
+def count_magnitudes_(counts, grads, prefix):
+    """One step of a radix selection: a histogram of the next digit of |g|."""
+    call = begin_call("count_magnitudes_", locals(), lists="grads", rows=False)
+    counts.zero_()
+    if call is None:
+        return
+    known = prefix.numel()
+    for group in call.groups:
+        call.launch(
+            count_magnitudes_kernel, group, group.tiles, call.tensors, call.pointers, prefix, counts,
+            GRAD=group.types["grads"], WIDTH=call.width, KNOWN=known, SHIFT=sum(MAGNITUDE_DIGITS[known + 1 :]),
+            BITS=MAGNITUDE_DIGITS[known], KNOWN_BITS=MAGNITUDE_DIGITS[1], **group.shape(),
+        )  # fmt: skip
+
+
+@triton.jit
+def pack_mask_kernel(
+    tiles, tensors, pointers, threshold,
+    GRAD: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
+    """n = [ |g| <= threshold ]: a byte per element of a vector, else a bit, eight columns of a row to a byte."""
+    k, row, column, start, inside, mask = tile.begin(tiles, tensors, ROWS, COLUMNS, EVEN, LONG)
+    g = tile.widen(tile.load(pointers, k, 0, WIDTH, GRAD, start, inside, mask, EVEN), GRAD)
+    small = (mask & (tl.abs(g) <= tl.load(threshold))).to(tl.int32)
+    base = tile.pointer(pointers, k, 1, WIDTH, tl.uint8)
+    if VECTOR:
+        tl.store(base + start + inside, small.to(tl.uint8), mask=mask)
+    else:
+        stride = (tile.field(tensors, k, tile.COLUMNS_OF) + 7) // 8
+        eights = tl.reshape(small << (tl.arange(0, COLUMNS) % 8)[None, :], [ROWS, COLUMNS // 8, 8])
+        r, c = tl.arange(0, ROWS), column // 8 + tl.arange(0, COLUMNS // 8)
+        there = tile.row_mask(tensors, k, row, ROWS)[:, None] & (c < stride)[None, :]
+        tl.store(base + (row + r)[:, None] * stride + c[None, :], tl.sum(eights, axis=2).to(tl.uint8), mask=there)
+
+
+def pack_mask_(masks, grads, threshold):
+    """The mask of the small gradients, a bit per element."""
+    call = begin_call("pack_mask_", locals(), lists="grads masks", rows=True)
+    if call is None:
+        return
+    threshold = call.scalar(threshold)
+    for group in call.groups:
+        call.launch(
+            pack_mask_kernel, group, group.tiles, call.tensors, call.pointers, threshold,
+            GRAD=group.types["grads"], WIDTH=call.width, VECTOR=group.vector, **group.shape(),
+        )  # fmt: skip
+
+
+@triton.jit
+def amplify_kernel(
+    tiles, tensors, pointers, scalars,
+    PARAM: tl.constexpr, PREVIOUS: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
+    k, row, column, start, inside, mask = tile.begin(tiles, tensors, ROWS, COLUMNS, EVEN, LONG)
+    w = tile.widen(tile.load(pointers, k, 0, WIDTH, PARAM, start, inside, mask, EVEN), PARAM)
+    previous = tile.widen(tile.load(pointers, k, 1, WIDTH, PREVIOUS, start, inside, mask, EVEN), PREVIOUS)
+    longer = mask_bits(tensors, pointers, k, row, column, start, inside, mask, 2, WIDTH, ROWS, COLUMNS, VECTOR)
+    p = tl.where(longer, amplified(w, previous, tile.scalar(scalars, k, 0, 1)), w)
+    tile.store(pointers, k, 0, WIDTH, PARAM, start, inside, mask, EVEN, tile.narrow(p, PARAM))
+
+
+def amplify_(params, previous, masks, *, kappa):
+    """Lengthen the step that led from `previous` to `params`, where the mask is set."""
+    call = begin_call(
+        "amplify_", locals(), lists="params previous masks", rows=True, scalars=lambda v: [v["kappa"]]
+    )  # fmt: skip
+    if call is None:
+        return
+    for group in call.groups:
+        call.launch(
+            amplify_kernel, group, group.tiles, call.tensors, call.pointers, call.scalars,
+            PARAM=group.types["params"], PREVIOUS=group.types["previous"], WIDTH=call.width, VECTOR=group.vector,
+            **group.shape(),
+        )  # fmt: skip

@@ -1,0 +1,220 @@
+"""The norm family in Triton. Mirrors flatkern/reference/norm.py.
+
+Squares are added in one order, by `fold` alone: as a binary tree over the columns of a row, neighbours first. A level
+adds two numbers, so that no choice of layout, tile or number of warps can change it; the zeros beyond the end of a row
+change no bit of a sum of squares, so that the width of a tile cannot either. A row in one tile is added in float32; of
+a longer one every segment is, and float64 above. What an update measures is therefore, bit for bit, what filter_norms_
+does.
+"""
+
+import triton
+import triton.language as tl
+
+from . import tile
+from .arithmetic import mixed, root, scaled
+from .launch import begin_call
+from .plan import RESIDENT
+
+BLOCK = tl.constexpr(1024)
+MOST_LEVELS = tl.constexpr(RESIDENT.bit_length() - 1)
+
+
+@triton.jit
+def fold(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sum of each row of [ROWS, COLUMNS], as a binary tree of neighbours; [ROWS]."""
+    # Row by row in memory order, so a level pairs neighbours until one number is left of each row.
+    for level in tl.static_range(MOST_LEVELS):
+        if (COLUMNS >> (level + 1)) > 0:
+            x = tl.sum(tl.reshape(x, [ROWS, COLUMNS >> (level + 1), 2]), axis=2)
+    return tl.reshape(x, [ROWS])
+
+
+@triton.jit
+def sum_squares(x, mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sum of squares of each row of a tile, float32 [ROWS]."""
+    return fold(tl.where(mask, x * x, 0.0), ROWS, COLUMNS)
+
+
+@triton.jit
+def sum_partials(partials, count):
+    """Sum of `count` float32 numbers, in float64 and in their order."""
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros([1], tl.float64)
+    # `range` over a number of run time fails in Triton 3.6's interpreter with NumPy 2.4.
+    i = count * 0
+    while i < count:
+        block = tl.load(partials + i + lanes, mask=i + lanes < count, other=0.0).to(tl.float64)
+        total += fold(block[None, :], 1, BLOCK)
+        i += BLOCK
+    return total
+
+
+@triton.jit
+def remember(history, squares, beta):
+    """F <- beta F + sum of g^2."""
+    return beta * history + squares
+
+
+@triton.jit
+def filter_norms_kernel(
+    tiles, tensors, pointers, partials,
+    PARAM: tl.constexpr, AT: tl.constexpr, OUT_AT: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
+    """The norms of rows, or the partial sums of long ones; weights are list AT, norms list OUT_AT."""
+    k, row, _column, start, inside, mask = tile.begin(tiles, tensors, ROWS, COLUMNS, EVEN, LONG)
+    w = tile.widen(tile.load(pointers, k, AT, WIDTH, PARAM, start, inside, mask, EVEN), PARAM)
+    squares = sum_squares(w, mask, ROWS, COLUMNS)
+    r = tl.arange(0, ROWS)
+    if LONG:
+        tl.store(partials + tl.program_id(0) + r, squares)
+    else:
+        out = tile.pointer(pointers, k, OUT_AT, WIDTH, tl.float32)
+        tl.store(out + row + r, root(squares), mask=tile.row_mask(tensors, k, row, ROWS))
+
+
+@triton.jit(do_not_specialize=["count"])
+def settle_kernel(
+    rows, pointers, scalars, partials, count, found_inf,
+    NORM: tl.constexpr, HISTORY: tl.constexpr, BETA: tl.constexpr, WIDTH: tl.constexpr, SCALARS: tl.constexpr,
+):  # fmt: skip
+    """Of one long row: its norm, from the first `count` partial sums, and its history, from those behind them.
+
+    NORM and HISTORY are lists, BETA a scalar; None where there is nothing to do.
+    """
+    entry = rows + 5 * tl.program_id(0).to(tl.int64)
+    k, row, first, parts = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
+    one = tl.arange(0, 1)
+    if NORM is not None:
+        norm = tl.sqrt(sum_partials(partials + first, parts)).to(tl.float32)
+        tl.store(tile.pointer(pointers, k, NORM, WIDTH, tl.float32) + row + one, norm)
+    if HISTORY is not None:
+        # Of a vector the history is per element, and done.
+        mask = (one == tl.load(entry + 4)) & tl.reshape(tile.is_live(found_inf), [1])
+        out = tile.pointer(pointers, k, HISTORY, WIDTH, tl.float32) + row + one
+        squares = sum_partials(partials + count + first, parts).to(tl.float32)
+        remembered = remember(tl.load(out, mask=mask, other=0.0), squares, tile.scalar(scalars, k, BETA, SCALARS))
+        tl.store(out, remembered, mask=mask)
+
+
+def settle(call, norm=None, history=None, beta=None, found_inf=None, scalars=1):
+    """Finish the long rows of a call whose partial sums are there."""
+    if call.plan.long_row_count and (norm is not None or history is not None):
+        call.start(
+            settle_kernel, call.plan.long_row_count, 4, call.plan.long_rows, call.pointers, call.scalars,
+            partials_of(call), call.plan.partials, found_inf,
+            NORM=norm, HISTORY=history, BETA=beta, WIDTH=call.width, SCALARS=scalars,
+        )  # fmt: skip
+
+
+def partials_of(call, group=None):
+    """Room for two partial sums of each tile that leaves any; from the first tile of `group` on."""
+    found = call.scratch("partials", max(1, 2 * call.plan.partials))
+    return found if group is None else found[group.first :]
+
+
+def filter_norms_(norms, params):
+    """The L2 norm of every filter."""
+    call = begin_call("filter_norms_", locals(), lists="params norms", rows=True)
+    if call is None:
+        return
+    for group in call.groups:
+        call.launch(
+            filter_norms_kernel, group, group.tiles, call.tensors, call.pointers, partials_of(call, group),
+            PARAM=group.types["params"], AT=0, OUT_AT=1, WIDTH=call.width, **group.shape(),
+        )  # fmt: skip
+    settle(call, norm=1)
+
+
+@triton.jit(do_not_specialize=["count"])
+def total_kernel(norm, partials, count):
+    """The root of the sum of all partial sums."""
+    tl.store(norm + tl.arange(0, 1), tl.sqrt(sum_partials(partials, count)).to(tl.float32))
+
+
+def total(call, norm):
+    call.start(total_kernel, 1, 4, norm, partials_of(call), call.plan.partials)
+
+
+@triton.jit
+def ascent_norm_kernel(
+    tiles, tensors, pointers, scalars, partials,
+    GRAD: tl.constexpr, PARAM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
+    k, _row, _column, start, inside, mask = tile.begin(tiles, tensors, ROWS, COLUMNS, EVEN, LONG)
+    g = tile.widen(tile.load(pointers, k, 0, WIDTH, GRAD, start, inside, mask, EVEN), GRAD)
+    if PARAM is not None:
+        eta = tile.scalar(scalars, k, 0, 2)
+        w = tile.widen(tile.load(pointers, k, 1, WIDTH, PARAM, start, inside, mask, EVEN), PARAM)
+        g = tl.where(tile.scalar(scalars, k, 1, 2) != 0, (tl.abs(w) + eta) * g, g)
+    tl.store(partials + tl.program_id(0) + tl.arange(0, ROWS), sum_squares(g, mask, ROWS, COLUMNS))
+
+
+def adaptive(eta):
+    """eta of the kernels, and whether it is >= 0: rounding to float32 may lose the sign."""
+    return [eta, [float(e >= 0) for e in eta]]
+
+
+def ascent_norm_(norm, params, grads, *, eta):
+    """The norm that scales SAM's climb, over all tensors at once."""
+    call = begin_call(
+        "ascent_norm_", locals(), lists="grads params", rows=False, scalars=lambda v: adaptive(v["eta"])
+    )  # fmt: skip
+    if call is None:
+        norm.zero_()
+        return
+    for group in call.groups:
+        call.launch(
+            ascent_norm_kernel, group, group.tiles, call.tensors, call.pointers, call.scalars, partials_of(call, group),
+            GRAD=group.types["grads"], PARAM=group.types["params"], WIDTH=call.width, **group.shape(),
+        )  # fmt: skip
+    total(call, norm)
+
+
+@triton.jit
+def final_gradient(
+    pointers, k, g, scalars, grad_scale, clip, start, inside, mask,
+    CLEAN: tl.constexpr, AT: tl.constexpr, WIDTH: tl.constexpr, WEIGHT: tl.constexpr, SCALARS: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """clip (grad_weight grad_scale g + clean_weight g_clean); list AT has the clean gradients, and the weights are
+    scalars WEIGHT and WEIGHT + 1."""
+    factor = tile.scalar(scalars, k, WEIGHT, SCALARS) * tile.value_or_one(grad_scale)
+    if CLEAN is None:
+        return scaled(g, factor, tile.value_or_one(clip))
+    else:
+        clean = tile.widen(tile.load(pointers, k, AT, WIDTH, CLEAN, start, inside, mask, EVEN), CLEAN)
+        return mixed(g, clean, factor, tile.scalar(scalars, k, WEIGHT + 1, SCALARS), tile.value_or_one(clip))
+
+
+@triton.jit
+def gradient_norm_kernel(
+    tiles, tensors, pointers, scalars, partials, grad_scale,
+    GRAD: tl.constexpr, CLEAN: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
+    k, _row, _column, start, inside, mask = tile.begin(tiles, tensors, ROWS, COLUMNS, EVEN, LONG)
+    g = tile.widen(tile.load(pointers, k, 0, WIDTH, GRAD, start, inside, mask, EVEN), GRAD)
+    g = final_gradient(
+        pointers, k, g, scalars, grad_scale, None, start, inside, mask, CLEAN, 1, WIDTH, 0, 2, EVEN
+    )  # fmt: skip
+    tl.store(partials + tl.program_id(0) + tl.arange(0, ROWS), sum_squares(g, mask, ROWS, COLUMNS))
+
+
+def gradient_norm_(norm, grads, clean_grads, grad_scale, *, grad_weight, clean_weight):
+    """The norm of the final gradient, as the update forms it before clipping."""
+    call = begin_call(
+        "gradient_norm_", locals(), lists="grads clean_grads", rows=False,
+        scalars=lambda v: [v["grad_weight"], v["clean_weight"]],
+    )  # fmt: skip
+    if call is None:
+        norm.zero_()
+        return
+    for group in call.groups:
+        call.launch(
+            gradient_norm_kernel, group, group.tiles, call.tensors, call.pointers, call.scalars,
+            partials_of(call, group), call.scalar(grad_scale),
+            GRAD=group.types["grads"], CLEAN=group.types["clean_grads"], WIDTH=call.width, **group.shape(),
+        )  # fmt: skip
+    total(call, norm)

@@ -1,0 +1,158 @@
+"""What a call's tensors are cut into, in tables on the device: tensors, tiles, long rows. Depends on shapes only.
+
+Tensors of one *group* share a kernel: their dtypes, the size of their tiles, and what the compiler may rely on. A call
+launches each kernel once a group, however many tensors there are.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from flatkern import tables
+
+# Rows up to this length are held by one program, from the norm to the perturbation; longer ones spill registers.
+RESIDENT = 8192
+# Longer rows, and tensors walked without regard to rows, are cut into segments. Part of what a norm is: float32 inside
+# a segment, float64 above. The same on every machine.
+SEGMENT = 4096
+
+TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.int16, torch.uint8: tl.uint8}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How large a program is; no result depends on it. Nothing is tuned at run time: kernels write in place."""
+
+    elements: int  # of a tile with short rows
+    per_warp: int
+
+
+# Not measured yet: chosen from compiled register counts, 16 elements a thread.
+TUNING = {
+    "sm_80": Tuning(2048, 512),
+    "sm_90": Tuning(2048, 512),
+    "sm_100": Tuning(2048, 512),
+    "gfx942": Tuning(4096, 1024),
+    "interpreter": Tuning(8192, 8192),  # pays by the program, not by the element
+}
+
+
+def architecture(device):
+    """The row of TUNING for a device; the nearest one for devices that have none."""
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0]
+    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the tensors of a group have in common."""
+
+    types: tuple  # a Triton type per list of the call, None where it is absent
+    rows: int
+    columns: int
+    long: bool  # tiles are parts of a row
+    vector: bool  # rank <= 1: one row, and a history and a mask per element
+    even: bool  # rows and pointers are multiples of 16 bytes
+    shifted: bool  # draws normals from inside an eight
+
+
+@dataclass
+class Group:
+    """One launch: its tiles, and what the kernel is compiled for."""
+
+    kind: Kind
+    names: tuple
+    tiles: torch.Tensor  # int64 (count, 3): tensor, first row, first column
+    first: int  # number of its first tile among all that leave a partial sum
+    warps: int
+
+    def __post_init__(self):
+        self.types = dict(zip(self.names, self.kind.types, strict=True))
+        self.long, self.vector, self.shifted = self.kind.long, self.kind.vector, self.kind.shifted
+
+    def shape(self):
+        """The constants that every kernel takes."""
+        return dict(ROWS=self.kind.rows, COLUMNS=self.kind.columns, EVEN=self.kind.even, LONG=self.kind.long)
+
+
+@dataclass
+class Plan:
+    """The tables of one call signature, and what changes from call to call with its key."""
+
+    tensors: torch.Tensor  # int64 (tensors, 6), see tile.py
+    groups: list
+    partials: int  # how many tiles leave a partial sum
+    long_rows: torch.Tensor | None  # int64 (rows, 5): tensor, row, first partial, partials, whether a vector
+    long_row_count: int
+    long_tensors: dict  # tensor: its first long row
+    uploads: dict = field(default_factory=dict)
+    scratch: dict = field(default_factory=dict)
+    spare: dict = field(default_factory=dict)  # pinned memory for the tables that a capture uploads
+    kept: list = field(default_factory=list)  # what captured graphs read
+
+
+def fits(length, limit):
+    return max(16, triton.next_power_of_2(length)) if length <= limit else 0
+
+
+def kind_of(t, types, tuning, by_rows, even, shift):
+    """The kind of one tensor of a call."""
+    vector = t.dim() < 2
+    length = tables.columns(t) if by_rows else t.numel()
+    even = even and length % 8 == 0
+    if not by_rows or length > RESIDENT:
+        return Kind(types, 1, SEGMENT, True, vector and by_rows, even, shift)
+    # Vectors are short and few: two sizes do. Matrices get what fits.
+    columns = (1024 if length <= 1024 else RESIDENT) if vector else fits(length, RESIDENT)
+    rows = 1 if vector else max(1, tuning.elements // columns)
+    return Kind(types, rows, columns, False, vector, even, shift)
+
+
+def tiles_of(k, t, kind, by_rows):
+    """int64 (count, 3)."""
+    rows, length = (tables.filters(t), tables.columns(t)) if by_rows else (1, t.numel())
+    first_rows = np.arange(0, rows, kind.rows)
+    first_columns = np.arange(0, length, kind.columns) if kind.long else np.zeros(1, np.int64)
+    grid = np.stack(np.meshgrid(first_rows, first_columns, indexing="ij"), axis=-1).reshape(-1, 2)
+    return np.concatenate([np.full((len(grid), 1), k), grid], axis=1).astype(np.int64)
+
+
+def build(like, names, types, even, by_rows, index, offset, upload):
+    """Cut the tensors `like`; `types` and `even` have an entry per tensor, and `upload` makes a table's tensor."""
+    tuning = TUNING[architecture(like[0].device)]
+    rows_of_table, kinds = [], {}
+    for k, t in enumerate(like):
+        rows, length = (tables.filters(t), tables.columns(t)) if by_rows else (1, t.numel())
+        flat = t.dim() < 2
+        shift = offset[k] % 8 if flat else 0
+        first_row, first_eight = (0, offset[k] // 8) if flat else (offset[k], 0)
+        rows_of_table.append((length, rows, index[k], first_row, first_eight, shift))
+        if rows and (length or by_rows):
+            kind = kind_of(t, types[k], tuning, by_rows, even[k], by_rows and shift != 0)
+            kinds.setdefault(kind, []).append(k)
+    groups, count, long_rows, long_tensors = [], 0, [], {}
+    for kind, which in kinds.items():
+        tiles = np.concatenate([tiles_of(k, like[k], kind, by_rows) for k in which])
+        warps = min(16, max(1, kind.rows * kind.columns // tuning.per_warp))
+        groups.append(Group(kind, names, upload(tiles), count, warps))
+        if not kind.long:
+            continue
+        if by_rows:
+            first = count
+            for k in which:
+                parts = -(-tables.columns(like[k]) // kind.columns)
+                long_tensors[k] = len(long_rows)
+                for row in range(tables.filters(like[k])):
+                    long_rows.append((k, row, first, parts, int(kind.vector)))
+                    first += parts
+        count += len(tiles)
+    table = upload(np.array(rows_of_table, np.int64))
+    rows = upload(np.array(long_rows, np.int64)) if long_rows else None
+    return Plan(table, groups, count, rows, len(long_rows), long_tensors)
