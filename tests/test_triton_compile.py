@@ -97,7 +97,7 @@ CASES = {
     ),
     "count, first digit": Case(
         mask.count_magnitudes_kernel,
-        dict(GRAD=F32, WIDTH=1, KNOWN=0, SHIFT=20, BITS=11, KNOWN_BITS=10) | FLAT, 4, 0, 128, ("prefix",),
+        dict(GRAD=F32, WIDTH=1, KNOWN=0, SHIFT=20, BITS=11, KNOWN_BITS=10) | FLAT, 4, 0, 192, ("prefix",),
     ),
     "count, last digit": Case(
         mask.count_magnitudes_kernel,

@@ -84,7 +84,8 @@ def by_parameter(opt: FlatOptimizer, state_dict: dict[str, Any]) -> Iterator[tup
 def fit(name: str, value: Any, p: Tensor) -> Any:
     """A state value on the parameter's device, in its memory format, in the dtype it was saved with."""
     if name == "step":
-        return value.clone().float().cpu() if isinstance(value, Tensor) else torch.tensor(float(value))
+        step = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
+        return step.to(p.device, torch.float32, copy=True)
     if not isinstance(value, Tensor):
         return value
     return layouts.like(value.detach().to(p.device, copy=True), p)

@@ -69,7 +69,8 @@ class RuleOptimizer(FlatOptimizer):
 
     def _new_state(self, p: Tensor, key: str) -> Tensor:
         if key == "step":
-            return torch.zeros((), dtype=torch.float32)
+            # Beside the parameter, so that on a GPU a skipped step is known where it counts.
+            return torch.zeros((), dtype=torch.float32, device=p.device)
         dtype = torch.float32 if self._has_master(p) else p.dtype
         return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 

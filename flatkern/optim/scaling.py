@@ -70,11 +70,16 @@ def forget(opt: FlatOptimizer) -> None:
         opt.__dict__.pop(name, None)
 
 
+def constant(value: float, device: torch.device) -> Tensor:
+    """0-dim float32; filled on the device, because a copy from the host would make it wait."""
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
 def factor(opt: FlatOptimizer, rounds: int, device: torch.device) -> Tensor | None:
     """1 / (loss scale x rounds), 0-dim float32; None stands for 1."""
     scale: Tensor | None = getattr(opt, "grad_scale", None)
     if scale is None:
-        return None if rounds == 1 else torch.tensor(1.0 / rounds, dtype=torch.float32, device=device)
+        return None if rounds == 1 else constant(1.0 / rounds, device)
     return (scale.to(device=device, dtype=torch.float32).reshape(()) * rounds).reciprocal()
 
 

@@ -60,7 +60,7 @@ class Gradients:
     clean: list[Tensor | None] | None = None  # m-RWP's, already unscaled
     rounds: int = 1  # of perturbed passes summed up in `grads`
     perturbed: bool = False  # taken at perturbed weights, so they enter ARWP's history
-    factor: Tensor | None = None  # 1 / (loss scale x rounds) where it is not the scaler's
+    factor: float | None = None  # 1 / rounds where the gradients are unscaled already
 
 
 Work = list[tuple[Bucket, list[Tensor], Forming]]
@@ -137,7 +137,7 @@ def _mixed_gradients(opt: FlatOptimizer, params: list[Tensor], rounds: int) -> G
     if scale is not None:
         # restore() has unscaled the perturbed gradients; `.grad`, the clean one, still carries the scale.
         torch._foreach_mul_([p.grad for p in params if p.grad is not None], scale.reciprocal())
-    return Gradients(cycle.aside, [p.grad for p in params], rounds, True, torch.tensor(1.0 / rounds))
+    return Gradients(cycle.aside, [p.grad for p in params], rounds, True, 1.0 / rounds)
 
 
 def _apply(opt: FlatOptimizer, params: list[Tensor], gradients: Gradients, noise: Tensor | None = None) -> None:
@@ -232,7 +232,11 @@ def _forming(opt: FlatOptimizer, bucket: Bucket, clean: Any, gradients: Gradient
         clean_grads=clean,
         masks=masks,
         noise=noise if draws else None,
-        grad_scale=scaling.factor(opt, gradients.rounds, bucket.device) if factor is None else factor.to(bucket.device),
+        grad_scale=(
+            scaling.factor(opt, gradients.rounds, bucket.device)
+            if factor is None
+            else scaling.constant(factor, bucket.device)
+        ),
         clip=None,
         found_inf=scaling.found_inf(opt, bucket.device),
         grad_weight=grad_weight,
