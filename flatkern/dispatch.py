@@ -34,17 +34,25 @@ def resolve(op: str, device_type: str, backend: str | None = None) -> Callable[.
 
     Without a name, ending at eager where compiled backends exist warns once, with the reasons.
     """
+    name, refusals = served_by(op, device_type, backend)
+    if name is not None:
+        if name == "eager" and refusals:
+            _warn_eager(device_type, "; ".join(refusals))
+        return load(OPS[op], name)
+    usable = backend is not None and device_type in DEVICES[backend]
+    remedy = REMEDY[backend] if backend and usable else "use backend=None or 'eager' on this device"
+    raise RuntimeError(f"{op}: no backend for {device_type}: {'; '.join(refusals)}; {remedy}")
+
+
+def served_by(op: str, device_type: str, backend: str | None = None) -> tuple[str | None, list[str]]:
+    """The backend that runs `op`, None if there is none, and why those before it do not."""
     refusals: list[str] = []
     for name in (backend,) if backend else PREFERENCE.get(device_type, ("eager",)):
         reason = refuse(op, name, device_type)
         if reason is None:
-            if name == "eager" and refusals:
-                _warn_eager(device_type, "; ".join(refusals))
-            return load(OPS[op], name)
+            return name, refusals
         refusals.append(reason)
-    usable = backend is not None and device_type in DEVICES[backend]
-    remedy = REMEDY[backend] if backend and usable else "use backend=None or 'eager' on this device"
-    raise RuntimeError(f"{op}: no backend for {device_type}: {'; '.join(refusals)}; {remedy}")
+    return None, refusals
 
 
 @functools.cache

@@ -64,8 +64,9 @@ def serving(device: str) -> dict[str, list[str]]:
     """Which backend runs which ops on `device` when none is named: {backend: [op, ...]}."""
     served: dict[str, list[str]] = {}
     for op in OPS:
-        first = next(b for b in dispatch.PREFERENCE[device] if dispatch.refuse(op, b, device) is None)
-        served.setdefault(first, []).append(op)
+        name, _ = dispatch.served_by(op, device)
+        assert name is not None, "eager has every op"
+        served.setdefault(name, []).append(op)
     return served
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .checks import check_backend
-from .dispatch import PREFERENCE, refuse, resolve
+from .dispatch import resolve, served_by
 from .functional import call
 from .library import DISPATCH_KEYS
 
@@ -17,9 +17,7 @@ def is_registered(op: str, device_type: str, backend: str | None) -> bool:
     """True if a registered op serves the call; refuses as everywhere. torch.compile asks once, while it traces."""
     backend = check_backend(backend)
     resolve(op, device_type, backend)
-    names = (backend,) if backend else PREFERENCE.get(device_type, ("eager",))
-    served_by = next(name for name in names if refuse(op, name, device_type) is None)
-    return DISPATCH_KEYS.get(device_type, ("", ""))[1] == served_by
+    return DISPATCH_KEYS.get(device_type, ("", ""))[1] == served_by(op, device_type, backend)[0]
 
 
 # Inductor takes minutes for the integers of eager's noise.

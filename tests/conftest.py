@@ -63,3 +63,18 @@ def set_isa(native):
     before = native.isa()
     yield native.set_isa
     native.set_isa(before)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the Triton kernels that are launched."""
+    from flatkern.triton_kernels import launch
+
+    names, start = [], launch.Call.start
+
+    def counted(call, kernel, *args, **kwargs):
+        names.append(kernel.fn.__name__)
+        start(call, kernel, *args, **kwargs)
+
+    monkeypatch.setattr(launch.Call, "start", counted)
+    return names

@@ -23,7 +23,7 @@ if not flatkern.backends()["triton"]["live"]:
 
 import triton
 import triton.language as tl
-from flatkern.triton_kernels import launch, noise
+from flatkern.triton_kernels import noise
 
 TRITON = [op for op in OPS.values() if "triton" in op.backends.split()]
 VARIANTS = [(op, words) for op in TRITON for words in cases.VARIANTS[op.name]]
@@ -110,18 +110,6 @@ def test_beyond_two_billion_elements():
 
 
 # Launches, graphs, waiting.
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    counted, start = [], launch.Call.start
-
-    def count(call, kernel, *args, **kwargs):
-        counted.append(kernel.fn.__name__)
-        start(call, kernel, *args, **kwargs)
-
-    monkeypatch.setattr(launch.Call, "start", count)
-    return counted
 
 
 @every_variant

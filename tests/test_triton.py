@@ -193,19 +193,6 @@ def test_a_rolling_update_is_an_update_and_a_perturbation():
 # Tables and launches.
 
 
-@pytest.fixture
-def launches(monkeypatch):
-    """The names of the kernels that are launched."""
-    names, start = [], launch.Call.start
-
-    def counted(call, kernel, *args, **kwargs):
-        names.append(kernel.fn.__name__)
-        start(call, kernel, *args, **kwargs)
-
-    monkeypatch.setattr(launch.Call, "start", counted)
-    return names
-
-
 @every_op
 def test_launches_do_not_grow_with_tensors(op, launches):
     words = max(cases.VARIANTS[op.name], key=len).replace("offset", "")

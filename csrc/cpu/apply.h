@@ -281,4 +281,19 @@ inline void for_each_row(const Table& at, const Op& op) {
   }
 }
 
+// The same for ops that sum nothing and only need to know rows and columns: body(block, scratch) for every block.
+template <class Body>
+inline void for_each_row_block(const Table& at, const Body& body) {
+  struct Op {
+    const Body& body;
+    Squares prepare(const Block& b, Scratch& scratch) const {
+      body(b, scratch);
+      return {};
+    }
+    float settle(int64_t, int64_t, const double*) const { return 0.0f; }
+    void finish(const Block&, const float*, Scratch&) const {}
+  };
+  for_each_row(at, Op{body});
+}
+
 }  // namespace flatkern::cpu::FK_ISA

@@ -44,38 +44,6 @@ inline int64_t matching_digits(const float* g, int64_t n, uint32_t higher, int s
   return count;
 }
 
-struct PackMaskWalk {
-  const PackMask& a;
-  float threshold;
-
-  Squares prepare(const Block& b, Scratch& scratch) const {
-    const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
-    pack_small(a.masks[b.k], a.grads[b.k], b, g, threshold);
-    return {};
-  }
-  float settle(int64_t, int64_t, const double*) const { return 0.0f; }
-  void finish(const Block&, const float*, Scratch&) const {}
-};
-
-struct AmplifyWalk {
-  const Amplify& a;
-
-  Squares prepare(const Block& b, Scratch& scratch) const {
-    const View& param = a.params[b.k];
-    const float* w = load(param, b.begin, b.n, scratch.w);
-    const float* previous = load(a.previous[b.k], b.begin, b.n, scratch.g);
-    const uint8_t* flags = unpack(a.masks[b.k], param, b, scratch);
-    const float kappa = static_cast<float>(a.kappa[b.k]);
-    float* p = target(param, b.begin, scratch.v);
-    FK_SIMD
-    for (int64_t i = 0; i < b.n; ++i) p[i] = flags[i] ? math::amplified(w[i], previous[i], kappa) : w[i];
-    store(param, b.begin, b.n, p);
-    return {};
-  }
-  float settle(int64_t, int64_t, const double*) const { return 0.0f; }
-  void finish(const Block&, const float*, Scratch&) const {}
-};
-
 // Every thread has counters of its own, kLanes of each: equal digits in a row would wait for one another.
 constexpr int64_t kLanes = 4;
 
@@ -119,8 +87,26 @@ void count_magnitudes_(const CountMagnitudes& a) {
   count(a, math::kDigitShift[level], math::kDigitWidth[level], higher);
 }
 
-void pack_mask_(const PackMask& a) { for_each_row(a.grads, PackMaskWalk{a, *a.threshold[0].as<float>()}); }
+void pack_mask_(const PackMask& a) {
+  const float threshold = *a.threshold[0].as<float>();
+  for_each_row_block(a.grads, [&](const Block& b, Scratch& scratch) {
+    const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
+    pack_small(a.masks[b.k], a.grads[b.k], b, g, threshold);
+  });
+}
 
-void amplify_(const Amplify& a) { for_each_row(a.params, AmplifyWalk{a}); }
+void amplify_(const Amplify& a) {
+  for_each_row_block(a.params, [&](const Block& b, Scratch& scratch) {
+    const View& param = a.params[b.k];
+    const float* w = load(param, b.begin, b.n, scratch.w);
+    const float* previous = load(a.previous[b.k], b.begin, b.n, scratch.g);
+    const uint8_t* flags = unpack(a.masks[b.k], param, b, scratch);
+    const float kappa = static_cast<float>(a.kappa[b.k]);
+    float* p = target(param, b.begin, scratch.v);
+    FK_SIMD
+    for (int64_t i = 0; i < b.n; ++i) p[i] = flags[i] ? math::amplified(w[i], previous[i], kappa) : w[i];
+    store(param, b.begin, b.n, p);
+  });
+}
 
 }  // namespace flatkern::cpu::FK_ISA
