@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import tables
+from . import shards, tables
 from .methods import check_uint32, is_number
 from .ops import Op
 
@@ -109,6 +109,8 @@ def check_storage(where: str, t: Tensor, dtypes: Iterable[torch.dtype] = STORAGE
     """Refuse what no kernel can walk: not a tensor, sparse, complex, integer, float64, or with gaps."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{where} is {type(t).__name__}, but should be a tensor")
+    if shards.is_sharded(t):
+        raise TypeError(f"{where} is a DTensor; pass what is on this rank, its .to_local()")
     if t.layout != torch.strided:
         raise TypeError(f"{where} is {str(t.layout).removeprefix('torch.')}, but should be strided; call .to_dense()")
     if t.dtype not in dtypes:

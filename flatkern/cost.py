@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from . import shards
 from .methods import ASAM, RWP, SAM
 from .tables import history_length, mask_shape
 
@@ -42,7 +43,8 @@ class Cost:
 
 
 def cost(opt: FlatOptimizer) -> Cost:
-    """Count bytes, op calls and memory of one step of `opt`, from shapes and dtypes alone.
+    """Count bytes, op calls and memory of one step of `opt`, from shapes and dtypes alone; of sharded
+    parameters what is on this rank.
 
     Counted: perturb (read w, write the clean copy, write w'), the norm and ascent reads of SAM, the
     update (read clean w, gradients, moments; write w, moments), IRE's mask. mSAM's further rounds, autograd's
@@ -55,8 +57,9 @@ def cost(opt: FlatOptimizer) -> Cost:
         for p in group["params"]:
             if not p.requires_grad:
                 continue
-            n, item = p.numel(), p.element_size()
             master = opt._has_master(p)
+            p = shards.local(p)
+            n, item = p.numel(), p.element_size()
             weight = 4 if master else item  # bytes of the clean weight, wherever it is kept
             moment = 4 if master else item
             parameters += n

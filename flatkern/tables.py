@@ -6,6 +6,8 @@ in memory order, so a channels_last weight is walked as it is stored.
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 
@@ -27,7 +29,7 @@ def history_length(t: Tensor) -> int:
 def mask_shape(t: Tensor) -> tuple[int, ...]:
     """Shape of a tensor's uint8 mask: a bit per element, eight columns of a filter to a byte; for tensors of rank <= 1
     a byte per element. Both are cut by rows where the tensor is."""
-    return (t.shape[0], -(-columns(t) // 8)) if t.dim() >= 2 else (t.numel(),)
+    return (t.shape[0], -(-math.prod(t.shape[1:]) // 8)) if t.dim() >= 2 else (t.numel(),)
 
 
 def is_dense(t: Tensor) -> bool:

@@ -89,9 +89,9 @@ class Draw:
         """A bit per element, eight columns of a row to a byte; a byte per element of tensors of rank <= 1."""
         result = []
         for shape in self.shapes:
-            size = torch.Size(shape).numel()
-            rows = shape[0] if len(shape) > 1 else 1
-            columns = size // rows if rows else 0
+            rows, columns = (
+                (shape[0], torch.Size(shape[1:]).numel()) if len(shape) > 1 else (1, torch.Size(shape).numel())
+            )
             bits = torch.rand((rows, columns), generator=self.generator) < 0.6
             if len(shape) > 1:
                 bits = torch.nn.functional.pad(bits, (0, -columns % 8)).view(rows, -(-columns // 8), 8)

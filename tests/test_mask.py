@@ -268,6 +268,16 @@ def test_a_checkpoint_without_a_mask_starts_empty(backend):
     assert "mask" not in opt.state[params[0]]
 
 
+def test_a_checkpoint_from_before_the_first_mask_has_lost_nothing(backend, recwarn):
+    params = [torch.nn.Parameter(torch.randn(5, 9))]
+    opts = [make(backend, params) for _ in range(2)]
+    fill(params)
+    opts[0].step()
+    opts[1].load_state_dict(opts[0].state_dict())
+    assert opts[1].mask_due
+    assert not [w for w in recwarn if "mask" in str(w.message)]
+
+
 def test_memory_is_a_bit_per_weight(backend):
     params = [torch.nn.Parameter(torch.randn(64, 72)), torch.nn.Parameter(torch.randn(16, 8, 3, 3))]
     opt = flatkern.SGD(params, enhance=flatkern.IRE(1.0), backend=backend)

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..dispatch import choose
 from ..methods import IRE, RWP, SAM
 from .plan import Bucket, Group
 from .rule import RuleOptimizer, require_unset
@@ -93,7 +92,7 @@ class Adam(RuleOptimizer):
     def _update_bucket(self, bucket: Bucket, grads: list[Tensor], forming: Forming) -> None:
         (exp_avgs, exp_avg_sqs, steps), _ = self._states(bucket, ("exp_avg", "exp_avg_sq", "step"))
         op = "adamw_update_" if bucket.groups[0]["decoupled_weight_decay"] else "adam_update_"
-        choose(op, bucket.params, self.backend)(
+        bucket.op(op, self.backend)(
             bucket.params, exp_avgs, exp_avg_sqs, steps, *forming.inputs(grads),
             lr=bucket.values("lr"), beta1=bucket.values("beta1", lambda g: float(g["betas"][0])),
             beta2=bucket.values("beta2", lambda g: float(g["betas"][1])), eps=bucket.values("eps"),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import shards
 from ..checks import check_backend, check_outer_filters, check_parameters, check_value
 from ..dispatch import gather_state, resolve
 from ..methods import IRE, RWP, SAM, check_uint32, is_number
@@ -72,9 +73,11 @@ class FlatOptimizer(torch.optim.Optimizer):
         """Refuse parameters that no kernel can walk, that repeat, or that somebody else holds perturbed."""
         params = self._parameters()
         name = type(self).__name__
-        check_parameters(name, params)
+        shards.check(name, params)
+        parts = [shards.local(p) for p in params]
+        check_parameters(name, parts)
         if self.method is not None or self.enhancement is not None:
-            check_outer_filters(name, "params", params)
+            check_outer_filters(name, "params", parts)
         if self.backend is not None:
             for device_type in {p.device.type for p in params} - {"meta"}:
                 resolve("restore_", device_type, self.backend)
@@ -153,7 +156,8 @@ class FlatOptimizer(torch.optim.Optimizer):
             state = self._state_of(p)
             if key not in state:
                 with torch.inference_mode(False):
-                    state[key] = torch.zeros(shape(p), dtype=dtype, device=p.device)
+                    part = torch.zeros(shape(shards.local(p)), dtype=dtype, device=p.device)
+                    state[key] = shards.beside(p, part, shape(p))
                 self.cycle.created.append((p, key))
             result.append(state[key])
         return result

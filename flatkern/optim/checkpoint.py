@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import shards
 from ..methods import RWP
 from ..tables import history_length, mask_shape
 from . import layouts
@@ -52,6 +53,17 @@ def prepare(opt: FlatOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
                 f"load_state_dict: group {k} has {len(saved['params'])} parameters in the checkpoint, "
                 f"{len(group['params'])} in the optimizer"
             )
+    for k, (p, saved) in enumerate(by_parameter(opt, state_dict)):
+        for name, value in saved.items():
+            if isinstance(value, Tensor) and value.dim() and shards.is_sharded(value) != shards.is_sharded(p):
+                kinds = ["one tensor", "sharded"]
+                raise ValueError(
+                    f"load_state_dict: {name} of parameter {k} is {kinds[shards.is_sharded(value)]} in the checkpoint, "
+                    f"and the parameter {kinds[shards.is_sharded(p)]}; torch.distributed.checkpoint.state_dict."
+                    "set_optimizer_state_dict divides it (StateDictOptions(full_state_dict=True))"
+                )
+    if opt.enhancement is not None and any("mask_age" not in saved for saved in saved_groups):
+        warnings.warn("load_state_dict: the checkpoint has no IRE mask; it starts empty", UserWarning, stacklevel=5)
     completed = [_completed(opt, group, saved) for group, saved in zip(groups, saved_groups, strict=True)]
     for group, saved in zip(groups, completed, strict=True):
         opt._check_group({**group, **saved})
@@ -99,8 +111,6 @@ def settle(opt: FlatOptimizer) -> None:
     opt.cycle.master_versions.clear()
     adaptive = isinstance(opt.method, RWP)
     missing = False
-    if opt.enhancement is not None and any(group["mask_age"] is None for group in opt.param_groups):
-        warnings.warn("load_state_dict: the checkpoint has no IRE mask; it starts empty", UserWarning, stacklevel=5)
     for group in opt.param_groups:
         for p in group["params"]:
             state = opt.state.get(p, {})

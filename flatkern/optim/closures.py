@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import shards
 from ..methods import RWP, SAM
 from . import messages, perturbations
 
@@ -85,11 +86,13 @@ def _accumulated(opt: FlatOptimizer, closures: list[Closure]) -> Any:
 def _with_gradients_on_entry(opt: FlatOptimizer, closures: list[Closure]) -> Any:
     """Trainers with manual optimization pass a closure that adds nothing: the gradients are there already."""
     closure = closures[0]
-    before = {p: (p.grad, p.grad._version) for p in opt._parameters() if p.grad is not None}
+    before = {p: (p.grad, shards.version(p.grad)) for p in opt._parameters() if p.grad is not None}
     loss = _call(closure)
     for p in opt._parameters():
         known = before.get(p)
-        changed = p.grad is not None if known is None else p.grad is not known[0] or p.grad._version != known[1]
+        changed = p.grad is not None
+        if known is not None:
+            changed = p.grad is not known[0] or shards.version(known[0]) != known[1]
         if changed:
             raise RuntimeError(
                 "step: there were fresh gradients in .grad and the closure added to them or replaced them; "

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import shards
 from ..dispatch import resolve
 from ..tables import same_layout
 from .plan import Bucket, Plan, Plans
@@ -69,19 +70,19 @@ class Cycle:
         """Gradients zeroed in place stay: one that is written since is fresh, even if the first one is not."""
         if not self.zeroed:
             return False
-        return any(p.grad is not None and p.grad._version != v for p, v in zip(params, self.zeroed, strict=True))
+        return any(p.grad is not None and shards.version(p.grad) != v for p, v in zip(params, self.zeroed, strict=True))
 
     def mark_zeroed(self, params: list[Tensor]) -> None:
         """The gradients were zeroed by their optimizer: dropped, or in place."""
         self.mark_consumed(params)
         if self.consumed is not None:
-            self.zeroed = [None if p.grad is None else p.grad._version for p in params]
+            self.zeroed = [None if p.grad is None else shards.version(p.grad) for p in params]
 
     def mark_consumed(self, params: Iterable[Tensor]) -> None:
         self.zeroed = []
         for p in params:
             if p.grad is not None:
-                self.consumed = weakref.ref(p.grad), p.grad._version
+                self.consumed = weakref.ref(p.grad), shards.version(p.grad)
                 return
         self.consumed = None
 
@@ -107,7 +108,7 @@ class Cycle:
         """Give the sum of earlier rounds back to `.grad`, so that autograd and DDP accumulate into it."""
         for p, g in zip(params, self.aside, strict=True):
             p.grad = g
-        self.sum_versions = [None if g is None else g._version for g in self.aside]
+        self.sum_versions = [None if g is None else shards.version(g) for g in self.aside]
         self.aside = []
         self.mark_consumed(params)
 
@@ -125,13 +126,13 @@ class Cycle:
         return bucket.backups
 
     def _backup(self, p: Tensor) -> Tensor:
-        saved = self.backups.get(p)
-        if saved is None or saved.dtype != p.dtype or saved.device != p.device or not same_layout(saved, p):
+        saved, part = self.backups.get(p), shards.local(p)
+        if saved is None or saved.dtype != p.dtype or saved.device != part.device or not same_layout(saved, part):
             with torch.inference_mode(False):  # it is written in every mode
-                new = torch.empty_like(p, memory_format=torch.preserve_format, requires_grad=False)
+                new = torch.empty_like(part, memory_format=torch.preserve_format, requires_grad=False)
             if saved is not None:
                 self.plans.clear()  # old plans would keep it alive
-                if saved.shape == p.shape:
+                if saved.shape == part.shape:
                     new.copy_(saved)  # it may hold the clean weights of a perturbation that is on
             saved = self.backups[p] = new
         return saved
@@ -152,7 +153,7 @@ class Cycle:
         self.plan = plan
         self.ever_perturbed = True
         for bucket in plan.buckets:
-            bucket.versions = [p._version for p in bucket.params]
+            bucket.versions = bucket.versions_now()
             self.note_masters(bucket)
         _perturbed_cycles.add(self)
 
@@ -171,12 +172,11 @@ class Cycle:
     def note_masters(self, bucket: Bucket) -> None:
         """A master is valid as long as its parameter is what we wrote."""
         if bucket.masters:
-            for p in bucket.params:
-                self.master_versions[p] = p._version
+            self.master_versions.update(zip(bucket.params, bucket.versions_now(), strict=True))
 
     def restore(self, params: list[Tensor], clean: list[Tensor]) -> None:
         """restore_ on parameters of one device."""
-        resolve("restore_", params[0].device.type, self.backend)(params, clean)
+        resolve("restore_", params[0].device.type, self.backend)(shards.parts(params), shards.parts(clean))
 
     def abandon(self) -> None:
         """The optimizer is gone: leave clean weights behind."""
@@ -188,7 +188,7 @@ class Cycle:
         """End a perturbation, keeping what others wrote into the parameters since; drop what is pending."""
         if self.plan is not None and not self.suspended:
             for bucket in self.plan.buckets:
-                ours = [k for k, p in enumerate(bucket.params) if p._version == bucket.versions[k]]
+                ours = [k for k, v in enumerate(bucket.versions_now()) if v == bucket.versions[k]]
                 if ours:
                     self.restore([bucket.params[k] for k in ours], [bucket.clean[k] for k in ours])
         self.leave()
@@ -196,7 +196,7 @@ class Cycle:
 
 
 def _is(mark: tuple[Any, int] | None, grad: Tensor) -> bool:
-    return mark is not None and mark[0]() is grad and mark[1] == grad._version
+    return mark is not None and mark[0]() is grad and mark[1] == shards.version(grad)
 
 
 def holders(params: Iterable[Tensor]) -> Iterator[Cycle]:

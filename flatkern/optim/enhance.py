@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import shards
 from ..checks import MAGNITUDE_DIGITS
 from ..dispatch import resolve
 from ..tables import mask_shape
@@ -34,10 +35,14 @@ def is_due(opt: FlatOptimizer) -> bool:
 
 def of(opt: FlatOptimizer, bucket: Bucket) -> tuple[list[Tensor] | None, list[float]]:
     """Masks and kappa of a bucket, whose groups agree on being amplified; (None, zeros) where they are not."""
+    if opt.enhancement is None or not bucket.groups[0]["enhance"]:
+        return None, bucket.constant(0.0)
+    # Made at the first step, whatever it is: checkpoints are loaded into the state that a first step makes.
+    masks = masks_of(opt, bucket.params)
     if not is_on(opt, bucket.groups[0]):
         return None, bucket.constant(0.0)
     bucket.values("kappa")
-    return masks_of(opt, bucket.params), bucket.values("kappa now", lambda g: _kappa(opt, g))
+    return masks, bucket.values("kappa now", lambda g: _kappa(opt, g))
 
 
 def _kappa(opt: FlatOptimizer, group: Group) -> float:
@@ -84,12 +89,12 @@ def update_mask(opt: FlatOptimizer, scaler: Any) -> None:
             )
     else:
         masks = dict(zip(params, masks_of(opt, params), strict=True))
-        for op, device, at in _by_device(opt, "pack_mask_", seen):
+        for op, (device, _), at in _by_place(opt, "pack_mask_", grads):
             op([masks[seen[k]] for k in at], [grads[k] for k in at], threshold.to(device))
         reached = {id(p) for p in seen}
         for p in params:
             if id(p) not in reached:
-                masks[p].zero_()
+                shards.local(masks[p]).zero_()
         for group in opt.param_groups:
             group["mask_age"] = 0
     for p in opt._parameters():
@@ -97,18 +102,26 @@ def update_mask(opt: FlatOptimizer, scaler: Any) -> None:
     opt.cycle.mark_consumed([])
 
 
-def _by_device(opt: FlatOptimizer, op: str, tensors: list[Tensor]) -> list[tuple[Any, torch.device, list[int]]]:
-    """An op per device, with the positions of the tensors that are there."""
-    positions: dict[torch.device, list[int]] = {}
+Place = tuple[torch.device, shards.Ranks]
+
+
+def _by_place(opt: FlatOptimizer, op: str, tensors: list[Tensor]) -> list[tuple[Any, Place, list[int]]]:
+    """An op per device and group of ranks, with the positions of the tensors that are there."""
+    positions: dict[tuple[Place, bool], list[int]] = {}
     for k, t in enumerate(tensors):
-        positions.setdefault(t.device, []).append(k)
-    return [(resolve(op, device.type, opt.backend), device, at) for device, at in positions.items()]
+        positions.setdefault(((t.device, shards.ranks_of(t)), shards.is_sharded(t)), []).append(k)
+    found = []
+    for (place, sharded), at in positions.items():
+        run = resolve(op, place[0].type, opt.backend)
+        found.append((shards.on_parts(run) if sharded else run, place, at))
+    return found
 
 
 def _threshold(opt: FlatOptimizer, grads: list[Tensor], sharp_fraction: float) -> Tensor | None:
     """The K-th smallest magnitude, 0-dim float32, exact; None where a gradient is not finite.
 
-    A radix selection over the bits: a histogram per digit, no sort and no copy of the gradients.
+    A radix selection over the bits: a histogram per digit, no sort and no copy of the gradients. Of sharded ones the
+    histograms are added up over the ranks, 32 KB in all.
     """
     total = sum(g.numel() for g in grads)
     device = grads[0].device
@@ -117,10 +130,10 @@ def _threshold(opt: FlatOptimizer, grads: list[Tensor], sharp_fraction: float) -
     bits = torch.zeros((), dtype=torch.int64, device=device)
     for level, width in enumerate(MAGNITUDE_DIGITS):
         counts = torch.zeros(2**width, dtype=torch.int64, device=device)
-        for op, where, at in _by_device(opt, "count_magnitudes_", grads):
+        for op, (where, ranks), at in _by_place(opt, "count_magnitudes_", grads):
             part = torch.empty(2**width, dtype=torch.int64, device=where)
             op(part, [grads[k] for k in at], prefix.to(where))
-            counts += part.to(device)
+            counts += shards.add_up(part, ranks).to(device)
         if level == 0 and bool(counts[EXPONENT_OF_INFINITY:].any()):
             return None
         up_to = counts.cumsum(0)

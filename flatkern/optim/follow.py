@@ -54,6 +54,7 @@ def follow(opt: FlatOptimizer, model: torch.nn.Module) -> Handles:
         raise TypeError(f"follow: model is {type(model).__name__}, but should be a torch.nn.Module")
     follower = _Follower(opt)
     return Handles(
-        model.register_forward_pre_hook(follower.forward),
+        # Before FSDP2's own, which gathers the weights.
+        model.register_forward_pre_hook(follower.forward, prepend=True),
         model.register_state_dict_pre_hook(follower.state_dict),
     )

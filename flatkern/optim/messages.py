@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .. import shards
 from ..methods import RWP
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def warn_rounded_away(opt: FlatOptimizer, plan: Plan) -> None:
     moved = total = 0
     for bucket in plan.buckets:
         climbs = any(group["rho"] > 0 for group in bucket.groups)
-        for p, clean in zip(bucket.params, bucket.clean, strict=True):
+        for p, clean in zip(shards.parts(bucket.params), shards.parts(bucket.clean), strict=True):
             if p.dtype == torch.bfloat16 and climbs:
                 moved += int((p != clean.to(p.dtype)).sum())
                 total += p.numel()

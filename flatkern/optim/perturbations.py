@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import shards
 from ..dispatch import resolve
 from ..methods import ASAM, RWP, SAM
 from ..tables import history_length
@@ -135,11 +136,21 @@ def scatter_bucket(opt: FlatOptimizer, bucket: Bucket, noise: Tensor, read: Read
     """perturb_gaussian_ on one bucket; `read(group, key)` gives sigma and eta."""
     backups, masters = _clean_stores(opt, bucket)
     adaptive = any(read(g, "eta") > 0 for g in bucket.groups)
+    norms = _norms_of_the_whole(opt, bucket, masters or bucket.params) if bucket.cut else None
     bucket.op("perturb_gaussian_", opt.backend)(
-        bucket.params, backups, masters, None, opt._histories(bucket.params) if adaptive else None, noise,
+        bucket.params, backups, masters, norms, opt._histories(bucket.params) if adaptive else None, noise,
         sigma=bucket.values("sigma", lambda g: float(read(g, "sigma"))),
         eta=bucket.values("eta", lambda g: float(read(g, "eta"))), index=bucket.index, offset=bucket.offset,
     )  # fmt: skip
+
+
+def _norms_of_the_whole(opt: FlatOptimizer, bucket: Bucket, weights: list[Tensor]) -> list[Tensor]:
+    """L2 norms of vectors of which every rank has a part; one sum over the ranks, a float per vector."""
+    norms = torch.empty(len(weights), dtype=torch.float32, device=bucket.device)
+    each = list(norms.split(1))
+    bucket.op("filter_norms_", opt.backend)(each, weights)
+    norms.copy_(shards.add_up(norms.double().square(), bucket.ranks).sqrt())
+    return each
 
 
 def _climb(opt: FlatOptimizer, fresh: bool) -> None:
@@ -154,7 +165,7 @@ def _climb(opt: FlatOptimizer, fresh: bool) -> None:
     plan = _plan(opt, [p for p in _perturbable(opt) if p.grad is not None])
 
     def climb() -> None:
-        norms = [_ascent_norm(opt, bucket, method) for bucket in plan.buckets]
+        norms = [(bucket.ranks, _ascent_norm(opt, bucket, method)) for bucket in plan.buckets]
         total = cycle.ascent_norm = combined(norms) if norms else torch.zeros(())
         with _undone_on_failure(opt, plan):
             for bucket in plan.buckets:
@@ -194,12 +205,16 @@ def _climb_eta(bucket: Bucket, method: SAM) -> list[float]:
     return eta if method.all_tensors else [e if p.dim() >= 2 else -1.0 for e, p in zip(eta, bucket.params, strict=True)]
 
 
-def combined(norms: list[Tensor]) -> Tensor:
-    """The norm over several buckets, on the device of the first."""
-    if len(norms) == 1:
-        return norms[0]
-    total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
-    return total
+def combined(norms: list[tuple[shards.Ranks, Tensor]]) -> Tensor:
+    """The norm over several buckets, on the device of the first; each is summed over the ranks that share it."""
+    first = norms[0][1]
+    if len(norms) == 1 and not norms[0][0]:
+        return first
+    shared: dict[shards.Ranks, list[Tensor]] = {}
+    for ranks, norm in norms:
+        shared.setdefault(ranks, []).append(norm.to(first.device).double().square())
+    squares = [shards.add_up(torch.stack(each).sum(), ranks) for ranks, each in shared.items()]
+    return torch.stack(squares).sum().sqrt().float()
 
 
 @contextmanager
@@ -207,12 +222,12 @@ def _undone_on_failure(opt: FlatOptimizer, plan: Plan) -> Iterator[None]:
     """Enter `plan` when the body succeeds; put the clean weights back when it does not."""
     # A compiled op writes all of its bucket or nothing; only eager code stops between two parameters.
     alone = len(plan.buckets) == 1 and plan.buckets[0].op("restore_", opt.backend).whole  # type: ignore[attr-defined]
-    before = [] if alone else [[p._version for p in b.params] for b in plan.buckets]
+    before = [] if alone else [b.versions_now() for b in plan.buckets]
     try:
         yield
     except BaseException:
         for bucket, versions in zip(plan.buckets, before, strict=False):
-            written = [k for k, p in enumerate(bucket.params) if p._version != versions[k]]
+            written = [k for k, v in enumerate(bucket.versions_now()) if v != versions[k]]
             if written:
                 opt.cycle.restore([bucket.params[k] for k in written], [bucket.clean[k] for k in written])
         raise
@@ -250,7 +265,7 @@ def has_round_gradient(opt: FlatOptimizer, params: list[Tensor] | None = None) -
         return cycle.is_fresh(params)
     # The sum of earlier rounds is in `.grad`; any parameter may be the one that this round has added to.
     pairs = zip(params, cycle.sum_versions, strict=True)
-    return any(p.grad is not None and p.grad._version != version for p, version in pairs)
+    return any(p.grad is not None and shards.version(p.grad) != version for p, version in pairs)
 
 
 def remember_squares(opt: FlatOptimizer) -> None:
@@ -262,14 +277,14 @@ def remember_squares(opt: FlatOptimizer) -> None:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            norms = [p.new_empty(history_length(p), dtype=torch.float32) for p in params if p.dim() >= 2]
-            wide = [p.grad for p in params if p.dim() >= 2]
+            wide = [shards.local(p.grad) for p in params if p.dim() >= 2]
+            norms = [g.new_empty(history_length(g), dtype=torch.float32) for g in wide]
             if wide:
                 resolve("filter_norms_", wide[0].device.type, opt.backend)(norms, wide)
             rest = iter(norms)
             scale = float(group["lam"]) * loss_scale(opt.cycle.scaler)
             for p in params:
-                g = next(rest) if p.dim() >= 2 else p.grad.float().flatten()
+                g = next(rest) if p.dim() >= 2 else shards.local(p.grad).float().flatten()
                 opt.cycle.squares[p] = (g / scale).square() if group["lam"] else torch.zeros_like(g)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import shards
 from ..checks import check_value
 from ..dispatch import resolve
 
@@ -19,14 +20,17 @@ MAX_PLANS = 256  # models whose set of gradients changes at random would otherwi
 
 
 class Bucket:
-    """Parameters of one device that are treated alike, in the optimizer's order.
+    """Parameters of one device (sharded: of one group of ranks) that are treated alike, in the optimizer's order.
 
     `values(key)` expands a group value to one entry per parameter; the list is rebuilt (and the value
     checked) only when a group's value has changed.
     """
 
-    def __init__(self, device: Any) -> None:
+    def __init__(self, device: Any, sharded: bool, ranks: shards.Ranks, cut: bool) -> None:
         self.device = device
+        self.sharded = sharded  # the parameters are DTensors, of which ops see the parts
+        self.ranks = ranks  # who holds their other rows
+        self.cut = cut  # vectors, so that a filter is divided among `ranks` and its norm is a sum over them
         self.params: list[Tensor] = []
         self.index: list[int] = []  # position among all parameters, frozen ones included
         self.groups: list[Group] = []
@@ -38,6 +42,7 @@ class Bucket:
         self.epoch = -1
         self.clean: list[Tensor] = []  # while perturbed: where the clean weights are, backups or masters
         self.versions: list[int] = []  # while perturbed: the parameters' versions after our write
+        self._offset: list[int] = []
         self._cache: dict[str, tuple[list[Any], list[Any]]] = {}
 
     def add(self, param: Tensor, group: Group, index: int) -> None:
@@ -69,12 +74,21 @@ class Bucket:
 
     def op(self, name: str, backend: str | None) -> Callable[..., None]:
         """The function that runs op `name` on this bucket's device."""
-        return resolve(name, self.device.type, backend)
+        run = resolve(name, self.device.type, backend)
+        return shards.on_parts(run) if self.sharded else run
 
     @property
     def offset(self) -> list[int]:
-        """First row held of each unsharded tensor: zero, as long as nothing is sharded."""
-        return self.constant(0)
+        """The row that is held first of each unsharded tensor."""
+        if not self.ranks:
+            return self.constant(0)
+        if len(self._offset) != len(self.params):
+            self._offset = [shards.first_row(p) for p in self.params]
+        return self._offset
+
+    def versions_now(self) -> list[int]:
+        """Of the parameters; they change with every write."""
+        return [shards.version(p) for p in self.params] if self.sharded else [p._version for p in self.params]
 
 
 class Plan:
@@ -102,7 +116,7 @@ class Plans:
         flags: Callable[[Group], Hashable],
         master: Callable[[Tensor], bool],
     ) -> Plan:
-        """The plan of `params`: split by device, `flags(group)`, masters, and membership in `perturbed`."""
+        """The plan of `params`: split by place, `flags(group)`, masters, and membership in `perturbed`."""
         # Models move and change dtype as a whole, so one parameter of a group speaks for it.
         heads = [(id(g), flags(g), p.device, p.dtype) for g in groups for p in g["params"][:1]]
         key = perturbed, *heads
@@ -135,11 +149,14 @@ def _build(
     for group in groups:
         for p in group["params"]:
             if id(p) in wanted:
-                key = p.device, flags(group), id(p) in members, master(p)
+                ranks = shards.ranks_of(p)
+                where = p.device, shards.is_sharded(p), ranks, bool(ranks) and p.dim() < 2
+                treated = id(p) in members, master(p)
+                key = where, flags(group), treated
                 bucket = buckets.get(key)
                 if bucket is None:
-                    bucket = buckets[key] = Bucket(p.device)
-                    bucket.perturbed, bucket.masters = key[2:]
+                    bucket = buckets[key] = Bucket(*where)
+                    bucket.perturbed, bucket.masters = treated
                 bucket.add(p, group, index)
             index += 1
     for bucket in buckets.values():

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import shards
 from ..checks import check_value
 from ..dispatch import gather_state
 from .base import FlatOptimizer
@@ -85,10 +86,13 @@ class RuleOptimizer(FlatOptimizer):
                 # A perturbed parameter's clean value is known even where somebody has cleared the state.
                 source = self.cycle.clean_copy(p) if self._is_held(p) else p.detach()
                 with torch.inference_mode(False):
-                    master = state["master"] = source.to(torch.float32, copy=True, memory_format=torch.preserve_format)
+                    part = shards.local(source).to(torch.float32, copy=True, memory_format=torch.preserve_format)
+                    master = state["master"] = shards.beside(p, part, p.shape)
                 self.cycle.created.append((p, "master"))
-            elif versions.get(p) != p._version and not self._is_held(p) and not torch.equal(master.to(p.dtype), p):
-                master.copy_(p)
+            elif versions.get(p) != shards.version(p) and not self._is_held(p):
+                part, mine = shards.local(p), shards.local(master)
+                if not torch.equal(mine.to(p.dtype), part):
+                    mine.copy_(part)
             result.append(master)
         return result
 

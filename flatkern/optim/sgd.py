@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..dispatch import choose
 from ..methods import IRE, RWP, SAM
 from .plan import Bucket, Group
 from .rule import RuleOptimizer, require_unset
@@ -92,7 +91,7 @@ class SGD(RuleOptimizer):
             if created:
                 # v <- d on the first step is v <- momentum 0 + (1 - 0) d.
                 dampening = [0.0 if k in created else d for k, d in enumerate(dampening)]
-        choose("sgd_update_", bucket.params, self.backend)(
+        bucket.op("sgd_update_", self.backend)(
             bucket.params, buffers, *forming.inputs(grads),
             lr=bucket.values("lr"), momentum=bucket.values("momentum"), dampening=dampening,
             weight_decay=bucket.values("weight_decay"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import shards
 from ..checks import LayoutError, check_storage
 from ..methods import RWP
 from . import enhance, layouts, messages, perturbations, scaling
@@ -136,7 +137,7 @@ def _mixed_gradients(opt: FlatOptimizer, params: list[Tensor], rounds: int) -> G
     scale = getattr(opt, "grad_scale", None)
     if scale is not None:
         # restore() has unscaled the perturbed gradients; `.grad`, the clean one, still carries the scale.
-        torch._foreach_mul_([p.grad for p in params if p.grad is not None], scale.reciprocal())
+        torch._foreach_mul_([shards.local(p.grad) for p in params if p.grad is not None], scale.reciprocal())
     return Gradients(cycle.aside, [p.grad for p in params], rounds, True, 1.0 / rounds)
 
 
@@ -169,6 +170,10 @@ def _apply(opt: FlatOptimizer, params: list[Tensor], gradients: Gradients, noise
         cycle.note_masters(work[k][0])
         cycle.created.clear()
     opt._finish(work)
+    if noise is not None:
+        # The norm of a vector that is divided among ranks is known only when all of them have updated it.
+        for bucket in (b for b in plan.buckets if b.perturbed and b.cut):
+            perturbations.scatter_bucket(opt, bucket, noise)
     enhance.count_step(opt, work)
     if not plan.covers_perturbed:
         _serve_the_rest(opt, plan.members, noise)
@@ -222,7 +227,7 @@ def _forming(opt: FlatOptimizer, bucket: Bucket, clean: Any, gradients: Gradient
     # Made at the first step, whatever it is: checkpoints are loaded into the state that a first step makes.
     history = opt._histories(bucket.params) if adaptive else None
     remembers = adaptive and gradients.perturbed and not opt.cycle.squares
-    draws = noise is not None and bucket.perturbed
+    draws = noise is not None and bucket.perturbed and not bucket.cut
     factor = gradients.factor
     masks, kappa = enhance.of(opt, bucket)
     return Forming(
@@ -261,7 +266,7 @@ def _clip(opt: FlatOptimizer, work: Work) -> None:
             norm, grads, forming.clean_grads, forming.grad_scale,
             grad_weight=forming.grad_weight, clean_weight=forming.clean_weight,
         )  # fmt: skip
-        norms.append(norm)
+        norms.append((bucket.ranks, norm))
     total = opt.cycle.grad_norm = perturbations.combined(norms)
     clip = (opt.max_grad_norm / (total + 1e-6)).clamp(max=1.0)
     for bucket, _, forming in work:
@@ -291,9 +296,9 @@ def _fold_squares(opt: FlatOptimizer) -> None:
             continue
         params = [p for p in group["params"] if p.grad is not None]
         for p, history in zip(params, opt._histories(params), strict=True):
-            history.mul_(float(group["beta"]))
+            part = shards.local(history).mul_(float(group["beta"]))
             if p in opt.cycle.squares:
-                history.add_(opt.cycle.squares[p])
+                part.add_(opt.cycle.squares[p])
 
 
 def _rolling_step(opt: FlatOptimizer, params: list[Tensor]) -> None:
@@ -336,4 +341,4 @@ def _refuse_sparse(work: Work) -> None:
     """Autograd can put a sparse gradient anywhere; the last bucket must not find it when the first is updated."""
     for bucket, grads, _ in work if len(work) > 1 else ():
         for i, g in zip(bucket.index, grads, strict=True):
-            check_storage(f"step: grads[{i}]", g, (g.dtype,))
+            check_storage(f"step: grads[{i}]", shards.local(g), (g.dtype,))

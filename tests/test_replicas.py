@@ -1,0 +1,154 @@
+"""DDP: replicas stay equal bit for bit, whatever the method, and their masks too; with and without bucket views."""
+
+import contextlib
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks
+from torch.nn.parallel import DistributedDataParallel
+
+import flatkern
+
+if not dist.is_available() or not dist.is_gloo_available():
+    pytest.skip("this torch has no gloo", allow_module_level=True)
+
+METHODS = {
+    "plain": lambda rank: None,
+    "RWP": lambda rank: flatkern.RWP(0.05),
+    "RWP, a noise per rank": lambda rank: flatkern.RWP(0.05, stream=rank),
+    "m-RWP": lambda rank: flatkern.RWP(0.05, lam=0.5, stream=rank),
+    "m-RWP, losses": lambda rank: flatkern.RWP(0.05, lam=0.5, mix="losses", stream=rank),
+    "m-ARWP": lambda rank: flatkern.RWP(0.05, lam=0.5, eta=0.1),
+    "rolling": lambda rank: flatkern.RWP(0.05, rolling=True, stream=rank),
+    "SAM": lambda rank: flatkern.SAM(0.1),
+    "ASAM": lambda rank: flatkern.ASAM(0.5),
+}
+BASES = {
+    "SGD": functools.partial(flatkern.SGD, lr=0.1, momentum=0.9),
+    "AdamW": functools.partial(flatkern.AdamW, lr=0.01),
+    "Wrap": lambda params, **ours: flatkern.Wrap(torch.optim.RMSprop(params, lr=0.01), **ours),
+}
+
+
+@pytest.fixture(scope="module")
+def two():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(9, 13), torch.nn.Tanh(), torch.nn.LayerNorm(13), torch.nn.Linear(13, 3))
+
+
+def data(step, rank):
+    generator = torch.Generator().manual_seed(2 * step + rank)
+    return torch.randn(6, 9, generator=generator), torch.randint(3, (6,), generator=generator)
+
+
+def on_every_rank(tensor):
+    """What all ranks have, to be compared bit for bit."""
+    found = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, tensor)
+    return found
+
+
+def equal_replicas(tensors):
+    for k, t in enumerate(tensors):
+        mine, *others = on_every_rank(t.detach().contiguous())
+        assert all(torch.equal(mine, other) for other in others), f"tensor {k}"
+
+
+def trained(base, method, views, steps=6, rounds=1):
+    """`rounds` > 1: accumulation over that many shards, of which the last backward alone is synchronised."""
+    rank = dist.get_rank()
+    model = DistributedDataParallel(network(), gradient_as_bucket_view=views)
+    start = [p.detach().clone() for p in model.parameters()]
+    opt = BASES[base](model.parameters(), perturb=METHODS[method](rank), enhance=flatkern.IRE(2.0, interval=2))
+    if opt.rolling:
+        opt.follow(model)
+    two_passes = isinstance(opt.method, flatkern.SAM) or getattr(opt.method, "lam", None) is not None
+    masks = []
+
+    def backward(step, synchronised=True):
+        x, y = data(step, rank)
+        with contextlib.nullcontext() if synchronised else model.no_sync():
+            (opt.loss_weight * torch.nn.functional.cross_entropy(model(x), y)).backward()
+
+    for step in range(steps):
+        opt.zero_grad()
+        if opt.mask_due:
+            torch.manual_seed(100 * step + rank)  # labels of its own
+            model.eval()
+            flatkern.sampled_label_loss(model(data(step, rank)[0])).backward()
+            opt.update_mask()
+            model.train()
+            masks += [opt._state_of(p)["mask"].clone() for p in model.parameters()]
+        for k in range(rounds):
+            last = k == rounds - 1
+            if two_passes:
+                backward(rounds * step + k, synchronised=rounds == 1)
+            if opt.method is not None and not opt.rolling:
+                opt.perturb()
+            backward(rounds * step + k, synchronised=last)
+            if not last:
+                opt.restore()
+        opt.step()
+    opt.eval()
+    moved = sum((p - s).abs().sum() for p, s in zip(model.parameters(), start, strict=True))
+    assert moved > 0.1
+    equal_replicas([*masks, *model.parameters()])
+    for p in model.parameters():
+        equal_replicas([v for v in opt.state[p].values() if v.dim()])
+
+
+@pytest.mark.parametrize("views", [False, True], ids=["", "bucket views"])
+@pytest.mark.parametrize("method", METHODS)
+def test_replicas_are_equal(two, method, views):
+    two.call(trained, "SGD", method, views)
+
+
+@pytest.mark.parametrize("method", ["m-RWP", "rolling", "SAM"])
+@pytest.mark.parametrize("base", ["AdamW", "Wrap"])
+def test_replicas_are_equal_with_other_bases(two, base, method):
+    two.call(trained, base, method, True)
+
+
+@pytest.mark.parametrize("views", [False, True], ids=["", "bucket views"])
+def test_shards_of_msam_are_reduced_once(two, views):
+    two.call(trained, "SGD", "SAM", views, 6, 3)
+
+
+def gradients_of_both_passes(views):
+    """m-RWP keeps the clean gradient while the second backward fills the same bucket."""
+    rank = dist.get_rank()
+    step_of = {}
+    for parallel in (True, False):
+        model = network()
+        if parallel:
+            model = DistributedDataParallel(model, gradient_as_bucket_view=views)
+        opt = flatkern.SGD(model.parameters(), lr=1.0, perturb=flatkern.RWP(0.05, lam=0.25))
+
+        def backward(step, model=model, parallel=parallel):
+            for r in [rank] if parallel else [0, 1]:
+                x, y = data(step, r)
+                loss = torch.nn.functional.cross_entropy(model(x), y)
+                (loss if parallel else loss / 2).backward()
+
+        for step in range(3):
+            opt.zero_grad()
+            backward(2 * step)
+            opt.perturb()
+            backward(2 * step + 1)
+            opt.step()
+        step_of[parallel] = [p.detach().clone() for p in model.parameters()]
+    for a, b in zip(step_of[True], step_of[False], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("views", [False, True], ids=["", "bucket views"])
+def test_two_ranks_do_what_one_process_does_with_both_batches(two, views):
+    two.call(gradients_of_both_passes, views)
