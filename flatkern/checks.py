@@ -58,7 +58,7 @@ def check(op: Op, values: dict[str, Any]) -> None:
             if value.dtype != torch.int64 or value.dim() != 1 or value.numel() >= len(MAGNITUDE_DIGITS):
                 raise TypeError(f"{op.name}: prefix is {_kind(value)}, but should be int64 with fewer than 3 digits")
         elif name == "counts":
-            size = 2 ** MAGNITUDE_DIGITS[values["prefix"].numel() % len(MAGNITUDE_DIGITS)]
+            size = 2 ** MAGNITUDE_DIGITS[values["prefix"].numel() % len(MAGNITUDE_DIGITS)] + 2
             if value.dtype != torch.int64 or value.shape != (size,) or not value.is_contiguous():
                 raise TypeError(f"{op.name}: counts is {_kind(value)}, but should be int64 ({size},)")
         elif value.dtype != torch.float32 or value.dim() != 0:

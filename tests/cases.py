@@ -220,7 +220,7 @@ def count_magnitudes_(shapes, dtype, device="cpu", variant=""):
     for t in grads:
         t.flatten()[-2:-1] = 1.0
     digits = [bits >> 20, bits >> 10 & 1023][:known]
-    counts = torch.full((2048 if known == 0 else 1024,), -1, dtype=torch.int64, device=d.device)
+    counts = torch.full((2050 if known == 0 else 1026,), -1, dtype=torch.int64, device=d.device)
     return dict(counts=counts, grads=grads, prefix=torch.tensor(digits, dtype=torch.int64, device=d.device))
 
 

@@ -11,6 +11,7 @@ import flatkern
 from flatkern import tables
 from flatkern.checks import MAGNITUDE_DIGITS
 from flatkern.dispatch import resolve
+from flatkern.optim import enhance
 from flatkern.reference.mask import unpacked
 
 SHAPES = [(3, 5), (0,), (7, 3, 3, 3), (), (33,), (2, 1030), (40, 8)]
@@ -65,11 +66,45 @@ def test_counts_are_a_histogram(dtype):
     for level, width in enumerate(MAGNITUDE_DIGITS):
         shift = sum(MAGNITUDE_DIGITS[level + 1 :])
         digits = bits >> shift & (2**width - 1)
-        counts = torch.full((2**width,), -1)
+        counts = torch.full((2**width + 2,), -1)
         v.run("count_magnitudes_", counts=counts, grads=grads, prefix=torch.tensor(prefix, dtype=torch.int64))
-        assert counts.tolist() == np.bincount(digits[higher], minlength=2**width).tolist()
+        assert counts[:-2].tolist() == np.bincount(digits[higher], minlength=2**width).tolist()
+        begins = sum(d << sum(MAGNITUDE_DIGITS[k + 1 :]) for k, d in enumerate(prefix))
+        assert counts[-2:].tolist() == [(bits < begins).sum(), (bits >= 0x7F800000).sum()]
         prefix.append(int(digits[higher][0]))
         higher &= digits == prefix[-1]
+
+
+@pytest.mark.parametrize("wrong_by", [0, 1, -1, 40])
+@pytest.mark.parametrize("infinite", [False, True])
+def test_a_sample_only_saves_time(backend, monkeypatch, wrong_by, infinite):
+    """The first digit is guessed from a sample of many gradients; the mask does not depend on the guess."""
+    guess, found = enhance._guessed, []
+
+    def guessed(*args):
+        found.append(guess(*args))
+        return found[-1] + wrong_by
+
+    monkeypatch.setattr(enhance, "SAMPLED", 1000)
+    monkeypatch.setattr(enhance, "_guessed", guessed)
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in [(300, 400), (9, 9, 5, 5), (7,)]]
+    opt = make(backend, params)
+    fill(params)
+    grads = [p.grad.clone() for p in params]
+    if infinite:
+        params[1].grad[8, 8, 4, 4] = -torch.inf
+        with pytest.raises(RuntimeError, match="not finite"):
+            opt.update_mask()
+        return
+    opt.update_mask()
+    magnitudes = torch.cat([g.abs().flatten() for g in grads])
+    fraction = opt.enhancement.sharp_fraction
+    threshold = magnitudes.sort().values[int(len(magnitudes) * (1 - fraction)) - 1]
+    for mask, g in zip(masked(params, opt), grads, strict=True):
+        assert torch.equal(mask, g.abs() <= threshold)
+    first_digit = threshold.view(torch.int32) >> sum(MAGNITUDE_DIGITS[1:])
+    assert abs(found[0].item() - first_digit) <= 1
 
 
 @law("pack_mask_")

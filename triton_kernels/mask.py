@@ -16,16 +16,22 @@ def count_magnitudes_kernel(
     GRAD: tl.constexpr, WIDTH: tl.constexpr, KNOWN: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr,
     KNOWN_BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
-    """A histogram of a digit of |g| for a tile, added to all. Integers, so that the order does not matter."""
+    """A histogram of a digit of |g| for a tile, what is below the known digits, what is not finite; added to all.
+    Integers, so that the order does not matter."""
     k, _row, _column, start, inside, mask = tile.begin(tiles, tensors, ROWS, COLUMNS, EVEN, LONG)
     g = tile.widen(tile.load(pointers, k, 0, WIDTH, GRAD, start, inside, mask, EVEN), GRAD)
     bits = g.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    BINS: tl.constexpr = 1 << BITS
+    infinite = tl.sum(tl.reshape((mask & (bits >= 0x7F800000)).to(tl.int32), [ROWS * COLUMNS]), axis=0)
+    tl.atomic_add(counts + BINS + 1, infinite.to(tl.int64), mask=infinite > 0)
     if KNOWN > 0:
         higher = tl.load(prefix).to(tl.int32)
         if KNOWN > 1:
             higher = (higher << KNOWN_BITS) | tl.load(prefix + 1).to(tl.int32)
-        mask = mask & ((bits >> (SHIFT + BITS)) == higher)
-    BINS: tl.constexpr = 1 << BITS
+        begins = bits >> (SHIFT + BITS)
+        below = tl.sum(tl.reshape((mask & (begins < higher)).to(tl.int32), [ROWS * COLUMNS]), axis=0)
+        tl.atomic_add(counts + BINS, below.to(tl.int64), mask=below > 0)
+        mask = mask & (begins == higher)
     # What is not to be counted goes to bin 0 and is taken off again: tl.histogram takes no mask in every version.
     digit = tl.where(mask, (bits >> SHIFT) & (BINS - 1), 0)
     b = tl.arange(0, BINS)

@@ -22,24 +22,44 @@ FK_INLINE int thread() {
 #endif
 }
 
+// What is counted besides digits.
+struct Others {
+  int64_t below, infinite;
+};
+
 // Digits, `width` bits from `shift` on, of those magnitudes whose higher bits are `higher`; returns how many.
-inline int64_t matching_digits(const float* g, int64_t n, uint32_t higher, int shift, int width, uint32_t* out) {
+inline int64_t matching_digits(const float* g, int64_t n, uint32_t higher, int shift, int width, uint32_t* out,
+                               Others& others) {
   const uint32_t low = (1u << width) - 1;
+  const uint32_t first = higher << (shift + width), last = first + ((1u << (shift + width)) - 1);
   int64_t count = 0, i = 0;
 #if defined(__AVX512F__)
+  // The top bit is clear in all of them, so that signed comparisons serve.
+  const __m512i abs = _mm512_set1_epi32(0x7FFFFFFF), infinity = _mm512_set1_epi32(math::kInfinityBits);
+  const __m512i from = _mm512_set1_epi32(static_cast<int>(first)), to = _mm512_set1_epi32(static_cast<int>(last));
+  __m512i below = _mm512_setzero_si512(), infinite = _mm512_setzero_si512();
+  const __m512i one = _mm512_set1_epi32(1);
   for (; i + 16 <= n; i += 16) {
-    const __m512i bits = _mm512_and_epi32(_mm512_loadu_si512(g + i), _mm512_set1_epi32(0x7FFFFFFF));
-    const __mmask16 match =
-        _mm512_cmpeq_epi32_mask(_mm512_srli_epi32(bits, shift + width), _mm512_set1_epi32(static_cast<int>(higher)));
+    const __m512i bits = _mm512_and_epi32(_mm512_loadu_si512(g + i), abs);
+    const __mmask16 less = _mm512_cmplt_epi32_mask(bits, from);
+    const __mmask16 match = _mm512_mask_cmple_epi32_mask(static_cast<__mmask16>(~less), bits, to);
+    below = _mm512_mask_add_epi32(below, less, below, one);
+    infinite = _mm512_mask_add_epi32(infinite, _mm512_cmpge_epi32_mask(bits, infinity), infinite, one);
+    if (!match) continue;  // a digit that is known matches one in thirty, two next to nothing
     const __m512i digit = _mm512_and_epi32(_mm512_srli_epi32(bits, shift), _mm512_set1_epi32(static_cast<int>(low)));
-    _mm512_mask_compressstoreu_epi32(out + count, match, digit);
+    // Whole vectors, of which the next overwrites what is too much: count <= i, so that they end inside.
+    _mm512_storeu_si512(out + count, _mm512_maskz_compress_epi32(match, digit));
     count += __builtin_popcount(match);
   }
+  others.below += _mm512_reduce_add_epi32(below);
+  others.infinite += _mm512_reduce_add_epi32(infinite);
 #endif
   for (; i < n; ++i) {
     const uint32_t bits = math::magnitude_bits(g[i]);
+    others.below += bits < first;
+    others.infinite += bits >= math::kInfinityBits;
     out[count] = (bits >> shift) & low;
-    count += (bits >> (shift + width)) == higher;
+    count += first <= bits && bits <= last;
   }
   return count;
 }
@@ -52,6 +72,9 @@ void count_magnitudes(const CountMagnitudes& a, int shift, int width, uint32_t h
   const int64_t values = int64_t{1} << width;
   Array<Counter> counters(kLanes * values * threads());
   for (int64_t i = 0; i < counters.size(); ++i) counters[i] = 0;
+  struct alignas(64) Mine : Others {};
+  Array<Mine> others(threads());
+  for (int64_t i = 0; i < others.size(); ++i) others[i] = {};
   for_each_block(a.grads, [&](const Block& b, Scratch& scratch) {
     const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
     Counter* count = &counters[kLanes * values * thread()];
@@ -61,7 +84,10 @@ void count_magnitudes(const CountMagnitudes& a, int shift, int width, uint32_t h
       FK_SIMD
       for (int64_t i = 0; i < n; ++i) digits[i] = math::magnitude_bits(g[i]) >> shift;
     } else {
-      n = matching_digits(g, n, higher, shift, width, digits);
+      Others found = {};
+      n = matching_digits(g, n, higher, shift, width, digits, found);
+      others[thread()].below += found.below;
+      others[thread()].infinite += found.infinite;
     }
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes)
@@ -73,6 +99,14 @@ void count_magnitudes(const CountMagnitudes& a, int shift, int width, uint32_t h
     out[d] = 0;
     for (int64_t i = d; i < counters.size(); i += values) out[d] += static_cast<int64_t>(counters[i]);
   }
+  int64_t &below = out[values], &infinite = out[values + 1];
+  below = infinite = 0;
+  for (int64_t i = 0; i < others.size(); ++i) {
+    below += others[i].below;
+    infinite += others[i].infinite;
+  }
+  if (shift + width == 31)
+    for (int64_t d = math::kInfinityBits >> shift; d < values; ++d) infinite += out[d];
 }
 
 }  // namespace

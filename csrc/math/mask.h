@@ -8,6 +8,9 @@ namespace flatkern::math {
 // The bits of |g|, which as an integer have the order of |g|; NaN is above all.
 FK_HD inline uint32_t magnitude_bits(float g) { return bits_of(g) & 0x7FFFFFFFu; }
 
+// From here on they are those of infinity and of NaN.
+constexpr uint32_t kInfinityBits = 0x7F800000u;
+
 // A radix selection reads them as three digits of 11, 10 and 10 bits.
 constexpr int kDigits = 3;
 constexpr int kDigitWidth[kDigits] = {11, 10, 10}, kDigitShift[kDigits] = {20, 10, 0};

@@ -386,7 +386,7 @@ class FlatOptimizer(torch.optim.Optimizer):
                 opt.update_mask()
 
         On clean weights, with no gradients of a step pending. Only the order of the gradients counts, so a loss scale
-        does not matter. Reads the gradients four times; a parameter without one gets a mask of zeros.
+        does not matter. Reads the gradients three or four times; a parameter without one gets a mask of zeros.
 
         Arguments:
             scaler: the GradScaler in use: gradients that are not finite then leave the mask as it is, in silence.

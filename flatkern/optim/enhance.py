@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from .base import FlatOptimizer
     from .update import Work
 
-EXPONENT_OF_INFINITY = 255 << (MAGNITUDE_DIGITS[0] - 8)  # first digits from here on are not finite
+SAMPLED = 2**20  # gradients from which on a sample is worth its while, and tells enough
+LINE = 16  # elements that are read together
 
 
 def is_on(opt: FlatOptimizer, group: Group) -> bool:
@@ -121,24 +123,65 @@ def _threshold(opt: FlatOptimizer, grads: list[Tensor], sharp_fraction: float) -
     """The K-th smallest magnitude, 0-dim float32, exact; None where a gradient is not finite.
 
     A radix selection over the bits: a histogram per digit, no sort and no copy of the gradients. Of sharded ones the
-    histograms are added up over the ranks, 32 KB in all.
+    histograms are added up over the ranks, 33 KB in all. Of many gradients the first digit is guessed from a sample,
+    because its histogram, in which every element has a part, is the slowest; counts tell whether the guess is right.
     """
     total = sum(g.numel() for g in grads)
     device = grads[0].device
-    remaining = torch.tensor(min(max(int(total * (1 - sharp_fraction)), 1), total), device=device)
-    prefix = torch.empty(0, dtype=torch.int64, device=device)
-    bits = torch.zeros((), dtype=torch.int64, device=device)
-    for level, width in enumerate(MAGNITUDE_DIGITS):
-        counts = torch.zeros(2**width, dtype=torch.int64, device=device)
-        for op, (where, ranks), at in _by_place(opt, "count_magnitudes_", grads):
-            part = torch.empty(2**width, dtype=torch.int64, device=where)
-            op(part, [grads[k] for k in at], prefix.to(where))
-            counts += shards.add_up(part, ranks).to(device)
-        if level == 0 and bool(counts[EXPONENT_OF_INFINITY:].any()):
+    wanted = torch.tensor(min(max(int(total * (1 - sharp_fraction)), 1), total), device=device)
+    unknown = torch.empty(0, dtype=torch.int64, device=device)
+    prefix = _guessed(opt, grads, wanted / total) if total >= SAMPLED else unknown
+    for attempt in range(3):
+        counts = _histogram(opt, grads, prefix)
+        finite, low, high = torch.stack(
+            [counts[-1] == 0, wanted <= counts[-2], counts[:-1].sum() < wanted]
+        ).tolist()  # fmt: skip
+        if not finite:
             return None
-        up_to = counts.cumsum(0)
-        digit = torch.searchsorted(up_to, remaining)
-        remaining = remaining - (up_to[digit] - counts[digit])
+        if not (low or high):
+            break
+        # Near the end of its digits a sample is wrong by one.
+        prefix = unknown if attempt else prefix + (1 if high else -1)
+    while True:
+        digit = torch.searchsorted(counts[-2] + counts[:-2].cumsum(0), wanted)
         prefix = torch.cat([prefix, digit.reshape(1)])
+        if len(prefix) == len(MAGNITUDE_DIGITS):
+            break
+        counts = _histogram(opt, grads, prefix)
+    bits = torch.zeros((), dtype=torch.int64, device=device)
+    for digit, width in zip(prefix, MAGNITUDE_DIGITS, strict=True):
         bits = (bits << width) | digit
     return bits.to(torch.int32).view(torch.float32)
+
+
+def _guessed(opt: FlatOptimizer, grads: list[Tensor], quantile: Tensor) -> Tensor:
+    """The first digit of a quantile of the magnitudes as one in 64 of them has it; int64 (1,)."""
+    counts = _histogram(opt, grads, torch.empty(0, dtype=torch.int64, device=quantile.device), _sample)[:-2]
+    up_to = counts.cumsum(0)
+    digit = torch.searchsorted(up_to, (quantile * up_to[-1]).long()).clamp(max=len(counts) - 1)
+    return digit.reshape(1)
+
+
+def _sample(grads: list[Tensor]) -> list[Tensor]:
+    """A cache line of every 64, of tensors that have so many."""
+    pieces = []
+    for g in shards.parts(grads):
+        count = g.numel() // (64 * LINE)
+        pieces.append(g.as_strided((count, LINE), (64 * LINE, 1)).flatten())
+    return [torch.cat(pieces)]
+
+
+def _histogram(
+    opt: FlatOptimizer,
+    grads: list[Tensor],
+    prefix: Tensor,
+    select: Callable[[list[Tensor]], list[Tensor]] = lambda grads: grads,
+) -> Tensor:
+    """count_magnitudes_ of everything, or of what `select` leaves of it, wherever it is."""
+    size = 2 ** MAGNITUDE_DIGITS[len(prefix)] + 2
+    counts = torch.zeros(size, dtype=torch.int64, device=prefix.device)
+    for op, (where, ranks), at in _by_place(opt, "count_magnitudes_", grads):
+        part = torch.empty(size, dtype=torch.int64, device=where)
+        op(part, select([grads[k] for k in at]), prefix.to(where))
+        counts += shards.add_up(part, ranks).to(prefix.device)
+    return counts

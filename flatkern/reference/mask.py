@@ -9,6 +9,8 @@ from ..checks import MAGNITUDE_DIGITS as DIGITS
 from ..tables import columns, mask_shape, rows
 from .arithmetic import float32
 
+INFINITY_BITS = 0x7F800000
+
 
 def magnitude_bits(g: Tensor) -> Tensor:
     """The bit pattern of |g| in float32 as an integer, which has the order of |g|; NaN is above all."""
@@ -18,10 +20,13 @@ def magnitude_bits(g: Tensor) -> Tensor:
 def count_magnitudes_(counts, grads, prefix) -> None:
     """One step of a radix selection: a histogram of the next digit of |g|.
 
-        counts[d] <- number of elements whose bits of |g| begin with the digits `prefix`, and go on with d
+        counts[d]  <- number of elements whose bits of |g| begin with the digits `prefix`, and go on with d
+        counts[-2] <- number of elements whose bits begin with less than `prefix`
+        counts[-1] <- number of elements that are not finite
 
-    The 31 bits are read as digits of 11, 10 and 10. `prefix` is int64 with the digits found so far, none at first;
-    `counts` is int64 with an entry per value of the next digit. Counts are exact, so the selection is.
+    The 31 bits are read as digits of 11, 10 and 10. `prefix` is int64 with the digits known so far, none at first;
+    `counts` is int64 with an entry per value of the next digit, and two more. Counts are exact, so the selection is,
+    and the last two tell whether a guessed prefix was right.
     """
     level = prefix.numel()
     shift = sum(DIGITS[level + 1 :])
@@ -33,7 +38,9 @@ def count_magnitudes_(counts, grads, prefix) -> None:
         for digit, width in zip(prefix, DIGITS, strict=False):
             wanted = (wanted << width) | digit
         digits = (bits >> shift) & (2 ** DIGITS[level] - 1)
-        counts += torch.bincount(digits[higher == wanted], minlength=counts.numel())
+        counts[:-2] += torch.bincount(digits[higher == wanted], minlength=counts.numel() - 2)
+        counts[-2] += (higher < wanted).sum()
+        counts[-1] += (bits >= INFINITY_BITS).sum()
 
 
 def pack_mask_(masks, grads, threshold) -> None:
