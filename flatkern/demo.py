@@ -102,7 +102,7 @@ def show_search(console: Console, epochs: int, backend: str | None, out: Path) -
     rows = []
     for row in demo_search.search(epochs, backend):
         rows.append(row)
-        values = ", ".join(f"{k} {row[k]:g}" for k in ("lr", "weight_decay", "sigma", "rho") if k in row)
+        values = ", ".join(f"{k} {row[k]:g}" for k in ("lr", "weight_decay", "sigma", "rho", "kappa") if k in row)
         console.print(f"{row['setting']:6}{row['method']:8}{values:40}{row['accuracy']:6.2f} {'*' * row['chosen']}")
     write(out / "search.json", {"epochs": epochs, "candidates": rows})
     console.print(f"{out / 'search.json'} (* best of its method so far)")

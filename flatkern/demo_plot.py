@@ -13,7 +13,7 @@ from .demo_methods import METHODS
 from .demo_report import BASE, TITLES, Summary
 from .demo_training import SETTINGS
 
-# Blue: random perturbations; warm: ascent; black: the base. (color, line style)
+# Blue: random perturbations; warm: ascent; green: longer steps; black: the base. (color, line style)
 LOOKS = {
     "SGD": ("black", "-"),
     "SGD, 2x steps": ("#888888", "-"),
@@ -25,6 +25,8 @@ LOOKS = {
     "SAM": ("#e6550d", "-"),
     "ASAM": ("#e6550d", "--"),
     "mSAM": ("#a1325c", "-"),
+    "IRE": ("#2b8a3e", "-"),
+    "SAM-IRE": ("#2b8a3e", "--"),
 }
 
 

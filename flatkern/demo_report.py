@@ -102,7 +102,7 @@ def cost_table(summary: Summary, served_by: str) -> Table:
             step_ms, optimizer_ms = (median(r[key] for r in rows) for key in ("step_ms", "optimizer_ms"))
             table.add_row(
                 named(name),
-                str(rows[0]["gradients_per_step"]),
+                f"{rows[0]['gradients_per_step']:g}",
                 f"{step_ms:.2f}",
                 f"{optimizer_ms:.3f}",
                 f"{optimizer_ms / step_ms:.0%}",
@@ -130,7 +130,8 @@ def notes(summary: Summary, seeds: int) -> list[RenderableType]:
         "All runs of a seed have the same start, batches and number of steps (SGD, 2x steps: twice as many); methods "
         "with two gradients compute twice as much per step. Hyper-parameters were chosen per setting and method for "
         f"{EPOCHS} epochs with other seeds, on validation images with right labels and never on test images "
-        "(--search); each method had as many candidates as SGD, and mSAM takes SAM's. RWP rolling is RWP in fewer "
+        "(--search); each method had as many candidates as SGD; mSAM takes SAM's, SAM-IRE SAM's and IRE's kappa. "
+        "RWP rolling is RWP in fewer "
         "passes: the same weights, bit for bit. Milliseconds are medians. A network this small fits in cache, so they "
         "are mostly the cost of calls; on large ones it is the passes that count."
     )

@@ -88,7 +88,7 @@ class Stopwatch:
 def train_step(
     name: str,
     opt: flatkern.SGD,
-    backward: Callable[[Tensor], None],
+    backward: Callable[..., None],
     batch: Tensor,
     other: Tensor,
     timed: Callable[[Callable[[], Any]], None],
@@ -96,8 +96,11 @@ def train_step(
 ) -> None:
     """One optimizer step; `backward` takes the indices of a batch, `other` is m-RWP's second one."""
     opt.zero_grad()
+    if opt.mask_due:
+        backward(batch, sampled=True)
+        timed(opt.update_mask)
     match name:
-        case "SGD" | "SGD, 2x steps" | "RWP rolling":
+        case "SGD" | "SGD, 2x steps" | "RWP rolling" | "IRE":
             backward(batch)
         case "RWP" | "ARWP":
             timed(opt.perturb)
@@ -106,7 +109,7 @@ def train_step(
             backward(batch)
             timed(opt.perturb)
             backward(other)
-        case "SAM" | "ASAM":
+        case "SAM" | "ASAM" | "SAM-IRE":
             backward(batch)
             timed(opt.perturb)
             backward(batch)
@@ -146,13 +149,13 @@ def train(
         tick: called after every epoch.
     """
     method, model = METHODS[name], make_network(seed)
-    strength = hyper.get(method.strength or "", 0.0)
     opt = flatkern.SGD(
         model.parameters(),
         lr=hyper["lr"],
         momentum=MOMENTUM,
         weight_decay=hyper["weight_decay"],
-        perturb=method.perturb(strength, seed),
+        perturb=method.perturb(hyper, seed),
+        enhance=method.enhance(hyper),
         backend=backend,
     )
     images, labels = data.train
@@ -161,13 +164,18 @@ def train(
     schedule: Callable[[], None] = lambda: None  # noqa: E731
     if name in ("RWP", "RWP rolling", "ARWP"):
         # The papers' schedule of the one-gradient methods: sigma grows elevenfold, up to the tuned value.
-        growth = flatkern.schedules.cosine_increase(strength / 11, 10, steps)
+        growth = flatkern.schedules.cosine_increase(hyper["sigma"] / 11, 10, steps)
         schedule = flatkern.schedules.PerturbationScheduler(opt, "sigma", growth).step
     if name == "RWP rolling":
         opt.follow(model)
 
-    def backward(batch: Tensor) -> None:
-        cross_entropy(model(images[batch]), labels[batch]).backward()
+    drawn = torch.Generator().manual_seed(seed)
+
+    def backward(batch: Tensor, sampled: bool = False) -> None:
+        """`sampled`: of a loss with labels that the model draws."""
+        logits = model(images[batch])
+        loss = flatkern.sampled_label_loss(logits, generator=drawn) if sampled else cross_entropy(logits, labels[batch])
+        loss.backward()
 
     watch, curve = Stopwatch(), []
     order = zip(batches(2 * seed, steps), batches(2 * seed + 1, steps), strict=True)

@@ -21,7 +21,7 @@ from flatkern.demo_methods import EPOCHS, METHODS, TUNED, hyper_parameters  # no
 
 pytestmark = pytest.mark.xdist_group("demo")
 
-NAMES = {"SGD", "RWP", "RWP rolling", "ARWP", "m-RWP", "m-ARWP", "SAM", "ASAM", "mSAM"}
+NAMES = {"SGD", "RWP", "RWP rolling", "ARWP", "m-RWP", "m-ARWP", "SAM", "ASAM", "mSAM", "IRE", "SAM-IRE"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -112,6 +112,8 @@ def test_passes_over_memory(written):
     want = {"SGD": 5, "RWP": 8, "RWP rolling": 6, "ARWP": 8, "m-RWP": 9, "m-ARWP": 9, "SAM": 10, "mSAM": 28}
     assert {name: passes[name] for name in want} == want
     assert passes["SAM"] < passes["ASAM"] <= 11  # not every tensor is scaled
+    assert passes["IRE"] == pytest.approx(5 + 0.4 + 1 / 32, rel=0.01)  # four reads in ten steps, a bit per weight
+    assert passes["SAM-IRE"] - passes["SAM"] == pytest.approx(passes["IRE"] - passes["SGD"])
 
 
 def test_the_search_never_sees_a_test_image():
@@ -146,9 +148,11 @@ def test_hyper_parameters_are_candidates_of_the_search():
             hyper = TUNED[setting][name]
             assert hyper["lr"] == TUNED[setting]["SGD"]["lr"]
             assert hyper["weight_decay"] in demo_search.WEIGHT_DECAY
-            assert hyper[METHODS[name].strength] in strengths
+            assert hyper[METHODS[name].strength] in strengths, name
         assert len(demo_search.LR) == len(strengths), "every method has as many candidates as SGD"
         assert set(hyper_parameters(setting, "RWP rolling")) == {"lr", "weight_decay", "sigma"}
+        combined = hyper_parameters(setting, "SAM-IRE")
+        assert combined == TUNED[setting]["SAM"] | {"kappa": TUNED[setting]["IRE"]["kappa"]}
 
 
 def test_the_search_takes_the_best():
