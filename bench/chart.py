@@ -10,6 +10,7 @@ from .tables import VERSUS, median, pick, values
 
 COLORS = {
     "flatkern cpp": "#1b6ca8",
+    "flatkern triton": "#1b6ca8",
     "compiled": "#6b8f71",
     "foreach": "#e0a458",
     "loop": "#c97b63",
@@ -25,7 +26,7 @@ def plot(results: dict, path: str | Path) -> None:
     from matplotlib import pyplot
 
     shown = [b for b in pick(results, "methods", dtype="float32") if b["params"]["method"] != "plain"]
-    shown = [b for b in shown if MODELS[b["params"]["model"]].numel > 1e6 and "times_plain" in b["extra_info"]]
+    shown = [b for b in shown if not MODELS[b["params"]["model"]].small and "times_plain" in b["extra_info"]]
     kinds = dict.fromkeys((b["params"]["model"], b["params"]["base"]) for b in shown)
     panels = {kind: [b for b in shown if (b["params"]["model"], b["params"]["base"]) == kind] for kind in kinds}
     if not panels:
