@@ -219,6 +219,7 @@ class Foreach(Loop):
     """Multi-tensor ops where there are any, `out=` elsewhere, and no buffer allocated twice."""
 
     def __init__(self, params: list[Tensor], method: Method, base: str) -> None:
+        self.on_cpu = params[0].device.type == "cpu"
         self.backups = [torch.empty_like(p) for p in params]
         self.weights = [torch.empty_like(p) for p in params] if method.floor is not None else []
         self.slopes = [torch.empty_like(p) for p in params] if method.floor is not None else []
@@ -255,7 +256,7 @@ class Foreach(Loop):
         norm = vector_norm(torch.stack(torch._foreach_norm(slopes)))
         scale = self.method.rho / (norm + 1e-12)
         torch._foreach_copy_(self.backups, self.params)
-        if scale.device.type == "cpu":
+        if self.on_cpu:
             # Here reading the norm back costs nothing, and a host scalar saves a pass.
             torch._foreach_add_(self.params, directions, alpha=scale.item())
         else:

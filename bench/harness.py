@@ -49,6 +49,7 @@ class Cpu:
     """Where calls are over when they return."""
 
     device = torch.device("cpu")
+    burst = 10  # steps in a turn of a small model
 
     def turn(self, candidate, count: int) -> dict[str, int]:
         """Nanoseconds by call of a step, or medians of a burst of them."""

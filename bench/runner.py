@@ -14,8 +14,6 @@ from .methods import METHODS, call_floors, is_plain
 from .models import MODELS
 from .races import Entry, Race
 
-BURST = 10  # steps in a turn of a small model
-
 
 class Runner:
     """Runs races and collects their results; a candidate that fails costs its own line only."""
@@ -49,7 +47,7 @@ class Runner:
                 self.fail(race, entry, f"needs about {need / 1e9:.0f} GB with the others, {free / 1e9:.0f} are free")
 
     def fail(self, race: Race, entry: Entry, reason: str) -> None:
-        self.failures.append({**self.params(race, entry), "table": race.table, "reason": reason})
+        self.failures.append({**self.params(race, entry), "table": race.table, "reason": reason[:300]})
 
     def params(self, race: Race, entry: Entry) -> dict:
         named = {"model": race.model, "method": race.method, "base": race.base}
@@ -58,7 +56,7 @@ class Runner:
     def interleave(self, race: Race, candidates: dict):
         # Small models are over in no time: more turns, for the same number of seconds.
         rounds = self.rounds * (5 if MODELS[race.model].small else 1)
-        return interleave(candidates, rounds=rounds, seconds=self.seconds, tick=self.tick)
+        return interleave(candidates, rounds=rounds, least=min(5, rounds), seconds=self.seconds, tick=self.tick)
 
     def inputs(self, race: Race, dtype: str) -> tuple[list[torch.Tensor], Gradients]:
         """Weights and gradients, which the candidates of a race share."""
@@ -70,7 +68,7 @@ class Runner:
     def optimizers(self, race: Race) -> None:
         """Race optimizers; inputs are shared per dtype."""
         model = MODELS[race.model]
-        burst = BURST if model.small else 1
+        burst = self.machine.burst if model.small else 1
         inputs, candidates, held, entries = {}, {}, {}, {}
         for entry in race.entries:
             key = f"{entry.label} {entry.dtype} {entry.masters}"
@@ -83,6 +81,7 @@ class Runner:
                 )
             except Exception as error:  # reported in the results; the others go on
                 self.fail(race, entry, f"{type(error).__name__}: {error}")
+                self.machine.release()
         one, other = (torch.ones(model.numel, device=self.machine.device) for _ in range(2))
         copying = self.machine.timed(lambda: other.copy_(one))
         timings, failures = self.interleave(race, {**candidates, "copy": copying})

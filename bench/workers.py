@@ -1,13 +1,14 @@
 """A GPU's races in processes of their own.
 
 A kernel that goes wrong takes its whole process with it, and one that never ends cannot be interrupted; a run that
-nobody watches must survive both. So this process never touches the device. First several workers compile kernels side
-by side and count launches, with no clock running; then one worker at a time runs the races. A worker that is lost
-costs its race, and another takes its place.
+nobody watches must survive both. So this process runs nothing on the device. First several workers compile kernels
+side by side and count launches, with no clock running; then one worker at a time runs the races. A worker that is
+lost costs its race, and another takes its place.
 """
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -45,6 +46,7 @@ def serve(connection, args) -> None:
     try:
         machine = device_of(args)
         connection.send(machine.info())
+        gc.freeze()  # every race collects, and would look through torch each time
     except Exception as error:
         connection.send(Lost(f"{type(error).__name__}: {error}"))
         return
@@ -128,6 +130,7 @@ class Measurement:
         self.launches: dict[str, dict | None] = {}
         self.device: dict | None = None
         self.workers: list[Worker] = []
+        self.hopeless: str | None = None  # why no worker ever gets ready
 
     def run(self) -> Iterator[None]:
         """Yields after each race."""
@@ -212,15 +215,16 @@ class Measurement:
     def time_races(self) -> Iterator[None]:
         worker: Worker | None = None
         for race in self.races:
-            if self.left() <= 0:
-                self.miss(race, "time budget")
+            if self.hopeless or self.left() <= 0:
+                self.miss(race, self.hopeless or f"time budget of {self.args.minutes:g} minutes")
+                yield
                 continue
             self.screen.race(race.title)
             for attempt in attempts(race):
                 worker, answer = self.time(worker, attempt)
                 if answer is not None and not (answer["broken"] and not answer["benchmarks"]):
                     break
-                if self.left() <= 0:
+                if self.hopeless or self.left() <= 0:
                     break
             yield
 
@@ -235,6 +239,8 @@ class Measurement:
         except Lost as reason:
             self.miss(race, str(reason))
             self.stop(worker)
+            if self.device is None:
+                self.hopeless = str(reason)
             return None, None
         self.benchmarks += answer["benchmarks"]
         self.failures += answer["failures"]
