@@ -4,7 +4,7 @@
     device  CUDA events around a call while the device is kept busy before the first one, so that launches
             are queued ahead of it: what the kernels take, without the gaps of a slow host. A candidate
             that waits for the device inside a call has those gaps left, and they are its own.
-    loop    ten steps one after the other, then one wait: what a training loop sees of both, per step.
+    loop    steps one after the other, then one wait: what a training loop sees of both, per step.
 
 Device times begin with an L2 that holds none of the operands. It is emptied by reading: written lines would be
 written back at the expense of the call. Host time begins on an idle device. Everything is on the default stream.
@@ -14,6 +14,7 @@ All use of torch.cuda is here, in methods of a line or two, which stand_in.py re
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 import re
@@ -27,7 +28,7 @@ import torch
 
 from .harness import HOST, LOOP, Clock, Timed
 
-STEPS_IN_LOOP = 10  # as many as IRE's mask serves
+STEPS_IN_LOOP = 5  # at least; a call that comes once in ten steps makes it ten
 LEAST_AHEAD, MOST_AHEAD = 50_000, 30_000_000  # nanoseconds that the device is kept busy before a call
 MARKER = "spin_kernel"  # what torch.cuda._sleep runs
 SMI = ("driver_version", "power.limit", "power.draw", "clocks.max.sm", "clocks.max.mem", "clocks.sm", "temperature.gpu")
@@ -94,7 +95,7 @@ class Gpu:
     """The current CUDA device."""
 
     device = torch.device("cuda")
-    burst = 3  # steps in a turn of a small model; the loop has ten anyway
+    burst = 3  # steps in a turn of a small model, besides those of the loop
 
     def __init__(self) -> None:
         self.cycles_per_nanosecond = 1.0
@@ -171,11 +172,12 @@ class Gpu:
         returned = candidate.steps(host, count)
         found = candidate.steps(DeviceClock(self, host.longest), count)
         found |= {HOST + name: ns for name, ns in returned.items()}
+        steps = max(STEPS_IN_LOOP, *(round(1 / turn.share) for turn in candidate.method.cycle))
         self.synchronize()
         start = perf_counter_ns()
-        candidate.walk(STEPS_IN_LOOP)
+        candidate.walk(steps)
         self.synchronize()
-        found[LOOP] = (perf_counter_ns() - start) // STEPS_IN_LOOP
+        found[LOOP] = (perf_counter_ns() - start) // steps
         return found
 
     def timed(self, call: Callable[[], object]) -> Timed:
@@ -223,10 +225,9 @@ def missing() -> str | None:
         return f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no GPU (no device, or no driver for CUDA {torch.version.cuda})"
-    import flatkern
-
-    state = flatkern.backends()["triton"]
-    return None if state["live"] else f"flatkern's Triton backend is not live: {state['reason']}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None  # the rest takes a context on the device, which is the workers'
 
 
 def on_device(trace: dict) -> list[str]:

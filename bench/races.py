@@ -35,7 +35,10 @@ class Race:
 
     @property
     def title(self) -> str:
-        return f"{MODELS[self.model].title}, {METHODS[self.method].title}, {self.base}"
+        if self.table == "copy":
+            return f"{MODELS[self.model].title}, copying"
+        compiled = ", torch.compile" if self.table == "compiled" else ""
+        return f"{MODELS[self.model].title}, {METHODS[self.method].title}, {self.base}{compiled}"
 
 
 def by_method(model: str, methods: list[str], bases: list[str], dtype: str, args) -> Iterator[Race]:
@@ -93,15 +96,15 @@ def gpu_plan(args) -> list[Race]:
         *by_method("resnet50", half, ["sgd"], "float32", args),
         *by_call(few, list(BASES), args.backends),
         *by_method("gpt2", half, ["sgd"], "float32", args),
-        *by_compiler("resnet50", "m-rwp", "sgd", args.backends),
-        *by_compiler("gpt2", "rolling", "adamw", args.backends),
-        *by_method("resnet50", [m for m in every if m not in (*first, *half)], ["sgd"], "float32", args),
         *lean(by_method("llama_1b", ["plain", "rolling"], ["adamw"], "float32", args)),
         *by_layout("llama_1b", "adamw", args.backends),
-        *by_method("resnet50", every, ["adamw"], "float32", args),
+        *by_method("resnet50", [m for m in every if m not in (*first, *half)], ["sgd"], "float32", args),
+        *by_compiler("resnet50", "m-rwp", "sgd", args.backends),
+        *by_compiler("gpt2", "rolling", "adamw", args.backends),
         *by_dtype("gpt2", ["plain", "m-rwp"], "adamw", args.backends),
-        *by_dtype("resnet50", ["plain", "m-rwp", "rolling"], "sgd", args.backends),
         *by_method("vit_b16", ["plain", "sam", "rolling"], ["adamw"], "float32", args),
+        *by_dtype("resnet50", ["plain", "m-rwp", "rolling"], "sgd", args.backends),
+        *by_method("resnet50", [*few, *(m for m in every if m not in few)], ["adamw"], "float32", args),
         *(Race("copy", model, "plain", "sgd") for model in ("vit_b16", "many_small")),
     ]
 

@@ -55,7 +55,7 @@ def arguments() -> argparse.Namespace:
     timing = parser.add_argument_group("timing")
     timing.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     timing.add_argument("--rounds", type=int, help="steps per candidate (default 15, quick 7)")
-    timing.add_argument("--seconds", type=float, help="of a candidate per race, default 1.5, on a GPU 0.5")
+    timing.add_argument("--seconds", type=float, help="of a candidate per race, default 1.5, on a GPU 0.4")
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="results, readable by pytest-benchmark compare")
     output.add_argument("--table", metavar="FILE.md", help="the tables in Markdown")
@@ -81,7 +81,8 @@ def settle(args: argparse.Namespace) -> None:
     gpu = args.device == "cuda"
     if args.dry_run:
         stand_in.prepare()
-    args.seconds = args.seconds or (0.5 if gpu else 1.5)
+        args.rounds, args.seconds = 1, 0.01
+    args.seconds = args.seconds or (0.4 if gpu else 1.5)
     args.backends = args.backends or (["triton"] if gpu and not args.dry_run else ["cpp"])
     args.workers = default_workers() if args.workers is None else args.workers
 

@@ -37,10 +37,11 @@ class Runner:
 
     def fitting(self, race: Race) -> Iterator[Entry]:
         """The entries that memory has room for: weights, two moments and three buffers each; gradients and a copy."""
-        free = self.machine.free_bytes()
-        need = 6 * 4 * MODELS[race.model].numel
+        free, numel = self.machine.free_bytes(), MODELS[race.model].numel
+        need = 6 * 4 * numel
         for entry in race.entries:
-            need += 6 * 4 * MODELS[race.model].numel
+            # With masters there are no buffers, but half-precision weights beside them.
+            need += (2 + 3 * 4 if entry.masters else 6 * DTYPES[entry.dtype].itemsize) * numel
             if free is None or need < 0.9 * free:
                 yield entry
             else:

@@ -21,6 +21,8 @@ from multiprocessing.connection import wait
 
 import torch
 
+import flatkern
+
 from . import stand_in
 from .gpu import Gpu
 from .races import Race, plan
@@ -75,6 +77,10 @@ def device_of(args):
     if args.dry_run:
         stand_in.prepare()
         return stand_in.StandIn()
+    for name in args.backends:
+        state = flatkern.backends()[name]
+        if not state["live"]:
+            raise RuntimeError(f"flatkern's {name} backend is not live: {state['reason']}; {state['remedy']}")
     return Gpu()
 
 
@@ -191,10 +197,11 @@ class Measurement:
                 except Lost:
                     del busy[connection]
                     self.stop(worker)
-                    if time.monotonic() < until - 20:
+                    errors += 1
+                    # Not for ever, and only where one of them got ready at all.
+                    if self.device is not None and errors < 2 * count and time.monotonic() < until - 20:
                         worker = self.start()
                         busy[worker.connection] = worker
-                        errors += 1
         for worker in list(self.workers):
             self.stop(worker)
         text = f"{len(self.launches)} counted in {time.monotonic() - started:.0f} s"
