@@ -22,7 +22,7 @@ SANITIZE_TESTS ?= tests/test_backends.py tests/test_noise.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env build demo test test-triton check format bench sanitize wheel-check show clean
+.PHONY: help env build demo test test-triton check format bench bench-gpu sanitize wheel-check show clean
 
 NATIVE := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 TREE := $(CURDIR)/build/tree
@@ -110,6 +110,9 @@ demo: build ## every method on handwritten digits: accuracy, time, passes over m
 
 bench: build ## microbenchmarks against PyTorch; results go to bench/results
 	@env -u OMP_NUM_THREADS $(IMPORTS) $(PY) bench/run.py $(ARGS)
+
+bench-gpu: build ## the same for the Triton kernels, on a GPU (under eight minutes)
+	@$(RUN) bench/run.py --device cuda $(ARGS)
 
 # ---- checks
 

@@ -219,12 +219,13 @@ class Foreach(Loop):
     """Multi-tensor ops where there are any, `out=` elsewhere, and no buffer allocated twice."""
 
     def __init__(self, params: list[Tensor], method: Method, base: str) -> None:
+        self.on_cpu = params[0].device.type == "cpu"
         self.backups = [torch.empty_like(p) for p in params]
         self.weights = [torch.empty_like(p) for p in params] if method.floor is not None else []
         self.slopes = [torch.empty_like(p) for p in params] if method.floor is not None else []
         if method.sigma:
             # One long fill: a fill per tensor costs as much again on small ones.
-            self.noise = torch.empty(sum(p.numel() for p in params), dtype=params[0].dtype)
+            self.noise = params[0].new_empty(sum(p.numel() for p in params))
             pieces = self.noise.split([p.numel() for p in params])
             self.noises = [z.view(p.shape) for z, p in zip(pieces, params, strict=True)]
         super().__init__(params, method, base)
@@ -253,10 +254,15 @@ class Foreach(Loop):
                     slopes[i] = torch.mul(grads[i], self.weights[i], out=self.slopes[i])
                     directions[i] = self.weights[i].mul_(slopes[i])
         norm = vector_norm(torch.stack(torch._foreach_norm(slopes)))
-        # On the CPU reading the norm back costs nothing, and a host scalar saves a pass.
-        scale = (self.method.rho / (norm + 1e-12)).item()
+        scale = self.method.rho / (norm + 1e-12)
         torch._foreach_copy_(self.backups, self.params)
-        torch._foreach_add_(self.params, directions, alpha=scale)
+        if self.on_cpu:
+            # Here reading the norm back costs nothing, and a host scalar saves a pass.
+            torch._foreach_add_(self.params, directions, alpha=scale.item())
+        else:
+            # The host does not wait; the gradients have served, so that the pass may overwrite them.
+            torch._foreach_mul_(directions, scale)
+            torch._foreach_add_(self.params, directions)
 
     def put_back(self) -> None:
         torch._foreach_copy_(self.params, self.backups)

@@ -54,12 +54,17 @@ class ForeachIRE(AuthorsIRE):
 
     def __init__(self, params: list[Tensor], method: Method, base: str) -> None:
         super().__init__(params, method, base)
+        self.on_cpu = params[0].device.type == "cpu"
         self.last = [torch.empty_like(p) for p in params]
-        self.flat = torch.empty(sum(p.numel() for p in params), dtype=params[0].dtype)
+        self.flat = params[0].new_empty(sum(p.numel() for p in params))
 
     def threshold(self) -> Tensor:
         torch.cat([p.grad.view(-1) for p in self.params], out=self.flat)
-        return self.flat.abs_().kthvalue(int(len(self.flat) * (1 - self.method.sharp_fraction))).values
+        k = int(len(self.flat) * (1 - self.method.sharp_fraction))
+        if self.on_cpu:
+            return self.flat.abs_().kthvalue(k).values
+        # On a GPU torch's kthvalue gives a whole row to one block, whereas its sort uses all of them.
+        return self.flat.abs_().sort().values[k - 1]
 
     @torch.no_grad()
     def step(self) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .baselines import STYLES, torch_optimizer
 from .baselines_ire import IRE_STYLES
-from .harness import Gradients, Timed, run_cycle
-from .methods import LR, METHODS, MOMENTUM, WEIGHT_DECAY, Method
+from .harness import Clock, Cpu, Gradients, Timed, run_cycle
+from .methods import LR, METHODS, MOMENTUM, WEIGHT_DECAY, Method, is_plain
 
 TORCH = {"torch fused": {"fused": True}, "torch foreach": {"foreach": True}, "torch loop": {"foreach": False}}
 FLOOR = "torch fused"  # the plain optimizer every ratio is against
@@ -58,9 +58,9 @@ def labels(method: str, backends: list[str], dtype: str, masters: bool, compiled
 
 
 class Candidate:
-    """One optimizer with its own weights; calling it makes one step and returns nanoseconds by call.
+    """One optimizer with its own weights; calling it takes a turn on its machine and returns nanoseconds by call.
 
-    With a `burst` it makes that many steps and returns their medians: where calls are all there is to
+    With a `burst` a turn has that many steps and its result are their medians: where calls are all there is to
     measure, the one before decides whether Python's own code is in the cache.
     """
 
@@ -73,14 +73,16 @@ class Candidate:
         base: str,
         masters: bool = False,
         burst: int = 1,
+        machine=None,
     ) -> None:
         self.label, self.gradients, self.burst = label, gradients, burst
+        self.machine = machine or Cpu()
         self.params = [torch.nn.Parameter(w.clone()) for w in weights]
-        self.method = METHODS["plain" if label in TORCH else method]
+        self.method = METHODS["plain" if is_plain(label) else method]
         self.optimizer = self.build(base, masters)
 
     def build(self, base: str, masters: bool):
-        kind, _, backend = self.label.partition(" ")
+        kind, _, backend = self.label.removeprefix("plain ").partition(" ")
         if self.label in TORCH:
             return torch_optimizer(self.params, base, **TORCH[self.label])
         if kind == "flatkern":
@@ -92,11 +94,23 @@ class Candidate:
         return (IRE_STYLES if self.method.kappa else STYLES)[kind](self.params, self.method, base)
 
     def __call__(self, count: int) -> dict[str, int]:
+        return self.machine.turn(self, count)
+
+    def steps(self, clock: Clock, count: int) -> dict[str, int]:
+        """The steps of a turn, on the clock: medians by call."""
         steps = [
-            run_cycle(self.optimizer, self.params, self.method.cycle, self.gradients, i)
+            run_cycle(self.optimizer, self.params, self.method.cycle, self.gradients, i, clock)
             for i in range(count * self.burst, (count + 1) * self.burst)
         ]
         return {name: statistics.median_low(step.get(name, 0) for step in steps) for name in steps[-1]}
+
+    def walk(self, steps: int) -> None:
+        """Steps one after the other, on gradients that are handed over; rare calls in their share of the steps."""
+        for i in range(steps):
+            for kind, name, share in self.method.cycle:
+                if i % round(1 / share) == 0:
+                    self.gradients.deliver(self.params, kind, i, fresh=False)
+                    getattr(self.optimizer, name)()
 
     def held_bytes(self) -> int:
         """Bytes of tensors held besides weights and their `.grad`, at the point of a step where most are held."""
@@ -135,5 +149,5 @@ def reachable(root: object) -> list[Tensor]:
 def prepare(*args, **kwargs) -> tuple[Timed, int]:
     """A warm candidate, and the bytes that it holds."""
     candidate = Candidate(*args, **kwargs)
-    candidate(0)
+    candidate.steps(Clock(), 0)
     return candidate, candidate.held_bytes()

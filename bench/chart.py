@@ -10,6 +10,7 @@ from .tables import VERSUS, median, pick, values
 
 COLORS = {
     "flatkern cpp": "#1b6ca8",
+    "flatkern triton": "#1b6ca8",
     "compiled": "#6b8f71",
     "foreach": "#e0a458",
     "loop": "#c97b63",
@@ -25,13 +26,14 @@ def plot(results: dict, path: str | Path) -> None:
     from matplotlib import pyplot
 
     shown = [b for b in pick(results, "methods", dtype="float32") if b["params"]["method"] != "plain"]
-    shown = [b for b in shown if MODELS[b["params"]["model"]].numel > 1e6 and "times_plain" in b["extra_info"]]
+    shown = [b for b in shown if not MODELS[b["params"]["model"]].small and "times_plain" in b["extra_info"]]
     kinds = dict.fromkeys((b["params"]["model"], b["params"]["base"]) for b in shown)
     panels = {kind: [b for b in shown if (b["params"]["model"], b["params"]["base"]) == kind] for kind in kinds}
     if not panels:
         return
-    counts = [len(values(rows, "method")) for rows in panels.values()]
-    height = 1 + 0.6 * sum(counts) + 0.6 * len(panels)
+    # A panel of one method would be lower than its title and its axis, and none would be laid out then.
+    counts = [max(2, len(values(rows, "method"))) for rows in panels.values()]
+    height = 1.5 + 0.6 * sum(counts) + 0.8 * len(panels)
     figure, axes = pyplot.subplots(
         len(panels), 1, figsize=(8, height), squeeze=False, height_ratios=counts, layout="constrained"
     )
@@ -57,13 +59,14 @@ def panel(axis, rows: list[dict]) -> None:
         widths = [b["extra_info"]["times_plain"] for b in bars]
         axis.barh(places, widths, height, color=COLORS[candidate], label=VERSUS.get(candidate, candidate))
         for b, x, y in zip(bars, widths, places, strict=True):
-            axis.text(x * 1.03, y, f"{x:.1f}x, {median(b) * 1e3:.0f} ms", va="center", fontsize=6)
+            axis.text(x * 1.03, y, f"{x:.1f}x, {median(b) * 1e3:.3g} ms", va="center", fontsize=6)
     for i, method in enumerate(methods):
         floor = floor_bytes(METHODS[method], base, 4) / floor_bytes(METHODS["plain"], base, 4)
         label = "bytes allow" if i == 0 else None
         axis.plot([floor, floor], [i - 0.45, i + 0.45], color="black", linewidth=1.2, label=label)
     axis.set_xscale("log")
-    axis.set_xlim(0.8, 1.6 * axis.get_xlim()[1])
+    least = min(1.0, *(b["extra_info"]["times_plain"] for b in rows))
+    axis.set_xlim(0.8 * least, 1.6 * axis.get_xlim()[1])
     ticks = [n for n in (1, 2, 5, 10, 20, 50, 100, 200) if n < axis.get_xlim()[1]]
     axis.set_xticks(ticks, [f"{n}x" for n in ticks])
     axis.minorticks_off()

@@ -3,8 +3,9 @@
 pytest-benchmark runs one candidate after the other. On a shared machine that compares two different
 minutes, and whoever runs first pays for cold caches and fresh pages; so rounds are owned here: in each
 round every candidate makes one step, in an order in which everybody follows everybody else equally
-often. Statistics and result files are pytest-benchmark's own (see results.py), so that
+often. Statistics and result files are those of pytest-benchmark (see stats.py, results.py), so that
 `pytest-benchmark compare` reads them; `pytest bench --benchmark-only` has single ops the usual way.
+What a turn measures is the machine's: here the host's clock, in gpu.py the device's beside it.
 """
 
 from __future__ import annotations
@@ -14,12 +15,66 @@ from collections.abc import Callable, Iterable
 from time import perf_counter_ns
 
 import torch
-from pytest_benchmark.stats import Stats
 from torch import Tensor
 
 from .methods import Turn
+from .stats import Stats
 
 Timed = Callable[[int], dict[str, int]]  # round -> nanoseconds by call
+HOST, LOOP = "host ", "loop"  # prefix of the calls, and the name, of what else a turn on a GPU measures
+
+
+class Clock:
+    """The host's clock around calls."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, int] = {}
+
+    def time(self, name: str, call: Callable[[], object], share: float = 1.0) -> None:
+        """Make a call; its nanoseconds count with their `share`."""
+        start = perf_counter_ns()
+        call()
+        self.add(name, share * (perf_counter_ns() - start))
+
+    def add(self, name: str, nanoseconds: float) -> None:
+        self.spent[name] = self.spent.get(name, 0) + int(nanoseconds)
+
+    def read(self) -> dict[str, int]:
+        """Nanoseconds by call since the last reading."""
+        spent, self.spent = self.spent, {}
+        return spent
+
+
+class Cpu:
+    """Where calls are over when they return."""
+
+    device = torch.device("cpu")
+    burst = 10  # steps in a turn of a small model
+
+    def turn(self, candidate, count: int) -> dict[str, int]:
+        """Nanoseconds by call of a step, or medians of a burst of them."""
+        return candidate.steps(Clock(), count)
+
+    def timed(self, call: Callable[[], object]) -> Timed:
+        """A candidate that is a single call."""
+
+        def candidate(count: int) -> dict[str, int]:
+            clock = Clock()
+            clock.time("call", call)
+            return clock.read()
+
+        return candidate
+
+    def free_bytes(self) -> int | None:
+        """Free memory, where the system tells."""
+        try:
+            with open("/proc/meminfo") as lines:
+                return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        except (OSError, StopIteration):
+            return None
+
+    def release(self) -> None:
+        """Give back what a race has left."""
 
 
 class Gradients:
@@ -30,31 +85,38 @@ class Gradients:
     """
 
     def __init__(self, params: list[Tensor], sets: int = 1) -> None:
-        generator = torch.Generator().manual_seed(7)
+        generator = torch.Generator(params[0].device).manual_seed(7)
         kinds = "clean", "noisy"
         self.sources = {k: [torch.empty_like(p).normal_(0, 0.01, generator=generator) for p in params] for k in kinds}
         self.buffers = [{k: [torch.empty_like(p) for p in params] for k in kinds} for _ in range(sets)]
 
     @torch.no_grad()
-    def deliver(self, params: list[Tensor], kind: str, count: int) -> int:
-        """Make the gradients of `kind` arrive; returns the nanoseconds of autograd's addition, if any."""
+    def deliver(self, params: list[Tensor], kind: str, count: int, clock: Clock | None = None, fresh=True) -> None:
+        """Make the gradients of `kind` arrive; only autograd's addition, if any, is on the clock.
+
+        Without `fresh` they are the old ones under a new version, which costs the host little and the device nothing.
+        """
         if kind == "keep":
-            return 0
+            return
         if kind == "none":
             for p in params:
                 p.grad = None
-            return 0
+            return
         if kind == "add" and params[0].grad is not None:
-            start = perf_counter_ns()
-            for p, g in zip(params, self.sources["noisy"], strict=True):
-                p.grad.add_(g)
-            return perf_counter_ns() - start
+            (clock or Clock()).time("accumulate", lambda: self.add_to(params))
+            return
         kind = "noisy" if kind == "add" else kind
-        fresh = self.buffers[count % len(self.buffers)][kind]
-        torch._foreach_copy_(fresh, self.sources[kind])
-        for p, g in zip(params, fresh, strict=True):
+        arriving = self.buffers[count % len(self.buffers)][kind]
+        if fresh:
+            torch._foreach_copy_(arriving, self.sources[kind])
+        else:
+            torch._C._increment_version(arriving)
+        for p, g in zip(params, arriving, strict=True):
             p.grad = g
-        return 0
+
+    def add_to(self, params: list[Tensor]) -> None:
+        for p, g in zip(params, self.sources["noisy"], strict=True):
+            p.grad.add_(g)
 
     def history(self, k: int, beta: float, steps: int) -> Tensor:
         """ARWP's F of parameter `k` after `steps` equal gradients."""
@@ -64,30 +126,14 @@ class Gradients:
 
 
 def run_cycle(
-    optimizer, params: list[Tensor], cycle: Iterable[Turn], gradients: Gradients, count: int = 0
+    optimizer, params: list[Tensor], cycle: Iterable[Turn], gradients: Gradients, count: int = 0, clock=None
 ) -> dict[str, int]:
     """One optimizer step; returns the nanoseconds spent in each call (its share), and in "accumulate" (autograd's)."""
-    spent: dict[str, int] = {}
+    clock = Clock() if clock is None else clock
     for kind, name, share in cycle:
-        added = gradients.deliver(params, kind, count)
-        if added:
-            spent["accumulate"] = spent.get("accumulate", 0) + added
-        call = getattr(optimizer, name)
-        start = perf_counter_ns()
-        call()
-        spent[name] = spent.get(name, 0) + int(share * (perf_counter_ns() - start))
-    return spent
-
-
-def timed(call: Callable[[], object], name: str = "call") -> Timed:
-    """A candidate that is a single call."""
-
-    def candidate(count: int) -> dict[str, int]:
-        start = perf_counter_ns()
-        call()
-        return {name: perf_counter_ns() - start}
-
-    return candidate
+        gradients.deliver(params, kind, count, clock)
+        clock.time(name, getattr(optimizer, name), share)
+    return clock.read()
 
 
 class Timings:
@@ -96,17 +142,29 @@ class Timings:
     def __init__(self, rounds: list[dict[str, int]]) -> None:
         self.rounds = rounds
 
+    def calls(self) -> Timings:
+        """The calls themselves: on a GPU, on the device."""
+        return self.picked(lambda name: name != LOOP and not name.startswith(HOST))
+
+    def host(self) -> Timings | None:
+        """The same calls on the host, where that is something else."""
+        found = self.picked(lambda name: name.startswith(HOST), len(HOST))
+        return found if found.rounds[0] else None
+
+    def loop(self) -> Timings | None:
+        """Steps in a loop, where that is something else."""
+        return self.picked(lambda name: name == LOOP) if LOOP in self.rounds[0] else None
+
+    def picked(self, wanted: Callable[[str], bool], start: int = 0) -> Timings:
+        return Timings([{name[start:]: ns for name, ns in spent.items() if wanted(name)} for spent in self.rounds])
+
     def stats(self, *without: str) -> Stats:
-        """pytest-benchmark's statistics, in seconds, of all calls `without` some."""
-        stats = Stats()
-        for spent in self.rounds:
-            stats.update(sum(ns for name, ns in spent.items() if name not in without) / 1e9)
-        return stats
+        """Statistics, in seconds, of all calls `without` some."""
+        return Stats([sum(ns for name, ns in spent.items() if name not in without) / 1e9 for spent in self.rounds])
 
     def medians(self) -> dict[str, float]:
         """Median seconds by call."""
-        names = self.rounds[0]
-        return {name: Timings([{name: r[name]} for r in self.rounds]).stats().median for name in names}
+        return {name: Stats([r[name] / 1e9 for r in self.rounds]).median for name in self.rounds[0]}
 
 
 def balanced_orders(n: int) -> list[list[int]]:

@@ -51,6 +51,11 @@ class Method:
         return sum(turn.call == "perturb" for turn in self.cycle)
 
 
+def is_plain(candidate: str) -> bool:
+    """Whether a candidate makes plain steps, whatever the method of its race: "torch fused", "plain flatkern cpp"."""
+    return candidate.startswith(("torch ", "plain "))
+
+
 ONE_PASS = (Turn("none", "perturb"), Turn("noisy", "step"))
 TWO_PASSES = (Turn("clean", "perturb"), Turn("noisy", "step"))
 SHARD = (Turn("clean", "perturb"), Turn("add", "restore"))
@@ -71,7 +76,12 @@ METHODS = {
 
 
 def floor_bytes(method: Method, base: str, param: int, masters: bool = False) -> float:
-    """Bytes per parameter that one step must move at least, when weights have `param` bytes.
+    """Bytes per parameter that one step must move at least, when weights have `param` bytes."""
+    return sum(call_floors(method, base, param, masters).values())
+
+
+def call_floors(method: Method, base: str, param: int, masters: bool = False) -> dict[str, float]:
+    """The same by call, all calls of a step with one name together (rare ones with their share).
 
     Each tensor that a call needs is read once and each that it changes is written once. Rows are
     assumed to stay on chip between the norm and the noise; the accumulation of mSAM's gradients is
@@ -86,15 +96,16 @@ def floor_bytes(method: Method, base: str, param: int, masters: bool = False) ->
 
     if method.kappa:
         # A bit per weight to read; every ten steps four reads of the gradient and the mask to write.
-        return update + 1 / 8 + (4 * grad + 1 / 8) / 10
+        return {"update_mask": (4 * grad + 1 / 8) / 10, "step": update + 1 / 8}
     if method.rolling:
-        return update + backup
+        return {"step": update + backup}
     if method.rho:
         norm = grad + (clean if method.floor is not None else 0)
         climb = clean + grad + param
         restore = clean + param
-        return method.rounds * (norm + climb) + (method.rounds - 1) * restore + backup + update
+        perturb = method.rounds * (norm + climb) + backup  # the clean weights stay saved between rounds
+        floors = {"perturb": perturb, "restore": (method.rounds - 1) * restore, "step": update}
+        return {call: floor for call, floor in floors.items() if floor}
     if method.sigma:
-        perturb = clean + param + backup
-        return perturb + update + (grad if method.lam is not None else 0)
-    return update
+        return {"perturb": clean + param + backup, "step": update + (grad if method.lam is not None else 0)}
+    return {"step": update}

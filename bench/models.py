@@ -45,6 +45,14 @@ def gpt2() -> list[Shape]:
     return [(50257, d), (1024, d), *(12 * block), *norm]
 
 
+def llama_1b() -> list[Shape]:
+    """TinyLlama 1.1B (Zhang et al. 2024, arXiv:2401.02385): 22 blocks, 4 key-value heads for 32, untied head."""
+    d, kv, hidden = 2048, 4 * 64, 5632
+    attention = [(d, d), (kv, d), (kv, d), (d, d)]
+    block = [*attention, (hidden, d), (hidden, d), (d, hidden), (d,), (d,)]
+    return [(32000, d), *(22 * block), (d,), (32000, d)]
+
+
 def many_small() -> list[Shape]:
     """A thousand tensors of a hundred elements: what is left is the cost of the list."""
     return 1000 * [(10, 10)]
@@ -63,6 +71,7 @@ class Model:
     rule: Callable[[], list[Shape]]
     tensors: int
     numel: int
+    small: bool = False  # calls cost more than memory traffic, and all of it fits into a cache
 
     def shapes(self) -> list[Shape]:
         """The shapes in the order of `model.parameters()`; a wrong count is an error, not a result."""
@@ -77,6 +86,7 @@ MODELS = {
     "resnet50": Model("ResNet-50", resnet50, 161, 25_557_032),
     "vit_b16": Model("ViT-B/16", vit_b16, 152, 86_567_656),
     "gpt2": Model("GPT-2 124M", gpt2, 148, 124_439_808),
-    "many_small": Model("1000 tensors of 100", many_small, 1000, 100_000),
-    "tiny_160": Model("160 tensors of 10", tiny_160, 160, 1_600),
+    "llama_1b": Model("Llama 1.1B", llama_1b, 201, 1_100_048_384),
+    "many_small": Model("1000 tensors of 100", many_small, 1000, 100_000, small=True),
+    "tiny_160": Model("160 tensors of 10", tiny_160, 160, 1_600, small=True),
 }

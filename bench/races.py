@@ -1,24 +1,17 @@
-"""What is raced against what: the default plan, its command-line variants, and running one race.
+"""What is raced against what: the default plans, of the CPU and of a GPU, and the command line's variants.
 
 A race is one method on one model, with everybody who can do it; candidates of a race are interleaved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-import torch
-
-from . import results
-from .candidates import DTYPES, FLOOR, TORCH, labels, prepare
-from .harness import Gradients, interleave, timed
-from .methods import BASES, METHODS, floor_bytes
+from .candidates import FLOOR, labels
+from .methods import BASES, METHODS
 from .models import MODELS
-
-SMALL = 1_000_000  # parameters; below, calls cost more than memory traffic
-BURST = 10  # steps in a turn of a small model
 
 
 @dataclass(frozen=True)
@@ -34,7 +27,7 @@ class Entry:
 class Race:
     """One method on one model; `table` says where its results are shown."""
 
-    table: str  # methods, dtypes, calls, copy
+    table: str  # methods, dtypes, calls, compiled, copy
     model: str
     method: str
     base: str
@@ -42,7 +35,10 @@ class Race:
 
     @property
     def title(self) -> str:
-        return f"{MODELS[self.model].title}, {METHODS[self.method].title}, {self.base}"
+        if self.table == "copy":
+            return f"{MODELS[self.model].title}, copying"
+        compiled = ", torch.compile" if self.table == "compiled" else ""
+        return f"{MODELS[self.model].title}, {METHODS[self.method].title}, {self.base}{compiled}"
 
 
 def by_method(model: str, methods: list[str], bases: list[str], dtype: str, args) -> Iterator[Race]:
@@ -84,9 +80,60 @@ def default_plan(args) -> list[Race]:
     ]
 
 
+def gpu_plan(args) -> list[Race]:
+    """Under eight minutes on a GPU, what matters most first: the end may have to be left out."""
+    every, few, half = list(METHODS), ["plain", "m-rwp", "sam", "rolling"], ["rwp", "plain", "rolling"]
+    first = ["m-rwp", "sam", "asam"]
+    return [
+        *(Race("copy", model, "plain", "sgd") for model in ("gpt2", "resnet50", "llama_1b")),
+        *by_method("gpt2", first, ["sgd"], "float32", args),
+        *by_method("resnet50", first, ["sgd"], "float32", args),
+        *by_layout("gpt2", "adamw", args.backends),
+        *lean(by_method("llama_1b", ["m-rwp"], ["sgd"], "float32", args)),
+        *by_method("many_small", few, ["sgd"], "float32", args),
+        *by_method("vit_b16", ["m-rwp"], ["adamw"], "float32", args),
+        *by_method("gpt2", ["plain", "m-rwp", "rolling", "ire"], ["adamw"], "float32", args),
+        *by_method("resnet50", half, ["sgd"], "float32", args),
+        *by_call(few, list(BASES), args.backends),
+        *by_method("gpt2", half, ["sgd"], "float32", args),
+        *lean(by_method("llama_1b", ["plain", "rolling"], ["adamw"], "float32", args)),
+        *by_layout("llama_1b", "adamw", args.backends),
+        *by_method("resnet50", [m for m in every if m not in (*first, *half)], ["sgd"], "float32", args),
+        *by_compiler("resnet50", "m-rwp", "sgd", args.backends),
+        *by_compiler("gpt2", "rolling", "adamw", args.backends),
+        *by_dtype("gpt2", ["plain", "m-rwp"], "adamw", args.backends),
+        *by_method("vit_b16", ["plain", "sam", "rolling"], ["adamw"], "float32", args),
+        *by_dtype("resnet50", ["plain", "m-rwp", "rolling"], "sgd", args.backends),
+        *by_method("resnet50", [*few, *(m for m in every if m not in few)], ["adamw"], "float32", args),
+        *(Race("copy", model, "plain", "sgd") for model in ("vit_b16", "many_small")),
+    ]
+
+
+def lean(races: Iterator[Race]) -> Iterator[Race]:
+    """Only those for whom a billion parameters leave room: no loops with their temporaries."""
+    for race in races:
+        who = tuple(e for e in race.entries if e.label not in ("papers", "loop", "torch loop"))
+        yield replace(race, entries=who)
+
+
+def by_layout(model: str, base: str, backends: list[str]) -> Iterator[Race]:
+    """Rolling noise behind bfloat16 weights with float32 masters, against plain steps of that very layout."""
+    for backend in backends:
+        ours = [Entry(f"{plain}flatkern {backend}", "bfloat16", True) for plain in ("", "plain ")]
+        yield Race("dtypes", model, "rolling", base, (*ours, Entry(f"flatkern {backend}"), Entry(FLOOR)))
+
+
+def by_compiler(model: str, method: str, base: str, backends: list[str]) -> Iterator[Race]:
+    """torch.compile, which takes so long to get ready that few races have it."""
+    who = [*(f"flatkern {b}" for b in backends), FLOOR, "foreach", "compiled"]
+    yield Race("compiled", model, method, base, tuple(map(Entry, who)))
+
+
 def plan(args) -> list[Race]:
     """The default plan; or, where something was selected, the product of the selections."""
     if not args.selected:
+        if args.device == "cuda" and not args.quick:
+            return gpu_plan(args)
         races = default_plan(args)
     else:
         races = [
@@ -97,108 +144,3 @@ def plan(args) -> list[Race]:
     copies = [Race("copy", model, "plain", "sgd") for model in dict.fromkeys(race.model for race in races)]
     order = list(dict.fromkeys(race.model for race in races))
     return sorted([*copies, *races], key=lambda race: order.index(race.model))
-
-
-def available_bytes() -> int | None:
-    """Free memory, where the system tells."""
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-
-
-class Runner:
-    """Runs races and collects their results; a candidate that fails costs its own line only."""
-
-    def __init__(self, rounds: int, seconds: float, tick: Callable[[int, int], None]) -> None:
-        self.rounds, self.seconds, self.tick = rounds, seconds, tick
-        self.benchmarks: list[dict] = []
-        self.failures: list[dict] = []
-
-    def run(self, race: Race) -> None:
-        race = replace(race, entries=tuple(self.fitting(race)))
-        (self.copies if race.table == "copy" else self.optimizers)(race)
-
-    def fitting(self, race: Race) -> Iterator[Entry]:
-        """The entries that memory has room for: weights, two moments and three buffers each; gradients and a copy."""
-        free = available_bytes()
-        need = 6 * 4 * MODELS[race.model].numel
-        for entry in race.entries:
-            need += 6 * 4 * MODELS[race.model].numel
-            if free is None or need < 0.9 * free:
-                yield entry
-            else:
-                self.fail(race, entry, f"needs about {need / 1e9:.0f} GB with the others, {free / 1e9:.0f} are free")
-
-    def fail(self, race: Race, entry: Entry, reason: str) -> None:
-        self.failures.append({**self.params(race, entry), "table": race.table, "reason": reason})
-
-    def params(self, race: Race, entry: Entry) -> dict:
-        named = {"model": race.model, "method": race.method, "base": race.base}
-        return {**named, "dtype": entry.dtype, "candidate": entry.label, "masters": entry.masters}
-
-    def interleave(self, race: Race, candidates: dict):
-        # Small models are over in no time: more turns, for the same number of seconds.
-        rounds = self.rounds if MODELS[race.model].numel > SMALL else 5 * self.rounds
-        return interleave(candidates, rounds=rounds, seconds=self.seconds, tick=self.tick)
-
-    def optimizers(self, race: Race) -> None:
-        """Race optimizers; inputs are shared per dtype."""
-        model, method = MODELS[race.model], METHODS[race.method]
-        sets, burst = (1, 1) if model.numel > SMALL else (2, BURST)
-        inputs, candidates, held, entries = {}, {}, {}, {}
-        for entry in race.entries:
-            key = f"{entry.label} {entry.dtype} {entry.masters}"
-            entries[key] = entry
-            try:
-                if entry.dtype not in inputs:
-                    torch.manual_seed(0)
-                    weights = [(0.05 * torch.randn(s)).to(DTYPES[entry.dtype]) for s in model.shapes()]
-                    inputs[entry.dtype] = weights, Gradients(weights, sets)
-                weights, gradients = inputs[entry.dtype]
-                candidates[key], held[key] = prepare(
-                    entry.label, weights, gradients, race.method, race.base, entry.masters, burst
-                )
-            except Exception as error:  # reported in the results; the others go on
-                self.fail(race, entry, f"{type(error).__name__}: {error}")
-        one, other = torch.ones(model.numel), torch.ones(model.numel)
-        timings, failures = self.interleave(race, {**candidates, "copy": timed(lambda: other.copy_(one))})
-        for key, reason in failures.items():
-            self.fail(race, entries[key], reason)
-
-        # What memory can do is measured in the same minute as what is held against it.
-        copy = 8 * model.numel / timings.pop("copy").stats().median / 1e9
-        rows = []
-        for key, measured in timings.items():
-            entry = entries[key]
-            param = DTYPES[entry.dtype].itemsize
-            does = METHODS["plain"] if entry.label in TORCH else method
-            info = {
-                "floor_bytes": floor_bytes(does, race.base, param, entry.masters),
-                "held_bytes": held[key] / model.numel,
-            }
-            rows.append(results.entry(race.table, self.params(race, entry), measured, model.numel, **info))
-        results.compare(rows, FLOOR, copy)
-        self.benchmarks += rows
-
-    def copies(self, race: Race) -> None:
-        """Measure what memory can do for this model's size, and what setting `.grad` costs."""
-        shapes, numel = MODELS[race.model].shapes(), MODELS[race.model].numel
-        params = [torch.nn.Parameter(torch.zeros(s)) for s in shapes]
-        sources, targets = [torch.ones(s) for s in shapes], [torch.ones(s) for s in shapes]
-        one, other = torch.ones(numel), torch.ones(numel)
-
-        def set_gradients() -> None:
-            for p, g in zip(params, sources, strict=True):
-                p.grad = g
-
-        candidates = {
-            "copy_": timed(lambda: other.copy_(one)),
-            "foreach_copy_": timed(lambda: torch._foreach_copy_(targets, sources)),
-            "set .grad": timed(set_gradients),
-        }
-        timings, _ = self.interleave(race, candidates)
-        for label, measured in timings.items():
-            info = {"floor_bytes": 0 if label == "set .grad" else 8}
-            self.benchmarks.append(results.entry("copy", self.params(race, Entry(label)), measured, numel, **info))

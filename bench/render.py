@@ -20,8 +20,10 @@ if __package__ in (None, ""):  # run as a script: the installed flatkern, if any
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from bench import results as files
+from bench.gpu import slug
 from bench.tables import tables
 
+RESULTS = files.ROOT / "bench" / "results"
 BLOCK = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
@@ -29,7 +31,9 @@ def markdown(results: dict) -> str:
     """All tables as one document."""
     machine, commit = results["machine_info"], results["commit_info"]
     versions = f"Python {machine['python_version']}, torch {machine['torch']}, flatkern {machine['flatkern']}"
-    compiler = machine["flatkern_cpp"].get("compiler")
+    compiler, gpu = machine["flatkern_cpp"].get("compiler"), machine.get("gpu")
+    if gpu:
+        versions += f", triton {machine['triton']}; {gpu['name']}, driver {gpu['driver']}, CUDA {gpu['cuda']}"
     head = (
         f"`{results['command'].strip()}`, {results['datetime'][:10]}, commit {commit['id'][:10]}"
         f"{' with local changes' if commit['dirty'] else ''}; {versions}{f' ({compiler})' if compiler else ''}; "
@@ -38,15 +42,25 @@ def markdown(results: dict) -> str:
     return "\n".join([head, *(f"### {table.title}\n\n{table.markdown()}\n" for table in tables(results))])
 
 
+def others(results: dict) -> tuple[str, ...]:
+    """How the names of the tables begin that are in other result files."""
+    own = slug(results["machine_info"]["gpu"]["name"]) if "gpu" in results["machine_info"] else "cpu"
+    return tuple(f"{path.stem}-" for path in RESULTS.glob("*.json") if path.stem not in (own, "cpu"))
+
+
 def embed(text: str, results: dict) -> str:
-    """The document with its marked blocks rewritten.
+    """The document with its marked blocks rewritten; those of other machines stay.
 
     Raises:
         KeyError: a block names a table that the results do not have.
     """
     known = {table.name: table.markdown() for table in tables(results)}
+    gpu = "gpu" in results["machine_info"]
+    own = f"{slug(results['machine_info']['gpu']['name'])}-" if gpu else ""
 
     def block(match: re.Match) -> str:
+        if not match[2].startswith(own) or match[2].startswith(others(results)):
+            return match[0]
         if match[2] not in known:
             raise KeyError(f"no table {match[2]!r} in the results; there are {', '.join(known)}")
         return f"{match[1]}\n{known[match[2]]}\n\n{match[3]}"

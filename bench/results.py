@@ -3,7 +3,8 @@
 
 What a number means: `stats` are seconds per optimizer step, without autograd's accumulation; `calls` are
 median seconds by call; `gigabytes_per_second` divides the method's *floor* by the median, so that waste
-shows as a low rate instead of a high one.
+shows as a low rate instead of a high one. On a GPU all of these are device time; `host` has the same on the
+host, `loop` seconds per step of a loop, `launches` what a call starts on the device (gpu.py says how).
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import shlex
 import subprocess
 import sys
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 
-import pytest_benchmark
 import torch
 
 from .harness import Timings
@@ -25,11 +26,22 @@ from .harness import Timings
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def key(params: dict) -> str:
+    """One candidate of one race, whatever the table."""
+    return " ".join(str(value) for value in params.values())
+
+
 def entry(table: str, params: dict, timings: Timings, numel: int, **info) -> dict:
-    """One candidate's result. `info` may hold floor_bytes and held_bytes per parameter."""
-    stats = timings.stats("accumulate").as_dict()
+    """One candidate's result. `info` may hold floor_bytes, call_floors and held_bytes per parameter."""
+    calls, host, loop = timings.calls(), timings.host(), timings.loop()
+    found = calls.stats("accumulate")
+    stats = found.as_dict()
     if info.get("floor_bytes"):
-        info["gigabytes_per_second"] = info["floor_bytes"] * numel / stats["median"] / 1e9
+        info["gigabytes_per_second"] = info["floor_bytes"] * numel / max(stats["median"], 1e-9) / 1e9
+    if host:
+        info["host"] = {"median": host.stats("accumulate").median, "calls": host.medians()}
+    if loop:
+        info["loop"] = {name: loop.stats().as_dict()[name] for name in ("median", "q1", "q3", "rounds")}
     name = "-".join(str(v) for k, v in params.items() if k != "masters") + ("-masters" if params["masters"] else "")
     group = " ".join(str(params[k]) for k in ("model", "method", "base"))
     return {
@@ -38,22 +50,26 @@ def entry(table: str, params: dict, timings: Timings, numel: int, **info) -> dic
         "fullname": f"bench/run.py::{table}[{name}]",
         "params": params,
         "param": name,
-        "extra_info": {"table": table, "calls": timings.medians(), **info},
-        "options": {"timer": "perf_counter_ns", "interleaved": True, "gc": False},
-        "stats": {**stats, "iterations": 1, "data": timings.stats("accumulate").data},
+        "extra_info": {"table": table, "calls": calls.medians(), **info},
+        "options": {"timer": "CUDA events" if host else "perf_counter_ns", "interleaved": True, "gc": False},
+        "stats": {**stats, "iterations": 1, "data": found.data},
     }
 
 
-def compare(race: list[dict], reference: str, copy_rate: float) -> None:
+def compare(race: list[dict], reference: str, copy_rate: float | None) -> None:
     """Add what only the whole race knows: multiples of the plain optimizer, and the share of copy bandwidth."""
-    plain = {b["params"]["dtype"]: b["stats"]["median"] for b in race if b["params"]["candidate"] == reference}
+    plain = {b["params"]["dtype"]: b for b in race if b["params"]["candidate"] == reference}
     for b in race:
+        info = b["extra_info"]
         # Nothing in torch has master weights; those rows are read against plain float32.
         dtype = "float32" if b["params"]["masters"] and "float32" in plain else b["params"]["dtype"]
         if dtype in plain:
-            b["extra_info"]["times_plain"] = b["stats"]["median"] / plain[dtype]
-        b["extra_info"]["copy_gigabytes_per_second"] = copy_rate
-        b["extra_info"]["share_of_copy"] = b["extra_info"]["gigabytes_per_second"] / copy_rate
+            info["times_plain"] = b["stats"]["median"] / plain[dtype]["stats"]["median"]
+            if "loop" in info:
+                info["loop_times_plain"] = info["loop"]["median"] / plain[dtype]["extra_info"]["loop"]["median"]
+        if copy_rate:
+            info["copy_gigabytes_per_second"] = copy_rate
+            info["share_of_copy"] = info["gigabytes_per_second"] / copy_rate
 
 
 def cpu_model() -> str:
@@ -79,6 +95,13 @@ def compiled_backend() -> dict[str, str]:
     return said
 
 
+def version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def machine_info(threads: int) -> dict:
     """Processor, system and versions; no host name."""
     try:
@@ -96,6 +119,7 @@ def machine_info(threads: int) -> dict:
         "python_implementation": platform.python_implementation(),
         "python_version": platform.python_version(),
         "torch": torch.__version__,
+        "triton": version_of("triton"),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "flatkern": version,
         "flatkern_cpp": compiled_backend(),
@@ -117,12 +141,22 @@ def git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def document(benchmarks: list[dict], failures: list[dict], threads: int, seconds: float, busy: float = 0.0) -> dict:
-    """The whole file; `busy` is the load before the first race."""
+def document(
+    benchmarks: list[dict],
+    failures: list[dict],
+    threads: int,
+    seconds: float,
+    busy: float = 0.0,
+    gpu: dict | None = None,
+) -> dict:
+    """The whole file; `busy` is the load before the first race, `gpu` what the device says about itself.
+
+    Where there is no git, FLATKERN_COMMIT names the commit.
+    """
     return {
-        "machine_info": {**machine_info(threads), "load_before": round(busy, 2)},
+        "machine_info": {**machine_info(threads), "load_before": round(busy, 2), **({"gpu": gpu} if gpu else {})},
         "commit_info": {
-            "id": git("rev-parse", "HEAD") or "unversioned",
+            "id": git("rev-parse", "HEAD") or os.environ.get("FLATKERN_COMMIT") or "unversioned",
             "time": git("show", "-s", "--format=%cI") or None,
             "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
             "project": "flatkern",
@@ -133,7 +167,7 @@ def document(benchmarks: list[dict], failures: list[dict], threads: int, seconds
         "benchmarks": benchmarks,
         "failures": failures,
         "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "version": pytest_benchmark.__version__,
+        "version": version_of("pytest-benchmark"),
     }
 
 

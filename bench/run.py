@@ -3,12 +3,14 @@
 Without a selection: every method on ResNet-50, a subset on smaller and larger models, half precision,
 the cost of a call, the bandwidth of a copy; minutes on two cores. Selecting models, methods, bases or
 dtypes runs their product instead. Only optimizer work is timed: gradients are preset. The default run
-writes bench/results/cpu.{json,md,png}; the others write what they are asked for.
+writes bench/results/cpu.{json,md,png}, on a GPU bench/results/NAME-OF-THE-GPU.{json,md,png}; the others write
+what they are asked for.
 
     python bench/run.py --quick
     python bench/run.py --models gpt2 --methods m-rwp sam --base adamw
     python bench/run.py --dtype bfloat16 --masters --methods plain rwp sam
     python bench/run.py --json NAME.json --table NAME.md --plot NAME.png
+    python bench/run.py --device cuda
 """
 
 from __future__ import annotations
@@ -41,13 +43,19 @@ def arguments() -> argparse.Namespace:
     select.add_argument(
         "--masters", action="store_true", help="float32 masters behind bfloat16 weights (flatkern only)"
     )
-    select.add_argument("--backends", nargs="+", default=["cpp"], choices=["cpp", "eager"], help="default: cpp")
+    backends = ["cpp", "eager", "triton"]
+    select.add_argument("--backends", nargs="+", choices=backends, help="default: cpp, on a GPU triton")
     select.add_argument("--compile", action="store_true", help="also torch.compile; compiling takes a minute per race")
     select.add_argument("--quick", action="store_true", help="one model, four methods, under a minute")
+    gpu = parser.add_argument_group("GPU")
+    gpu.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
+    gpu.add_argument("--minutes", type=float, default=7.5, help="of the whole run; races beyond are left out and named")
+    gpu.add_argument("--workers", type=int, help="processes that compile beforehand; 0: none, and no launch counts")
+    gpu.add_argument("--dry-run", action="store_true", help="the same on the CPU with small tensors; measures nothing")
     timing = parser.add_argument_group("timing")
     timing.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     timing.add_argument("--rounds", type=int, help="steps per candidate (default 15, quick 7)")
-    timing.add_argument("--seconds", type=float, default=1.5, help="of a candidate per race, default 1.5")
+    timing.add_argument("--seconds", type=float, help="of a candidate per race, default 1.5, on a GPU 0.4")
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="results, readable by pytest-benchmark compare")
     output.add_argument("--table", metavar="FILE.md", help="the tables in Markdown")
@@ -55,8 +63,9 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.rounds = args.rounds or (7 if args.quick else 15)
     args.selected = bool(args.models or args.methods or args.base or args.dtype or args.masters)
-    if not (args.selected or args.quick or args.json or args.table or args.plot):
-        args.json, args.table, args.plot = (str(RESULTS / f"cpu.{kind}") for kind in ("json", "md", "png"))
+    args.default = not (args.selected or args.quick or args.dry_run or args.json or args.table or args.plot)
+    if args.dry_run and args.device != "cuda":
+        parser.error("--dry-run is of --device cuda")
     if args.masters:
         args.dtype = args.dtype or ["bfloat16"]
         if args.dtype != ["bfloat16"]:
@@ -64,18 +73,41 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def show(console, table) -> None:
-    from rich.markup import escape
-    from rich.table import Table
+def settle(args: argparse.Namespace) -> None:
+    """The defaults that depend on the device."""
+    from bench import stand_in
+    from bench.workers import default_workers
 
-    from bench.tables import SLOWER
+    gpu = args.device == "cuda"
+    if args.dry_run:
+        stand_in.prepare()
+        args.rounds, args.seconds = 1, 0.01
+    args.seconds = args.seconds or (0.4 if gpu else 1.5)
+    args.backends = args.backends or (["triton"] if gpu and not args.dry_run else ["cpp"])
+    args.workers = default_workers() if args.workers is None else args.workers
 
-    shown = Table(title=table.title, caption=table.note, title_justify="left", caption_justify="left")
-    for i, head in enumerate(table.header):
-        shown.add_column(head, justify="left" if i == 0 else "right")
-    for row in table.rows:
-        shown.add_row(*(f"[red]{escape(c.strip('*'))}[/red]" if SLOWER in c else escape(c) for c in row))
-    console.print(shown)
+
+def measure_here(args, screen):
+    """The CPU's races, in this process; yields its findings so far after each."""
+    from bench import races
+    from bench.runner import Runner
+
+    chosen = races.plan(args)
+    runner = Runner(args.rounds, args.seconds, screen.tick)
+    with screen.races(len(chosen)):
+        for race in chosen:
+            screen.race(race.title)
+            runner.run(race)
+            yield runner.benchmarks, runner.failures, None
+
+
+def measure_elsewhere(args, screen):
+    """A GPU's races, in processes of their own; yields the findings so far after each."""
+    from bench.workers import Measurement
+
+    measurement = Measurement(args, screen)
+    for _ in measurement.run():
+        yield measurement.results(), measurement.failures, measurement.device
 
 
 def partial(path: str | None) -> str | None:
@@ -83,53 +115,20 @@ def partial(path: str | None) -> str | None:
     return path and str(Path(path).with_stem(Path(path).stem + "-partial"))
 
 
-def main() -> int:
-    args = arguments()
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+def name_files(args, device: dict | None) -> None:
+    """The default run's files are called after what it ran on."""
+    if args.default:
+        from bench.gpu import slug
 
-    try:
-        import pytest_benchmark  # noqa: F401 (its statistics)
-        import torch
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    except ImportError as error:
-        print(f"the benchmarks need {error.name}: pip install -r requirements-dev.txt", file=sys.stderr)
-        return 1
+        name = "cpu" if args.device == "cpu" else slug(device["name"] if device else "")
+        args.json, args.table, args.plot = (str(RESULTS / f"{name}.{kind}") for kind in ("json", "md", "png"))
 
-    from bench import races, render, results
-    from bench.tables import tables
 
-    torch.set_num_threads(args.threads)
-    console, started = Console(), time.monotonic()
-    if not console.is_terminal:
-        console.width = 160
-    chosen, busy, interrupted = races.plan(args), results.load(), False
-    if busy > 0.5:
-        console.print(f"[red]this machine is not quiet (load {busy:.1f}); expect numbers that do not repeat[/red]")
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console) as progress:
-        overall = progress.add_task("races", total=len(chosen))
-        steps = progress.add_task("", total=None)
+def write(args, found: dict) -> list[str]:
+    """The files that are asked for; returns their names."""
+    from bench import render, results
 
-        def tick(done: int, total: int) -> None:
-            progress.update(steps, completed=done, total=total)
-
-        runner = races.Runner(args.rounds, args.seconds, tick)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            for race in chosen:
-                progress.reset(steps, description=race.title)
-                runner.run(race)
-                progress.advance(overall)
-        except KeyboardInterrupt:
-            console.print("[red]interrupted: the results are those of the races that were over[/red]")
-            interrupted = True
-            args.json, args.table, args.plot = map(partial, (args.json, args.table, args.plot))
-
-    found = results.document(runner.benchmarks, runner.failures, args.threads, time.monotonic() - started, busy)
-    for table in tables(found):
-        show(console, table)
-    written = [args.json, args.table]
+    written = [path for path in (args.json, args.table) if path]
     if args.json:
         results.write(args.json, found)
     if args.table:
@@ -141,8 +140,56 @@ def main() -> int:
             plot(found, args.plot)
             written.append(args.plot)
         except ImportError as error:
-            console.print(f"no chart: {error}")
-    console.print(f"{found['seconds']:.0f} s; wrote {', '.join(filter(None, written)) or 'nothing'}")
+            print(f"no chart: {error.name} is not installed")
+    return written
+
+
+def main() -> int:
+    args = arguments()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+
+    import torch
+
+    from bench import gpu, results
+    from bench.screen import screen
+    from bench.tables import tables
+
+    if args.device == "cuda" and not args.dry_run and (lacking := gpu.missing()):
+        print(f"error: no GPU benchmarks here: {lacking}", file=sys.stderr)
+        return 1
+    settle(args)
+    torch.set_num_threads(args.threads)
+    show, started, busy = screen(), time.monotonic(), results.load()
+    if busy > 0.5:
+        show.note(f"this machine is not quiet (load {busy:.1f}); expect numbers that do not repeat", alarming=True)
+    benchmarks, failures, device, interrupted = [], [], None, False
+
+    def document() -> dict:
+        return results.document(benchmarks, failures, args.threads, time.monotonic() - started, busy, device)
+
+    measure = measure_here if args.device == "cpu" else measure_elsewhere
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for so_far in measure(args, show):
+            benchmarks, failures, device = so_far
+            if device:  # a run that nobody watches may be killed; then this is what it leaves
+                name_files(args, device)
+                if args.json:
+                    results.write(partial(args.json), document())
+    except KeyboardInterrupt:
+        show.note("interrupted: the results are those of the races that were over", alarming=True)
+        interrupted = True
+
+    found = document()
+    for table in tables(found):
+        show.table(table)
+    name_files(args, device)
+    if interrupted:
+        args.json, args.table, args.plot = map(partial, (args.json, args.table, args.plot))
+    elif args.json and device:
+        Path(partial(args.json)).unlink(missing_ok=True)
+    written = write(args, found)
+    show.note(f"{found['seconds']:.0f} s; wrote {', '.join(written) or 'nothing'}")
     return 130 if interrupted else 0 if found["benchmarks"] else 1
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from .methods import BASES, METHODS, floor_bytes
+from .methods import BASES, METHODS, floor_bytes, is_plain
 from .models import MODELS
 
 VERSUS = {"papers": "papers' loop", "loop": "careful loop", "foreach": "foreach", "compiled": "torch.compile"}
@@ -31,8 +31,17 @@ class Table:
         return f"{body}\n\n{self.note}" if self.note else body
 
 
+def loud(cell: str) -> bool:
+    """Whether a cell is a loss, which is shown in red, and in Markdown in bold."""
+    return cell.startswith("**")
+
+
 def tables(results: dict) -> list[Table]:
     """Everything that a result file has to show."""
+    if "gpu" in results["machine_info"]:
+        from .gpu_tables import gpu_tables  # which is made of what is here
+
+        return gpu_tables(results)
     found = list(method_tables(results))
     found += [dtype_table(results, model) for model in values(pick(results, "dtypes"), "model")]
     found += [call_table(results), copy_table(results), failure_table(results)]
@@ -65,7 +74,7 @@ def accumulation(b: dict) -> float:
 def copy_rate(benchmarks: list[dict]) -> float | None:
     """GB/s of a copy of the weights, median of the races; None where the model fits into a cache."""
     rates = [b["extra_info"].get("copy_gigabytes_per_second") for b in benchmarks]
-    large = benchmarks and MODELS[benchmarks[0]["params"]["model"]].numel > 1e6
+    large = benchmarks and not MODELS[benchmarks[0]["params"]["model"]].small
     return statistics.median(rates) if large and all(rates) else None
 
 
@@ -103,9 +112,10 @@ def multiple(b: dict, floor: float) -> str:
 
 def bandwidth(b: dict) -> list[str]:
     """GB/s and share of copy; both mean nothing where the model fits into a cache."""
-    if MODELS[b["params"]["model"]].numel < 1e6:
+    info = b["extra_info"]
+    if MODELS[b["params"]["model"]].small or "share_of_copy" not in info:
         return [NOTHING, NOTHING]
-    return [f"{b['extra_info']['gigabytes_per_second']:.0f}", f"{100 * b['extra_info']['share_of_copy']:.0f} %"]
+    return [f"{info['gigabytes_per_second']:.0f}", f"{100 * info['share_of_copy']:.0f} %"]
 
 
 def footnote(results: dict, table: str, model: str) -> str:
@@ -116,7 +126,7 @@ def footnote(results: dict, table: str, model: str) -> str:
     steps = f"{turns[0]}" if turns[0] == turns[-1] else f"{turns[0]} to {turns[-1]}"
     isa, threads = machine["flatkern_cpp"].get("isa", ""), machine["threads"]
     parts = [
-        f"Medians of {steps} interleaved {'steps' if MODELS[model].numel > 1e6 else 'bursts of steps'}",
+        f"Medians of {steps} interleaved {'bursts of steps' if MODELS[model].small else 'steps'}",
         f"{threads} thread{'s' * (threads > 1)} of {machine['processor']}{f' ({isa})' if isa else ''}",
         f"torch {machine['torch']}",
         f"a copy runs at {rate:.0f} GB/s" if rate else "",
@@ -174,7 +184,7 @@ def method_table(results: dict, rows: list[dict], ours: str) -> Table:
     return table
 
 
-def dtype_table(results: dict, model: str) -> Table:
+def dtype_table(results: dict, model: str, show=duration) -> Table:
     """Half-precision weights, interleaved with float32."""
     rows = pick(results, "dtypes", model=model)
     table = Table(
@@ -188,11 +198,11 @@ def dtype_table(results: dict, model: str) -> Table:
         same = {k: p[k] for k in ("model", "method", "candidate")}
         full = pick(results, "dtypes", **same, dtype="float32")
         against = info["gigabytes_per_second"] / full[0]["extra_info"]["gigabytes_per_second"] if full else None
-        method = METHODS["plain" if p["candidate"].startswith("torch") else p["method"]].title
+        method = METHODS["plain" if is_plain(p["candidate"]) else p["method"]].title
         weights = p["dtype"] + " + float32 masters" * p["masters"]
         relative = NOTHING if against is None else f"{against:.2f}x"
         floor = str(info["floor_bytes"])
-        table.rows.append([method, weights, p["candidate"], duration(median(b)), floor, *bandwidth(b), relative])
+        table.rows.append([method, weights, p["candidate"], show(median(b)), floor, *bandwidth(b), relative])
     return table
 
 
@@ -221,7 +231,7 @@ def copy_table(results: dict) -> Table:
         cells = []
         for b in pick(results, "copy", model=model):
             rate = b["extra_info"].get("gigabytes_per_second")
-            small = MODELS[model].numel < 1e6
+            small = MODELS[model].small
             cells += [duration(median(b))] + ([NOTHING if small else f"{rate:.0f}"] if rate else [])
         table.rows.append([MODELS[model].title, *cells])
     return table
@@ -230,7 +240,7 @@ def copy_table(results: dict) -> Table:
 def failure_table(results: dict) -> Table:
     table = Table("failures", "Did not run", ["model", "method", "base", "candidate", "reason"])
     for f in results["failures"]:
-        candidate = " ".join([f["candidate"], f["dtype"], *["masters"] * f["masters"]])
+        candidate = " ".join(filter(None, [f["candidate"], f["dtype"], *["masters"] * f["masters"]]))
         reason = f["reason"].replace("|", "/").replace("\n", " ")
         table.rows.append([f["model"], METHODS[f["method"]].title, f["base"], candidate, reason])
     return table

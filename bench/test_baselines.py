@@ -6,6 +6,7 @@ filter, its mean and the way back must. Run by `pytest bench`; no test here look
 
 from __future__ import annotations
 
+import functools
 import shutil
 
 import pytest
@@ -72,6 +73,44 @@ def test_compiled_takes_the_eager_step(name, base):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", ["rwp", "m-rwp", "msam", "rolling"])
+def test_what_is_compiled_for_gpus_takes_the_eager_step(name, base, monkeypatch):
+    """The form in lists, before torch.compile; compiling it takes a GPU to be worth while."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    method = silent(METHODS[name])
+
+    got = trained(lambda *args: Compiled(*args, lists=True), method, base)
+
+    torch.testing.assert_close(got, trained(STYLES["foreach"], method, base), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["sam", "asam", "ire"])
+def test_foreach_takes_the_same_step_where_the_host_does_not_wait(name):
+    """On a GPU the climb scales the gradients on the device, and IRE's threshold comes from a sort."""
+    method = METHODS[name]
+    style = (IRE_STYLES if method.kappa else STYLES)["foreach"]
+
+    def on_gpu(*args):
+        baseline = style(*args)
+        baseline.on_cpu = False
+        return baseline
+
+    torch.testing.assert_close(trained(on_gpu, method, "sgd"), trained(style, method, "sgd"), rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_that_are_handed_over_are_new_to_flatkern():
+    """The loop on a GPU does not write gradients anew; an optimizer that told them by address would refuse."""
+    params = weights()
+    optimizer = flatkern_optimizer(params, METHODS["sam"], "sgd", backend="eager")
+    gradients = Gradients(params, sets=1)
+    for _ in range(3):
+        for kind, call, _ in METHODS["sam"].cycle:
+            gradients.deliver(params, kind, 0, fresh=False)
+            getattr(optimizer, call)()
+    assert all(torch.isfinite(p).all() for p in params)
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_plain_torch_is_what_the_baselines_step_with(style):
     """Perturbing and restoring aside, a baseline is the fused torch optimizer."""
@@ -89,13 +128,14 @@ def test_plain_torch_is_what_the_baselines_step_with(style):
 
 
 @pytest.mark.parametrize("name", NOISY)
-@pytest.mark.parametrize("style", STYLES)
-def test_noise_has_the_size_of_the_filter(style, name):
+@pytest.mark.parametrize("style", [*STYLES, "compiled"])
+def test_noise_has_the_size_of_the_filter(style, name, monkeypatch):
     """Each filter's displacement is N(0, sigma^2 norm^2 / (1 + eta F)), F from the steps before."""
     method = METHODS[name]
     params = weights()
     torch.manual_seed(1)
-    baseline = STYLES[style](params, method, "sgd")
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    baseline = {**STYLES, "compiled": functools.partial(Compiled, lists=True)}[style](params, method, "sgd")
     gradients = Gradients(params, sets=1)
     for _ in range(2):
         run_cycle(baseline, params, method.cycle, gradients)

@@ -12,8 +12,9 @@ import pytest
 
 from bench import render, results
 from bench.harness import Timings, balanced_orders, interleave, takes_part
-from bench.methods import METHODS, floor_bytes
+from bench.methods import METHODS, call_floors, floor_bytes
 from bench.models import MODELS
+from bench.stats import Stats
 from bench.tables import tables
 
 
@@ -51,6 +52,26 @@ def test_a_failure_costs_one_candidate():
     assert list(timings) == ["good"] and timings["good"].stats().median == 5e-9
 
 
+def test_calls_floors_add_up_to_the_steps():
+    for method in METHODS.values():
+        for base, param, masters in itertools.product(("sgd", "adamw"), (2, 4), (False, True)):
+            floors = call_floors(method, base, param, masters)
+            assert set(floors) == {turn.call for turn in method.cycle}
+            assert sum(floors.values()) == floor_bytes(method, base, param, masters)
+    assert call_floors(METHODS["m-rwp"], "sgd", 4) == {"perturb": 12, "step": 24}
+    assert call_floors(METHODS["sam"], "sgd", 4) == {"perturb": 20, "step": 20}
+
+
+@pytest.mark.parametrize("count", [*range(1, 10), 15, 75])
+def test_statistics_are_pytest_benchmarks(count):
+    """Files are compared with its tools; they are written where it is not installed."""
+    theirs = pytest.importorskip("pytest_benchmark.stats").Stats()
+    data = [((7 * i + 3) % 11 + i / 100) ** 2 for i in range(count)]
+    for seconds in data:
+        theirs.update(seconds)
+    assert Stats(data).as_dict() == pytest.approx(theirs.as_dict())
+
+
 def test_floors():
     """Bytes per float32 parameter, SGD with momentum and AdamW; and with float32 masters behind bfloat16."""
     expected = {
@@ -67,10 +88,11 @@ def found():
     """Results of two candidates on one model, as run.py writes them."""
     rows = []
     race = {"model": "resnet50", "method": "m-rwp", "base": "sgd", "dtype": "float32", "masters": False}
+    info = {"floor_bytes": 36, "call_floors": {"perturb": 12, "step": 24}, "held_bytes": 8.0}
     for candidate, ns in {"flatkern cpp": 20_000_000, "foreach": 10_000_000, "torch fused": 8_000_000}.items():
         params = {**race, "candidate": candidate}
         timings = Timings([{"perturb": ns // 2, "step": ns // 2}] * 3)
-        rows.append(results.entry("methods", params, timings, 25_557_032, floor_bytes=36, held_bytes=8.0))
+        rows.append(results.entry("methods", params, timings, 25_557_032, **info))
     results.compare(rows, "torch fused", 50.0)
     failure = {**rows[0]["params"], "table": "methods", "candidate": "papers", "reason": "ValueError: no"}
     return json.loads(json.dumps(results.document(rows, [failure], threads=2, seconds=1.0)))
@@ -94,7 +116,26 @@ def test_documents_embed_tables(found):
         render.embed(text.replace("resnet50", "alexnet"), found)
 
 
+def test_documents_keep_the_tables_of_other_machines(found, tmp_path, monkeypatch):
+    """Several files are embedded into one document, one after the other."""
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    (tmp_path / "h200.json").write_text("{}")
+    block = "<!-- bench: {} -->\n{}\n<!-- /bench -->\n"
+    text = block.format("resnet50-sgd", "old") + block.format("h200-resnet50-sgd", "kept")
+    assert "kept" in render.embed(text, found) and "old" not in render.embed(text, found)
+
+    for b in found["benchmarks"]:
+        b["extra_info"] |= {"host": {"median": 1e-3, "calls": {}}, "loop": {"median": 1e-3}}
+    found["machine_info"]["gpu"] = {"name": "NVIDIA H200", "driver": "1"}
+    for b in found["benchmarks"]:
+        b["params"]["candidate"] = b["params"]["candidate"].replace("cpp", "triton")
+    assert "kept" not in render.embed(text, found) and "old" in render.embed(text, found)
+    with pytest.raises(KeyError, match="no table"):
+        render.embed(text.replace("h200-resnet50", "h200-alexnet"), found)
+
+
 def test_pytest_benchmark_reads_the_file(found, tmp_path):
+    pytest.importorskip("pytest_benchmark")
     path = tmp_path / "results.json"
     results.write(path, found)
     command = [sys.executable, "-m", "pytest_benchmark", "compare", str(path)]
