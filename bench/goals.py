@@ -46,8 +46,8 @@ def goals(results: dict) -> Iterator[Goal]:
         value = perturb_share(results, model)
         yield Goal(f"{MODELS[model].title}: perturb() of RWP, of copy bandwidth", 0.9, True, percent, value)
     for model in ("gpt2", "resnet50"):
-        # A tenth above what the bytes allow: 1.80, 2.00, 2.20.
-        for method, bound in (("m-rwp", 2.0), ("sam", 2.2), ("asam", 2.4)):
+        # An eighth above what the bytes allow: 1.80, 2.00, 2.20.
+        for method, bound in (("m-rwp", 2.0), ("sam", 2.25), ("asam", 2.5)):
             what = f"{MODELS[model].title}: {METHODS[method].title}, in steps of torch's fused SGD"
             yield Goal(what, bound, False, times, times_plain(results, model, method, "sgd"))
     for model in ("gpt2", "llama_1b"):
@@ -55,12 +55,12 @@ def goals(results: dict) -> Iterator[Goal]:
         yield Goal(what, 1.1, False, times, times_same_layout(results, model))
     for method in ("m-rwp", "sam", "asam"):
         what = f"ResNet-50: {METHODS[method].title}, faster than the papers' loop"
-        yield Goal(f"{what}, device", 3.0, True, times, faster(results, "papers", "resnet50", method))
-        yield Goal(f"{what}, in a loop", 3.0, True, times, faster(results, "papers", "resnet50", method, loop=True))
+        yield Goal(f"{what}, device", 10.0, True, times, faster(results, "papers", "resnet50", method))
+        yield Goal(f"{what}, in a loop", 10.0, True, times, faster(results, "papers", "resnet50", method, loop=True))
     for model in dict.fromkeys(b["params"]["model"] for b in pick(results, "methods")):
         what = f"{MODELS[model].title}: every method, faster than _foreach around torch's fused optimizer"
-        yield Goal(f"{what}, device", 1.0, True, times, faster(results, "foreach", model))
-        yield Goal(f"{what}, in a loop", 1.0, True, times, faster(results, "foreach", model, loop=True))
+        yield Goal(f"{what}, device", 2.0, True, times, faster(results, "foreach", model))
+        yield Goal(f"{what}, in a loop", 2.0, True, times, faster(results, "foreach", model, loop=True))
 
 
 def ours(results: dict, table: str, **params) -> list[dict]:

@@ -47,7 +47,7 @@ def make(argument, shapes):
     if argument.name in ("norm", "threshold"):
         return torch.tensor(1.0)
     if argument.name == "counts":
-        return torch.zeros(2048, dtype=torch.int64)
+        return torch.zeros(2050, dtype=torch.int64)
     if argument.name == "prefix":
         return torch.zeros(0, dtype=torch.int64)
     if argument.name == "masks":
