@@ -55,9 +55,12 @@ def small(monkeypatch):
         shapes = [stand_in.small(shape) for shape in model.shapes()[:4]]
         cut = replace(model, rule=lambda shapes=shapes: shapes, tensors=4, numel=sum(map(prod, shapes)))
         monkeypatch.setitem(MODELS, name, cut)
-    gc.freeze()  # every race collects, and would look through torch each time
+    # Every race collects, and would look through torch each time; threads would wait for one another.
+    monkeypatch.setattr(gc, "collect", lambda: 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
-    gc.unfreeze()
+    torch.set_num_threads(threads)
 
 
 # Races.
