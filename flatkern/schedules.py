@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from .checks import check_value
+
 
 def cosine_increase(start: float, increase: float, total_steps: int) -> Callable[[int], float]:
     """The papers' cosine increase of sigma.
@@ -65,8 +67,13 @@ class PerturbationScheduler:
         self._set()
 
     def _set(self) -> None:
+        value = self.schedule(self.last_step)
         for group in self.optimizer.param_groups:
-            group[self.key] = self.schedule(self.last_step)
+            if isinstance(group[self.key], torch.Tensor):
+                check_value(self.key, value)
+                group[self.key].fill_(value)  # in place, where a captured graph reads it
+            else:
+                group[self.key] = value
 
     def step(self) -> None:
         """Advance by one optimizer step."""

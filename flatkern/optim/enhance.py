@@ -56,8 +56,10 @@ def masks_of(opt: FlatOptimizer, params: list[Tensor]) -> list[Tensor]:
 
 def count_step(opt: FlatOptimizer, work: Work) -> None:
     """The mask is a step older, unless the step was skipped. (On a GPU the host does not wait to know.)"""
-    skipped = any(f.found_inf is not None and f.found_inf.is_cpu and bool(f.found_inf) for _, _, f in work)
-    if opt.enhancement is None or skipped:
+    if opt.enhancement is None:
+        return
+    flags = [] if opt.capturable else [f.found_inf for _, _, f in work if f.found_inf is not None]
+    if any(flag.is_cpu and bool(flag) for flag in flags):
         return
     for group in opt.param_groups:
         if group["mask_age"] is not None:

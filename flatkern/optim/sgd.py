@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..dispatch import choose
 from ..methods import IRE, RWP, SAM
+from . import capture
 from .plan import Bucket, Group
 from .rule import RuleOptimizer, require_unset
 from .update import Forming
@@ -61,7 +62,7 @@ class SGD(RuleOptimizer):
         capturable: bool = False,
         max_grad_norm: float | None = None,
     ) -> None:
-        require_unset("SGD", differentiable=differentiable, capturable=capturable)
+        require_unset("SGD", differentiable=differentiable)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -73,7 +74,7 @@ class SGD(RuleOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        self._start(params, defaults, perturb, enhance, backend, master_weights, max_grad_norm)
+        self._start(params, defaults, perturb, enhance, backend, master_weights, max_grad_norm, capturable)
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
@@ -92,13 +93,15 @@ class SGD(RuleOptimizer):
             if created:
                 # v <- d on the first step is v <- momentum 0 + (1 - 0) d.
                 dampening = [0.0 if k in created else d for k, d in enumerate(dampening)]
+        lr, lrs = capture.numbers(self, bucket, "lr")
         choose("sgd_update_", bucket.params, self.backend)(
-            bucket.params, buffers, *forming.inputs(grads),
-            lr=bucket.values("lr"), momentum=bucket.values("momentum"), dampening=dampening,
+            bucket.params, buffers, *forming.inputs(grads, lrs),
+            lr=lr, momentum=bucket.values("momentum"), dampening=dampening,
             weight_decay=bucket.values("weight_decay"),
             nesterov=bucket.values("nesterov", lambda g: bool(g["nesterov"])), **forming.method(),
         )  # fmt: skip
         if created and forming.found_inf is not None and any(bucket.values("dampening")) and bool(forming.found_inf):
-            # A skipped first step is no first step: with dampening the next one must still be v <- d.
+            # A skipped first step is no first step: with dampening the next one must still be v <- d. Only here the
+            # host may wait for a GPU, once, and before any graph is captured.
             for k in created:
                 del self.state[bucket.params[k]]["momentum_buffer"]
