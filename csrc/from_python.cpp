@@ -18,7 +18,8 @@ bool dlpack_enabled = true;
 // What of torch is needed, looked up at the first tensor: importing this module does not import torch.
 struct Torch {
   PyTypeObject* tensor = nullptr;
-  PyObject *float32 = nullptr, *float16 = nullptr, *bfloat16 = nullptr, *float64 = nullptr, *int64 = nullptr, *uint8 = nullptr;
+  PyObject *float32 = nullptr, *float16 = nullptr, *bfloat16 = nullptr, *float64 = nullptr, *int64 = nullptr,
+           *uint8 = nullptr;
   int (*read)(void*, dlpack::Tensor*) = nullptr;  // null before torch 2.10
 };
 
@@ -36,7 +37,8 @@ const Torch* torch() {
   t.uint8 = PyObject_GetAttrString(module, "uint8");
   PyObject* tensor = PyObject_GetAttrString(module, "Tensor");
   Py_DECREF(module);
-  if (tensor == nullptr || !t.float32 || !t.float16 || !t.bfloat16 || !t.float64 || !t.int64 || !t.uint8) return nullptr;
+  if (tensor == nullptr || !t.float32 || !t.float16 || !t.bfloat16 || !t.float64 || !t.int64 || !t.uint8)
+    return nullptr;
   t.tensor = reinterpret_cast<PyTypeObject*>(tensor);
   PyObject* capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
   if (capsule != nullptr && PyCapsule_IsValid(capsule, dlpack::kCapsuleName)) {

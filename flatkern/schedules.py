@@ -42,7 +42,7 @@ def cosine_increase(start: float, increase: float, total_steps: int) -> Callable
 
 
 class PerturbationScheduler:
-    """Sets a group key such as "sigma" or "rho" from a function of the step number.
+    """Sets a group key such as "sigma" or "rho" from a function of the step number; in place where it is a tensor.
 
         scheduler = PerturbationScheduler(opt, "sigma", cosine_increase(0.001, 10, total_steps))
         ...; opt.step(); scheduler.step()
@@ -53,7 +53,7 @@ class PerturbationScheduler:
         schedule: step number -> value.
 
     Raises:
-        ValueError: a group has no such key.
+        ValueError: a group has no such key; a value out of range for a tensor, which nobody checks later.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, key: str, schedule: Callable[[int], float]) -> None:

@@ -326,7 +326,7 @@ def test_a_capture_finds_the_tables_of_another_stream():
     assert there is not warm and there.groups is warm.groups and there.spare is warm.spare
     assert there.uploads == warm.uploads and there.uploads is not warm.uploads and there.scratch == {}
     made = plans.get(key._replace(stream=3), lambda: copy.copy(warm), False)
-    assert made.scratch == warm.scratch
+    assert made.scratch == warm.scratch and made.spare is warm.spare
     assert plans.get(key, None, False) is warm
 
 

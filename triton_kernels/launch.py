@@ -37,15 +37,14 @@ class Plans:
 
     def get(self, key, make, captured):
         plan = self.found.get(key)
-        if plan is None and captured:
-            # A graph is captured on a stream of its own, after all others have come to rest.
-            warm = next((old for k, old in self.found.items() if k[:-1] == key[:-1]), None)
-            if warm is not None:
-                plan = self.found[key] = warm.on_another_stream()
         if plan is None:
-            plan = make()
+            elsewhere = next((old for k, old in self.found.items() if k[:-1] == key[:-1]), None)
+            # A graph is captured on a stream of its own, after all others have come to rest.
+            plan = elsewhere.on_another_stream() if captured and elsewhere is not None else make()
             if plan is None:
                 return None
+            if elsewhere is not None:
+                plan.spare = elsewhere.spare
             # What a captured graph reads has to stay.
             oldest = next((k for k, old in self.found.items() if not old.kept), None)
             if len(self.found) >= MOST_PLANS and oldest is not None:

@@ -94,7 +94,7 @@ class Plan:
     long_tensors: dict  # tensor: its first long row
     uploads: dict = field(default_factory=dict)
     scratch: dict = field(default_factory=dict)
-    spare: dict = field(default_factory=dict)  # pinned memory for the tables that captures upload
+    spare: dict = field(default_factory=dict)  # pinned memory for the tables that captures upload; of all streams
     kept: list = field(default_factory=list)  # what captured graphs read
 
     def on_another_stream(self):

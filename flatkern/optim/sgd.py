@@ -31,7 +31,12 @@ class SGD(RuleOptimizer):
         enhance: flatkern.IRE, or None.
         backend: "eager" or "cpp", used or refused; None takes the best one that is live.
         master_weights: keep float32 weights behind half-precision parameters.
-        capturable: refused until a GPU backend exists.
+        capturable: steps may be captured in a CUDA graph. group["lr"], group["sigma"] and group["round"] are tensors on
+            the device then: a replay reads what they are and goes on to the next round, and schedulers fill them in
+            place. A number that is assigned to one is copied there at the next call. Every other value (momentum,
+            rho, lam, eta, kappa, ...) and whether IRE has a mask stay as they were at the capture; `update_mask()`
+            runs outside, and `mask_due` counts the steps that Python ran. Needs the Triton backend and all parameters
+            on one device. Run a few steps before a capture; `release()` frees memory that graphs read.
         max_grad_norm: clip the final (mixed, averaged, unscaled) gradient to this global L2 norm.
 
     State, per parameter: `momentum_buffer` (the parameter's dtype; float32 with masters), `master`,
