@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 import flatkern
+from flatkern.optim.capture import OnDevice, host_value
 from flatkern.schedules import PerturbationScheduler
 
 if not INTERPRETING:
@@ -293,15 +294,13 @@ def test_a_learning_rate_that_is_zero_for_one_step():
     run.opt.eval()
     assert all(map(torch.equal, run.net.parameters(), before))
     assert [lr.item() for lr in ours] == values
+    # The host looks at a tensor of its own only.
+    elsewhere = types.SimpleNamespace(cycle=types.SimpleNamespace(on_device=OnDevice(torch.device("meta"))))
+    assert host_value(elsewhere, {"lr": torch.tensor(0.0)}, "lr") == 0
+    assert host_value(elsewhere, {"lr": torch.tensor(0.0, device="meta")}, "lr") is None
 
 
 # Checkpoints.
-
-
-def copies(run, how):
-    """The optimizer's checkpoint, through a file or not."""
-    state = run.opt.state_dict()
-    return pickle.loads(pickle.dumps(state)) if how == "pickled" else copy.deepcopy(state)
 
 
 @pytest.mark.parametrize("saved, loading", [(True, True), (True, False), (False, True)])
@@ -317,7 +316,7 @@ def test_resume(rule, method, saved, loading):
     ours = [t for g in groups for t in (g["lr"], g.get("sigma"), g.get("round")) if isinstance(t, torch.Tensor)]
     ours += [t for p in other.net.parameters() for t in state[p].values()] if loading else []
     assert bool(ours) is loading
-    other.opt.load_state_dict(copies(first, "pickled"))
+    other.opt.load_state_dict(pickle.loads(pickle.dumps(first.opt.state_dict())))
     other.net.load_state_dict(first.net.state_dict())
     now = [t for g in groups for t in (g["lr"], g.get("sigma"), g.get("round")) if isinstance(t, torch.Tensor)]
     now += [t for p in other.net.parameters() for t in state[p].values()] if loading else []
@@ -400,15 +399,47 @@ def test_refused(make, text):
         make()
 
 
+@pytest.fixture
+def under_way(monkeypatch):
+    """Switches on what the optimizers ask before they do what a graph must not repeat."""
+
+    def switch_on():
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+    yield switch_on
+    monkeypatch.undo()
+
+
 @pytest.mark.parametrize("method", ["plain", "RWP", "rolling ARWP"])
-def test_a_capture_of_a_host_optimizer_is_refused(method, monkeypatch):
+def test_a_capture_of_a_host_optimizer_is_refused(method, under_way):
     """It would repeat its learning rate and its noise in silence."""
     run = Run("SGD", method, False).train(1)
     run.backward() if method != "RWP" else None
     before = run.tensors()
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    under_way()
     with pytest.raises(RuntimeError, match=r"a CUDA graph is being captured, .* capturable=True"):
         run.opt.perturb() if method == "RWP" else run.opt.step()
     assert all(map(torch.equal, run.tensors(), before))
-    Run("SGD", method, True).train(1)
+
+
+@pytest.mark.parametrize("key, value", [("lr", 0.5), ("sigma", 0.5), ("seed", 5), ("round", 5)])
+def test_a_number_is_not_captured(key, value, under_way):
+    """A replay would undo whatever a schedule has filled in since."""
+    run = Run("SGD", "RWP", True).train(1)
+    before, words = run.tensors(), run.opt.cycle.on_device.noise.clone()
+    for group in run.opt.param_groups:
+        group[key] = value
+    under_way()
+    with pytest.raises(RuntimeError, match=r"a number that was assigned to a group .* or fill_ the tensor"):
+        run.opt.perturb()
+    assert all(map(torch.equal, run.tensors(), before)) and torch.equal(run.opt.cycle.on_device.noise, words)
+
+
+def test_a_mask_is_not_captured(under_way):
+    run = Run("SGD", "IRE", True).train(1)
+    run.backward()
+    under_way()
+    run.opt.step()
+    with pytest.raises(RuntimeError, match="update_mask: a CUDA graph is being captured"):
+        run.opt.update_mask()

@@ -115,7 +115,7 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     def _check_groups(self) -> None:
         """Check what has changed in the groups since the last call, before anything is written."""
-        capture.refuse_captures(self, "perturb() or step()")
+        capture.refuse(self, "perturb() or step()")
         checked = self.cycle.checked
         for k, group in enumerate(self.param_groups):
             if isinstance(self.method, RWP):

@@ -52,6 +52,11 @@ class OnDevice:
 
 def put(into: Tensor, value: Any) -> Tensor:
     """Write a number or a tensor of one element; for neither does the host wait."""
+    if is_under_way():
+        raise RuntimeError(
+            "a CUDA graph is being captured, which would write a number that was assigned to a group (lr, sigma, seed, "
+            "stream or round) at every replay; run a step between the assignment and the capture, or fill_ the tensor"
+        )
     return into.copy_(value.detach().reshape(into.shape)) if isinstance(value, Tensor) else into.fill_(value)
 
 
@@ -93,9 +98,13 @@ def check_group(opt: FlatOptimizer, group: Group) -> None:
             )
 
 
-def refuse_captures(opt: FlatOptimizer, call: str) -> None:
+def is_under_way() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def refuse(opt: FlatOptimizer, call: str) -> None:
     """Refuse to be captured: a graph would repeat one learning rate and one noise for ever."""
-    if not opt.capturable and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if not opt.capturable and is_under_way():
         raise RuntimeError(
             f"{call}: a CUDA graph is being captured, which would repeat this learning rate and this noise; "
             "use flatkern.SGD, Adam or AdamW with capturable=True"
@@ -141,9 +150,9 @@ def adopt(opt: FlatOptimizer) -> None:
 def _adopt_key(opt: FlatOptimizer, there: OnDevice) -> None:
     seed, stream, round_ = common_key(opt)
     if there.key != (seed, stream):
+        put(there.noise[0], seed)
+        put(there.noise[1], stream)
         there.key = seed, stream
-        there.noise[0].fill_(seed)
-        there.noise[1].fill_(stream)
     if round_ is there.round:
         return
     put(there.round, round_)

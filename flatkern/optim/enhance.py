@@ -10,7 +10,7 @@ from torch import Tensor
 from ..checks import MAGNITUDE_DIGITS
 from ..dispatch import resolve
 from ..tables import mask_shape
-from . import layouts, messages
+from . import capture, layouts, messages
 from .plan import Bucket, Group
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def update_mask(opt: FlatOptimizer, scaler: Any) -> None:
     if opt.enhancement is None:
         raise RuntimeError("update_mask: this optimizer has no enhancement; pass enhance=flatkern.IRE(kappa=...)")
     messages.refuse_unfinished(opt, "update_mask")
+    if capture.is_under_way():
+        raise RuntimeError("update_mask: a CUDA graph is being captured, and a mask needs the host; update it outside")
     params = [p for group in opt.param_groups if group["enhance"] for p in group["params"] if p.requires_grad]
     seen = [p for p in params if p.grad is not None]
     if not seen:

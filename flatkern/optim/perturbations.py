@@ -289,6 +289,7 @@ def abort_round(opt: FlatOptimizer) -> None:
 def roll_on(opt: FlatOptimizer, read: Read | None = None) -> None:
     """Rolling: from clean weights to the noise of the current round, which does not advance."""
     messages.refuse_suspended(opt, "train")
+    capture.refuse(opt, "train")
     capture.adopt(opt)
     scatter(opt, read or drawn)
     note_drawn(opt, read or drawn)
