@@ -150,10 +150,10 @@ def _check_scalars(op: Op, name: str, values: Sequence[float]) -> None:
 
 
 def _check_numbers(op: Op, name: str, t: Tensor, reference_name: str, reference: Sequence[Tensor]) -> None:
-    if t.dtype != torch.float64 or t.shape != (len(reference),):
+    if not isinstance(t, Tensor) or t.dtype != torch.float64 or t.shape != (len(reference),):
+        kind = _kind(t) if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(
-            f"{op.name}: {name} is {_kind(t)}, but should be float64 ({len(reference)},), "
-            f"one for each of {reference_name}"
+            f"{op.name}: {name} is {kind}, but should be float64 ({len(reference)},), one for each of {reference_name}"
         )
     if reference and t.device != reference[0].device:
         raise ValueError(

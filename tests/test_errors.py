@@ -454,6 +454,7 @@ OPERATION = [  # arguments of sgd_update_, and what every backend says about the
     ("grad_scale is float64 (), but should be a 0-dim float32 tensor", TypeError, {"grad_scale": X.double()[0, 0]}),
     ("grad_scale is float32 (1,), but should be a 0-dim float32 tensor", TypeError, {"grad_scale": torch.ones(1)}),
     ("lrs is float32 (1,), but should be float64 (1,), one for each of params", TypeError, {"lrs": torch.ones(1)}),
+    ("lrs is list, but should be float64 (1,), one for each of params", TypeError, {"lrs": [0.1]}),
     ("sigmas is float64 (2,), but should be float64 (1,), one", TypeError, {"sigmas": torch.ones(2).double()}),
     ("sigmas is float64 (), but should be float64 (1,), one", TypeError, {"sigmas": torch.ones(()).double()}),
     ("lrs is on meta, but params[0] is on cpu; move one of them", ValueError, {"lrs": META[0].double()[:1]}),
