@@ -131,7 +131,7 @@ test: build check ## build, check, every test (the wheel's too)
 # platforms only.
 test-triton: $(READY) ## the Triton kernels in Triton's interpreter (no GPU needed; part of `test`)
 	@if $(call has,triton) && $(call has,pytest); then \
-	  TRITON_INTERPRET=1 $(PYTEST) -q tests/test_triton.py $(ARGS); \
+	  TRITON_INTERPRET=1 $(PYTEST) -q tests/test_triton.py tests/test_capturable.py $(ARGS); \
 	else echo "not checked: Triton kernels (triton is not installed)"; fi
 
 check: $(if $(NO_VENV),,$(ENV_STAMP)) ## formatting, lint, types

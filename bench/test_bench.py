@@ -27,7 +27,7 @@ CASES = [
 
 # Optional arguments that the benchmark leaves out: the common case has no masters, no history, no scaler,
 # and its noise comes from perturb_gaussian_ (which measures its norms itself), not from a rolling update.
-ABSENT = {"masters", "history", "masks", "norms", "noise", "grad_scale", "clip", "found_inf"}
+ABSENT = {"masters", "history", "masks", "norms", "lrs", "sigmas", "noise", "grad_scale", "clip", "found_inf"}
 
 SCALARS = {
     "sigma": 0.01, "rho": 0.05, "eta": -1.0, "beta": 0.99, "grad_weight": 0.5, "clean_weight": 0.5,

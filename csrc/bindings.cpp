@@ -65,10 +65,11 @@ void gradient_norm_(Tensor norm, Tensors grads, MaybeTensors clean_grads, MaybeT
 }
 
 void perturb_gaussian_(Tensors params, MaybeTensors backups, MaybeTensors masters, MaybeTensors norms,
-                       MaybeTensors history, Tensor noise, Floats sigma, Floats eta, Ints index, Ints offset) {
+                       MaybeTensors history, MaybeTensor sigmas, Tensor noise, Floats sigma, Floats eta, Ints index,
+                       Ints offset) {
   call(&cpu::Kernels::perturb_gaussian_,
        {std::move(params), std::move(backups), std::move(masters), std::move(norms), std::move(history),
-        std::move(noise), std::move(sigma), std::move(eta), std::move(index), std::move(offset)});
+        std::move(sigmas), std::move(noise), std::move(sigma), std::move(eta), std::move(index), std::move(offset)});
 }
 
 void perturb_ascent_(Tensors params, MaybeTensors backups, MaybeTensors masters, Tensors grads, Tensor norm, Floats rho,
@@ -89,15 +90,17 @@ void mix_gradients_(Tensors grads, MaybeTensors history, MaybeTensors clean_grad
 }
 
 void sgd_update_(Tensors params, MaybeTensors momentum_buffers, MaybeTensors backups, MaybeTensors masters,
-                 MaybeTensors history, Tensors grads, MaybeTensors clean_grads, MaybeTensors masks, MaybeTensor noise,
-                 MaybeTensor grad_scale, MaybeTensor clip, MaybeTensor found_inf, Floats lr, Floats momentum,
-                 Floats dampening, Floats weight_decay, Bools nesterov, Floats grad_weight, Floats clean_weight,
-                 Floats kappa, Floats beta, Floats sigma, Floats eta, Ints index, Ints offset) {
+                 MaybeTensors history, Tensors grads, MaybeTensors clean_grads, MaybeTensors masks, MaybeTensor lrs,
+                 MaybeTensor sigmas, MaybeTensor noise, MaybeTensor grad_scale, MaybeTensor clip, MaybeTensor found_inf,
+                 Floats lr, Floats momentum, Floats dampening, Floats weight_decay, Bools nesterov, Floats grad_weight,
+                 Floats clean_weight, Floats kappa, Floats beta, Floats sigma, Floats eta, Ints index, Ints offset) {
   call(&cpu::Kernels::sgd_update_,
-       {{std::move(params), std::move(backups), std::move(masters), std::move(history), std::move(grads),
-         std::move(clean_grads), std::move(masks), std::move(noise), std::move(grad_scale), std::move(clip),
-         std::move(found_inf), std::move(grad_weight), std::move(clean_weight), std::move(kappa), std::move(beta),
-         std::move(sigma), std::move(eta), std::move(index), std::move(offset)},
+       {{std::move(params),    std::move(backups),     std::move(masters),      std::move(history),
+         std::move(grads),     std::move(clean_grads), std::move(masks),        std::move(lrs),
+         std::move(sigmas),    std::move(noise),       std::move(grad_scale),   std::move(clip),
+         std::move(found_inf), std::move(grad_weight), std::move(clean_weight), std::move(kappa),
+         std::move(beta),      std::move(sigma),       std::move(eta),          std::move(index),
+         std::move(offset)},
         std::move(momentum_buffers),
         std::move(lr),
         std::move(momentum),
@@ -109,15 +112,17 @@ void sgd_update_(Tensors params, MaybeTensors momentum_buffers, MaybeTensors bac
 template <bool kDecoupled>
 void adam_update_(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps, MaybeTensors backups,
                   MaybeTensors masters, MaybeTensors history, Tensors grads, MaybeTensors clean_grads,
-                  MaybeTensors masks, MaybeTensor noise, MaybeTensor grad_scale, MaybeTensor clip,
-                  MaybeTensor found_inf, Floats lr, Floats beta1, Floats beta2, Floats eps, Floats weight_decay,
-                  Floats grad_weight, Floats clean_weight, Floats kappa, Floats beta, Floats sigma, Floats eta,
-                  Ints index, Ints offset) {
+                  MaybeTensors masks, MaybeTensor lrs, MaybeTensor sigmas, MaybeTensor noise, MaybeTensor grad_scale,
+                  MaybeTensor clip, MaybeTensor found_inf, Floats lr, Floats beta1, Floats beta2, Floats eps,
+                  Floats weight_decay, Floats grad_weight, Floats clean_weight, Floats kappa, Floats beta, Floats sigma,
+                  Floats eta, Ints index, Ints offset) {
   call(&cpu::Kernels::adam_update_,
-       {{std::move(params), std::move(backups), std::move(masters), std::move(history), std::move(grads),
-         std::move(clean_grads), std::move(masks), std::move(noise), std::move(grad_scale), std::move(clip),
-         std::move(found_inf), std::move(grad_weight), std::move(clean_weight), std::move(kappa), std::move(beta),
-         std::move(sigma), std::move(eta), std::move(index), std::move(offset)},
+       {{std::move(params),    std::move(backups),     std::move(masters),      std::move(history),
+         std::move(grads),     std::move(clean_grads), std::move(masks),        std::move(lrs),
+         std::move(sigmas),    std::move(noise),       std::move(grad_scale),   std::move(clip),
+         std::move(found_inf), std::move(grad_weight), std::move(clean_weight), std::move(kappa),
+         std::move(beta),      std::move(sigma),       std::move(eta),          std::move(index),
+         std::move(offset)},
         std::move(exp_avgs),
         std::move(exp_avg_sqs),
         std::move(steps),
@@ -144,9 +149,9 @@ void amplify_(Tensors params, Tensors previous, Tensors masks, Floats kappa) {
 template <bool kDecoupled>
 void define_adam(py::module_& m, const char* name) {
   m.def(name, adam_update_<kDecoupled>, "params"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "steps"_a, "backups"_a, "masters"_a,
-        "history"_a, "grads"_a, "clean_grads"_a, "masks"_a, "noise"_a, "grad_scale"_a, "clip"_a, "found_inf"_a,
-        py::kw_only(), "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "grad_weight"_a, "clean_weight"_a,
-        "kappa"_a, "beta"_a, "sigma"_a, "eta"_a, "index"_a, "offset"_a);
+        "history"_a, "grads"_a, "clean_grads"_a, "masks"_a, "lrs"_a, "sigmas"_a, "noise"_a, "grad_scale"_a, "clip"_a,
+        "found_inf"_a, py::kw_only(), "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "grad_weight"_a,
+        "clean_weight"_a, "kappa"_a, "beta"_a, "sigma"_a, "eta"_a, "index"_a, "offset"_a);
 }
 
 }  // namespace
@@ -161,17 +166,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("ascent_norm_", ascent_norm_, "norm"_a, "params"_a, "grads"_a, py::kw_only(), "eta"_a);
   m.def("gradient_norm_", gradient_norm_, "norm"_a, "grads"_a, "clean_grads"_a, "grad_scale"_a, py::kw_only(),
         "grad_weight"_a, "clean_weight"_a);
-  m.def("perturb_gaussian_", perturb_gaussian_, "params"_a, "backups"_a, "masters"_a, "norms"_a, "history"_a, "noise"_a,
-        py::kw_only(), "sigma"_a, "eta"_a, "index"_a, "offset"_a);
+  m.def("perturb_gaussian_", perturb_gaussian_, "params"_a, "backups"_a, "masters"_a, "norms"_a, "history"_a,
+        "sigmas"_a, "noise"_a, py::kw_only(), "sigma"_a, "eta"_a, "index"_a, "offset"_a);
   m.def("perturb_ascent_", perturb_ascent_, "params"_a, "backups"_a, "masters"_a, "grads"_a, "norm"_a, py::kw_only(),
         "rho"_a, "eta"_a);
   m.def("restore_", restore_, "params"_a, "backups"_a);
   m.def("mix_gradients_", mix_gradients_, "grads"_a, "history"_a, "clean_grads"_a, "grad_scale"_a, "clip"_a,
         py::kw_only(), "grad_weight"_a, "clean_weight"_a, "beta"_a);
   m.def("sgd_update_", sgd_update_, "params"_a, "momentum_buffers"_a, "backups"_a, "masters"_a, "history"_a, "grads"_a,
-        "clean_grads"_a, "masks"_a, "noise"_a, "grad_scale"_a, "clip"_a, "found_inf"_a, py::kw_only(), "lr"_a,
-        "momentum"_a, "dampening"_a, "weight_decay"_a, "nesterov"_a, "grad_weight"_a, "clean_weight"_a, "kappa"_a,
-        "beta"_a, "sigma"_a, "eta"_a, "index"_a, "offset"_a);
+        "clean_grads"_a, "masks"_a, "lrs"_a, "sigmas"_a, "noise"_a, "grad_scale"_a, "clip"_a, "found_inf"_a,
+        py::kw_only(), "lr"_a, "momentum"_a, "dampening"_a, "weight_decay"_a, "nesterov"_a, "grad_weight"_a,
+        "clean_weight"_a, "kappa"_a, "beta"_a, "sigma"_a, "eta"_a, "index"_a, "offset"_a);
   define_adam<false>(m, "adam_update_");
   define_adam<true>(m, "adamw_update_");
   m.def("count_magnitudes_", count_magnitudes_, "counts"_a, "grads"_a, "prefix"_a);

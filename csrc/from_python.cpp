@@ -18,7 +18,8 @@ bool dlpack_enabled = true;
 // What of torch is needed, looked up at the first tensor: importing this module does not import torch.
 struct Torch {
   PyTypeObject* tensor = nullptr;
-  PyObject *float32 = nullptr, *float16 = nullptr, *bfloat16 = nullptr, *int64 = nullptr, *uint8 = nullptr;
+  PyObject *float32 = nullptr, *float16 = nullptr, *bfloat16 = nullptr, *float64 = nullptr, *int64 = nullptr,
+           *uint8 = nullptr;
   int (*read)(void*, dlpack::Tensor*) = nullptr;  // null before torch 2.10
 };
 
@@ -31,11 +32,13 @@ const Torch* torch() {
   t.float32 = PyObject_GetAttrString(module, "float32");
   t.float16 = PyObject_GetAttrString(module, "float16");
   t.bfloat16 = PyObject_GetAttrString(module, "bfloat16");
+  t.float64 = PyObject_GetAttrString(module, "float64");
   t.int64 = PyObject_GetAttrString(module, "int64");
   t.uint8 = PyObject_GetAttrString(module, "uint8");
   PyObject* tensor = PyObject_GetAttrString(module, "Tensor");
   Py_DECREF(module);
-  if (tensor == nullptr || !t.float32 || !t.float16 || !t.bfloat16 || !t.int64 || !t.uint8) return nullptr;
+  if (tensor == nullptr || !t.float32 || !t.float16 || !t.bfloat16 || !t.float64 || !t.int64 || !t.uint8)
+    return nullptr;
   t.tensor = reinterpret_cast<PyTypeObject*>(tensor);
   PyObject* capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
   if (capsule != nullptr && PyCapsule_IsValid(capsule, dlpack::kCapsuleName)) {
@@ -84,6 +87,7 @@ void derive(View& v) {
 DType dtype_of(const dlpack::Tensor& t) {
   if (t.lanes != 1) return DType::kOther;
   if (t.code == dlpack::kCodeFloat && t.bits == 32) return DType::kFloat32;
+  if (t.code == dlpack::kCodeFloat && t.bits == 64) return DType::kFloat64;
   if (t.code == dlpack::kCodeFloat && t.bits == 16) return DType::kFloat16;
   if (t.code == dlpack::kCodeBfloat && t.bits == 16) return DType::kBFloat16;
   if (t.code == dlpack::kCodeInt && t.bits == 64) return DType::kInt64;
@@ -141,6 +145,7 @@ bool read_through_attributes(const Torch& torch, PyObject* object, View& v, Dims
   v.dtype = dtype == torch.float32    ? DType::kFloat32
             : dtype == torch.float16  ? DType::kFloat16
             : dtype == torch.bfloat16 ? DType::kBFloat16
+            : dtype == torch.float64  ? DType::kFloat64
             : dtype == torch.int64    ? DType::kInt64
             : dtype == torch.uint8    ? DType::kUInt8
                                       : DType::kOther;

@@ -54,6 +54,8 @@ def check(op: Op, values: dict[str, Any]) -> None:
             _check_scalars(op, name, value)
         elif name == "noise":
             check_noise(op.name, value)
+        elif name in ("lrs", "sigmas"):
+            _check_numbers(op, name, value, reference_name, reference)
         elif name == "prefix":
             if value.dtype != torch.int64 or value.dim() != 1 or value.numel() >= len(MAGNITUDE_DIGITS):
                 raise TypeError(f"{op.name}: prefix is {_kind(value)}, but should be int64 with fewer than 3 digits")
@@ -131,10 +133,12 @@ def check_outer_filters(op: str, name: str, tensors: Sequence[Tensor]) -> None:
 
 
 def check_noise(where: str, noise: Tensor) -> None:
-    """`noise` is int64 (3,), each of seed, stream, round in [0, 2^32)."""
+    """`noise` is int64 (3,), each of seed, stream, round in [0, 2^32). Beyond the CPU the words are not looked at:
+    the host would have to wait."""
     if noise.dtype != torch.int64 or noise.shape != (3,):
         raise TypeError(f"{where}: noise is {_kind(noise)}, but should be int64 (3,): seed, stream, round")
-    for name, value in zip(("seed", "stream", "round"), noise.tolist(), strict=True):
+    words = noise.tolist() if noise.is_cpu else []
+    for name, value in zip(("seed", "stream", "round"), words, strict=False):
         check_uint32(where, name, value)
 
 
@@ -145,6 +149,18 @@ def _check_scalars(op: Op, name: str, values: Sequence[float]) -> None:
             raise ValueError(f"{op.name}: {name}[{k}] is {value}, but should be >= 0 and in range of the counter")
         if not math.isfinite(value):
             raise ValueError(f"{op.name}: {name}[{k}] is {value}, but should be finite")
+
+
+def _check_numbers(op: Op, name: str, t: Tensor, reference_name: str, reference: Sequence[Tensor]) -> None:
+    if not isinstance(t, Tensor) or t.dtype != torch.float64 or t.shape != (len(reference),):
+        kind = _kind(t) if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(
+            f"{op.name}: {name} is {kind}, but should be float64 ({len(reference)},), one for each of {reference_name}"
+        )
+    if reference and t.device != reference[0].device:
+        raise ValueError(
+            f"{op.name}: {name} is on {t.device}, but {reference_name}[0] is on {reference[0].device}; move one of them"
+        )
 
 
 def check_parameters(where: str, params: Sequence[Tensor]) -> None:

@@ -143,7 +143,7 @@ def perturb_(
         n = len(which)
         _run(
             "perturb_gaussian_", device, backend,
-            _some(params, which), _some(backups, which), None, _some(norms, which), None, noise,
+            _some(params, which), _some(backups, which), None, _some(norms, which), None, None, noise,
             sigma=[float(sigma)] * n, eta=[0.0] * n, index=which, offset=[0] * n,
         )  # fmt: skip
 

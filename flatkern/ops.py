@@ -12,6 +12,8 @@ op and in every backend:
     clean_grads     gradients of the clean pass (m-RWP), already unscaled
     masks           uint8, where IRE lengthens the step: (filters, ceil(columns / 8)), eight columns of a filter to a
                     byte, the lowest bit first; (n,), a byte each, when rank <= 1
+    lrs, sigmas     float64 (tensors,) beside the tensors, of any stride: where they are given, `lr` and `sigma` are not
+                    looked at. A captured graph reads what they are at the replay; nobody checks their values
     noise           int64 (3,): seed, stream, round of the counter-based normals
     index, offset   which normals a tensor draws: its parameter index, and the first row (rank <= 1:
                     the first element) of the unsharded tensor that it holds
@@ -76,7 +78,7 @@ class Op:
 # What every update takes besides its own state: how the gradient is formed, and what follows.
 _UPDATE_INPUTS = (
     "Tensor[] grads, Tensor[]? clean_grads, Tensor[]? masks, "
-    "Tensor? noise, Tensor? grad_scale, Tensor? clip, Tensor? found_inf"
+    "Tensor? lrs, Tensor? sigmas, Tensor? noise, Tensor? grad_scale, Tensor? clip, Tensor? found_inf"
 )
 _UPDATE_METHOD = (
     "float[] grad_weight, float[] clean_weight, float[] kappa, float[] beta, float[] sigma, float[] eta, "
@@ -128,7 +130,7 @@ _ROWS = (
         name="perturb_gaussian_",
         family="perturb",
         schema="(Tensor(a!)[] params, Tensor(b!)[]? backups, Tensor[]? masters, Tensor[]? norms, Tensor[]? history, "
-        "Tensor noise, *, float[] sigma, float[] eta, int[] index, int[] offset) -> ()",
+        "Tensor? sigmas, Tensor noise, *, float[] sigma, float[] eta, int[] index, int[] offset) -> ()",
         reads="params masters",
         backends="cpp triton",
     ),

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from .checks import check_value
+
 
 def cosine_increase(start: float, increase: float, total_steps: int) -> Callable[[int], float]:
     """The papers' cosine increase of sigma.
@@ -40,7 +42,7 @@ def cosine_increase(start: float, increase: float, total_steps: int) -> Callable
 
 
 class PerturbationScheduler:
-    """Sets a group key such as "sigma" or "rho" from a function of the step number.
+    """Sets a group key such as "sigma" or "rho" from a function of the step number; in place where it is a tensor.
 
         scheduler = PerturbationScheduler(opt, "sigma", cosine_increase(0.001, 10, total_steps))
         ...; opt.step(); scheduler.step()
@@ -51,7 +53,7 @@ class PerturbationScheduler:
         schedule: step number -> value.
 
     Raises:
-        ValueError: a group has no such key.
+        ValueError: a group has no such key; a value out of range for a tensor, which nobody checks later.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, key: str, schedule: Callable[[int], float]) -> None:
@@ -65,8 +67,13 @@ class PerturbationScheduler:
         self._set()
 
     def _set(self) -> None:
+        value = self.schedule(self.last_step)
         for group in self.optimizer.param_groups:
-            group[self.key] = self.schedule(self.last_step)
+            if isinstance(group[self.key], torch.Tensor):
+                check_value(self.key, value)
+                group[self.key].fill_(value)  # in place, where a captured graph reads it
+            else:
+                group[self.key] = value
 
     def step(self) -> None:
         """Advance by one optimizer step."""

@@ -36,6 +36,7 @@ class Draw:
     second, third   which digit of the magnitudes is counted
     zero, infinite  what the given norm is
     channels_last   rank 4 tensors have that memory format
+    lrs, sigmas     on the device and of a stride, instead of the host's numbers, which are then wrong ones
     transposed      rank 2 tensors have dim 1 outermost in memory, which ops that walk no filters take
     """
 
@@ -116,6 +117,14 @@ class Draw:
     def floats(self, low, high):
         return [low + (high - low) * ((0.37 + 0.61803398875 * k) % 1.0) for k in range(self.count)]
 
+    def given(self, name, host):
+        """(the device's numbers or None, the host's)."""
+        if name not in self.words:
+            return None, host
+        room = torch.full((len(host), 2), float("nan"), dtype=torch.float64, device=self.device)
+        room[:, 0] = torch.tensor(host, dtype=torch.float64)
+        return room[:, 0], [123.0 + k for k in range(len(host))]
+
     def cycle(self, *values):
         return [values[k % len(values)] for k in range(self.count)]
 
@@ -167,14 +176,16 @@ def gradient_norm_(shapes, dtype, device="cpu", variant=""):
 
 def perturb_gaussian_(shapes, dtype, device="cpu", variant=""):
     d = Draw(shapes, dtype, device, variant)
+    sigmas, sigma = d.given("sigmas", d.cycle(0.01, -0.02, 0.3, 0.0))
     return dict(
         params=d.tensors(0.2),
         backups=d.optional("backups", d.tensors),
         masters=d.optional("masters", d.tensors, 0.2, FLOATS[:1]),
         norms=d.optional("norms", d.vectors, 0.0, 5.0),
         history=d.optional("history", d.vectors, 0.0, 9.0, elementwise=True),
+        sigmas=sigmas,
         noise=d.noise(),
-        sigma=d.cycle(0.01, -0.02, 0.3, 0.0),
+        sigma=sigma,
         eta=d.cycle(0.1, 0.0, 2.0),
         index=d.index(),
         offset=d.offset(),
@@ -269,6 +280,8 @@ adamw_update_ = adam_update_
 
 def _update(d, state, rule):
     """What every update takes besides the state and the scalars of its own rule."""
+    lrs, rule["lr"] = d.given("lrs", rule["lr"])
+    sigmas, sigma = d.given("sigmas", d.cycle(0.01, 0.02, 0.3, 0.0))
     return dict(
         params=d.tensors(0.2),
         **state,
@@ -278,6 +291,8 @@ def _update(d, state, rule):
         grads=d.grads(),
         clean_grads=d.optional("clean_grads", d.tensors),
         masks=d.optional("masks", d.masks),
+        lrs=lrs,
+        sigmas=sigmas,
         noise=d.optional("noise", d.noise),
         grad_scale=d.optional("grad_scale", d.scalar, 0.3),
         clip=d.optional("clip", d.scalar, 0.7),
@@ -286,7 +301,7 @@ def _update(d, state, rule):
         **d.weights(),
         kappa=d.cycle(3.0, 0.0, 0.7),
         beta=d.cycle(0.99, 0.0, 0.5),
-        sigma=d.cycle(0.01, 0.02, 0.3, 0.0),
+        sigma=sigma,
         eta=d.cycle(0.1, 0.0, 2.0),
         index=d.index(),
         offset=d.offset(),
@@ -306,6 +321,9 @@ _UPDATES = [
     "backups noise",
     "masters noise history grad_scale offset",
     "backups noise skip history specials",
+    # On the device, for captured graphs.
+    "lrs",
+    "backups noise history lrs sigmas",
 ]
 # Where a norm is measured inside, backups or masters are there too: `compare` needs the clean weights.
 VARIANTS = {
@@ -319,6 +337,8 @@ VARIANTS = {
         "norms backups masters",
         "backups",
         "backups masters history",
+        "norms backups sigmas",
+        "masters sigmas",
     ],
     "perturb_ascent_": ["", "backups", "backups masters specials", "backups zero", "backups infinite specials"],
     "restore_": ["", "wide"],

@@ -123,7 +123,7 @@ def test_a_rolling_update_is_an_update_and_a_perturbation(backend, name, words, 
     noise, steps["noise"] = steps["noise"], None
     run(op, backend, steps)
     scalars = {key: steps[key] for key in ("sigma", "eta", "index", "offset")}
-    lists_ = {key: steps[key] for key in ("params", "backups", "masters", "history")}
+    lists_ = {key: steps[key] for key in ("params", "backups", "masters", "history", "sigmas")}
     run(perturb, backend, dict(**lists_, norms=None, noise=noise, **scalars))
     assert_same_bits(op, fused, steps | {"noise": noise})
 

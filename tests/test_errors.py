@@ -269,12 +269,11 @@ CALLS = [
      ValueError, lambda p: Adam([p], amsgrad=True)),
     ("SGD: differentiable is True, but the kernels write in place and have no backward; pass differentiable=False",
      ValueError, lambda p: SGD([p], differentiable=True)),
-    ("AdamW: capturable is True, but CUDA graphs need a GPU backend, which this version does not have; pass",
-     ValueError, lambda p: AdamW([p], capturable=True)),
+    ("AdamW: capturable is True, but CUDA graphs need the triton", ValueError, lambda p: AdamW([p], capturable=True)),
     ("Adam: amsgrad is True, but no kernel keeps", ValueError, lambda p: Adam([{"params": [p], "amsgrad": True}])),
     ("SGD: differentiable is True, but the kernels",
      ValueError, lambda p: SGD([{"params": [p], "differentiable": True}])),
-    ("Adam: capturable is True, but CUDA graphs", ValueError, lambda p: Adam([{"params": [p], "capturable": True}])),
+    ("Adam: a group has capturable=True", ValueError, lambda p: Adam([{"params": [p], "capturable": True}])),
     ("RWP: rolling=True excludes lam: a rolling step has one gradient; pass lam=None",
      ValueError, lambda p: RWP(rolling=True, lam=0.5)),
     ('RWP: mix="ranks" is not in this version yet; use "gradients" or "losses"',
@@ -432,8 +431,8 @@ def test_functions(row, backend):
 UPDATE = {"lr": [0.1], "momentum": [0.0], "dampening": [0.0], "weight_decay": [0.0], "nesterov": [False],
           "grad_weight": [1.0], "clean_weight": [0.0], "kappa": [0.0], "beta": [0.0], "sigma": [0.0], "eta": [0.0],
           "index": [0], "offset": [0]}  # fmt: skip
-TENSORS = ("params", "momentum_buffers", "backups", "masters", "history", "grads", "clean_grads", "masks", "noise",
-           "grad_scale", "clip", "found_inf")  # fmt: skip
+TENSORS = ("params", "momentum_buffers", "backups", "masters", "history", "grads", "clean_grads", "masks", "lrs",
+           "sigmas", "noise", "grad_scale", "clip", "found_inf")  # fmt: skip
 DRAWS = torch.zeros(3, dtype=torch.int64)
 OPERATION = [  # arguments of sgd_update_, and what every backend says about them
     ("grads[0] is on meta, but params[0] is on cpu; move one of them", ValueError, {"grads": [META]}),
@@ -454,6 +453,11 @@ OPERATION = [  # arguments of sgd_update_, and what every backend says about the
     ("lr[0] is nan, but should be finite", ValueError, {"lr": [NAN]}),
     ("grad_scale is float64 (), but should be a 0-dim float32 tensor", TypeError, {"grad_scale": X.double()[0, 0]}),
     ("grad_scale is float32 (1,), but should be a 0-dim float32 tensor", TypeError, {"grad_scale": torch.ones(1)}),
+    ("lrs is float32 (1,), but should be float64 (1,), one for each of params", TypeError, {"lrs": torch.ones(1)}),
+    ("lrs is list, but should be float64 (1,), one for each of params", TypeError, {"lrs": [0.1]}),
+    ("sigmas is float64 (2,), but should be float64 (1,), one", TypeError, {"sigmas": torch.ones(2).double()}),
+    ("sigmas is float64 (), but should be float64 (1,), one", TypeError, {"sigmas": torch.ones(()).double()}),
+    ("lrs is on meta, but params[0] is on cpu; move one of them", ValueError, {"lrs": META[0].double()[:1]}),
     ("noise is float32 (3,), but should be int64 (3,): seed, stream, round", TypeError, {"noise": torch.zeros(3)}),
     ("seed is -1, but should be an integer in [0, 2^32)", ValueError, {"noise": DRAWS - 1}),
     ("index[0] is ", ValueError, {"noise": DRAWS, "index": [-1]}),

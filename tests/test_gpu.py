@@ -9,6 +9,8 @@ import gc
 import cases
 import pytest
 import torch
+from capturing import METHODS as CAPTURED
+from capturing import Run
 from compare import assert_ulp, assert_within, bits
 from test_noise import strict_angles, strict_radii
 
@@ -125,7 +127,7 @@ def test_launches_do_not_grow_with_tensors(op, words, launches):
 @pytest.mark.parametrize("name", ["sgd_update_", "adamw_update_"])
 def test_a_captured_step_replays(name):
     """Rolling: noise, gradients and device scalars are read where they lie, whatever they are at the replay."""
-    op, words = OPS[name], "backups noise grad_scale found_inf history momentum_buffers"
+    op, words = OPS[name], "backups noise grad_scale found_inf history momentum_buffers lrs sigmas"
     values = make(op, EVEN, "float32", words)
     values["noise"] = values["noise"].cuda()
     expected = moved(values, "cuda")
@@ -144,6 +146,8 @@ def test_a_captured_step_replays(name):
         for given in (values, expected):
             given["noise"][2] = round_
             given["grad_scale"].fill_(0.5 + round_)
+            given["lrs"].mul_(0.5)
+            given["sigmas"].mul_(1.5)
             for g in given["grads"]:
                 g.mul_(-0.75)
         graph.replay()
@@ -195,3 +199,157 @@ def test_a_step_never_waits_for_the_device(method):
     """And the weights are eager's, within what the matrix products of two devices differ by."""
     for got, want in zip(trained(method, "cuda", "triton", watch=True), trained(method, "cpu", "eager"), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+# Whole steps as graphs.
+
+
+def capture(run, warm, stream=None):
+    """A graph of one training step, after `warm` steps on another stream; a capture runs nothing."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run.train(warm)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side if stream == "warm" else None):
+        run.step()
+    return graph
+
+
+def assert_close(a, b):
+    """Two devices' worth of matrix products apart; noise of another round would be a hundred times that."""
+    for k, (s, t) in enumerate(zip(a.tensors(), b.tensors(), strict=True)):
+        torch.testing.assert_close(s, t, rtol=1e-4, atol=1e-5, msg=lambda text, k=k: f"tensor {k}: {text}")
+    for g, h in zip(a.opt.param_groups, b.opt.param_groups, strict=True):
+        for key in {"lr", "sigma", "round"} & g.keys():
+            assert float(g[key]) == float(h[key]), key
+
+
+@pytest.mark.parametrize("stream", ["warm", "its own"])
+@pytest.mark.parametrize("method", CAPTURED)
+@pytest.mark.parametrize("rule", ["SGD", "AdamW"])
+def test_a_captured_training_step(rule, method, stream):
+    """Forward, backward, perturb() and step() in one graph, with schedules between the replays, go where a host's
+    optimizer goes; so do steps outside, whose gradients are elsewhere, before the first replay and between two."""
+    run, python = Run(rule, method, True, device="cuda"), Run(rule, method, False, device="cuda")
+    graph = capture(run, warm=3, stream=stream)
+    python.train(3)
+    for step in range(6):
+        if step in (0, 3):
+            run.train(1)
+        else:
+            graph.replay()
+            run.schedule()
+        python.train(1)
+        assert_close(run, python)
+    if run.opt.rolling:
+        before = run.tensors()
+        run.opt.eval()
+        run.opt.train()  # the sigma that the replay drew with
+        assert all(torch.equal(s, t) for s, t in zip(run.tensors(), before, strict=True))
+
+
+def test_every_replay_draws_fresh_noise():
+    """At learning rate 0 the weights of a rolling step are the clean ones and its noise: never the same."""
+    run = Run("SGD", "rolling ARWP", True, schedule=False, device="cuda")
+    for group in run.opt.param_groups:
+        group.update(lr=0.0, weight_decay=0.0, eta=0.0)
+    graph, seen = capture(run, warm=2), []
+    for _ in range(4):
+        graph.replay()
+        seen.append(run.net.long.detach().clone())
+    assert len({t.sum().item() for t in seen}) == 4
+    assert run.opt.param_groups[0]["round"].item() == 2 + 4
+    run.opt.eval()
+    assert torch.equal(run.net.long, Run("SGD", "plain", False, device="cuda").net.long)
+
+
+def test_a_number_reaches_the_graph_at_the_next_call():
+    """And what is filled in place, at the next replay."""
+    run, python = (Run("AdamW", "RWP", c, schedule=False, device="cuda") for c in (True, False))
+    graph = capture(run, warm=2)
+    python.train(2)
+    for r in (run, python):
+        r.opt.param_groups[0]["lr"] = 0.5
+        r.train(1)
+    graph.replay()
+    python.train(1)
+    assert_close(run, python)
+    run.opt.param_groups[1]["lr"].fill_(0.25)
+    python.opt.param_groups[1]["lr"] = 0.25
+    graph.replay()
+    python.train(1)
+    assert_close(run, python)
+
+
+def test_two_graphs_of_one_optimizer():
+    """Taken one after the other; what both replay in turn is one training."""
+    run, python = (Run("SGD", "m-RWP", c, device="cuda") for c in (True, False))
+    graphs = [capture(run, warm=1), capture(run, warm=1)]
+    python.train(2)
+    for step in range(4):
+        graphs[step % 2].replay()
+        run.schedule()
+        python.train(1)
+        assert_close(run, python)
+
+
+def test_more_plans_than_are_kept_after_a_capture():
+    """The tables and the memory of a graph outlive any number of other calls."""
+    run, python = (Run("AdamW", "rolling ARWP", c, device="cuda") for c in (True, False))
+    graph = capture(run, warm=2)
+    python.train(2)
+    op = OPS["adamw_update_"]
+    for size in range(1, 40):
+        cases.call(resolve(op.name, "cuda", "triton"), op, make(op, [(size,)], "float32", "backups noise history"))
+    torch.cuda.empty_cache()
+    for _ in range(3):
+        graph.replay()
+        run.schedule()
+        python.train(1)
+        assert_close(run, python)
+
+
+@pytest.mark.parametrize("method", CAPTURED)
+def test_a_capturable_step_never_waits(method):
+    """Numbers of the host that move in are copied without waiting."""
+    run = Run("AdamW", method, True, device="cuda").train(2)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.train(1)
+        for group in run.opt.param_groups:
+            group["lr"] = 0.02
+        run.train(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
+def test_what_cannot_be_captured_is_refused():
+    """A host's optimizer, which would repeat itself; a first step, whose tables are not there. Both work afterwards."""
+    for capturable, text in ((False, "use flatkern.SGD, Adam or AdamW with capturable"), (True, "run the same steps")):
+        odd = torch.nn.Parameter(torch.ones(77 + capturable, 13, device="cuda"))
+        opt = flatkern.SGD([odd], lr=0.5, backend="triton", capturable=capturable)
+        odd.grad = torch.ones_like(odd)
+        with pytest.raises(RuntimeError, match=text), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            opt.step()
+        torch.cuda.synchronize()
+        assert odd.eq(1).all()
+        opt.step()
+        assert odd.eq(0.5).all()
+
+
+def test_a_compiled_network_in_a_captured_step():
+    """torch.compile makes the forward and the backward pass, the graph takes everything."""
+    run, python = (Run("AdamW", "m-RWP", c, device="cuda") for c in (True, False))
+    run.net.forward = torch.compile(run.net.forward)
+    graph = capture(run, warm=3)
+    python.train(3)
+    for _ in range(3):
+        graph.replay()
+        run.schedule()
+        python.train(1)
+        assert_close(run, python)
+    torch._dynamo.reset()

@@ -347,7 +347,7 @@ def test_a_perturbed_shard_of_rows_is_a_slice(backend, dtype):
     halves = [whole[:17].clone(), whole[17:].clone()]
     perturb, scalars = resolve("perturb_gaussian_", "cpu", backend), dict(sigma=[0.1], eta=[0.0], index=[4])
     for tensor, offset in ((whole, 0), (halves[0], 0), (halves[1], 17)):
-        perturb([tensor], None, None, None, None, torch.tensor(KEY), **scalars, offset=[offset])
+        perturb([tensor], None, None, None, None, None, torch.tensor(KEY), **scalars, offset=[offset])
     assert_ulp("rows", torch.cat(halves), whole)
 
 
@@ -358,5 +358,5 @@ def test_a_perturbed_piece_of_a_vector_is_a_slice(backend):
     pieces = [whole[a:b].clone() for a, b in itertools.pairwise(cuts)]
     perturb, scalars = resolve("perturb_gaussian_", "cpu", backend), dict(sigma=[0.1], eta=[0.0], index=[4])
     for tensor, offset in zip((whole, *pieces), (0, *cuts), strict=False):
-        perturb([tensor], None, None, norm, None, torch.tensor(KEY), **scalars, offset=[offset])
+        perturb([tensor], None, None, norm, None, None, torch.tensor(KEY), **scalars, offset=[offset])
     assert_ulp("elements", torch.cat(pieces), whole)

@@ -263,6 +263,73 @@ def test_no_tensors_at_all():
         assert_same_bits(op, run(op, "triton", got), run(op, "eager", want))
 
 
+# Tables under a captured graph.
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Switches captures on and off; memory of the host stands for pinned memory."""
+    monkeypatch.setattr(launch, "pinned", lambda shape, dtype: torch.empty(shape, dtype=dtype))
+    monkeypatch.setattr(launch, "_plans", {name: launch.Plans() for name in launch._plans})
+    return lambda on: monkeypatch.setattr(launch, "capturing", lambda device: on)
+
+
+def restore(size):
+    pair = [torch.zeros(size)], [torch.ones(size)]
+    triton_kernels.restore_(*pair)
+    return pair
+
+
+def test_a_capture_needs_a_warm_up(captured):
+    """Nothing can be uploaded inside, so the call is refused, before anything is launched."""
+    captured(True)
+    with pytest.raises(RuntimeError, match="captures a call whose tables are not on the device yet; run the same"):
+        restore(5)
+    captured(False)
+    restore(5)
+    captured(True)
+    with pytest.raises(RuntimeError, match="run such a step without a graph before the next capture"):
+        restore(5)  # other memory, and nothing is set aside on a CPU
+
+
+def test_what_a_capture_uploads_is_its_own(captured):
+    """No call outside takes a table that only a replay will fill, and what replays read stays."""
+    captured(False)
+    kept = restore(5)
+    plan = next(iter(launch._plans["restore_"].found.values()))
+    outside = plan.uploads["pointers"]
+    launch._set_aside(plan, torch.device("cuda"))
+    assert len(plan.spare["pointers"]) == launch.ASIDE
+    captured(True)
+    pairs = [restore(5) for _ in range(launch.ASIDE)]
+    assert plan.uploads["pointers"] is outside and not plan.spare["pointers"]
+    hosts = [t for t in plan.kept if t is not None]
+    with pytest.raises(RuntimeError, match=f"captured {launch.ASIDE} calls of one operation on the same shapes"):
+        restore(5)
+    captured(False)
+    addresses = [[t.data_ptr() for (t,) in pair] for pair in pairs]
+    assert all(any(t.tolist() == [row] for t in hosts) for row in addresses)
+    for size in range(6, 6 + 2 * launch.MOST_PLANS):
+        restore(size)
+    assert plan in launch._plans["restore_"].found.values()
+    del kept
+
+
+def test_a_capture_finds_the_tables_of_another_stream():
+    """A graph has its own stream; outside of captures streams share nothing."""
+    key = launch.Key(True, (), (), (), (), 1)
+    plans = launch.Plans()
+    warm = launch.build([torch.ones(3)], ("params",), [(None,)], [True], True, [0], [0], torch.as_tensor)
+    plans.get(key, lambda: warm, False)
+    warm.uploads["pointers"], warm.scratch["norms"] = (b"", torch.ones(1)), torch.ones(1)
+    there = plans.get(key._replace(stream=2), lambda: pytest.fail("a new plan"), True)
+    assert there is not warm and there.groups is warm.groups and there.spare is warm.spare
+    assert there.uploads == warm.uploads and there.uploads is not warm.uploads and there.scratch == {}
+    made = plans.get(key._replace(stream=3), lambda: copy.copy(warm), False)
+    assert made.scratch == warm.scratch and made.spare is warm.spare
+    assert plans.get(key, None, False) is warm
+
+
 # What is refused, in the words of the other backends.
 
 BAD = {

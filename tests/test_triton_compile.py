@@ -29,9 +29,9 @@ TARGETS = {
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {name: "*i64" for name in ("tiles", "tensors", "pointers", "rows", "noise", "prefix", "counts")} | {
-    "scalars": "*fp64"
+    name: "*fp64" for name in ("scalars", "lrs", "sigmas")
 }
-WORDS = ("seed", "stream", "round_", "count")
+WORDS = ("seed", "stream", "round_", "count", "lr_stride", "sigma_stride")
 F32, BF16 = tl.float32, tl.int16  # bfloat16 is moved as its bits
 
 FLAT = dict(ROWS=1, COLUMNS=SEGMENT, EVEN=True, LONG=True)
@@ -59,10 +59,11 @@ def updating(rule, shape, loads, stores, registers, type_=F32, absent=("found_in
     adam = rule != "sgd"
     constants = dict(
         RULE=rule, PARAM=type_, BACKUP=None, MASTER=None, HISTORY=None, GRAD=type_, CLEAN_GRAD=None, MASK=None,
-        FIRST=type_, SECOND=type_ if adam else None, NOISE=False, WIDTH=11 if adam else 9, SCALARS=16 if adam else 11,
+        FIRST=type_, SECOND=type_ if adam else None, NOISE=False, WIDTH=11 if adam else 9, SCALARS=15 if adam else 11,
         VECTOR=False, SHIFTED=False,
     )  # fmt: skip
-    absent = (*absent, *(() if adam else ("derived",)), *(() if given.get("NOISE") == "device" else ("noise",)))
+    absent = (*absent, *(() if adam else ("derived",)))
+    absent += () if given.get("NOISE") == "device" else ("noise", "lrs", "sigmas")
     given = given | ({"NOISE": True} if given.get("NOISE") else {})
     return Case(update.update_kernel, constants | given | shape, loads, stores, registers, absent)
 
@@ -72,7 +73,8 @@ def perturbing(shape, loads, stores, registers, param=F32, **given):
         PARAM=param, BACKUP=None, CLEAN=param, CLEAN_AT=0, NORM=None, NORM_AT=None, HISTORY=None, HISTORY_AT=4, WIDTH=5,
         SIGMA=0, ETA=1, SCALARS=2, VECTOR=False, SHIFTED=False,
     )  # fmt: skip
-    return Case(perturb.perturb_gaussian_kernel, constants | given | shape, loads, stores, registers, ("noise",))
+    absent = () if given.pop("device", False) else ("noise", "sigmas")
+    return Case(perturb.perturb_gaussian_kernel, constants | given | shape, loads, stores, registers, absent)
 
 
 CASES = {
@@ -81,9 +83,10 @@ CASES = {
     "ascent norm": Case(norm.ascent_norm_kernel, dict(GRAD=F32, PARAM=F32, WIDTH=2) | FLAT, 8, 0, 64),
     "gradient norm": Case(norm.gradient_norm_kernel, dict(GRAD=F32, CLEAN=F32, WIDTH=2) | FLAT, 8, 0, 64),
     "total": Case(norm.total_kernel, {}, 0, 0, 64),
-    "settle": Case(norm.settle_kernel, dict(NORM=7, HISTORY=3, BETA=3, WIDTH=11, SCALARS=16), 0, 0, 64),
+    "settle": Case(norm.settle_kernel, dict(NORM=7, HISTORY=3, BETA=3, WIDTH=11, SCALARS=15), 0, 0, 64),
     "perturb short rows": perturbing(rows_of(64), 4, 8, 72, BACKUP=F32),
     "perturb": perturbing(rows_of(2048), 4, 8, 72, BACKUP=F32),
+    "perturb, captured": perturbing(rows_of(2048), 4, 8, 72, BACKUP=F32, device=True),
     "perturb the longest rows": perturbing(rows_of(RESIDENT), 4, 8, 72, BACKUP=F32, HISTORY=F32),
     "perturb from masters": perturbing(rows_of(1024), 4, 2, 72, BF16, CLEAN=F32, CLEAN_AT=2),
     "perturb bfloat16": perturbing(FLAT, 2, 2, 72, BF16, NORM=F32, NORM_AT=3),
@@ -107,10 +110,14 @@ CASES = {
     "amplify": Case(
         mask.amplify_kernel, dict(PARAM=F32, PREVIOUS=F32, WIDTH=3, VECTOR=False) | rows_of(1024), 8, 4,
     ),
-    "advance": Case(update.advance_kernel, dict(STEP=10, WIDTH=11, SCALARS=16, LANES=128), 0, 0, 64),
+    "advance": Case(
+        update.advance_kernel, dict(STEP=10, WIDTH=11, SCALARS=15, LANES=128), 0, 0, 64, ("lrs", "found_inf"),
+    ),
+    "advance, captured": Case(update.advance_kernel, dict(STEP=10, WIDTH=11, SCALARS=15, LANES=128), 0, 0, 64),
     "sgd": updating("sgd", FLAT, 12, 8, 72),
     "sgd, restoring, two gradients": updating("sgd", FLAT, 16, 8, 96, BACKUP=F32, CLEAN_GRAD=F32, absent=()),
     "sgd, rolling": updating("sgd", rows_of(1024), 12, 12, 96, BACKUP=F32, NOISE=True),
+    "sgd, rolling, captured": updating("sgd", rows_of(1024), 12, 12, 96, BACKUP=F32, NOISE="device"),
     "adamw": updating("adamw", FLAT, 16, 12, 128),
     "adam, rolling, masters": updating("adam", rows_of(1024), 10, 10, 128, BF16, MASTER=F32, NOISE=True),
     "adamw, everything, the longest rows": updating(

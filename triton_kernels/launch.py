@@ -18,6 +18,8 @@ from flatkern.ops import OPS
 from .plan import TYPES, build
 
 MOST_PLANS = 32
+# Tables of one kind that a plan can upload inside captures until a call outside of one makes room again.
+ASIDE = 8
 UINT32 = 2**32
 # Lists that are not walked with their tensor; a history and a mask of a vector are, but not 16 bytes at a time.
 ONE_PER_FILTER = {"norms", "history", "steps", "masks"}
@@ -33,10 +35,16 @@ class Plans:
     def __init__(self):
         self.found = {}
 
-    def get(self, key, make):
+    def get(self, key, make, captured):
         plan = self.found.get(key)
         if plan is None:
-            plan = make()
+            elsewhere = next((old for k, old in self.found.items() if k[:-1] == key[:-1]), None)
+            # A graph is captured on a stream of its own, after all others have come to rest.
+            plan = elsewhere.on_another_stream() if captured and elsewhere is not None else make()
+            if plan is None:
+                return None
+            if elsewhere is not None:
+                plan.spare = elsewhere.spare
             # What a captured graph reads has to stay.
             oldest = next((k for k, old in self.found.items() if not old.kept), None)
             if len(self.found) >= MOST_PLANS and oldest is not None:
@@ -82,18 +90,37 @@ class Call:
         """(noise, seed, stream, round) of a kernel: by value from the host, else a pointer, for graphs."""
         if self.noise is None:
             return None, 0, 0, 0
-        if self.noise.device.type != "cpu":
+        if not on_host(self.noise):
             return self.noise, 0, 0, 0
         # Always int32, whatever the value, so that nothing is compiled anew.
         return None, *(word - UINT32 if word >= UINT32 // 2 else word for word in self.noise.tolist())
+
+
+def on_host(noise):
+    """Whether the words can be looked at without waiting for a device."""
+    return noise.device.type == "cpu"
+
+
+def strided(numbers):
+    """A vector on the device, or None, as kernels take it: with its stride."""
+    return numbers, 0 if numbers is None else numbers.stride(0)
 
 
 def capturing(device):
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def pinned(shape, dtype):
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+
 def upload(array, device):
     """A NumPy array on the device. From pinned memory, so that the host does not wait for the copy."""
+    if capturing(device):
+        raise RuntimeError(
+            "a CUDA graph captures a call whose tables are not on the device yet; run the same steps on the same "
+            "tensors before the capture, as torch.cuda.graph asks"
+        )
     host = torch.from_numpy(np.ascontiguousarray(array))
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
@@ -116,12 +143,13 @@ def begin_call(name, values, lists, rows, scalars=None):
         if any(len(column) != len(like) for column in host) or not all(map(math.isfinite, chain.from_iterable(host))):
             raise Mismatch(f"{name}: a list of host scalars has another length, or holds what is not finite")
         noise = values.get("noise")
-        if noise is not None and noise.device.type == "cpu" and not all(0 <= w < UINT32 for w in noise.tolist()):
+        if noise is not None and on_host(noise) and not all(0 <= w < UINT32 for w in noise.tolist()):
             raise Mismatch(f"{name}: seed, stream or round is outside [0, 2^32)")
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        check(op, _without_device_noise(values))  # says what is wrong, and what to do
+        check(op, values)  # says what is wrong, and what to do
         raise Mismatch(f"{name}: {error}") from error
-    plan = _plans[name].get(key, lambda: _make_plan(op, values, names, key, rows, like))
+    captured = bool(like) and capturing(like[0].device)
+    plan = _plans[name].get(key, lambda: _make_plan(op, values, names, key, rows, like), captured)
     if plan is None:
         return None
     call = Call(plan, like[0].device, len(names))
@@ -134,19 +162,16 @@ def begin_call(name, values, lists, rows, scalars=None):
             plan, "scalars", host, call.device, lambda: np.array(scalars(values), np.float64).T
         )  # fmt: skip
     call.noise = noise
-    if capturing(call.device):
+    if captured:
         plan.kept += [call.pointers, call.scalars]  # a later call may replace them
-    elif call.device.type == "cuda":
-        for table in ("pointers", "scalars"):
-            if table in plan.uploads and table not in plan.spare:
-                like_table = plan.uploads[table][1]
-                plan.spare[table] = torch.empty(like_table.shape, dtype=like_table.dtype, pin_memory=True)
+    else:
+        _set_aside(plan, call.device)
     return call
 
 
 def _make_plan(op, values, names, key, rows, like):
     """Checks every argument, for a signature that has not been seen."""
-    check(op, _without_device_noise(values))
+    check(op, values)
     if not like:
         return None
     device = like[0].device
@@ -180,7 +205,7 @@ class Key(NamedTuple):
     even: tuple  # per tensor, whether all pointers are multiples of 16
     singles: tuple
     drawn: tuple  # index and offset
-    stream: int  # plans hold memory, which two streams must not share
+    stream: int  # plans hold memory, which two streams must not share; last, for Plans.get
 
 
 def _fingerprint(op, values, names, rows):
@@ -207,33 +232,34 @@ def _fingerprint(op, values, names, rows):
     return Key(rows, tuple(layouts), even, singles, drawn, stream), table, like
 
 
-def _without_device_noise(values):
-    """The words of a noise on the device are not read: the host would have to wait."""
-    noise = values.get("noise")
-    if noise is None or noise.device.type == "cpu" or noise.dtype != torch.int64 or noise.shape != (3,):
-        return values
-    return values | {"noise": torch.zeros(3, dtype=torch.int64)}
-
-
 def _table(plan, name, key, device, make):
     """The table as uploaded last, or anew where its key has changed."""
     found = plan.uploads.get(name)
     if found is None or found[0] != key:
         if capturing(device):
-            table = _captured_upload(plan, name, make(), device)
-        else:
-            table = upload(make(), device)
-        found = plan.uploads[name] = (key, table)
+            # Nothing is in it until the graph runs, so that no other call may take it for its own.
+            return _captured_upload(plan, name, make(), device)
+        found = plan.uploads[name] = (key, upload(make(), device))
     return found[1]
 
 
 def _captured_upload(plan, name, array, device):
     """A replay copies again, from memory that stays; it was allocated before, as a capture must not."""
-    host = plan.spare.pop(name, None)
-    if host is None:
+    if not plan.spare.get(name):
         raise RuntimeError(
-            "a step is captured before one of the same tensors ran; warm up first, as torch.cuda.graph asks"
+            f"CUDA graphs have captured {ASIDE} calls of one operation on the same shapes with other gradients each; "
+            "run such a step without a graph before the next capture, or capture fewer rounds in one"
         )
+    host = plan.spare[name].pop()
     host.copy_(torch.from_numpy(np.ascontiguousarray(array)))
     plan.kept.append(host)
     return host.to(device, non_blocking=True)
+
+
+def _set_aside(plan, device):
+    """Pinned memory for the tables that captures will upload, of the size of those that were."""
+    if device.type != "cuda":
+        return
+    for name, (_, table) in plan.uploads.items():
+        if len(plan.spare.get(name, ())) < ASIDE:
+            plan.spare[name] = list(pinned((ASIDE, *table.shape), table.dtype))

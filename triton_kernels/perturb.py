@@ -5,7 +5,7 @@ import triton.language as tl
 
 from . import tile
 from .arithmetic import quotient, root
-from .launch import begin_call
+from .launch import begin_call, strided
 from .noise import key_of, tile_normals
 from .norm import adaptive, filter_norms_kernel, partials_of, settle, sum_squares
 
@@ -56,9 +56,9 @@ def load_history(
         return tl.load(base + row + tl.arange(0, ROWS), mask=row_mask, other=0.0)[:, None]
 
 
-@triton.jit(do_not_specialize=["seed", "stream", "round_"])
+@triton.jit(do_not_specialize=["sigma_stride", "seed", "stream", "round_"])
 def perturb_gaussian_kernel(
-    tiles, tensors, pointers, scalars, noise, seed, stream, round_,
+    tiles, tensors, pointers, scalars, sigmas, sigma_stride, noise, seed, stream, round_,
     PARAM: tl.constexpr, BACKUP: tl.constexpr, CLEAN: tl.constexpr, CLEAN_AT: tl.constexpr, NORM: tl.constexpr,
     NORM_AT: tl.constexpr, HISTORY: tl.constexpr, HISTORY_AT: tl.constexpr, WIDTH: tl.constexpr,
     SIGMA: tl.constexpr, ETA: tl.constexpr, SCALARS: tl.constexpr, VECTOR: tl.constexpr,
@@ -84,19 +84,20 @@ def perturb_gaussian_kernel(
         history = load_history(pointers, k, HISTORY_AT, WIDTH, row, row_mask, start, inside, mask, ROWS, VECTOR)
     else:
         history = None
-    sigma, eta = tile.scalar(scalars, k, SIGMA, SCALARS), tile.scalar(scalars, k, ETA, SCALARS)
+    sigma = tile.number(sigmas, sigma_stride, scalars, k, SIGMA, SCALARS)
+    eta = tile.scalar(scalars, k, ETA, SCALARS)
     p = perturbed(
         tensors, k, row, column, w, norm, history, sigma, eta, noise, seed, stream, round_, ROWS, COLUMNS, SHIFTED
     )  # fmt: skip
     tile.store(pointers, k, 0, WIDTH, PARAM, start, inside, mask, EVEN, tile.narrow(p, PARAM))
 
 
-def launch_perturb(call, group, clean, norms, backup, names, sigma_at, scalars):
+def launch_perturb(call, group, clean, norms, backup, names, sigma_at, scalars, sigmas):
     """perturb_gaussian_kernel for a group; `clean` and `norms` name the lists that hold weights and norms, if any."""
     types = group.types
     call.launch(
-        perturb_gaussian_kernel, group, group.tiles, call.tensors, call.pointers, call.scalars, *call.key(),
-        PARAM=types["params"], BACKUP=types["backups"] if backup else None, CLEAN=types[clean],
+        perturb_gaussian_kernel, group, group.tiles, call.tensors, call.pointers, call.scalars, *strided(sigmas),
+        *call.key(), PARAM=types["params"], BACKUP=types["backups"] if backup else None, CLEAN=types[clean],
         CLEAN_AT=names.index(clean), NORM=None if norms is None else tl.float32,
         NORM_AT=None if norms is None else names.index(norms), HISTORY=types["history"],
         HISTORY_AT=names.index("history"), WIDTH=call.width, SIGMA=sigma_at, ETA=sigma_at + 1, SCALARS=scalars,
@@ -107,7 +108,7 @@ def launch_perturb(call, group, clean, norms, backup, names, sigma_at, scalars):
 PERTURB = ("params", "backups", "masters", "norms", "history")
 
 
-def perturb_gaussian_(params, backups, masters, norms, history, noise, *, sigma, eta, index, offset):
+def perturb_gaussian_(params, backups, masters, norms, history, sigmas, noise, *, sigma, eta, index, offset):
     """Add filter-wise Gaussian noise to the weights and remember the way back.
 
     Rows that fit on chip are measured and perturbed in one pass. Longer ones are measured first.
@@ -129,7 +130,7 @@ def perturb_gaussian_(params, backups, masters, norms, history, noise, *, sigma,
         settle(call, norm=PERTURB.index("norms"))
     for group in call.groups:
         given = "norms" if norms is not None or group.long else None
-        launch_perturb(call, group, clean, given, backups, PERTURB, 0, 2)
+        launch_perturb(call, group, clean, given, backups, PERTURB, 0, 2, sigmas)
 
 
 @triton.jit

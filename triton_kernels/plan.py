@@ -4,7 +4,7 @@ Tensors of one *group* share a kernel: their dtypes, the size of their tiles, an
 launches each kernel once a group, however many tensors there are.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -94,8 +94,12 @@ class Plan:
     long_tensors: dict  # tensor: its first long row
     uploads: dict = field(default_factory=dict)
     scratch: dict = field(default_factory=dict)
-    spare: dict = field(default_factory=dict)  # pinned memory for the tables that a capture uploads
+    spare: dict = field(default_factory=dict)  # pinned memory for the tables that captures upload; of all streams
     kept: list = field(default_factory=list)  # what captured graphs read
+
+    def on_another_stream(self):
+        """The same with memory of its own; tables, which nobody writes after their upload, are shared."""
+        return replace(self, uploads=dict(self.uploads), scratch={}, kept=[])
 
 
 def fits(length, limit):

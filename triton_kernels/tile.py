@@ -124,6 +124,15 @@ def scalar(scalars, k, WHICH: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def number(given, stride, scalars, k, WHICH: tl.constexpr, WIDTH: tl.constexpr):
+    """The same, from the vector of float64 that is `given` on the device where there is one."""
+    if given is None:
+        return scalar(scalars, k, WHICH, WIDTH)
+    else:
+        return tl.load(given + stride * k).to(tl.float32)
+
+
+@triton.jit
 def value_or_one(device_scalar):
     if device_scalar is None:
         return 1.0

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import tile
 from .arithmetic import quotient, root
-from .launch import begin_call, upload
+from .launch import begin_call, capturing, strided, upload
 from .norm import final_gradient, partials_of, remember, settle, sum_squares
 from .perturb import launch_perturb, load_history, perturbed
 
@@ -25,9 +25,8 @@ KAPPA, BETA, SIGMA, ETA, OWN = (tl.constexpr(i) for i in range(2, 7))
 
 
 @triton.jit
-def sgd_rule(p, g, v, s, k, WIDTH: tl.constexpr, MOMENTUM: tl.constexpr):
+def sgd_rule(p, g, v, lr, s, k, WIDTH: tl.constexpr, MOMENTUM: tl.constexpr):
     """torch.optim.SGD; returns the weight and the momentum."""
-    lr = tile.scalar(s, k, OWN, WIDTH)
     d = g + tile.scalar(s, k, OWN + 3, WIDTH) * p
     if MOMENTUM:
         momentum = tile.scalar(s, k, OWN + 1, WIDTH)
@@ -39,16 +38,17 @@ def sgd_rule(p, g, v, s, k, WIDTH: tl.constexpr, MOMENTUM: tl.constexpr):
 @triton.jit
 def adam_rule(p, g, m, v, s, k, derived, WIDTH: tl.constexpr, DECOUPLED: tl.constexpr):
     """torch.optim.Adam, or AdamW where DECOUPLED; returns the weight and the moments. `derived` has, for each tensor,
-    lr / (1 - beta1^t) and sqrt(1 - beta2^t)."""
+    lr / (1 - beta1^t), sqrt(1 - beta2^t) and 1 - lr weight_decay."""
+    derived += 3 * k
     if DECOUPLED:
-        p = p * tile.scalar(s, k, OWN + 6, WIDTH)
+        p = p * tl.load(derived + 2)
     else:
         decay = tile.scalar(s, k, OWN + 5, WIDTH)
         g = tl.where(decay != 0, g + decay * p, g)
     m = tile.scalar(s, k, OWN, WIDTH) * m + tile.scalar(s, k, OWN + 1, WIDTH) * g
     v = tile.scalar(s, k, OWN + 2, WIDTH) * v + tile.scalar(s, k, OWN + 3, WIDTH) * (g * g)
-    denominator = quotient(root(v), tl.load(derived + 2 * k + 1)) + tile.scalar(s, k, OWN + 4, WIDTH)
-    return p - tl.load(derived + 2 * k) * quotient(m, denominator), m, v
+    denominator = quotient(root(v), tl.load(derived + 1)) + tile.scalar(s, k, OWN + 4, WIDTH)
+    return p - tl.load(derived) * quotient(m, denominator), m, v
 
 
 @triton.jit
@@ -95,10 +95,10 @@ def remember_tile(
     return history
 
 
-@triton.jit(do_not_specialize=["seed", "stream", "round_", "count"])
+@triton.jit(do_not_specialize=["lr_stride", "sigma_stride", "seed", "stream", "round_", "count"])
 def update_kernel(
-    tiles, tensors, pointers, scalars, derived, grad_scale, clip, found_inf, noise, seed, stream, round_,
-    partials, count,
+    tiles, tensors, pointers, scalars, derived, lrs, lr_stride, sigmas, sigma_stride, grad_scale, clip, found_inf,
+    noise, seed, stream, round_, partials, count,
     RULE: tl.constexpr, PARAM: tl.constexpr, BACKUP: tl.constexpr, MASTER: tl.constexpr, HISTORY: tl.constexpr,
     GRAD: tl.constexpr, CLEAN_GRAD: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
     NOISE: tl.constexpr, WIDTH: tl.constexpr, SCALARS: tl.constexpr, VECTOR: tl.constexpr,
@@ -120,10 +120,11 @@ def update_kernel(
     if FIRST is not None:
         m = tile.widen(tile.load(pointers, k, 8, WIDTH, FIRST, start, inside, mask, EVEN), FIRST)
     if RULE == "sgd":
+        lr = tile.number(lrs, lr_stride, scalars, k, OWN, SCALARS)
         if FIRST is not None:
-            w, m = sgd_rule(old, g, m, scalars, k, SCALARS, True)
+            w, m = sgd_rule(old, g, m, lr, scalars, k, SCALARS, True)
         else:
-            w, _ = sgd_rule(old, g, 0.0, scalars, k, SCALARS, False)
+            w, _ = sgd_rule(old, g, 0.0, lr, scalars, k, SCALARS, False)
     else:
         v = tile.widen(tile.load(pointers, k, 9, WIDTH, SECOND, start, inside, mask, EVEN), SECOND)
         w, m, v = adam_rule(old, g, m, v, scalars, k, derived, SCALARS, RULE == "adamw")
@@ -159,7 +160,8 @@ def update_kernel(
             if CLEAN_AT == 0:
                 tile.store(pointers, k, 0, WIDTH, PARAM, start, inside, mask & live, EVEN, stored)
         else:
-            sigma, eta = tile.scalar(scalars, k, SIGMA, SCALARS), tile.scalar(scalars, k, ETA, SCALARS)
+            sigma = tile.number(sigmas, sigma_stride, scalars, k, SIGMA, SCALARS)
+            eta = tile.scalar(scalars, k, ETA, SCALARS)
             p = perturbed(
                 tensors, k, row, column, w, root(squares), history, sigma, eta, noise, seed, stream, round_,
                 ROWS, COLUMNS, SHIFTED,
@@ -187,8 +189,9 @@ def update(name, values, rule, state, own, derive=None):
     for group in call.groups:
         types = group.types
         call.launch(
-            update_kernel, group, group.tiles, call.tensors, call.pointers, call.scalars, derived, grad_scale, clip,
-            found_inf, *call.key(), partials_of(call, group), call.plan.partials, RULE=rule,
+            update_kernel, group, group.tiles, call.tensors, call.pointers, call.scalars, derived,
+            *strided(None if derive else values["lrs"]), *strided(values["sigmas"]), grad_scale, clip, found_inf,
+            *call.key(), partials_of(call, group), call.plan.partials, RULE=rule,
             PARAM=types["params"], BACKUP=types["backups"], MASTER=types["masters"], HISTORY=types["history"],
             GRAD=types["grads"], CLEAN_GRAD=types["clean_grads"], MASK=types["masks"], FIRST=types[state[0]],
             SECOND=types[state[1]] if len(state) > 1 else None, NOISE=given["noise"], WIDTH=call.width, SCALARS=width,
@@ -202,12 +205,14 @@ def update(name, values, rule, state, own, derive=None):
         clean = "masters" if given["masters"] else "backups" if given["backups"] else "params"
         for group in call.groups:
             if group.long:
-                launch_perturb(call, group, clean, "norms", False, lists, SCALARS.index("sigma"), width)
+                launch_perturb(
+                    call, group, clean, "norms", False, lists, SCALARS.index("sigma"), width, values["sigmas"]
+                )
 
 
 def sgd_update_(
-    params, momentum_buffers, backups, masters, history, grads, clean_grads, masks, noise, grad_scale, clip, found_inf,
-    *, lr, momentum, dampening, weight_decay, nesterov,
+    params, momentum_buffers, backups, masters, history, grads, clean_grads, masks, lrs, sigmas, noise,
+    grad_scale, clip, found_inf, *, lr, momentum, dampening, weight_decay, nesterov,
     grad_weight, clean_weight, kappa, beta, sigma, eta, index, offset,
 ):  # fmt: skip
     """Restore, form the gradient, and take one SGD step; in rolling mode perturb for the next one."""
@@ -220,12 +225,12 @@ def sgd_update_(
 
 LANES = 128
 # Columns of Adam's scalars behind those that updates share.
-LR, LOG_BETA1, LOG_BETA2 = (tl.constexpr(OWN.value + i) for i in range(7, 10))
+DECAY, LR, LOG_BETA1, LOG_BETA2 = (tl.constexpr(OWN.value + i) for i in range(5, 9))
 
 
-@triton.jit(do_not_specialize=["tensors"])
+@triton.jit(do_not_specialize=["lr_stride", "tensors"])
 def advance_kernel(
-    pointers, scalars, derived, found_inf, tensors,
+    pointers, scalars, derived, lrs, lr_stride, found_inf, tensors,
     STEP: tl.constexpr, WIDTH: tl.constexpr, SCALARS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Count the step of every tensor, and compute what depends on it: float64, rounded once."""
@@ -235,11 +240,16 @@ def advance_kernel(
     step = tl.load(at, mask=mask, other=0.0) + 1.0
     tl.store(at, step, mask=mask & tl.reshape(tile.is_live(found_inf), [1]))
     t = step.to(tl.float64)
-    lr = tl.load(scalars + SCALARS * k + LR, mask=mask, other=0.0)
+    if lrs is None:
+        lr = tl.load(scalars + SCALARS * k + LR, mask=mask, other=0.0)
+    else:
+        lr = tl.load(lrs + lr_stride * k, mask=mask, other=0.0)
+    decay = tl.load(scalars + SCALARS * k + DECAY, mask=mask, other=0.0)
     power1 = tl.exp2(t * tl.load(scalars + SCALARS * k + LOG_BETA1, mask=mask, other=-1.0))
     power2 = tl.exp2(t * tl.load(scalars + SCALARS * k + LOG_BETA2, mask=mask, other=-1.0))
-    tl.store(derived + 2 * k, (lr / (1.0 - power1)).to(tl.float32), mask=mask)
-    tl.store(derived + 2 * k + 1, tl.sqrt(1.0 - power2).to(tl.float32), mask=mask)
+    tl.store(derived + 3 * k, (lr / (1.0 - power1)).to(tl.float32), mask=mask)
+    tl.store(derived + 3 * k + 1, tl.sqrt(1.0 - power2).to(tl.float32), mask=mask)
+    tl.store(derived + 3 * k + 2, (1.0 - lr * decay).to(tl.float32), mask=mask)
 
 
 def log2(beta):
@@ -247,37 +257,41 @@ def log2(beta):
 
 
 def adam_scalars(v):
-    """beta and 1 - beta of each moment, eps, decay, 1 - lr decay; then what only advance_kernel reads."""
-    shrink = [1 - lr * decay for lr, decay in zip(v["lr"], v["weight_decay"], strict=True)]
+    """beta and 1 - beta of each moment, eps, decay; then what only advance_kernel reads."""
     return [
         v["beta1"], [1 - b for b in v["beta1"]], v["beta2"], [1 - b for b in v["beta2"]], v["eps"], v["weight_decay"],
-        shrink, v["lr"], [log2(b) for b in v["beta1"]], [log2(b) for b in v["beta2"]],
+        v["lr"], [log2(b) for b in v["beta1"]], [log2(b) for b in v["beta2"]],
     ]  # fmt: skip
 
 
 def advance(call, found_inf, values):
-    """Count the steps; returns float32 (tensors, 2) on the device, what depends on them."""
+    """Count the steps; returns float32 (tensors, 3) on the device, what depends on them."""
     steps = values["steps"]
     if any(step.device != call.device for step in steps):
         return advance_on_host(call, found_inf, values)
-    derived = call.scratch("derived", (len(steps), 2))
+    derived = call.scratch("derived", (len(steps), 3))
     call.start(
-        advance_kernel, -(-len(steps) // LANES), 4, call.pointers, call.scalars, derived, found_inf, len(steps),
-        STEP=LISTS_OF_ADAM.index("steps"), WIDTH=call.width, SCALARS=call.scalars.shape[1], LANES=LANES,
+        advance_kernel, -(-len(steps) // LANES), 4, call.pointers, call.scalars, derived, *strided(values["lrs"]),
+        found_inf, len(steps), STEP=LISTS_OF_ADAM.index("steps"), WIDTH=call.width, SCALARS=call.scalars.shape[1],
+        LANES=LANES,
     )  # fmt: skip
     return derived
 
 
 def advance_on_host(call, found_inf, values):
     """The same for steps that torch keeps on the CPU. Whether they count then has to be known there."""
+    if capturing(call.device):
+        raise RuntimeError("steps are on the CPU, which a captured graph cannot count; move them beside the parameters")
+    lr = values["lr"] if values["lrs"] is None else values["lrs"].tolist()
     skip = found_inf is not None and bool(found_inf)
     if not skip:
         torch._foreach_add_(values["steps"], 1)
-    found = np.zeros((len(values["steps"]), 2), np.float32)
+    found = np.zeros((len(values["steps"]), 3), np.float32)
     for k, t in enumerate(0 if skip else step.item() for step in values["steps"]):
         if t:
-            found[k, 0] = values["lr"][k] / (1 - values["beta1"][k] ** t)
+            found[k, 0] = lr[k] / (1 - values["beta1"][k] ** t)
             found[k, 1] = math.sqrt(1 - values["beta2"][k] ** t)
+            found[k, 2] = 1 - lr[k] * values["weight_decay"][k]
     return upload(found, call.device)
 
 
@@ -292,8 +306,8 @@ def _adam(name, rule, values):
 
 
 def adam_update_(
-    params, exp_avgs, exp_avg_sqs, steps, backups, masters, history, grads, clean_grads, masks, noise,
-    grad_scale, clip, found_inf, *, lr, beta1, beta2, eps, weight_decay,
+    params, exp_avgs, exp_avg_sqs, steps, backups, masters, history, grads, clean_grads, masks, lrs, sigmas,
+    noise, grad_scale, clip, found_inf, *, lr, beta1, beta2, eps, weight_decay,
     grad_weight, clean_weight, kappa, beta, sigma, eta, index, offset,
 ):  # fmt: skip
     """Restore, form the gradient, and take one Adam step; in rolling mode perturb for the next one."""
@@ -301,8 +315,8 @@ def adam_update_(
 
 
 def adamw_update_(
-    params, exp_avgs, exp_avg_sqs, steps, backups, masters, history, grads, clean_grads, masks, noise,
-    grad_scale, clip, found_inf, *, lr, beta1, beta2, eps, weight_decay,
+    params, exp_avgs, exp_avg_sqs, steps, backups, masters, history, grads, clean_grads, masks, lrs, sigmas,
+    noise, grad_scale, clip, found_inf, *, lr, beta1, beta2, eps, weight_decay,
     grad_weight, clean_weight, kappa, beta, sigma, eta, index, offset,
 ):  # fmt: skip
     """As adam_update_, with decoupled weight decay."""

@@ -72,6 +72,14 @@ class Checker {
     if (!is_float32(t.dtype) || t.ndim != 0) fail(name, 0, "is not a 0-dim float32");
     return *this;
   }
+  // A float64 for each tensor, at any stride.
+  const Checker& numbers(const char* name, const Table& list) const {
+    if (!list) return *this;
+    const View& t = memory(name, list, 0);
+    if (t.dtype != DType::kFloat64 || t.ndim != 1) fail(name, 0, "is not a float64 vector");
+    count(name, t.numel);
+    return *this;
+  }
   const Checker& noise(const Table& list, const Ints& index, const Ints& offset) const {
     count("index", index.size());
     count("offset", offset.size());
@@ -152,7 +160,7 @@ Checker check_update(const char* op, const Update& a) {
   checker.scalars("kappa", a.kappa).noise(a.noise, a.index, a.offset);
   checker.scalar("grad_scale", a.grad_scale).scalar("clip", a.clip).scalar("found_inf", a.found_inf);
   checker.scalars("grad_weight", a.grad_weight).scalars("clean_weight", a.clean_weight).scalars("beta", a.beta);
-  checker.scalars("sigma", a.sigma).scalars("eta", a.eta);
+  checker.scalars("sigma", a.sigma).scalars("eta", a.eta).numbers("lrs", a.lrs).numbers("sigmas", a.sigmas);
   return checker;
 }
 
@@ -178,7 +186,7 @@ void check(const GradientNorm& a) {
 void check(const PerturbGaussian& a) {
   const Checker checker("perturb_gaussian_", "params", a.params, true);
   checker.weights("backups", a.backups).masters("masters", a.masters).norms("norms", a.norms);
-  checker.history("history", a.history).noise(a.noise, a.index, a.offset);
+  checker.history("history", a.history).numbers("sigmas", a.sigmas).noise(a.noise, a.index, a.offset);
   checker.scalars("sigma", a.sigma).scalars("eta", a.eta);
 }
 

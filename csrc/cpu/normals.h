@@ -100,7 +100,7 @@ class Gaussian {
 // e = s z of one call: the normals, and what makes their standard deviation.
 class Perturbation {
  public:
-  FK_INLINE Perturbation(const Table& at, const Table& history, const Table& noise, const Floats& sigma,
+  FK_INLINE Perturbation(const Table& at, const Table& history, const Table& noise, const Numbers& sigma,
                          const Floats& eta, const Ints& index, const Ints& offset)
       : at_(at), history_(history), sigma_(sigma), eta_(eta), gaussian_(at, noise, index, offset) {}
 
@@ -137,7 +137,7 @@ class Perturbation {
 
   const Table& at_;
   const Table& history_;
-  const Floats& sigma_;
+  Numbers sigma_;
   const Floats& eta_;
   Gaussian gaussian_;
 };

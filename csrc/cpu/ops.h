@@ -25,7 +25,7 @@ struct GradientNorm {
 };
 
 struct PerturbGaussian {
-  Table params, backups, masters, norms, history, noise;
+  Table params, backups, masters, norms, history, sigmas, noise;
   Floats sigma, eta;
   Ints index, offset;
 };
@@ -46,7 +46,7 @@ struct MixGradients {
 
 // What every update takes besides the state and the scalars of its own rule.
 struct Update {
-  Table params, backups, masters, history, grads, clean_grads, masks, noise, grad_scale, clip, found_inf;
+  Table params, backups, masters, history, grads, clean_grads, masks, lrs, sigmas, noise, grad_scale, clip, found_inf;
   Floats grad_weight, clean_weight, kappa, beta, sigma, eta;
   Ints index, offset;
 };

@@ -35,7 +35,7 @@ struct PerturbGaussianWalk {
 }  // namespace
 
 void perturb_gaussian_(const PerturbGaussian& a) {
-  const Perturbation perturbation(a.params, a.history, a.noise, a.sigma, a.eta, a.index, a.offset);
+  const Perturbation perturbation(a.params, a.history, a.noise, {a.sigma, a.sigmas}, a.eta, a.index, a.offset);
   for_each_row(a.params, PerturbGaussianWalk{a, perturbation, numel(a.params) > kLarge});
 }
 

@@ -41,7 +41,7 @@ class Array {
   int64_t size_ = 0;
 };
 
-enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kInt64, kUInt8, kOther };
+enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kFloat64, kInt64, kUInt8, kOther };
 
 // One tensor, read as a table of filters: `rows` dim-0 slices of `cols` elements in memory order (rank <= 1: one row).
 struct View {
@@ -78,5 +78,15 @@ FK_INLINE float value_or(const Table& scalar, float absent) { return scalar ? *s
 using Floats = Array<double>;
 using Ints = Array<int64_t>;
 using Bools = Array<bool>;
+
+// A number per tensor: of `given`, a float64 vector, where that is present, else of the list.
+struct Numbers {
+  const Floats& list;
+  const Table& given;
+
+  FK_INLINE double operator[](int64_t k) const {
+    return given ? given[0].as<double>()[k * given[0].strides[0]] : list[k];
+  }
+};
 
 }  // namespace flatkern::cpu

@@ -25,6 +25,7 @@ struct Amplified {
 
 struct Sgd {
   const SgdUpdate& a;
+  Numbers lr = {a.lr, a.lrs};
 
   void ahead(const Block& b, Ahead& ahead) const {
     if (a.momentum_buffers) ahead.add(a.momentum_buffers[b.k], b);
@@ -32,7 +33,7 @@ struct Sgd {
 
   template <class Gradient, class Out>
   void apply(const Block& b, const float* w, const Gradient& g, const Out& out, Scratch& scratch) const {
-    const math::SgdScalars s = {static_cast<float>(a.lr[b.k]), static_cast<float>(a.momentum[b.k]),
+    const math::SgdScalars s = {static_cast<float>(lr[b.k]), static_cast<float>(a.momentum[b.k]),
                                 static_cast<float>(1 - a.dampening[b.k]), static_cast<float>(a.weight_decay[b.k]),
                                 a.nesterov[b.k]};
     if (!a.momentum_buffers) {
@@ -49,6 +50,7 @@ struct Sgd {
 
 struct Adam {
   const AdamUpdate& a;
+  Numbers lr = {a.lr, a.lrs};
   Array<math::AdamScalars> scalars;  // one per tensor
 
   // The moments are left to the processor: its divisions give it the time.
@@ -63,12 +65,12 @@ struct Adam {
       float& step = *a.steps[k].as<float>();
       step += 1.0f;
       // Powers are slow, and as a rule all tensors share them.
-      const bool same = last >= 0 && step == *a.steps[last].as<float>() && a.lr[k] == a.lr[last] &&
+      const bool same = last >= 0 && step == *a.steps[last].as<float>() && lr[k] == lr[last] &&
                         a.beta1[k] == a.beta1[last] && a.beta2[k] == a.beta2[last] && a.eps[k] == a.eps[last] &&
                         a.weight_decay[k] == a.weight_decay[last];
       scalars[k] =
           same ? scalars[last]
-               : math::adam_scalars(step, a.lr[k], a.beta1[k], a.beta2[k], a.eps[k], a.weight_decay[k], a.decoupled);
+               : math::adam_scalars(step, lr[k], a.beta1[k], a.beta2[k], a.eps[k], a.weight_decay[k], a.decoupled);
       last = k;
     }
   }
@@ -160,7 +162,7 @@ struct UpdateWalk {
 
 template <class Rule>
 void update(const Update& a, const Rule& rule, bool skip) {
-  const Perturbation perturbation(a.params, a.history, a.noise, a.sigma, a.eta, a.index, a.offset);
+  const Perturbation perturbation(a.params, a.history, a.noise, {a.sigma, a.sigmas}, a.eta, a.index, a.offset);
   const UpdateWalk<Rule> walk{a, rule, skip, numel(a.params) > kLarge, perturbation};
   if (a.noise || ((a.history || a.masks) && !skip)) {
     for_each_row(a.params, walk);

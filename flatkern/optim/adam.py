@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..methods import IRE, RWP, SAM
+from . import capture
 from .plan import Bucket, Group
 from .rule import RuleOptimizer, require_unset
 from .update import Forming
@@ -60,7 +61,7 @@ class Adam(RuleOptimizer):
         max_grad_norm: float | None = None,
     ) -> None:
         name = type(self).__name__
-        require_unset(name, amsgrad=amsgrad, differentiable=differentiable, capturable=capturable)
+        require_unset(name, amsgrad=amsgrad, differentiable=differentiable)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -74,11 +75,16 @@ class Adam(RuleOptimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        self._start(params, defaults, perturb, enhance, backend, master_weights, max_grad_norm)
+        self._start(params, defaults, perturb, enhance, backend, master_weights, max_grad_norm, capturable)
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        require_unset(type(self).__name__, amsgrad=group["amsgrad"], capturable=group["capturable"])
+        require_unset(type(self).__name__, amsgrad=group["amsgrad"])
+        if bool(group["capturable"]) != self.capturable:
+            raise ValueError(
+                f"{type(self).__name__}: a group has capturable={group['capturable']!r} and the optimizer "
+                f"{self.capturable}; it holds for all groups, so pass it to the constructor"
+            )
         if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
             raise ValueError(f"betas is {group['betas']!r}, but should be a pair of numbers in [0, 1)")
         if len({isinstance(beta, Tensor) for beta in group["betas"]}) > 1:
@@ -92,9 +98,10 @@ class Adam(RuleOptimizer):
     def _update_bucket(self, bucket: Bucket, grads: list[Tensor], forming: Forming) -> None:
         (exp_avgs, exp_avg_sqs, steps), _ = self._states(bucket, ("exp_avg", "exp_avg_sq", "step"))
         op = "adamw_update_" if bucket.groups[0]["decoupled_weight_decay"] else "adam_update_"
+        lr, lrs = capture.numbers(self, bucket, "lr")
         bucket.op(op, self.backend)(
-            bucket.params, exp_avgs, exp_avg_sqs, steps, *forming.inputs(grads),
-            lr=bucket.values("lr"), beta1=bucket.values("beta1", lambda g: float(g["betas"][0])),
+            bucket.params, exp_avgs, exp_avg_sqs, steps, *forming.inputs(grads, lrs),
+            lr=lr, beta1=bucket.values("beta1", lambda g: float(g["betas"][0])),
             beta2=bucket.values("beta2", lambda g: float(g["betas"][1])), eps=bucket.values("eps"),
             weight_decay=bucket.values("weight_decay"), **forming.method(),
         )  # fmt: skip

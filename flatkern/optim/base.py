@@ -18,7 +18,7 @@ from ..checks import check_backend, check_outer_filters, check_parameters, check
 from ..dispatch import gather_state, resolve
 from ..methods import IRE, RWP, SAM, check_uint32, is_number
 from ..tables import history_length
-from . import checkpoint, closures, enhance, follow, messages, perturbations, scaling, update
+from . import capture, checkpoint, closures, enhance, follow, messages, perturbations, scaling, update
 from .cycle import Cycle, holders
 from .plan import Bucket, Group
 
@@ -38,6 +38,7 @@ class FlatOptimizer(torch.optim.Optimizer):
     backend: str | None
     master_weights: bool
     max_grad_norm: float | None
+    capturable: bool = False
 
     def _configure(
         self,
@@ -86,18 +87,28 @@ class FlatOptimizer(torch.optim.Optimizer):
                 raise RuntimeError(
                     f"{name}: another optimizer holds these parameters perturbed; call its restore(), eval() or step()"
                 )
+        if self.capturable:
+            capture.check(self)
         for group in self.param_groups:
             self._check_group(group)
 
     def _check_group(self, group: Group) -> None:
+        if self.capturable:
+            capture.check_group(self, group)
         for key, value in group.items():
+            if self.capturable and isinstance(value, Tensor):
+                continue  # it was checked when it was set from a number; now the host would have to wait
             unset = key == "lam" and value is None
             if (self._is_ours(key) and not unset) or is_number(value):
                 check_value(key, value)
         if isinstance(self.method, RWP):
             self._check_lam(group)
             for key in ("seed", "stream", "round"):
-                check_uint32(type(self).__name__, key, group[key])
+                self._check_word(key, group[key])
+
+    def _check_word(self, key: str, value: Any) -> None:
+        if not (self.capturable and isinstance(value, Tensor)):
+            check_uint32(type(self).__name__, key, value)
 
     def _is_ours(self, key: str) -> bool:
         """True if a group's `key` means what it means here, so that its value must be a number."""
@@ -107,14 +118,18 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     def _check_groups(self) -> None:
         """Check what has changed in the groups since the last call, before anything is written."""
+        capture.refuse(self, "perturb() or step()")
         checked = self.cycle.checked
         for k, group in enumerate(self.param_groups):
             if isinstance(self.method, RWP):
-                check_uint32(type(self).__name__, "round", group["round"])
+                self._check_word("round", group["round"])
             values = [v for key, v in group.items() if key not in ("params", "round", "drawn", "mask_age")]
+            if self.capturable:
+                values = [id(v) if isinstance(v, Tensor) else v for v in values]  # which one, not what is in it
             if checked.get(k) != values:
                 self._check_group(group)
                 checked[k] = values
+        capture.adopt(self)
 
     def _check_lam(self, group: Group) -> None:
         assert isinstance(self.method, RWP)
@@ -412,6 +427,7 @@ class FlatOptimizer(torch.optim.Optimizer):
             except Exception:
                 self.param_groups.pop()
                 raise
+            capture.adopt(self)
 
     def _join_round(self, param_group: dict[str, Any]) -> None:
         """A group that joins during training draws the round of the others."""

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import shards
 from ..methods import RWP
-from ..tables import history_length, mask_shape
-from . import layouts
+from ..tables import history_length, mask_shape, same_layout
+from . import capture, layouts
 
 if TYPE_CHECKING:
     from .base import FlatOptimizer
@@ -26,15 +26,25 @@ def load(opt: FlatOptimizer, state_dict: dict[str, Any]) -> None:
     """torch's load_state_dict, without its cast of every state tensor to the parameter's dtype."""
     state_dict = prepare(opt, state_dict)
     opt.cycle.end_by_version()
+    before = dict(opt.state) if opt.capturable else {}
     opt.state.clear()
     for p, saved in by_parameter(opt, state_dict):
-        opt.state[p] = {name: fit(name, value, p) for name, value in saved.items()}
+        there = before.get(p, {})
+        opt.state[p] = {name: _into(there.get(name), fit(name, value, p)) for name, value in saved.items()}
     known = {i for group in state_dict["param_groups"] for i in group["params"]}
     opt.state.update({key: value for key, value in state_dict["state"].items() if key not in known})
     for group, saved in zip(opt.param_groups, state_dict["param_groups"], strict=True):
         # In place: schedulers share these very dicts.
         group.update({k: v for k, v in saved.items() if k != "params"})
     settle(opt)
+
+
+def _into(there: Any, value: Any) -> Any:
+    """The loaded value in the memory that was there, which captured graphs know by address."""
+    tensors = isinstance(there, Tensor) and isinstance(value, Tensor)
+    if tensors and (there.dtype, there.device) == (value.dtype, value.device) and same_layout(there, value):
+        return there.copy_(value)
+    return value
 
 
 def prepare(opt: FlatOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +92,10 @@ def _completed(opt: FlatOptimizer, group: dict[str, Any], saved: dict[str, Any])
     else:
         same = "rho" in saved and ("eta" in saved) == ("eta" in group)
     kept = {key: group[key] for key in ours if not same and key in _METHOD_KEYS}
-    return {**{key: group[key] for key in ours}, **saved, **kept}
+    if "capturable" in group:
+        kept["capturable"] = group["capturable"]  # of this optimizer, not of the one that was saved
+    completed = {**{key: group[key] for key in ours}, **saved, **kept}
+    return capture.as_numbers(completed, group, opt.capturable)
 
 
 def by_parameter(opt: FlatOptimizer, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
@@ -109,6 +122,7 @@ def settle(opt: FlatOptimizer) -> None:
     opt.cycle.checked.clear()
     opt.cycle.consumed = None
     opt.cycle.master_versions.clear()
+    capture.adopt(opt)
     adaptive = isinstance(opt.method, RWP)
     missing = False
     for group in opt.param_groups:
@@ -129,7 +143,7 @@ def settle(opt: FlatOptimizer) -> None:
         hook(opt)
 
 
-FIXED = ("method", "enhancement", "backend", "master_weights", "max_grad_norm", "base")
+FIXED = ("method", "enhancement", "backend", "master_weights", "max_grad_norm", "capturable", "base")
 
 
 def getstate(opt: FlatOptimizer) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import shards
 from ..dispatch import resolve
 from ..tables import same_layout
+from .capture import OnDevice
 from .plan import Bucket, Plan, Plans
 
 # Cycles whose parameters hold a perturbation now. Only a registry can tell a new optimizer that
@@ -37,6 +38,7 @@ class Cycle:
     early: dict[Tensor, dict[str, Tensor]] = field(default_factory=dict)  # Wrap: state before the base has made its own
     checked: dict[int, list[Any]] = field(default_factory=dict)  # group values that were found right
     created: list[tuple[Tensor, str]] = field(default_factory=list)  # state made by the present call
+    on_device: OnDevice | None = None  # capturable: what graphs read
     epoch: int = 0  # counts re-allocations of backups
     rounds: int = 0  # perturbed rounds that restore() completed
     aside: list[Tensor | None] = field(default_factory=list)  # the sum of their gradients, by parameter; or empty

@@ -12,7 +12,7 @@ from .. import shards
 from ..checks import MAGNITUDE_DIGITS
 from ..dispatch import resolve
 from ..tables import mask_shape
-from . import layouts, messages
+from . import capture, layouts, messages
 from .plan import Bucket, Group
 
 if TYPE_CHECKING:
@@ -63,8 +63,10 @@ def masks_of(opt: FlatOptimizer, params: list[Tensor]) -> list[Tensor]:
 
 def count_step(opt: FlatOptimizer, work: Work) -> None:
     """The mask is a step older, unless the step was skipped. (On a GPU the host does not wait to know.)"""
-    skipped = any(f.found_inf is not None and f.found_inf.is_cpu and bool(f.found_inf) for _, _, f in work)
-    if opt.enhancement is None or skipped:
+    if opt.enhancement is None:
+        return
+    flags = [] if opt.capturable else [f.found_inf for _, _, f in work if f.found_inf is not None]
+    if any(flag.is_cpu and bool(flag) for flag in flags):
         return
     for group in opt.param_groups:
         if group["mask_age"] is not None:
@@ -76,6 +78,8 @@ def update_mask(opt: FlatOptimizer, scaler: Any) -> None:
     if opt.enhancement is None:
         raise RuntimeError("update_mask: this optimizer has no enhancement; pass enhance=flatkern.IRE(kappa=...)")
     messages.refuse_unfinished(opt, "update_mask")
+    if capture.is_under_way():
+        raise RuntimeError("update_mask: a CUDA graph is being captured, and a mask needs the host; update it outside")
     params = [p for group in opt.param_groups if group["enhance"] for p in group["params"] if p.requires_grad]
     seen = [p for p in params if p.grad is not None]
     if not seen:

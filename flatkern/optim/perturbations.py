@@ -13,7 +13,7 @@ from .. import shards
 from ..dispatch import resolve
 from ..methods import ASAM, RWP, SAM
 from ..tables import history_length
-from . import layouts, messages
+from . import capture, layouts, messages
 from .plan import Bucket, Plan
 from .scaling import check_scaled, loss_scale, unscale_pass
 
@@ -45,8 +45,7 @@ def perturb(opt: FlatOptimizer, scaler: Any) -> None:
     else:
         _check_rwp(opt, method, fresh)
         scatter(opt)
-        for group in opt.param_groups:
-            group["round"] += 1
+        capture.advance(opt)
         cycle.scaler = scaler
         if fresh and method.mix == "gradients":
             if scaler is not None:
@@ -82,11 +81,11 @@ def _check_rwp(opt: FlatOptimizer, method: RWP, fresh: bool) -> None:
 Read = Callable[[dict[str, Any], str], Any]  # how a group's value is read: the present one, or the one drawn with
 
 
-def _now(group: dict[str, Any], key: str) -> Any:
+def now(group: dict[str, Any], key: str) -> Any:
     return group[key]
 
 
-def _perturbable(opt: FlatOptimizer, read: Read = _now) -> list[Tensor]:
+def _perturbable(opt: FlatOptimizer, read: Read = now) -> list[Tensor]:
     return [p for group in opt.param_groups if read(group, "perturb") for p in group["params"] if p.requires_grad]
 
 
@@ -103,26 +102,15 @@ def _clean_stores(opt: FlatOptimizer, bucket: Bucket) -> tuple[list[Tensor] | No
     return bucket.clean, None
 
 
-def noise_of(opt: FlatOptimizer, ahead: int = 0) -> Tensor:
-    """(seed, stream, round + ahead) of the coming draw; int64 (3,) on the CPU."""
-    keys = {(g["seed"], g["stream"], g["round"] + ahead) for g in opt.param_groups}
-    if len(keys) != 1:
-        raise ValueError(
-            f"{type(opt).__name__}: groups differ in (seed, stream, round): {sorted(keys)}; an optimizer has "
-            "one key, and the parameter index tells its parameters apart"
-        )
-    return torch.tensor(keys.pop(), dtype=torch.int64)
-
-
 def current_plan(opt: FlatOptimizer) -> Plan:
     """What the next noise goes to."""
     return _plan(opt, _perturbable(opt))
 
 
-def scatter(opt: FlatOptimizer, read: Read = _now) -> None:
+def scatter(opt: FlatOptimizer, read: Read = now) -> None:
     """CLEAN -> PERTURBED by the noise of the current round, which does not advance here."""
     plan = _plan(opt, _perturbable(opt, read))
-    noise = noise_of(opt)
+    noise = capture.noise_of(opt, ahead=0)
 
     def draw() -> None:
         with _undone_on_failure(opt, plan):
@@ -132,15 +120,16 @@ def scatter(opt: FlatOptimizer, read: Read = _now) -> None:
     layouts.retry(opt, plan.buckets, draw)
 
 
-def scatter_bucket(opt: FlatOptimizer, bucket: Bucket, noise: Tensor, read: Read = _now) -> None:
+def scatter_bucket(opt: FlatOptimizer, bucket: Bucket, noise: Tensor, read: Read = now) -> None:
     """perturb_gaussian_ on one bucket; `read(group, key)` gives sigma and eta."""
     backups, masters = _clean_stores(opt, bucket)
     adaptive = any(read(g, "eta") > 0 for g in bucket.groups)
     norms = _norms_of_the_whole(opt, bucket, masters or bucket.params) if bucket.cut else None
+    sigma, sigmas = capture.numbers(opt, bucket, "sigma", read)
     bucket.op("perturb_gaussian_", opt.backend)(
-        bucket.params, backups, masters, norms, opt._histories(bucket.params) if adaptive else None, noise,
-        sigma=bucket.values("sigma", lambda g: float(read(g, "sigma"))),
-        eta=bucket.values("eta", lambda g: float(read(g, "eta"))), index=bucket.index, offset=bucket.offset,
+        bucket.params, backups, masters, norms, opt._histories(bucket.params) if adaptive else None, sigmas, noise,
+        sigma=sigma, eta=bucket.values("eta", lambda g: float(read(g, "eta"))),
+        index=bucket.index, offset=bucket.offset,
     )  # fmt: skip
 
 
@@ -166,7 +155,7 @@ def _climb(opt: FlatOptimizer, fresh: bool) -> None:
 
     def climb() -> None:
         norms = [(bucket.ranks, _ascent_norm(opt, bucket, method)) for bucket in plan.buckets]
-        total = cycle.ascent_norm = combined(norms) if norms else torch.zeros(())
+        total = cycle.ascent_norm = combined(norms) if norms else torch.zeros((), device=opt._parameters()[0].device)
         with _undone_on_failure(opt, plan):
             for bucket in plan.buckets:
                 bucket.values("rho")
@@ -312,11 +301,13 @@ def abort_round(opt: FlatOptimizer) -> None:
         cycle.drop_pending()
 
 
-def roll_on(opt: FlatOptimizer) -> None:
+def roll_on(opt: FlatOptimizer, read: Read | None = None) -> None:
     """Rolling: from clean weights to the noise of the current round, which does not advance."""
     messages.refuse_suspended(opt, "train")
-    scatter(opt, drawn)
-    note_drawn(opt)
+    capture.refuse(opt, "train")
+    capture.adopt(opt)
+    scatter(opt, read or drawn)
+    note_drawn(opt, read or drawn)
     torch.clear_autocast_cache()
 
 
@@ -327,12 +318,14 @@ def drawn(group: dict[str, Any], key: str) -> Any:
     a checkpoint, must give the same noise.
     """
     last = group.get("drawn")
-    return last[key] if last is not None and last["round"] == group["round"] else group[key]
+    return last[key] if last is not None and capture.is_round(last["round"], group["round"]) else group[key]
 
 
-def note_drawn(opt: FlatOptimizer) -> None:
-    for group in opt.param_groups:
-        group["drawn"] = {key: drawn(group, key) for key in ("sigma", "eta", "perturb")} | {"round": group["round"]}
+def note_drawn(opt: FlatOptimizer, read: Read = now) -> None:
+    sigmas = capture.note_drawn(opt, [read(group, "sigma") for group in opt.param_groups])
+    for group, sigma in zip(opt.param_groups, sigmas, strict=True):
+        rest = {key: read(group, key) for key in ("eta", "perturb")}
+        group["drawn"] = {"sigma": sigma, **rest, "round": group["round"]}
 
 
 @contextmanager

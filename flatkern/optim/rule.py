@@ -10,13 +10,13 @@ from torch import Tensor
 from .. import shards
 from ..checks import check_value
 from ..dispatch import gather_state
+from . import capture
 from .base import FlatOptimizer
 from .plan import Bucket, Group
 
 WHY_REFUSED = {
     "amsgrad": "no kernel keeps the maximum of the second moments; pass amsgrad=False",
     "differentiable": "the kernels write in place and have no backward; pass differentiable=False",
-    "capturable": "CUDA graphs need a GPU backend, which this version does not have; pass capturable=False",
 }
 
 
@@ -30,13 +30,15 @@ def require_unset(name: str, **flags: bool) -> None:
 class RuleOptimizer(FlatOptimizer):
     """An optimizer whose base rule is one of our update ops."""
 
-    def _start(self, params, defaults, perturb, enhance, backend, master_weights, max_grad_norm) -> None:  # type: ignore[no-untyped-def]
+    def _start(self, params, defaults, perturb, enhance, backend, master_weights, max_grad_norm, capturable) -> None:  # type: ignore[no-untyped-def]
+        self.capturable = bool(capturable)
         defaults |= self._configure(perturb, enhance, backend, master_weights, max_grad_norm)
         for key in ("lr", "weight_decay"):
             # torch checks defaults even where every group overrides them.
             self._check_value(key, defaults[key])
         torch.optim.Optimizer.__init__(self, params, defaults)
         self._check_new_parameters()
+        capture.adopt(self)
         self._ready = True
 
     def _is_ours(self, key: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..methods import IRE, RWP, SAM
+from . import capture
 from .plan import Bucket, Group
 from .rule import RuleOptimizer, require_unset
 from .update import Forming
@@ -29,7 +30,12 @@ class SGD(RuleOptimizer):
         enhance: flatkern.IRE, or None.
         backend: "eager" or "cpp", used or refused; None takes the best one that is live.
         master_weights: keep float32 weights behind half-precision parameters.
-        capturable: refused until a GPU backend exists.
+        capturable: steps may be captured in a CUDA graph. group["lr"], group["sigma"] and group["round"] are tensors on
+            the device then: a replay reads what they are and goes on to the next round, and schedulers fill them in
+            place. A number that is assigned to one is copied there at the next call. Every other value (momentum,
+            rho, lam, eta, kappa, ...) and whether IRE has a mask stay as they were at the capture; `update_mask()`
+            runs outside, and `mask_due` counts the steps that Python ran. Needs the Triton backend and all parameters
+            on one device. Run a few steps before a capture; `release()` frees memory that graphs read.
         max_grad_norm: clip the final (mixed, averaged, unscaled) gradient to this global L2 norm.
 
     State, per parameter: `momentum_buffer` (the parameter's dtype; float32 with masters), `master`,
@@ -60,7 +66,7 @@ class SGD(RuleOptimizer):
         capturable: bool = False,
         max_grad_norm: float | None = None,
     ) -> None:
-        require_unset("SGD", differentiable=differentiable, capturable=capturable)
+        require_unset("SGD", differentiable=differentiable)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -72,7 +78,7 @@ class SGD(RuleOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        self._start(params, defaults, perturb, enhance, backend, master_weights, max_grad_norm)
+        self._start(params, defaults, perturb, enhance, backend, master_weights, max_grad_norm, capturable)
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
@@ -91,13 +97,15 @@ class SGD(RuleOptimizer):
             if created:
                 # v <- d on the first step is v <- momentum 0 + (1 - 0) d.
                 dampening = [0.0 if k in created else d for k, d in enumerate(dampening)]
+        lr, lrs = capture.numbers(self, bucket, "lr")
         bucket.op("sgd_update_", self.backend)(
-            bucket.params, buffers, *forming.inputs(grads),
-            lr=bucket.values("lr"), momentum=bucket.values("momentum"), dampening=dampening,
+            bucket.params, buffers, *forming.inputs(grads, lrs),
+            lr=lr, momentum=bucket.values("momentum"), dampening=dampening,
             weight_decay=bucket.values("weight_decay"),
             nesterov=bucket.values("nesterov", lambda g: bool(g["nesterov"])), **forming.method(),
         )  # fmt: skip
         if created and forming.found_inf is not None and any(bucket.values("dampening")) and bool(forming.found_inf):
-            # A skipped first step is no first step: with dampening the next one must still be v <- d.
+            # A skipped first step is no first step: with dampening the next one must still be v <- d. Only here the
+            # host may wait for a GPU, once, and before any graph is captured.
             for k in created:
                 del self.state[bucket.params[k]]["momentum_buffer"]

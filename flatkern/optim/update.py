@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import shards
 from ..checks import LayoutError, check_storage
 from ..methods import RWP
-from . import enhance, layouts, messages, perturbations, scaling
+from . import capture, enhance, layouts, messages, perturbations, scaling
 from .plan import Bucket
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class Forming:
     history: list[Tensor] | None
     clean_grads: list[Tensor] | None
     masks: list[Tensor] | None
+    sigmas: Tensor | None
     noise: Tensor | None
     grad_scale: Tensor | None
     clip: Tensor | None
@@ -40,11 +41,11 @@ class Forming:
     index: list[int]
     offset: list[int]
 
-    def inputs(self, grads: list[Tensor]) -> tuple[Any, ...]:
+    def inputs(self, grads: list[Tensor], lrs: Tensor | None) -> tuple[Any, ...]:
         """The positional arguments that follow a rule's own state."""
         return (
             self.backups, self.masters, self.history, grads, self.clean_grads, self.masks,
-            self.noise, self.grad_scale, self.clip, self.found_inf,
+            lrs, self.sigmas, self.noise, self.grad_scale, self.clip, self.found_inf,
         )  # fmt: skip
 
     def method(self) -> dict[str, Any]:
@@ -230,12 +231,14 @@ def _forming(opt: FlatOptimizer, bucket: Bucket, clean: Any, gradients: Gradient
     draws = noise is not None and bucket.perturbed and not bucket.cut
     factor = gradients.factor
     masks, kappa = enhance.of(opt, bucket)
+    sigma, sigmas = capture.numbers(opt, bucket, "sigma") if draws else (zero, None)
     return Forming(
         backups=opt.cycle.backups_of(bucket) if bucket.perturbed and not bucket.masters else None,
         masters=opt._masters(bucket.params) if bucket.masters else None,
         history=history if remembers else None,
         clean_grads=clean,
         masks=masks,
+        sigmas=sigmas,
         noise=noise if draws else None,
         grad_scale=(
             scaling.factor(opt, gradients.rounds, bucket.device)
@@ -248,7 +251,7 @@ def _forming(opt: FlatOptimizer, bucket: Bucket, clean: Any, gradients: Gradient
         clean_weight=clean_weight,
         kappa=kappa,
         beta=bucket.values("beta") if remembers else zero,
-        sigma=bucket.values("sigma") if draws else zero,
+        sigma=sigma,
         eta=bucket.values("eta") if remembers else zero,
         index=bucket.index,
         offset=bucket.offset,
@@ -288,17 +291,17 @@ def _serve_the_rest(opt: FlatOptimizer, updated: frozenset[int], noise: Tensor |
 
 def _fold_squares(opt: FlatOptimizer) -> None:
     """mix="losses": F <- beta F + the squares that restore() took from the perturbed gradient."""
-    found = scaling.found_inf(opt, torch.device("cpu"))
-    if found is not None and bool(found):
-        return
     for group in opt.param_groups:
         if not (group["eta"] > 0 and group["perturb"]):
             continue
         params = [p for p in group["params"] if p.grad is not None]
         for p, history in zip(params, opt._histories(params), strict=True):
-            part = shards.local(history).mul_(float(group["beta"]))
+            part = shards.local(history)
+            folded = part * float(group["beta"])
             if p in opt.cycle.squares:
-                part.add_(opt.cycle.squares[p])
+                folded += opt.cycle.squares[p]
+            found = scaling.found_inf(opt, part.device)
+            part.copy_(folded if found is None else torch.where(found != 0, part, folded))
 
 
 def _rolling_step(opt: FlatOptimizer, params: list[Tensor]) -> None:
@@ -307,34 +310,29 @@ def _rolling_step(opt: FlatOptimizer, params: list[Tensor]) -> None:
     gradients = Gradients([p.grad for p in params], perturbed=plan is not None)
     if plan is None:
         # Distributed checkpointing creates the state by a step with lr 0, on weights it wants unchanged.
-        initial = not opt.state and all(float(g["lr"]) == 0 for g in opt.param_groups)
+        initial = not opt.state and all(capture.host_value(opt, g, "lr") == 0 for g in opt.param_groups)
         _apply(opt, params, gradients)
         cycle.mark_consumed(params)
         if not initial:
             perturbations.roll_on(opt)
         return
     if perturbations.current_plan(opt) is plan:
-        _apply(opt, params, gradients, perturbations.noise_of(opt, ahead=1))
-        _advance(opt)
+        _apply(opt, params, gradients, capture.noise_of(opt, ahead=1))
+        capture.advance(opt)
         perturbations.note_drawn(opt)
     else:
         # A group or a parameter was switched: one pass cannot serve two sets, so update, then perturb.
         _apply(opt, params, gradients)
         cycle.leave()
-        _advance(opt)
+        capture.advance(opt)
         cycle.mark_consumed(params)
-        perturbations.roll_on(opt)
+        perturbations.roll_on(opt, perturbations.now)
         return
     for bucket in plan.buckets:
         # Masters are new tensors after the first update of a freshly loaded model.
         bucket.clean = opt._masters(bucket.params) if bucket.masters else cycle.backups_of(bucket)
     cycle.enter(plan)
     cycle.mark_consumed(params)
-
-
-def _advance(opt: FlatOptimizer) -> None:
-    for group in opt.param_groups:
-        group["round"] += 1
 
 
 def _refuse_sparse(work: Work) -> None:

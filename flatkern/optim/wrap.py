@@ -21,7 +21,8 @@ class Wrap(FlatOptimizer):
 
     The base keeps its rule, its state and its parameter groups, which are shared: schedulers work on
     either, and `state_dict()` is the base's. Restore and mixing are passes of their own here, so the
-    fused `SGD`, `Adam` and `AdamW` are faster; under a GradScaler `found_inf` is read on the host.
+    fused `SGD`, `Adam` and `AdamW` are faster; under a GradScaler `found_inf` is read on the host. The round is a
+    number of the host, so that no CUDA graph can be captured, whatever the base.
 
     Arguments:
         base_optimizer: an instance, constructed on the parameters.

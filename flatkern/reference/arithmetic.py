@@ -11,6 +11,11 @@ def float32(x: float, like: Tensor) -> Tensor:
     return torch.tensor(x, dtype=torch.float32, device=like.device)
 
 
+def numbers(given: Tensor | None, host: list[float]) -> list[float]:
+    """One float64 per tensor: from the device where they are `given` there, else the host's."""
+    return host if given is None else given.tolist()
+
+
 def root(x: Tensor) -> Tensor:
     """Correctly rounded float32 square root."""
     return x.double().sqrt().float()

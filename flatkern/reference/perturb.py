@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..tables import rows
-from .arithmetic import float32, root
+from .arithmetic import float32, numbers, root
 from .noise import normals_like
 from .norm import row_norms
 
@@ -25,7 +25,7 @@ def perturbation(w: Tensor, norms: Tensor, history: Tensor | None, sigma, eta, n
     return noise_scale(norms[:, None], sigma, history, eta) * normals_like(w, noise, index, offset)
 
 
-def perturb_gaussian_(params, backups, masters, norms, history, noise, *, sigma, eta, index, offset) -> None:
+def perturb_gaussian_(params, backups, masters, norms, history, sigmas, noise, *, sigma, eta, index, offset) -> None:
     """Add filter-wise Gaussian noise to the weights and remember the way back.
 
         backup <- p
@@ -38,6 +38,7 @@ def perturb_gaussian_(params, backups, masters, norms, history, noise, *, sigma,
     RWP: Li et al. 2022 and 2024, eq. 5. ARWP: Li et al. 2024, eq. 14, with the released code's
     power -1/2 and per-filter sum.
     """
+    sigma = numbers(sigmas, sigma)
     for k, param in enumerate(params):
         w = masters[k] if masters else param
         norm = norms[k] if norms else row_norms(rows(w))

@@ -11,7 +11,7 @@ import math
 from torch import Tensor
 
 from ..tables import rows
-from .arithmetic import float32, mixed, root
+from .arithmetic import float32, mixed, numbers, root
 from .mask import amplified
 from .norm import row_norms
 from .perturb import perturbation
@@ -77,8 +77,8 @@ def _update(
 
 
 def sgd_update_(
-    params, momentum_buffers, backups, masters, history, grads, clean_grads, masks, noise, grad_scale, clip, found_inf,
-    *, lr, momentum, dampening, weight_decay, nesterov,
+    params, momentum_buffers, backups, masters, history, grads, clean_grads, masks, lrs, sigmas, noise,
+    grad_scale, clip, found_inf, *, lr, momentum, dampening, weight_decay, nesterov,
     grad_weight, clean_weight, kappa, beta, sigma, eta, index, offset,
 ) -> None:  # fmt: skip
     """Restore, form the gradient, and take one SGD step; in rolling mode perturb for the next one.
@@ -97,6 +97,7 @@ def sgd_update_(
 
     torch.optim.SGD; Sutskever et al. 2013.
     """
+    lr = numbers(lrs, lr)
 
     def rule(k, w, g):
         if not momentum_buffers:
@@ -108,7 +109,7 @@ def sgd_update_(
 
     _update(
         rule, params, backups, masters, history, grads, clean_grads, masks, noise, grad_scale, clip, found_inf,
-        grad_weight, clean_weight, kappa, beta, sigma, eta, index, offset,
+        grad_weight, clean_weight, kappa, beta, numbers(sigmas, sigma), eta, index, offset,
     )  # fmt: skip
 
 
@@ -125,8 +126,8 @@ def _adam_rule(exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay
 
 
 def adam_update_(
-    params, exp_avgs, exp_avg_sqs, steps, backups, masters, history, grads, clean_grads, masks, noise,
-    grad_scale, clip, found_inf, *, lr, beta1, beta2, eps, weight_decay,
+    params, exp_avgs, exp_avg_sqs, steps, backups, masters, history, grads, clean_grads, masks, lrs, sigmas,
+    noise, grad_scale, clip, found_inf, *, lr, beta1, beta2, eps, weight_decay,
     grad_weight, clean_weight, kappa, beta, sigma, eta, index, offset,
 ) -> None:  # fmt: skip
     """Restore, form the gradient, and take one Adam step; in rolling mode perturb for the next one.
@@ -141,16 +142,16 @@ def adam_update_(
 
     torch.optim.Adam; Kingma and Ba 2015, algorithm 1.
     """
-    rule = _adam_rule(exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled=False)
+    rule = _adam_rule(exp_avgs, exp_avg_sqs, steps, numbers(lrs, lr), beta1, beta2, eps, weight_decay, decoupled=False)
     _update(
         rule, params, backups, masters, history, grads, clean_grads, masks, noise, grad_scale, clip, found_inf,
-        grad_weight, clean_weight, kappa, beta, sigma, eta, index, offset,
+        grad_weight, clean_weight, kappa, beta, numbers(sigmas, sigma), eta, index, offset,
     )  # fmt: skip
 
 
 def adamw_update_(
-    params, exp_avgs, exp_avg_sqs, steps, backups, masters, history, grads, clean_grads, masks, noise,
-    grad_scale, clip, found_inf, *, lr, beta1, beta2, eps, weight_decay,
+    params, exp_avgs, exp_avg_sqs, steps, backups, masters, history, grads, clean_grads, masks, lrs, sigmas,
+    noise, grad_scale, clip, found_inf, *, lr, beta1, beta2, eps, weight_decay,
     grad_weight, clean_weight, kappa, beta, sigma, eta, index, offset,
 ) -> None:  # fmt: skip
     """As adam_update_, with decoupled weight decay.
@@ -159,10 +160,10 @@ def adamw_update_(
 
     torch.optim.AdamW; Loshchilov and Hutter 2019, algorithm 2.
     """
-    rule = _adam_rule(exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled=True)
+    rule = _adam_rule(exp_avgs, exp_avg_sqs, steps, numbers(lrs, lr), beta1, beta2, eps, weight_decay, decoupled=True)
     _update(
         rule, params, backups, masters, history, grads, clean_grads, masks, noise, grad_scale, clip, found_inf,
-        grad_weight, clean_weight, kappa, beta, sigma, eta, index, offset,
+        grad_weight, clean_weight, kappa, beta, numbers(sigmas, sigma), eta, index, offset,
     )  # fmt: skip
 
 

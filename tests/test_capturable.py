@@ -1,0 +1,445 @@
+"""capturable=True in Triton's interpreter: nothing that changes is baked into a captured graph, and no host waits.
+
+A tensor on the CPU stands for one on the device, and nobody may look at it. A graph is a tape: every operator of torch
+and every kernel of one step, forward and backward included, run again on the same memory. What only a GPU can show is
+in test_gpu.py. Runs with TRITON_INTERPRET=1 (`make test-triton`).
+"""
+
+import contextlib
+import copy
+import pickle
+import types
+
+import pytest
+import torch
+from capturing import METHODS, RULES, Run, assert_same
+from conftest import INTERPRETING
+from torch.optim import lr_scheduler
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+import flatkern
+from flatkern.optim.capture import OnDevice, host_value
+from flatkern.schedules import PerturbationScheduler
+
+if not INTERPRETING:
+    pytest.skip("needs TRITON_INTERPRET=1, as make test-triton sets it", allow_module_level=True)
+
+from flatkern.triton_kernels import launch
+
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
+
+every_method = pytest.mark.parametrize("method", METHODS)
+every_rule = pytest.mark.parametrize("rule", RULES)
+
+
+@pytest.fixture(autouse=True)
+def a_device(monkeypatch):
+    """Noise is read by the kernels where it lies, as on a GPU."""
+    monkeypatch.setattr(launch, "on_host", lambda noise: False)
+
+
+class Watch(TorchDispatchMode):
+    """Raises where the host would have to wait for a number."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select"):
+            raise AssertionError(f"{func} makes the host wait")
+        return func(*args, **(kwargs or {}))
+
+
+# A poor man's graph.
+
+
+class Tape(TorchDispatchMode):
+    """Records what runs inside; `replay` runs it again, each result written where it was."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.calls, self.recording = [], False
+        start = launch.Call.start
+
+        def started(*args, **kwargs):
+            if not self.recording:
+                return start(*args, **kwargs)
+            with _disable_current_modes():
+                start(*args, **kwargs)
+            self.calls.append(lambda: start(*args, **kwargs))
+
+        monkeypatch.setattr(launch.Call, "start", started)
+
+    def __enter__(self):
+        self.recording = True
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        self.recording = False
+        return super().__exit__(*args)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        results = func(*args, **kwargs)
+        self.calls.append(lambda: self.again(results, func(*args, **kwargs)))
+        return results
+
+    @staticmethod
+    def again(before, now):
+        for old, new in zip(tree_leaves(before), tree_leaves(now), strict=True):
+            # Views, and what was written in place, are where they were.
+            if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                old.copy_(new)
+
+    @torch.no_grad()
+    def replay(self):
+        for call in self.calls:
+            call()
+
+
+@every_method
+@every_rule
+def test_a_replayed_step_moves_on(rule, method, monkeypatch):
+    """To where an optimizer of the host gets: fresh noise, the present learning rate and sigma, counted steps. A step
+    outside, with gradients that are elsewhere, disturbs no later replay."""
+    graph, python = Run(rule, method, True), Run(rule, method, False)
+    tape = Tape(monkeypatch)
+    for recording in (False, True):
+        with tape if recording else contextlib.nullcontext():
+            graph.step()
+        graph.schedule()
+        python.train(1)
+        assert_same(graph, python)
+    for step in range(4):
+        if step == 1:
+            graph.train(1)
+        else:
+            tape.replay()
+            graph.schedule()
+        python.train(1)
+        assert_same(graph, python)
+    if graph.opt.rolling:
+        before = graph.tensors()
+        for run in (graph, python):
+            run.opt.eval()
+        assert_same(graph, python)
+        graph.opt.train()
+        assert all(map(torch.equal, graph.tensors(), before))  # with the sigma that the replay drew with
+
+
+def test_a_tape_repeats_what_is_baked(monkeypatch):
+    """The test above has teeth: without capturable a replay draws the same noise, at the old learning rate."""
+    graph, python = Run("SGD", "RWP", False), Run("SGD", "RWP", False)
+    tape = Tape(monkeypatch)
+    graph.train(1)
+    with tape:
+        graph.step()
+    graph.schedule()
+    python.train(3)
+    tape.replay()
+    assert not torch.equal(graph.net.long, python.net.long)
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+@pytest.mark.parametrize("rule, method", [("SGD", name) for name in METHODS] + [("Adam", "m-RWP"), ("AdamW", "plain")])
+def test_nobody_waits(rule, method, capturable, monkeypatch):
+    """In perturb(), restore() and step(), the first one included; numbers of the host move in meanwhile."""
+    run = Run(rule, method, capturable, schedule=False)
+    start = launch.Call.start
+
+    def unwatched(*args, **kwargs):
+        with _disable_current_modes(), monkeypatch.context() as undone:
+            undone.setattr(torch.Tensor, "tolist", tolist)
+            start(*args, **kwargs)
+
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(launch.Call, "start", unwatched)
+    if capturable:
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda t: pytest.fail("tolist() makes the host wait"))
+        # The checks of a new plan look at everything they are given, on a device they do not.
+        monkeypatch.setattr("flatkern.triton_kernels.launch.check", lambda op, values: None)
+    with Watch():
+        run.train(2)
+        for group in run.opt.param_groups:
+            group["lr"] = 0.02
+            if "sigma" in group:
+                group["sigma"] = 0.01
+        run.train(1)
+
+
+def test_a_skipped_step_moves_nothing_of_the_history():
+    """mix="losses" folds on the device: an overflow leaves the history as it was, to the bit."""
+    run = Run("SGD", "m-ARWP, losses", True).train(2)
+    before = [run.opt.state[p]["history"].clone() for p in run.net.parameters()]
+    run.opt.zero_grad()
+    run.opt.perturb()
+    run.backward()
+    run.opt.restore()
+    run.backward()
+    run.opt.found_inf, run.opt.grad_scale = torch.tensor(1.0), torch.tensor(1.0)
+    run.opt.cycle.scaler = types.SimpleNamespace(is_enabled=lambda: False)
+    with Watch():
+        run.opt.step()
+    assert all(torch.equal(run.opt.state[p]["history"], h) for p, h in zip(run.net.parameters(), before, strict=True))
+
+
+# Values.
+
+SCHEDULERS = {
+    "LambdaLR": lambda opt: lr_scheduler.LambdaLR(opt, lambda t: 0.9**t),
+    "CosineAnnealingLR": lambda opt: lr_scheduler.CosineAnnealingLR(opt, 7),
+    "OneCycleLR": lambda opt: lr_scheduler.OneCycleLR(opt, max_lr=0.3, total_steps=9, cycle_momentum=False),
+    "SequentialLR": lambda opt: lr_scheduler.SequentialLR(
+        opt, [lr_scheduler.LinearLR(opt, total_iters=2), lr_scheduler.ExponentialLR(opt, 0.7)], milestones=[2]
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of:UserWarning")
+@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_schedulers_write_in_place(make):
+    """And the learning rates are those of an optimizer of the host, to the last bit of float64."""
+    runs = [Run("AdamW", "RWP", capturable, schedule=False) for capturable in (True, False)]
+    ours = [group["lr"] for group in runs[0].opt.param_groups]
+    schedulers = [make(run.opt) for run in runs]
+    for _ in range(6):
+        for scheduler in schedulers:
+            scheduler.step()
+        found = [group["lr"] for group in runs[0].opt.param_groups]
+        assert all(map(torch.Tensor.is_set_to, found, ours))
+        assert [t.item() for t in found] == [group["lr"] for group in runs[1].opt.param_groups]
+
+
+def test_where_the_values_are():
+    """0-dim tensors: one per group, one round for all of them."""
+    run = Run("AdamW", "RWP", True)
+    first, second = run.opt.param_groups
+    for key in ("lr", "sigma"):
+        assert first[key].dtype == second[key].dtype == torch.float64
+        assert first[key].shape == () and first[key].data_ptr() != second[key].data_ptr()
+    assert first["round"] is second["round"] and first["round"].dtype == torch.int64
+    run.train(2)
+    assert first["round"].item() == 2 and run.opt.cycle.on_device.noise.tolist() == [2**32 - 5, 3, 2]
+    alone = flatkern.AdamW([torch.nn.Parameter(torch.ones(3))], perturb=flatkern.RWP(), backend="triton")
+    alone.add_param_group({"params": [torch.nn.Parameter(torch.ones(4))], "lr": 0.5})
+    assert alone.param_groups[1]["lr"] == 0.5 and alone.param_groups[1]["round"] == 0
+    run.opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(4))], "lr": 0.5})
+    added = run.opt.param_groups[2]
+    assert added["lr"].item() == 0.5 and added["round"] is first["round"] and added["sigma"] is not first["sigma"]
+
+
+def test_a_tensor_of_the_user_is_used_where_it_is():
+    """float32 too; two groups that share it as their default get one each."""
+    lr, ps = torch.tensor(0.25), [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    opt = flatkern.SGD([{"params": [p]} for p in ps], lr=lr, backend="triton", capturable=True)
+    assert opt.param_groups[0]["lr"] is lr and opt.param_groups[1]["lr"] is not lr
+    lr.fill_(0.5)
+    for p in ps:
+        p.grad = torch.ones(3)
+    opt.step()
+    assert [p[0].item() for p in ps] == [0.5, 0.75]
+
+
+@pytest.mark.parametrize("method", ["RWP", "rolling ARWP"])
+def test_numbers_are_copied_to_where_graphs_look(method):
+    """Of lr, sigma, round and seed, at the next call; the trajectory is the one of numbers on the host."""
+    runs = [Run("SGD", method, capturable, schedule=False).train(2) for capturable in (True, False)]
+    ours = [(group["lr"], group["sigma"], group["round"]) for group in runs[0].opt.param_groups]
+    for run in runs:
+        if run.opt.rolling:
+            run.opt.eval()
+        for group in run.opt.param_groups:
+            group.update(lr=0.125, sigma=0.5, round=77, seed=9)
+        run.opt.train()
+        run.train(1)
+    for group, (lr, sigma, round_) in zip(runs[0].opt.param_groups, ours, strict=True):
+        assert group["lr"] is lr and group["sigma"] is sigma and group["round"] is round_
+        assert (lr.item(), sigma.item(), round_.item()) == (0.125, 0.5, 78)
+    assert runs[0].opt.cycle.on_device.noise.tolist()[0] == 9
+    assert_same(*runs)
+
+
+def test_a_bad_number_is_refused_before_it_is_copied():
+    run = Run("SGD", "RWP", True).train(1)
+    group, before = run.opt.param_groups[1], run.tensors()
+    for key, value, text in (("lr", -1.0, "learning rate"), ("sigma", -0.5, "sigma"), ("round", -1, "round is -1")):
+        ours, old = group[key], group[key].item()
+        group[key] = value
+        with pytest.raises(ValueError, match=text):
+            run.opt.perturb()
+        assert ours.item() == old
+        group[key] = ours
+    for key in ("lr", "sigma"):
+        ours, old = group[key], group[key].item()
+        with pytest.raises(ValueError, match=key if key == "sigma" else "learning rate"):
+            PerturbationScheduler(run.opt, key, lambda t: -1.0)
+        assert ours.item() == old
+    group["round"] = 5
+    with pytest.raises(ValueError, match="groups differ in"):
+        run.opt.perturb()
+    assert all(map(torch.equal, run.tensors(), before))
+
+
+def test_a_learning_rate_that_is_zero_for_one_step():
+    """As distributed checkpointing makes state: it puts a tensor of the host in, steps, and puts ours back."""
+    run = Run("AdamW", "rolling ARWP", True)
+    run.opt.eval()
+    before, ours = [p.detach().clone() for p in run.net.parameters()], [g["lr"] for g in run.opt.param_groups]
+    values = [lr.item() for lr in ours]
+    for p in run.net.parameters():
+        p.grad = torch.zeros_like(p)
+    for group in run.opt.param_groups:
+        group["lr"] = torch.tensor(0.0)
+    run.opt.step()
+    for group, lr in zip(run.opt.param_groups, ours, strict=True):
+        group["lr"] = lr
+    run.opt.eval()
+    assert all(map(torch.equal, run.net.parameters(), before))
+    assert [lr.item() for lr in ours] == values
+    # The host looks at a tensor of its own only.
+    elsewhere = types.SimpleNamespace(cycle=types.SimpleNamespace(on_device=OnDevice(torch.device("meta"))))
+    assert host_value(elsewhere, {"lr": torch.tensor(0.0)}, "lr") == 0
+    assert host_value(elsewhere, {"lr": torch.tensor(0.0, device="meta")}, "lr") is None
+
+
+# Checkpoints.
+
+
+@pytest.mark.parametrize("saved, loading", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("rule, method", [("AdamW", "rolling ARWP"), ("SGD", "m-RWP"), ("Adam", "plain")])
+def test_resume(rule, method, saved, loading):
+    """From host to device and back, into the tensors that are there: schedulers and graphs keep theirs."""
+    straight = Run(rule, method, False, schedule=False).train(4)
+    first = Run(rule, method, saved, schedule=False).train(2)
+    first.opt.eval()
+    other = Run(rule, method, loading, schedule=False).train(1)
+    other.opt.eval()
+    groups, state = other.opt.param_groups, other.opt.state
+    ours = [t for g in groups for t in (g["lr"], g.get("sigma"), g.get("round")) if isinstance(t, torch.Tensor)]
+    ours += [t for p in other.net.parameters() for t in state[p].values()] if loading else []
+    assert bool(ours) is loading
+    other.opt.load_state_dict(pickle.loads(pickle.dumps(first.opt.state_dict())))
+    other.net.load_state_dict(first.net.state_dict())
+    now = [t for g in groups for t in (g["lr"], g.get("sigma"), g.get("round")) if isinstance(t, torch.Tensor)]
+    now += [t for p in other.net.parameters() for t in state[p].values()] if loading else []
+    assert list(map(id, now)) == list(map(id, ours))
+    assert "drawn" not in groups[0] or isinstance(groups[0]["drawn"]["sigma"], torch.Tensor) is loading
+    assert groups[0].get("capturable", loading) is loading
+    other.opt.train()
+    other.train(2)
+    assert_same(other, straight)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))])
+@pytest.mark.parametrize("method", ["RWP", "rolling ARWP"])
+def test_copies_go_on_alone(method, copied):
+    run = Run("AdamW", method, True, schedule=False).train(2)
+    run.opt.eval()
+    other = copied(run)
+    assert other.opt.capturable
+    groups = other.opt.param_groups
+    assert groups[0]["round"] is not run.opt.param_groups[0]["round"]
+    for r in (run, other):
+        r.opt.train()
+    assert_same(run, other)
+    run.train(1)
+    assert groups[0]["round"].item() == 2
+    other.train(1)
+    assert groups[0]["round"] is groups[1]["round"] and groups[0]["round"].item() == 3
+    assert_same(run, other)
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_a_checkpoint_of_torchs_capturable_optimizer(capturable):
+    """Its learning rate may be a tensor, and its steps are on the device."""
+    ps = [torch.nn.Parameter(torch.ones(3, 2))]
+    theirs = torch.optim.AdamW(ps, lr=0.5)
+    ps[0].grad = torch.ones(3, 2)
+    theirs.step()
+    state = theirs.state_dict()
+    state["param_groups"][0].update(capturable=True, lr=torch.tensor(0.125))
+    ours = flatkern.AdamW(ps, backend="triton", capturable=capturable)
+    ours.load_state_dict(state)
+    group = ours.param_groups[0]
+    assert group["capturable"] is capturable and isinstance(group["lr"], torch.Tensor) is capturable
+    assert float(group["lr"]) == 0.125 and ours.state[ps[0]]["step"].item() == 1
+    ours.step()
+    assert ours.state[ps[0]]["step"].item() == 2
+
+
+# What is refused.
+
+W = torch.nn.Parameter(torch.ones(3, 2))
+REFUSED = {
+    "another backend": (lambda: flatkern.SGD([W], capturable=True),
+        "SGD: capturable is True, but CUDA graphs need the triton backend, and cpp serves cpu; move the parameters"),
+    "a named one": (lambda: flatkern.AdamW([W], capturable=True, backend="eager"),
+        "AdamW: capturable is True, but CUDA graphs need the triton backend, and eager serves cpu; move"),
+    "two devices": (
+        lambda: flatkern.Adam(
+            [W, torch.nn.Parameter(torch.ones(3, device="meta"))], capturable=True, backend=None, perturb=flatkern.RWP()
+        ),
+        r"Adam: capturable is True, but params\[1\] is on meta and params\[0\] on cpu; a CUDA graph"),
+    "kappa that follows": (
+        lambda: flatkern.SGD([W], capturable=True, backend="triton", enhance=flatkern.IRE(1.0, kappa_follows_lr=True)),
+        "SGD: capturable is True, but IRE has kappa_follows_lr=True"),
+    "a tensor of another value": (
+        lambda: flatkern.SGD([W], capturable=True, backend="triton", weight_decay=torch.tensor(0.1)),
+        "SGD: weight_decay is a tensor, but with capturable=True only lr and sigma are read on the device; pass a"),
+    "betas": (
+        lambda: flatkern.Adam([W], capturable=True, backend="triton", betas=(torch.tensor(0.9), torch.tensor(0.99))),
+        "Adam: betas is a tensor, but with capturable=True"),
+    "in one group only": (
+        lambda: flatkern.Adam([{"params": [W], "capturable": False}], capturable=True, backend="triton"),
+        "Adam: a group has capturable=False and the optimizer True; it holds for all groups, so pass it"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make, text", REFUSED.values(), ids=REFUSED)
+def test_refused(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()
+
+
+@pytest.fixture
+def under_way(monkeypatch):
+    """Switches on what the optimizers ask before they do what a graph must not repeat."""
+
+    def switch_on():
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+    yield switch_on
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("method", ["plain", "RWP", "rolling ARWP"])
+def test_a_capture_of_a_host_optimizer_is_refused(method, under_way):
+    """It would repeat its learning rate and its noise in silence."""
+    run = Run("SGD", method, False).train(1)
+    run.backward() if method != "RWP" else None
+    before = run.tensors()
+    under_way()
+    with pytest.raises(RuntimeError, match=r"a CUDA graph is being captured, .* capturable=True"):
+        run.opt.perturb() if method == "RWP" else run.opt.step()
+    assert all(map(torch.equal, run.tensors(), before))
+
+
+@pytest.mark.parametrize("key, value", [("lr", 0.5), ("sigma", 0.5), ("seed", 5), ("round", 5)])
+def test_a_number_is_not_captured(key, value, under_way):
+    """A replay would undo whatever a schedule has filled in since."""
+    run = Run("SGD", "RWP", True).train(1)
+    before, words = run.tensors(), run.opt.cycle.on_device.noise.clone()
+    for group in run.opt.param_groups:
+        group[key] = value
+    under_way()
+    with pytest.raises(RuntimeError, match=r"a number that was assigned to a group .* or fill_ the tensor"):
+        run.opt.perturb()
+    assert all(map(torch.equal, run.tensors(), before)) and torch.equal(run.opt.cycle.on_device.noise, words)
+
+
+def test_a_mask_is_not_captured(under_way):
+    run = Run("SGD", "IRE", True).train(1)
+    run.backward()
+    under_way()
+    run.opt.step()
+    with pytest.raises(RuntimeError, match="update_mask: a CUDA graph is being captured"):
+        run.opt.update_mask()
