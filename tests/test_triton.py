@@ -254,7 +254,7 @@ def test_steps_that_are_kept_on_the_host(monkeypatch):
 def test_plans_do_not_accumulate():
     for size in range(launch.MOST_PLANS + 5):
         triton_kernels.restore_([torch.zeros(size + 1)], [torch.ones(size + 1)])
-    assert len(launch._plans["restore_"].found) == launch.MOST_PLANS
+    assert len(launch._known["restore_"].plans.found) == launch.MOST_PLANS
 
 
 def test_no_tensors_at_all():

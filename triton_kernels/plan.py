@@ -46,7 +46,7 @@ def architecture(device):
         return "interpreter"
     if torch.version.hip:
         return "gfx942"
-    major = torch.cuda.get_device_capability(device)[0]
+    major = triton.runtime.driver.active.get_device_capability(device.index)[0]
     return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
 
 
@@ -72,9 +72,11 @@ class Group:
     tiles: torch.Tensor  # int64 (count, 3): tensor, first row, first column
     first: int  # number of its first tile among all that leave a partial sum
     warps: int
+    launchers: dict = field(default_factory=dict)  # see launch.first_launch
 
     def __post_init__(self):
         self.types = dict(zip(self.names, self.kind.types, strict=True))
+        self.programs = len(self.tiles)
         self.long, self.vector, self.shifted = self.kind.long, self.kind.vector, self.kind.shifted
 
     def shape(self):
@@ -84,7 +86,7 @@ class Group:
 
 @dataclass
 class Plan:
-    """The tables of one call signature, and what changes from call to call with its key."""
+    """The tables of one call signature, and what its calls share."""
 
     tensors: torch.Tensor  # int64 (tensors, 6), see tile.py
     groups: list
@@ -92,7 +94,7 @@ class Plan:
     long_rows: torch.Tensor | None  # int64 (rows, 5): tensor, row, first partial, partials, whether a vector
     long_row_count: int
     long_tensors: dict  # tensor: its first long row
-    uploads: dict = field(default_factory=dict)
+    launchers: dict = field(default_factory=dict)  # of kernels that are started once for all groups
     scratch: dict = field(default_factory=dict)
     spare: dict = field(default_factory=dict)  # pinned memory for the tables that a capture uploads
     kept: list = field(default_factory=list)  # what captured graphs read
