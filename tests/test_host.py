@@ -295,7 +295,7 @@ def test_what_became_wrong_is_refused_before_a_launch(spoil, driver, reader):
     for _ in range(2):
         launched(driver, op, values)
     spoil(values)
-    with pytest.raises((TypeError, ValueError), match="^sgd_update_: "):
+    with pytest.raises((TypeError, ValueError), match=r"^sgd_update_: "):
         launched(driver, op, values)
     assert driver.launches == []
 
@@ -313,4 +313,5 @@ def test_readers_agree(driver, monkeypatch, native):
         assert again[0] is pointers and again[1] is layouts
         found.append(signature.table(pointers, lists, len(values["params"])).tolist())
     assert found[0] == found[1]
-    assert found[0] == [[a.data_ptr(), 0, b.data_ptr(), c.data_ptr()] for a, b, c in zip(lists[0], *lists[2:], strict=True)]
+    given = zip(values["params"], values["grads"], values["steps"], strict=True)
+    assert found[0] == [[p.data_ptr(), 0, g.data_ptr(), step.data_ptr()] for p, g, step in given]
