@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton", minversion="3.6", reason="triton is not i
 if torch.cuda.is_available():
     pytest.skip("kernels that are compiled for the stand-in would be launched on the GPU", allow_module_level=True)
 
-from flatkern.triton_kernels import launch, signature  # noqa: E402
+from flatkern.triton_kernels import launch, noise, perturb, signature  # noqa: E402
 
 from flatkern import dispatch  # noqa: E402
 from flatkern.ops import OPS  # noqa: E402
@@ -163,6 +163,33 @@ def test_launches_do_not_grow_with_tensors(name, driver):
 
 
 # Tables.
+
+
+WALKS = {  # op, kernel, first list, whether it goes by rows
+    "any order": ("restore_", perturb.restore_kernel, "params", False),
+    "by rows": ("fill_normal_", noise.fill_normal_kernel, "outs", True),
+}
+
+
+@pytest.mark.parametrize("name, kernel, first, by_rows", WALKS.values(), ids=WALKS)
+def test_every_element_is_in_one_tile(name, kernel, first, by_rows, driver):
+    """And where rows do not matter, all but the last seven are moved 16 bytes at a time."""
+    lengths = [1, 7, 8, 9, 24, 4095, 4096, 4097, 4104, 8191, 8193, 20003]
+    values = make(OPS[name], [(n,) for n in lengths] + [(1, n) for n in lengths] + [(3, 20003), (5, 9)], "")
+    for t in values[first][::3]:
+        move_by_four_bytes(t)
+    times = [torch.zeros(t.shape if by_rows and t.dim() > 1 else (1, t.numel())) for t in values[first]]
+    for x in launched(driver, OPS[name], values):
+        given = dict(zip(kernel.arg_names, x.arguments, strict=True))
+        for k, row, column, end in given["tiles"].tolist():
+            stop = min(end, column + given["COLUMNS"])
+            aligned = k % 3 > 0
+            if given["EVEN"]:
+                assert aligned and column % 8 == stop % 8 == 0
+            elif aligned and not by_rows:
+                assert column % 8 == 0 and stop - column < 8
+            times[k][row : row + given["ROWS"], column:stop] += 1
+    assert all((t == 1).all() for t in times)
 
 
 @pytest.mark.parametrize("name", ["perturb_gaussian_", "sgd_update_", "adamw_update_"])
