@@ -289,6 +289,31 @@ def test_what_changed_is_noticed(change, most, driver, reader, uploads, monkeypa
     assert uploads == []
 
 
+def test_a_table_that_a_replay_makes_is_not_used_outside(driver, uploads, monkeypatch):
+    """In a capture nothing is copied yet. What was uploaded before one serves it, and is kept for its graph."""
+    op = OPS["sgd_update_"]
+    values = make(op, SHORT, WORDS)
+    launched(driver, op, values)
+    (recent,) = launch._known[op.name].recent.values()
+    before = dict(recent.tables)
+    # On a GPU every call outside a capture provides these, pinned.
+    recent.plan.spare = {name: torch.empty_like(table) for name, table in before.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "capturing", lambda device: True)
+        uploads.clear()
+        launched(driver, op, values)
+        assert recent.tables == before and any(table is before["pointers"] for table in recent.plan.kept)
+        values["grads"] = [g.clone() for g in values["grads"]]
+        for _ in range(2):
+            launched(driver, op, values)
+        captured = recent.tables["pointers"]
+        assert any(table is captured for table in recent.plan.kept)
+        assert uploads == []
+    got = launched(driver, op, values)
+    assert len(uploads) == 1 and recent.tables["pointers"] is not captured
+    assert_as_a_first_call(driver, op, values, got, monkeypatch)
+
+
 def test_numbers_that_are_tensors_are_read_every_time(driver, monkeypatch):
     """They can change in place, which no comparison with a copy of the list would show."""
     op = OPS["sgd_update_"]

@@ -96,7 +96,7 @@ class Call:
         self.groups, self.tensors = plan.groups, plan.tensors
         self.pointers = self.scalars = None
         self.noise, self.words = noise, words
-        self.capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        self.capturing = capturing(device)
         # A launch goes to the current device.
         self.elsewhere = device.type == "cuda" and torch.cuda.current_device() != device.index
 
@@ -155,6 +155,10 @@ def first_launch(kernel, programs, warps, arguments, constants):
         return lambda stream, given: kernel[(programs,)](*given, **options)
     run, last = compiled[programs, 1, 1], tuple([constants[name] for name in rest])
     return lambda stream, given: run(*given, *last, stream=stream)
+
+
+def capturing(device):
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def current_stream(device):
