@@ -107,14 +107,15 @@ def fits(length, limit):
 def parts_of(t, types, tuning, by_rows, even, shift):
     """(kind, first column, end) for each part of one tensor's rows.
 
-    Without regard to rows, a length is walked in eights up to the last: only what remains is moved one by one. Where
-    they are cut depends on the length alone, because norms are summed by segments.
+    Without regard to rows, a length is walked in eights up to the last: only what remains is moved one by one, or what
+    is not worth a second tile. The cut depends on the length alone, because norms are summed by segments.
     """
     if by_rows:
         length = tables.columns(t)
         return [(kind_of(t, types, tuning, even and length % 8 == 0, shift), 0, length)]
-    kind, eights = Kind(types, 1, SEGMENT, True, False, even, shift), t.numel() // 8 * 8
-    parts = (kind, 0, eights), (replace(kind, even=False), eights, t.numel())
+    kind, length = Kind(types, 1, SEGMENT, True, False, even, shift), t.numel()
+    eights = length // 8 * 8 if length > SEGMENT or length % 8 == 0 else 0
+    parts = (kind, 0, eights), (replace(kind, even=False), eights, length)
     return [part for part in parts if part[1] < part[2]]
 
 
