@@ -18,7 +18,7 @@ JOBS ?= 2
 # Further arguments of pytest, of the demo, of the benchmarks.
 ARGS ?=
 # Tests that the sanitizers watch: those that call the compiled kernels with every shape and dtype.
-SANITIZE_TESTS ?= tests/test_backends.py tests/test_noise.py
+SANITIZE_TESTS ?= tests/test_backends.py tests/test_noise.py tests/test_describe.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

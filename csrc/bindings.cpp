@@ -193,6 +193,19 @@ PYBIND11_MODULE(_C, m) {
       "state"_a, "params"_a, "keys"_a,
       "state[param][key] as a tuple of one list per key, or None where any entry is missing; creates none.");
 
+  m.def(
+      "describe",
+      [](py::handle lists, py::handle singles, py::handle pointers, py::handle layouts) {
+        PyObject* result = describe(lists.ptr(), singles.ptr(), pointers.ptr(), layouts.ptr());
+        if (result == nullptr) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(result);
+      },
+      "lists"_a, "singles"_a, "pointers"_a, "layouts"_a,
+      "(pointers, layouts) of tensors as bytes; the objects given, where nothing changed. None without DLPack.");
+  m.def(
+      "same_items", [](py::handle lists, py::handle copies) { return same_items(lists.ptr(), copies.ptr()); },
+      "lists"_a, "copies"_a, "Whether each of some lists holds the very objects of its copy.");
+
   m.def("isa", cpu::isa, "The instruction set that runs.");
   m.def("isas", cpu::isas, "The instruction sets that were compiled and that this CPU has.");
   m.def("set_isa", cpu::set_isa, "name"_a, "For tests: run another instruction set; returns the previous one.");

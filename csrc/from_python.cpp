@@ -4,8 +4,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/dlpack.h"
-
 namespace flatkern {
 namespace {
 
@@ -20,7 +18,7 @@ struct Torch {
   PyTypeObject* tensor = nullptr;
   PyObject *float32 = nullptr, *float16 = nullptr, *bfloat16 = nullptr, *float64 = nullptr, *int64 = nullptr,
            *uint8 = nullptr;
-  int (*read)(void*, dlpack::Tensor*) = nullptr;  // null before torch 2.10
+  DlpackReader read = nullptr;  // null before torch 2.10
 };
 
 const Torch* torch() {
@@ -229,6 +227,11 @@ bool read(PyObject* object, cpu::Ints& out) {
 bool read(PyObject* object, cpu::Bools& out) {
   return read_list(object, "bools", out,
                    [](PyObject* x) { return x == Py_True || (x != Py_False && PyObject_IsTrue(x) == 1); });
+}
+
+DlpackReader dlpack_reader() {
+  const Torch* torch = flatkern::torch();
+  return torch != nullptr && dlpack_enabled ? torch->read : nullptr;
 }
 
 bool use_dlpack(bool enabled) { return std::exchange(dlpack_enabled, enabled); }

@@ -4,6 +4,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "cpu/dlpack.h"
 #include "cpu/table.h"
 
 namespace flatkern {
@@ -23,8 +24,27 @@ bool read(PyObject* object, cpu::Floats& out);
 bool read(PyObject* object, cpu::Ints& out);
 bool read(PyObject* object, cpu::Bools& out);
 
+// Fills in a tensor's pointer, shape and strides; 0, or -1 with a Python error set. Nothing is waited for, and nothing
+// is asked of a stream. Null before torch 2.10, or with a Python error set.
+using DlpackReader = int (*)(void* object, dlpack::Tensor* out);
+DlpackReader dlpack_reader();
+
 // Whether tensors are read through DLPack where torch offers it, or through their Python attributes. For tests.
 bool use_dlpack(bool enabled);
+
+// What tables of tensors depend on, read in one pass, on any device and without waiting for it.
+//
+// `lists` and `singles` are tuples, of lists of tensors and of tensors; None is one that is absent. The result is a
+// pair of bytes: the pointers of `lists`, int64, tensor by tensor and 0 for an absent list; and dtype, device, shape,
+// strides and alignment of everything, such that equal bytes mean equal layouts. Where one is as in an earlier result,
+// given as `pointers` and `layouts`, that very object is returned, for a caller to recognise by identity.
+//
+// None where torch does not offer DLPack's exchange interface. Null with a Python error set where lists differ in
+// length, or a tensor has elements but no memory.
+PyObject* describe(PyObject* lists, PyObject* singles, PyObject* pointers, PyObject* layouts);
+
+// Whether each of `lists` holds the very objects of its counterpart in `copies`. False where one is no list.
+bool same_items(PyObject* lists, PyObject* copies);
 
 // state[param][key] for every param and key, as a tuple of one list per key; None where any is missing.
 // Never calls a defaultdict's factory. Null with a Python error set.

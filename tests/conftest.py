@@ -15,7 +15,7 @@ BACKENDS = ("eager", "cpp")  # those that run on the CPU; the dispatcher's check
 
 # Triton's interpreter has to be on before triton is imported, and compiling needs it off: processes of their own.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore = ["test_triton_compile.py", "test_gpu.py"] if INTERPRETING else ["test_triton.py"]
+collect_ignore = ["test_triton_compile.py", "test_host.py", "test_gpu.py"] if INTERPRETING else ["test_triton.py"]
 
 
 def compiled(op):

@@ -254,7 +254,7 @@ def test_steps_that_are_kept_on_the_host(monkeypatch):
 def test_plans_do_not_accumulate():
     for size in range(launch.MOST_PLANS + 5):
         triton_kernels.restore_([torch.zeros(size + 1)], [torch.ones(size + 1)])
-    assert len(launch._plans["restore_"].found) == launch.MOST_PLANS
+    assert len(launch._known["restore_"].plans.found) == launch.MOST_PLANS
 
 
 def test_no_tensors_at_all():
@@ -270,7 +270,7 @@ def test_no_tensors_at_all():
 def captured(monkeypatch):
     """Switches captures on and off; memory of the host stands for pinned memory."""
     monkeypatch.setattr(launch, "pinned", lambda shape, dtype: torch.empty(shape, dtype=dtype))
-    monkeypatch.setattr(launch, "_plans", {name: launch.Plans() for name in launch._plans})
+    monkeypatch.setattr(launch, "_known", {name: launch.Known(OPS[name]) for name in launch._known})
     return lambda on: monkeypatch.setattr(launch, "capturing", lambda device: on)
 
 
@@ -296,14 +296,14 @@ def test_what_a_capture_uploads_is_its_own(captured):
     """No call outside takes a table that only a replay will fill, and what replays read stays."""
     captured(False)
     kept = restore(5)
-    plan = next(iter(launch._plans["restore_"].found.values()))
-    outside = plan.uploads["pointers"]
-    launch._set_aside(plan, torch.device("cuda"))
+    (recent,) = launch._known["restore_"].recent.values()
+    plan, outside = recent.plan, dict(recent.tables)
+    launch._set_aside(plan, recent.tables, torch.device("cuda"))
     assert len(plan.spare["pointers"]) == launch.ASIDE
     captured(True)
     pairs = [restore(5) for _ in range(launch.ASIDE)]
-    assert plan.uploads["pointers"] is outside and not plan.spare["pointers"]
-    hosts = [t for t in plan.kept if t is not None]
+    assert recent.tables == outside and not plan.spare["pointers"]
+    hosts = list(plan.kept)
     with pytest.raises(RuntimeError, match=f"captured {launch.ASIDE} calls of one operation on the same shapes"):
         restore(5)
     captured(False)
@@ -311,20 +311,20 @@ def test_what_a_capture_uploads_is_its_own(captured):
     assert all(any(t.tolist() == [row] for t in hosts) for row in addresses)
     for size in range(6, 6 + 2 * launch.MOST_PLANS):
         restore(size)
-    assert plan in launch._plans["restore_"].found.values()
+    assert plan in launch._known["restore_"].plans.found.values()
     del kept
 
 
 def test_a_capture_finds_the_tables_of_another_stream():
     """A graph has its own stream; outside of captures streams share nothing."""
-    key = launch.Key(True, (), (), (), (), 1)
+    key = launch.Key(True, (), (), 1)
     plans = launch.Plans()
     warm = launch.build([torch.ones(3)], ("params",), [(None,)], [True], True, [0], [0], torch.as_tensor)
     plans.get(key, lambda: warm, False)
-    warm.uploads["pointers"], warm.scratch["norms"] = (b"", torch.ones(1)), torch.ones(1)
+    warm.scratch["norms"] = torch.ones(1)
     there = plans.get(key._replace(stream=2), lambda: pytest.fail("a new plan"), True)
     assert there is not warm and there.groups is warm.groups and there.spare is warm.spare
-    assert there.uploads == warm.uploads and there.uploads is not warm.uploads and there.scratch == {}
+    assert there.launchers is warm.launchers and there.scratch == {}
     made = plans.get(key._replace(stream=3), lambda: copy.copy(warm), False)
     assert made.scratch == warm.scratch and made.spare is warm.spare
     assert plans.get(key, None, False) is warm

@@ -1,6 +1,7 @@
 """Triton kernels, installed as flatkern.triton_kernels: every operation of the table, one module per family.
 
-`tile` is how a kernel walks memory, `plan` what a call is cut into, `launch` how it is started; no other module knows.
+`tile` is how a kernel walks memory, `plan` what a call is cut into, `signature` what its tensors are, `launch` how it
+is started; no other module knows.
 """
 
 if __name__ == "triton_kernels":

@@ -1,20 +1,23 @@
 """From a call to launches: arguments are checked, tables that have changed are uploaded, kernels are started.
 
-No host waits for the device here. Tables are found again by shapes, strides and dtypes, and uploaded again where
-pointers or scalars differ from the last call's, which every call looks at.
+No host waits for the device here. A plan depends on shapes, strides and dtypes; tables are uploaded again where
+pointers or scalars differ from the last call's. Every call looks at all of them.
 """
 
 import contextlib
+import functools
 import math
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 from flatkern.checks import check
 from flatkern.ops import OPS
 
+from . import signature
 from .plan import TYPES, build
 
 MOST_PLANS = 32
@@ -53,32 +56,79 @@ class Plans:
         return plan
 
 
+class Recent:
+    """What an op was last called with for some tensors, and the tables that were made of it.
+
+    Where to look for it is a guess; the next call compares all of it.
+    """
+
+    def __init__(self, plan, stream, drawn):
+        self.plan, self.stream, self.drawn = plan, stream, drawn
+        self.pointers = self.layouts = None  # see signature.py
+        self.numbers = None  # copies of the lists of host scalars
+        self.scalars = self.columns = None  # the table of host scalars, and what it was made of
+        self.tables = {}
+
+    def set_pointers(self, call, pointers, layouts, table):
+        self.pointers, self.layouts = pointers, layouts
+        self.tables["pointers"] = upload(table, call.device)
+
+    def set_scalars(self, call, columns, numbers):
+        """Make the table of host scalars; a column takes 10 us to convert, and as a rule one has changed."""
+        if self.columns is None or numbers is None:
+            array = table_of(columns)
+        else:
+            array = self.scalars.copy()  # on the CPU the last one is the memory of a table
+            for k, column in enumerate(columns):
+                if column != self.columns[k]:
+                    array[:, k] = column
+        self.scalars, self.columns = array, None if numbers is None else [column[:] for column in columns]
+        self.numbers = numbers
+        self.tables["scalars"] = upload(array, call.device)
+
+
+def table_of(columns):
+    return np.array(columns, np.float64).T.copy()
+
+
 class Call:
     """One call: its groups, tables and device scalars, and how it launches."""
 
-    def __init__(self, plan, device, width):
-        self.plan, self.device, self.width = plan, device, width
+    def __init__(self, plan, device, width, stream, captured, noise, words):
+        self.plan, self.device, self.width, self.stream = plan, device, width, stream
         self.groups, self.tensors = plan.groups, plan.tensors
         self.pointers = self.scalars = None
-        self.noise = None
+        self.capturing, self.noise, self.words = captured, noise, words
+        # A launch goes to the current device.
+        self.elsewhere = device.type == "cuda" and torch.cuda.current_device() != device.index
 
-    def launch(self, kernel, group, *args, **constants):
+    def launch(self, kernel, group, arguments, constants):
         """A kernel over the tiles of a group."""
-        self.start(kernel, len(group.tiles), group.warps, *args, **constants)
+        self.start(kernel, group.programs, group.warps, arguments, constants, group.launchers)
 
-    def start(self, kernel, programs, warps, *args, **constants):
-        """Every launch of this backend."""
-        context = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
-        with context:
-            # A fusion would change a rounding from one machine to the next; where one is meant, tl.fma says so.
-            kernel[(programs,)](*args, **constants, num_warps=warps, enable_fp_fusion=False)
+    def start(self, kernel, programs, warps, arguments, constants, launchers=None):
+        """Every launch of this backend. `constants()` returns those of the kernel; plan and group decide them."""
+        launchers = self.plan.launchers if launchers is None else launchers
+        launcher = launchers.get(id(kernel))
+        if self.elsewhere or launcher is None:
+            with torch.cuda.device(self.device) if self.elsewhere else contextlib.nullcontext():
+                if launcher is None:
+                    launchers[id(kernel)] = first_launch(kernel, programs, warps, arguments, constants())
+                else:
+                    launcher(self.stream, arguments)
+        else:
+            launcher(self.stream, arguments)
+
+    def once(self, name, make):
+        """What a plan decides, found out in its first call."""
+        found = self.plan.scratch.get(name)
+        if found is None:
+            found = self.plan.scratch[name] = make()
+        return found
 
     def scratch(self, name, shape, dtype=torch.float32):
         """Memory that the plan keeps, because the next call needs it again."""
-        found = self.plan.scratch.get(name)
-        if found is None:
-            found = self.plan.scratch[name] = torch.empty(shape, dtype=dtype, device=self.device)
-        return found
+        return self.once(name, lambda: torch.empty(shape, dtype=dtype, device=self.device))
 
     def scalar(self, t):
         """A device scalar, brought to the device where it is elsewhere."""
@@ -88,12 +138,25 @@ class Call:
 
     def key(self):
         """(noise, seed, stream, round) of a kernel: by value from the host, else a pointer, for graphs."""
-        if self.noise is None:
-            return None, 0, 0, 0
-        if not on_host(self.noise):
-            return self.noise, 0, 0, 0
-        # Always int32, whatever the value, so that nothing is compiled anew.
-        return None, *(word - UINT32 if word >= UINT32 // 2 else word for word in self.noise.tolist())
+        return (self.noise, 0, 0, 0) if self.words is None else (None, *self.words)
+
+
+def first_launch(kernel, programs, warps, arguments, constants):
+    """Compile a kernel and launch it; returns how to launch it with arguments that are compiled alike.
+
+    Triton's own way takes 30 us a launch to find out what the arguments are, and the compiled kernel 2. Nothing that is
+    compiled for differs while the plan is the same: dtypes, alignment and absence are part of its key, tables come from
+    an allocator, and numbers are not specialized (a test compares what is launched in both ways). What is not known to
+    be a compiled kernel, as in the interpreter, is launched in Triton's own way each time.
+    """
+    # A fusion would change a rounding from one machine to the next; where one is meant, tl.fma says so.
+    options = dict(constants, num_warps=warps, enable_fp_fusion=False)
+    compiled = kernel[(programs,)](*arguments, **options)
+    rest = kernel.arg_names[len(arguments) :]
+    if not isinstance(compiled, CompiledKernel) or set(rest) != set(constants):
+        return lambda stream, given: kernel[(programs,)](*given, **options)
+    run, last = compiled[programs, 1, 1], tuple([constants[name] for name in rest])
+    return lambda stream, given: run(*given, *last, stream=stream)
 
 
 def on_host(noise):
@@ -114,6 +177,10 @@ def pinned(shape, dtype):
     return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
+def current_stream(device):
+    return driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
+
+
 def upload(array, device):
     """A NumPy array on the device. From pinned memory, so that the host does not wait for the copy."""
     if capturing(device):
@@ -125,8 +192,24 @@ def upload(array, device):
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
+class Known:
+    """Of one op: the names of its arguments, its plans, and what it was last called with."""
+
+    def __init__(self, op):
+        self.plans, self.recent = Plans(), {}
+        self.singles = [a.name for a in op.arguments if a.type in ("Tensor", "Tensor?")]
+        self.numbers = [a.name for a in op.arguments if a.keyword_only]
+
+    def remember(self, hint, recent):
+        self.recent.pop(hint, None)
+        if len(self.recent) >= MOST_PLANS:
+            del self.recent[next(iter(self.recent))]
+        self.recent[hint] = recent
+        return recent
+
+
 # A memory of calls, in which nothing is that a call could not make again.
-_plans = {name: Plans() for name in OPS}
+_known = {op.name: Known(op) for op in OPS.values()}
 
 
 def begin_call(name, values, lists, rows, scalars=None):
@@ -136,44 +219,107 @@ def begin_call(name, values, lists, rows, scalars=None):
     `scalars(values)` returns the columns of the table of host scalars. A column "norms" that is not given points to
     memory of the plan, for the norms of long rows.
     """
-    op, names = OPS[name], tuple(lists.split())
+    op, known, names = OPS[name], _known[name], lists.split()
     try:
-        key, pointers, like = _fingerprint(op, values, names, rows)
-        host = [list(values[a.name]) for a in op.arguments if a.keyword_only]
-        if any(len(column) != len(like) for column in host) or not all(map(math.isfinite, chain.from_iterable(host))):
-            raise Mismatch(f"{name}: a list of host scalars has another length, or holds what is not finite")
+        like = values[names[0]]
+        if not like:
+            check(op, values)
+            return None
+        given = tuple([values.get(n) for n in names])
+        singles = tuple([values[n] for n in known.singles])
+        numbers = tuple([values[n] for n in known.numbers])
+        hint = id(like[0]), len(like), rows
+        recent = known.recent.get(hint)
+        before = (recent.pointers, recent.layouts) if recent is not None and recent.layouts is not None else ()
+        pointers, layouts = signature.read(given, singles, *before)
+        device = like[0].device
+        stream = current_stream(device)
+        # A graph is captured on a stream of its own; the tables of the steps before it serve it too.
+        if recent is not None and (
+            layouts is not recent.layouts or (stream != recent.stream and not capturing(device))
+        ):
+            recent = None
+        copies, drawn = (recent.numbers, recent.drawn) if recent is not None else (None, None)
+        if copies is None or not signature.same_numbers(numbers, copies):
+            copies = _checked_numbers(numbers, len(like), copies)
+            drawn = tuple([tuple(values[n]) for n in ("index", "offset") if n in values])
+            if recent is not None and drawn != recent.drawn:
+                recent = None
         noise = values.get("noise")
-        if noise is not None and on_host(noise) and not all(0 <= w < UINT32 for w in noise.tolist()):
-            raise Mismatch(f"{name}: seed, stream or round is outside [0, 2^32)")
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        words = _words(noise)
+    except (AttributeError, IndexError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         check(op, values)  # says what is wrong, and what to do
         raise Mismatch(f"{name}: {error}") from error
-    captured = bool(like) and capturing(like[0].device)
-    plan = _plans[name].get(key, lambda: _make_plan(op, values, names, key, rows, like), captured)
+    captured = capturing(device)
+    plan = recent.plan if recent is not None and stream == recent.stream else None
     if plan is None:
-        return None
-    call = Call(plan, like[0].device, len(names))
-    if "norms" in names and values.get("norms") is None and plan.long_tensors:
-        start = call.scratch("norms", plan.long_row_count).data_ptr()
-        pointers[names.index("norms")] = [start + 4 * plan.long_tensors.get(k, 0) for k in range(len(like))]
-    call.pointers = _table(plan, "pointers", pointers.tobytes(), call.device, lambda: pointers.T)
-    if scalars is not None:
-        call.scalars = _table(
-            plan, "scalars", host, call.device, lambda: np.array(scalars(values), np.float64).T
-        )  # fmt: skip
-    call.noise = noise
+        table = signature.table(pointers, given, len(like))
+        make = functools.partial(_make_plan, op, values, names, table, rows, like)
+        plan = known.plans.get(Key(rows, layouts, drawn, stream), make, captured)
+        if not captured:
+            recent = known.remember(hint, Recent(plan, stream, drawn))
+        elif recent is None:
+            recent = Recent(plan, stream, drawn)
+    call = Call(plan, device, len(names), stream, captured, noise, words)
+
+    own_norms = "norms" in names and values.get("norms") is None and bool(plan.long_tensors)
+
+    def pointer_table():
+        table = signature.table(pointers, given, len(like))
+        if own_norms:
+            start = call.scratch("norms", plan.long_row_count).data_ptr()
+            table[:, names.index("norms")] = [start + 4 * plan.long_tensors.get(k, 0) for k in range(len(like))]
+        return table
+
+    moved = pointers is not recent.pointers or "pointers" not in recent.tables
+    changed = scalars is not None and (copies is None or copies is not recent.numbers or "scalars" not in recent.tables)
     if captured:
-        plan.kept += [call.pointers, call.scalars]  # a later call may replace them
+        # What a replay writes is worth nothing before it, and what is there already a later call may replace.
+        tables = dict(recent.tables)
+        if moved or (plan is not recent.plan and own_norms):
+            tables["pointers"] = _captured_upload(plan, "pointers", pointer_table(), device)
+        if changed:
+            tables["scalars"] = _captured_upload(plan, "scalars", table_of(scalars(values)), device)
+        plan.kept += tables.values()
     else:
-        _set_aside(plan, call.device)
+        if moved:
+            recent.set_pointers(call, pointers, layouts, pointer_table())
+        if changed:
+            recent.set_scalars(call, scalars(values), copies)
+        tables = recent.tables
+        _set_aside(plan, tables, device)
+    call.pointers, call.scalars = tables["pointers"], tables.get("scalars")
     return call
 
 
-def _make_plan(op, values, names, key, rows, like):
+def _checked_numbers(lists, count, copies):
+    """Copies of lists of host scalars, those of `copies` where they are equal; None where one may change in place."""
+    found, plain = [], True
+    for k, numbers in enumerate(lists):
+        if copies is not None and numbers == copies[k]:
+            found.append(copies[k])
+        elif len(numbers) != count or not all(map(math.isfinite, numbers)):
+            raise ValueError("a list of host scalars has another length, or holds what is not finite")
+        else:
+            found.append(numbers[:])
+            plain = plain and {float, int, bool}.issuperset(map(type, numbers))
+    return tuple(found) if plain else None
+
+
+def _words(noise):
+    """[seed, stream, round] where the host has them; on the device they are not read, as it would have to wait."""
+    if noise is None or not on_host(noise):
+        return None
+    words = noise.tolist()
+    if not all([0 <= word < UINT32 for word in words]):
+        raise ValueError("seed, stream or round is outside [0, 2^32)")
+    # Always int32, whatever the value, so that nothing is compiled anew.
+    return [word - UINT32 if word >= UINT32 // 2 else word for word in words]
+
+
+def _make_plan(op, values, names, table, rows, like):
     """Checks every argument, for a signature that has not been seen."""
     check(op, values)
-    if not like:
-        return None
     device = like[0].device
     for k, t in enumerate(like):
         if t.device != device:
@@ -190,9 +336,11 @@ def _make_plan(op, values, names, key, rows, like):
         tuple(TYPES[values[name][k].dtype] if values.get(name) is not None else None for name in names)
         for k in range(len(like))
     ]
+    walked = [i for i, name in enumerate(names) if name not in ONE_PER_FILTER]
+    even = (table[:, walked] % 16 == 0).all(axis=1).tolist()
     zeros = [0] * len(like)
     return build(
-        like, names, types, key.even, rows, values.get("index", zeros), values.get("offset", zeros),
+        like, names, types, even, rows, values.get("index", zeros), values.get("offset", zeros),
         lambda array: upload(array, device),
     )  # fmt: skip
 
@@ -201,46 +349,9 @@ class Key(NamedTuple):
     """What a plan depends on."""
 
     rows: bool
-    layouts: tuple
-    even: tuple  # per tensor, whether all pointers are multiples of 16
-    singles: tuple
+    layouts: object
     drawn: tuple  # index and offset
     stream: int  # plans hold memory, which two streams must not share; last, for Plans.get
-
-
-def _fingerprint(op, values, names, rows):
-    """The key of a call, the pointers, a row for each list, and the list that the others are like."""
-    like = values[names[0]]
-    pointers, layouts, absent = [], [], [0] * len(like)
-    for name in names:
-        tensors = values.get(name)
-        if tensors is None:
-            pointers.append(absent)
-            layouts.append(None)
-            continue
-        if len(tensors) != len(like):
-            raise Mismatch(f"{name} has {len(tensors)} entries, but {names[0]} has {len(like)}")
-        pointers.append([t.data_ptr() for t in tensors])
-        layouts.append(tuple([(t.shape, t.stride(), t.dtype, t.device, t.layout) for t in tensors]))
-    table = np.array(pointers, np.int64)
-    walked = [i for i, name in enumerate(names) if name not in ONE_PER_FILTER]
-    even = tuple((table[walked] % 16 == 0).all(axis=0).tolist())
-    single = [values[a.name] for a in op.arguments if a.type in ("Tensor", "Tensor?")]
-    singles = tuple((t.dtype, t.shape, t.device) if t is not None else None for t in single)
-    drawn = tuple(tuple(values[name]) for name in ("index", "offset") if name in values)
-    stream = torch.cuda.current_stream(like[0].device).cuda_stream if like and like[0].is_cuda else 0
-    return Key(rows, tuple(layouts), even, singles, drawn, stream), table, like
-
-
-def _table(plan, name, key, device, make):
-    """The table as uploaded last, or anew where its key has changed."""
-    found = plan.uploads.get(name)
-    if found is None or found[0] != key:
-        if capturing(device):
-            # Nothing is in it until the graph runs, so that no other call may take it for its own.
-            return _captured_upload(plan, name, make(), device)
-        found = plan.uploads[name] = (key, upload(make(), device))
-    return found[1]
 
 
 def _captured_upload(plan, name, array, device):
@@ -256,10 +367,10 @@ def _captured_upload(plan, name, array, device):
     return host.to(device, non_blocking=True)
 
 
-def _set_aside(plan, device):
+def _set_aside(plan, tables, device):
     """Pinned memory for the tables that captures will upload, of the size of those that were."""
     if device.type != "cuda":
         return
-    for name, (_, table) in plan.uploads.items():
+    for name, table in tables.items():
         if len(plan.spare.get(name, ())) < ASIDE:
             plan.spare[name] = list(pinned((ASIDE, *table.shape), table.dtype))

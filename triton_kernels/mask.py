@@ -49,9 +49,11 @@ def count_magnitudes_(counts, grads, prefix):
     known = prefix.numel()
     for group in call.groups:
         call.launch(
-            count_magnitudes_kernel, group, group.tiles, call.tensors, call.pointers, prefix, counts,
-            GRAD=group.types["grads"], WIDTH=call.width, KNOWN=known, SHIFT=sum(MAGNITUDE_DIGITS[known + 1 :]),
-            BITS=MAGNITUDE_DIGITS[known], KNOWN_BITS=MAGNITUDE_DIGITS[1], **group.shape(),
+            count_magnitudes_kernel, group, (group.tiles, call.tensors, call.pointers, prefix, counts),
+            lambda group=group: dict(
+                GRAD=group.types["grads"], WIDTH=call.width, KNOWN=known, SHIFT=sum(MAGNITUDE_DIGITS[known + 1 :]),
+                BITS=MAGNITUDE_DIGITS[known], KNOWN_BITS=MAGNITUDE_DIGITS[1], **group.shape(),
+            ),
         )  # fmt: skip
 
 
@@ -84,8 +86,10 @@ def pack_mask_(masks, grads, threshold):
     threshold = call.scalar(threshold)
     for group in call.groups:
         call.launch(
-            pack_mask_kernel, group, group.tiles, call.tensors, call.pointers, threshold,
-            GRAD=group.types["grads"], WIDTH=call.width, VECTOR=group.vector, **group.shape(),
+            pack_mask_kernel, group, (group.tiles, call.tensors, call.pointers, threshold),
+            lambda group=group: dict(
+                GRAD=group.types["grads"], WIDTH=call.width, VECTOR=group.vector, **group.shape(),
+            ),
         )  # fmt: skip
 
 
@@ -112,7 +116,9 @@ def amplify_(params, previous, masks, *, kappa):
         return
     for group in call.groups:
         call.launch(
-            amplify_kernel, group, group.tiles, call.tensors, call.pointers, call.scalars,
-            PARAM=group.types["params"], PREVIOUS=group.types["previous"], WIDTH=call.width, VECTOR=group.vector,
-            **group.shape(),
+            amplify_kernel, group, (group.tiles, call.tensors, call.pointers, call.scalars),
+            lambda group=group: dict(
+                PARAM=group.types["params"], PREVIOUS=group.types["previous"], WIDTH=call.width, VECTOR=group.vector,
+                **group.shape(),
+            ),
         )  # fmt: skip

@@ -156,6 +156,8 @@ def fill_normal_(outs, noise, *, index, offset):
         return
     for group in call.groups:
         call.launch(
-            fill_normal_kernel, group, group.tiles, call.tensors, call.pointers, *call.key(), OUT=group.types["outs"],
-            WIDTH=call.width, **group.shape(), SHIFTED=group.shifted,
+            fill_normal_kernel, group, (group.tiles, call.tensors, call.pointers, *call.key()),
+            lambda group=group: dict(
+                OUT=group.types["outs"], WIDTH=call.width, **group.shape(), SHIFTED=group.shifted,
+            ),
         )  # fmt: skip

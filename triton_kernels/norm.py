@@ -101,16 +101,16 @@ def settle(call, norm=None, history=None, beta=None, found_inf=None, scalars=1):
     """Finish the long rows of a call whose partial sums are there."""
     if call.plan.long_row_count and (norm is not None or history is not None):
         call.start(
-            settle_kernel, call.plan.long_row_count, 4, call.plan.long_rows, call.pointers, call.scalars,
-            partials_of(call), call.plan.partials, found_inf,
-            NORM=norm, HISTORY=history, BETA=beta, WIDTH=call.width, SCALARS=scalars,
+            settle_kernel, call.plan.long_row_count, 4,
+            (call.plan.long_rows, call.pointers, call.scalars, partials_of(call), call.plan.partials, found_inf),
+            lambda: dict(NORM=norm, HISTORY=history, BETA=beta, WIDTH=call.width, SCALARS=scalars),
         )  # fmt: skip
 
 
 def partials_of(call, group=None):
     """Room for two partial sums of each tile that leaves any; from the first tile of `group` on."""
     found = call.scratch("partials", max(1, 2 * call.plan.partials))
-    return found if group is None else found[group.first :]
+    return found if group is None else call.once(("partials", group.first), lambda: found[group.first :])
 
 
 def filter_norms_(norms, params):
@@ -120,8 +120,8 @@ def filter_norms_(norms, params):
         return
     for group in call.groups:
         call.launch(
-            filter_norms_kernel, group, group.tiles, call.tensors, call.pointers, partials_of(call, group),
-            PARAM=group.types["params"], AT=0, OUT_AT=1, WIDTH=call.width, **group.shape(),
+            filter_norms_kernel, group, (group.tiles, call.tensors, call.pointers, partials_of(call, group)),
+            lambda group=group: dict(PARAM=group.types["params"], AT=0, OUT_AT=1, WIDTH=call.width, **group.shape()),
         )  # fmt: skip
     settle(call, norm=1)
 
@@ -133,7 +133,7 @@ def total_kernel(norm, partials, count):
 
 
 def total(call, norm):
-    call.start(total_kernel, 1, 4, norm, partials_of(call), call.plan.partials)
+    call.start(total_kernel, 1, 4, (norm, partials_of(call), call.plan.partials), dict)
 
 
 @triton.jit
@@ -166,8 +166,11 @@ def ascent_norm_(norm, params, grads, *, eta):
         return
     for group in call.groups:
         call.launch(
-            ascent_norm_kernel, group, group.tiles, call.tensors, call.pointers, call.scalars, partials_of(call, group),
-            GRAD=group.types["grads"], PARAM=group.types["params"], WIDTH=call.width, **group.shape(),
+            ascent_norm_kernel, group,
+            (group.tiles, call.tensors, call.pointers, call.scalars, partials_of(call, group)),
+            lambda group=group: dict(
+                GRAD=group.types["grads"], PARAM=group.types["params"], WIDTH=call.width, **group.shape(),
+            ),
         )  # fmt: skip
     total(call, norm)
 
@@ -213,8 +216,10 @@ def gradient_norm_(norm, grads, clean_grads, grad_scale, *, grad_weight, clean_w
         return
     for group in call.groups:
         call.launch(
-            gradient_norm_kernel, group, group.tiles, call.tensors, call.pointers, call.scalars,
-            partials_of(call, group), call.scalar(grad_scale),
-            GRAD=group.types["grads"], CLEAN=group.types["clean_grads"], WIDTH=call.width, **group.shape(),
+            gradient_norm_kernel, group,
+            (group.tiles, call.tensors, call.pointers, call.scalars, partials_of(call, group), call.scalar(grad_scale)),
+            lambda group=group: dict(
+                GRAD=group.types["grads"], CLEAN=group.types["clean_grads"], WIDTH=call.width, **group.shape(),
+            ),
         )  # fmt: skip
     total(call, norm)

@@ -96,12 +96,15 @@ def launch_perturb(call, group, clean, norms, backup, names, sigma_at, scalars, 
     """perturb_gaussian_kernel for a group; `clean` and `norms` name the lists that hold weights and norms, if any."""
     types = group.types
     call.launch(
-        perturb_gaussian_kernel, group, group.tiles, call.tensors, call.pointers, call.scalars, *strided(sigmas),
-        *call.key(), PARAM=types["params"], BACKUP=types["backups"] if backup else None, CLEAN=types[clean],
-        CLEAN_AT=names.index(clean), NORM=None if norms is None else tl.float32,
-        NORM_AT=None if norms is None else names.index(norms), HISTORY=types["history"],
-        HISTORY_AT=names.index("history"), WIDTH=call.width, SIGMA=sigma_at, ETA=sigma_at + 1, SCALARS=scalars,
-        VECTOR=group.vector, **group.shape(), SHIFTED=group.shifted,
+        perturb_gaussian_kernel, group,
+        (group.tiles, call.tensors, call.pointers, call.scalars, *strided(sigmas), *call.key()),
+        lambda: dict(
+            PARAM=types["params"], BACKUP=types["backups"] if backup else None, CLEAN=types[clean],
+            CLEAN_AT=names.index(clean), NORM=None if norms is None else tl.float32,
+            NORM_AT=None if norms is None else names.index(norms), HISTORY=types["history"],
+            HISTORY_AT=names.index("history"), WIDTH=call.width, SIGMA=sigma_at, ETA=sigma_at + 1, SCALARS=scalars,
+            VECTOR=group.vector, **group.shape(), SHIFTED=group.shifted,
+        ),
     )  # fmt: skip
 
 
@@ -123,8 +126,10 @@ def perturb_gaussian_(params, backups, masters, norms, history, sigmas, noise, *
     measured = [group for group in call.groups if group.long and norms is None]
     for group in measured:
         call.launch(
-            filter_norms_kernel, group, group.tiles, call.tensors, call.pointers, partials_of(call, group),
-            PARAM=group.types[clean], AT=PERTURB.index(clean), OUT_AT=None, WIDTH=call.width, **group.shape(),
+            filter_norms_kernel, group, (group.tiles, call.tensors, call.pointers, partials_of(call, group)),
+            lambda group=group: dict(
+                PARAM=group.types[clean], AT=PERTURB.index(clean), OUT_AT=None, WIDTH=call.width, **group.shape(),
+            ),
         )  # fmt: skip
     if measured:
         settle(call, norm=PERTURB.index("norms"))
@@ -176,12 +181,15 @@ def perturb_ascent_(params, backups, masters, grads, norm, *, rho, eta):
     )  # fmt: skip
     if call is None:
         return
+    norm = call.scalar(norm)
     for group in call.groups:
         types = group.types
         call.launch(
-            perturb_ascent_kernel, group, group.tiles, call.tensors, call.pointers, call.scalars, call.scalar(norm),
-            PARAM=types["params"], BACKUP=types["backups"], MASTER=types["masters"], GRAD=types["grads"],
-            WIDTH=call.width, **group.shape(),
+            perturb_ascent_kernel, group, (group.tiles, call.tensors, call.pointers, call.scalars, norm),
+            lambda group=group, types=types: dict(
+                PARAM=types["params"], BACKUP=types["backups"], MASTER=types["masters"], GRAD=types["grads"],
+                WIDTH=call.width, **group.shape(),
+            ),
         )  # fmt: skip
 
 
@@ -203,6 +211,8 @@ def restore_(params, backups):
         return
     for group in call.groups:
         call.launch(
-            restore_kernel, group, group.tiles, call.tensors, call.pointers,
-            PARAM=group.types["params"], BACKUP=group.types["backups"], WIDTH=call.width, **group.shape(),
+            restore_kernel, group, (group.tiles, call.tensors, call.pointers),
+            lambda group=group: dict(
+                PARAM=group.types["params"], BACKUP=group.types["backups"], WIDTH=call.width, **group.shape(),
+            ),
         )  # fmt: skip

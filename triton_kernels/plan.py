@@ -46,7 +46,7 @@ def architecture(device):
         return "interpreter"
     if torch.version.hip:
         return "gfx942"
-    major = torch.cuda.get_device_capability(device)[0]
+    major = triton.runtime.driver.active.get_device_capability(device.index)[0]
     return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
 
 
@@ -59,7 +59,7 @@ class Kind:
     columns: int
     long: bool  # tiles are parts of a row
     vector: bool  # rank <= 1: one row, and a history and a mask per element
-    even: bool  # rows and pointers are multiples of 16 bytes
+    even: bool  # pointers are multiples of 16 bytes, and what is walked of a row one of eight elements
     shifted: bool  # draws normals from inside an eight
 
 
@@ -69,12 +69,14 @@ class Group:
 
     kind: Kind
     names: tuple
-    tiles: torch.Tensor  # int64 (count, 3): tensor, first row, first column
+    tiles: torch.Tensor  # int64 (count, 4): tensor, first row, first column, end of the columns
     first: int  # number of its first tile among all that leave a partial sum
     warps: int
+    launchers: dict = field(default_factory=dict)  # see launch.first_launch
 
     def __post_init__(self):
         self.types = dict(zip(self.names, self.kind.types, strict=True))
+        self.programs = len(self.tiles)
         self.long, self.vector, self.shifted = self.kind.long, self.kind.vector, self.kind.shifted
 
     def shape(self):
@@ -84,7 +86,7 @@ class Group:
 
 @dataclass
 class Plan:
-    """The tables of one call signature, and what changes from call to call with its key."""
+    """The tables of one call signature, and what its calls share."""
 
     tensors: torch.Tensor  # int64 (tensors, 6), see tile.py
     groups: list
@@ -92,40 +94,54 @@ class Plan:
     long_rows: torch.Tensor | None  # int64 (rows, 5): tensor, row, first partial, partials, whether a vector
     long_row_count: int
     long_tensors: dict  # tensor: its first long row
-    uploads: dict = field(default_factory=dict)
+    launchers: dict = field(default_factory=dict)  # of kernels that are started once for all groups
     scratch: dict = field(default_factory=dict)
     spare: dict = field(default_factory=dict)  # pinned memory for the tables that captures upload; of all streams
     kept: list = field(default_factory=list)  # what captured graphs read
 
     def on_another_stream(self):
-        """The same with memory of its own; tables, which nobody writes after their upload, are shared."""
-        return replace(self, uploads=dict(self.uploads), scratch={}, kept=[])
+        """The same with memory of its own."""
+        return replace(self, scratch={}, kept=[])
 
 
 def fits(length, limit):
     return max(16, triton.next_power_of_2(length)) if length <= limit else 0
 
 
-def kind_of(t, types, tuning, by_rows, even, shift):
-    """The kind of one tensor of a call."""
+def parts_of(t, types, tuning, by_rows, even, shift):
+    """(kind, first column, end) for each part of one tensor's rows.
+
+    Without regard to rows, a length is walked in eights up to the last: only what remains is moved one by one, or what
+    is not worth a second tile. The cut depends on the length alone, because norms are summed by segments.
+    """
+    if by_rows:
+        length = tables.columns(t)
+        return [(kind_of(t, types, tuning, even and length % 8 == 0, shift), 0, length)]
+    kind, length = Kind(types, 1, SEGMENT, True, False, even, shift), t.numel()
+    eights = length // 8 * 8 if length > SEGMENT or length % 8 == 0 else 0
+    parts = (kind, 0, eights), (replace(kind, even=False), eights, length)
+    return [part for part in parts if part[1] < part[2]]
+
+
+def kind_of(t, types, tuning, even, shift):
+    """The kind of a tensor that is walked by rows."""
     vector = t.dim() < 2
-    length = tables.columns(t) if by_rows else t.numel()
-    even = even and length % 8 == 0
-    if not by_rows or length > RESIDENT:
-        return Kind(types, 1, SEGMENT, True, vector and by_rows, even, shift)
+    length = tables.columns(t)
+    if length > RESIDENT:
+        return Kind(types, 1, SEGMENT, True, vector, even, shift)
     # Vectors are short and few: two sizes do. Matrices get what fits.
     columns = (1024 if length <= 1024 else RESIDENT) if vector else fits(length, RESIDENT)
     rows = 1 if vector else max(1, tuning.elements // columns)
     return Kind(types, rows, columns, False, vector, even, shift)
 
 
-def tiles_of(k, t, kind, by_rows):
-    """int64 (count, 3)."""
-    rows, length = (tables.filters(t), tables.columns(t)) if by_rows else (1, t.numel())
+def tiles_of(k, rows, kind, first, end):
+    """int64 (count, 4)."""
     first_rows = np.arange(0, rows, kind.rows)
-    first_columns = np.arange(0, length, kind.columns) if kind.long else np.zeros(1, np.int64)
+    first_columns = np.arange(first, end, kind.columns) if kind.long else np.zeros(1, np.int64)
     grid = np.stack(np.meshgrid(first_rows, first_columns, indexing="ij"), axis=-1).reshape(-1, 2)
-    return np.concatenate([np.full((len(grid), 1), k), grid], axis=1).astype(np.int64)
+    whose, ends = np.full((len(grid), 1), k), np.full((len(grid), 1), end)
+    return np.concatenate([whose, grid, ends], axis=1).astype(np.int64)
 
 
 def build(like, names, types, even, by_rows, index, offset, upload):
@@ -139,23 +155,23 @@ def build(like, names, types, even, by_rows, index, offset, upload):
         first_row, first_eight = (0, offset[k] // 8) if flat else (offset[k], 0)
         rows_of_table.append((length, rows, index[k], first_row, first_eight, shift))
         if rows and (length or by_rows):
-            kind = kind_of(t, types[k], tuning, by_rows, even[k], by_rows and shift != 0)
-            kinds.setdefault(kind, []).append(k)
+            for kind, first, end in parts_of(t, types[k], tuning, by_rows, even[k], by_rows and shift != 0):
+                kinds.setdefault(kind, []).append((k, rows, first, end))
     groups, count, long_rows, long_tensors = [], 0, [], {}
-    for kind, which in kinds.items():
-        tiles = np.concatenate([tiles_of(k, like[k], kind, by_rows) for k in which])
+    for kind, parts in kinds.items():
+        tiles = np.concatenate([tiles_of(k, rows, kind, first, end) for k, rows, first, end in parts])
         warps = min(16, max(1, kind.rows * kind.columns // tuning.per_warp))
         groups.append(Group(kind, names, upload(tiles), count, warps))
         if not kind.long:
             continue
         if by_rows:
-            first = count
-            for k in which:
-                parts = -(-tables.columns(like[k]) // kind.columns)
+            at = count
+            for k, rows, _, end in parts:
+                segments = -(-end // kind.columns)
                 long_tensors[k] = len(long_rows)
-                for row in range(tables.filters(like[k])):
-                    long_rows.append((k, row, first, parts, int(kind.vector)))
-                    first += parts
+                for row in range(rows):
+                    long_rows.append((k, row, at, segments, int(kind.vector)))
+                    at += segments
         count += len(tiles)
     table = upload(np.array(rows_of_table, np.int64))
     rows = upload(np.array(long_rows, np.int64)) if long_rows else None

@@ -22,21 +22,19 @@ def field(tensors, k, WHICH: tl.constexpr):
 def begin(tiles, tensors, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr):
     """(tensor, first row, first column, offset of the tile, offsets inside it, mask) of this program.
 
-    EVEN promises that rows are multiples of eight elements and begin at multiples of 16 bytes. The compiler then knows
-    that a mask is the same for eight neighbours, and moves 16 bytes at a time.
+    EVEN promises that what a tile has of a row is a multiple of eight elements, and begins at a multiple of 16 bytes.
+    The compiler then knows that a mask is the same for eight neighbours, and moves 16 bytes at a time.
     """
-    entry = tiles + 3 * tl.program_id(0).to(tl.int64)
+    entry = tiles + 4 * tl.program_id(0).to(tl.int64)
     k, row = tl.load(entry), tl.load(entry + 1)
     length = field(tensors, k, COLUMNS_OF)
-    if EVEN:
-        length = tl.multiple_of(length, 8)
     rows = tl.minimum(field(tensors, k, ROWS_OF) - row, ROWS).to(tl.int32)
     r, c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     if LONG:  # a part of one row
-        column = tl.load(entry + 2)
+        column, end = tl.load(entry + 2), tl.load(entry + 3)
         if EVEN:
             column = tl.multiple_of(column, 8)
-        columns = tl.minimum(length - column, COLUMNS).to(tl.int32)
+        columns = tl.minimum(end - column, COLUMNS).to(tl.int32)
         inside = (0 * r)[:, None] + c[None, :]
     else:  # whole rows, which are at most COLUMNS long
         column = 0 * row
@@ -44,10 +42,11 @@ def begin(tiles, tensors, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.co
         if EVEN:
             columns = tl.multiple_of(columns, 8)
         inside = (r * columns)[:, None] + c[None, :]
+    start = row * length + column
     if EVEN:
-        columns = tl.multiple_of(columns, 8)
+        columns, start = tl.multiple_of(columns, 8), tl.multiple_of(start, 8)
     mask = (r < rows)[:, None] & (c < columns)[None, :]
-    return k, row, column, row * length + column, inside, mask
+    return k, row, column, start, inside, mask
 
 
 @triton.jit

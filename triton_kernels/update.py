@@ -189,13 +189,18 @@ def update(name, values, rule, state, own, derive=None):
     for group in call.groups:
         types = group.types
         call.launch(
-            update_kernel, group, group.tiles, call.tensors, call.pointers, call.scalars, derived,
-            *strided(None if derive else values["lrs"]), *strided(values["sigmas"]), grad_scale, clip, found_inf,
-            *call.key(), partials_of(call, group), call.plan.partials, RULE=rule,
-            PARAM=types["params"], BACKUP=types["backups"], MASTER=types["masters"], HISTORY=types["history"],
-            GRAD=types["grads"], CLEAN_GRAD=types["clean_grads"], MASK=types["masks"], FIRST=types[state[0]],
-            SECOND=types[state[1]] if len(state) > 1 else None, NOISE=given["noise"], WIDTH=call.width, SCALARS=width,
-            VECTOR=group.vector, **group.shape(), SHIFTED=group.shifted,
+            update_kernel, group,
+            (
+                group.tiles, call.tensors, call.pointers, call.scalars, derived,
+                *strided(None if derive else values["lrs"]), *strided(values["sigmas"]), grad_scale, clip, found_inf,
+                *call.key(), partials_of(call, group), call.plan.partials,
+            ),
+            lambda group=group, types=types: dict(
+                RULE=rule, PARAM=types["params"], BACKUP=types["backups"], MASTER=types["masters"],
+                HISTORY=types["history"], GRAD=types["grads"], CLEAN_GRAD=types["clean_grads"], MASK=types["masks"],
+                FIRST=types[state[0]], SECOND=types[state[1]] if len(state) > 1 else None, NOISE=given["noise"],
+                WIDTH=call.width, SCALARS=width, VECTOR=group.vector, **group.shape(), SHIFTED=group.shifted,
+            ),
         )  # fmt: skip
     settle(
         call, LISTS.index("norms") if given["noise"] else None, LISTS.index("history") if given["history"] else None,
@@ -267,13 +272,15 @@ def adam_scalars(v):
 def advance(call, found_inf, values):
     """Count the steps; returns float32 (tensors, 3) on the device, what depends on them."""
     steps = values["steps"]
-    if any(step.device != call.device for step in steps):
+    if call.once("steps elsewhere", lambda: any(step.device != call.device for step in steps)):
         return advance_on_host(call, found_inf, values)
     derived = call.scratch("derived", (len(steps), 3))
     call.start(
-        advance_kernel, -(-len(steps) // LANES), 4, call.pointers, call.scalars, derived, *strided(values["lrs"]),
-        found_inf, len(steps), STEP=LISTS_OF_ADAM.index("steps"), WIDTH=call.width, SCALARS=call.scalars.shape[1],
-        LANES=LANES,
+        advance_kernel, -(-len(steps) // LANES), 4,
+        (call.pointers, call.scalars, derived, *strided(values["lrs"]), found_inf, len(steps)),
+        lambda: dict(
+            STEP=LISTS_OF_ADAM.index("steps"), WIDTH=call.width, SCALARS=call.scalars.shape[1], LANES=LANES,
+        ),
     )  # fmt: skip
     return derived
 
@@ -355,8 +362,14 @@ def mix_gradients_(grads, history, clean_grads, grad_scale, clip, *, grad_weight
     for group in call.groups:
         types = group.types
         call.launch(
-            mix_gradients_kernel, group, group.tiles, call.tensors, call.pointers, call.scalars, grad_scale, clip,
-            partials_of(call, group), call.plan.partials, GRAD=types["grads"], HISTORY=types["history"],
-            CLEAN_GRAD=types["clean_grads"], WIDTH=call.width, VECTOR=group.vector, **group.shape(),
+            mix_gradients_kernel, group,
+            (
+                group.tiles, call.tensors, call.pointers, call.scalars, grad_scale, clip, partials_of(call, group),
+                call.plan.partials,
+            ),
+            lambda group=group, types=types: dict(
+                GRAD=types["grads"], HISTORY=types["history"], CLEAN_GRAD=types["clean_grads"], WIDTH=call.width,
+                VECTOR=group.vector, **group.shape(),
+            ),
         )  # fmt: skip
     settle(call, None, 1 if history is not None else None, 2, None, 3)

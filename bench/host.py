@@ -1,0 +1,157 @@
+"""What a call of the Triton backend costs the host. Host side only: nothing is launched, and no GPU is needed.
+
+A stand-in driver compiles the kernels for sm_90 and drops the launches, so a launch counts without the CUDA driver's
+own part (a few microseconds each), and tables are made but not copied to a device. Tensors are as many as ResNet-50 has
+and of its shapes, or a thousand small ones; they are on the CPU and take no part.
+
+    python bench/host.py
+    python bench/host.py --plain     # without flatkern._C, as where no compiler was found
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from time import thread_time_ns
+
+import torch
+
+if __package__ in (None, ""):  # run as a script: the installed flatkern, if any, stays in front
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from bench import standin
+from bench.models import many_small, resnet50
+from flatkern import dispatch
+from flatkern.ops import OPS
+from flatkern.tables import mask_shape
+
+COLUMNS = "unchanged, reading, versions, launches, the rest, new gradients, another rate".split(", ")
+NUMBERS = {
+    "sigma": 0.01, "eta": -1.0, "beta": 0.99, "grad_weight": 1.0, "clean_weight": 0.0, "lr": 1e-3, "momentum": 0.9,
+    "dampening": 0.0, "weight_decay": 1e-4, "nesterov": False, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "offset": 0,
+    "kappa": 2.0,
+}  # fmt: skip
+CALLS = {  # label: op, and which optional arguments it is given
+    "perturb_gaussian_": ("perturb_gaussian_", "backups"),
+    "sgd_update_": ("sgd_update_", "momentum_buffers backups"),
+    "adamw_update_": ("adamw_update_", ""),
+    "adamw_update_, IRE, rolling": ("adamw_update_", "backups masks noise"),
+}
+
+
+def make(name: str, given: str, shapes: list[tuple[int, ...]]) -> dict:
+    """Arguments of one op. Shared memory does, as no kernel runs."""
+    room = torch.zeros(max(torch.Size(s).numel() for s in shapes))
+    values: dict = {}
+    for a in OPS[name].arguments:
+        if a.type.endswith("?") and a.name not in given.split():
+            values[a.name] = None
+        elif a.name == "noise":
+            values[a.name] = torch.tensor([1, 2, 3])
+        elif a.name == "masks":
+            values[a.name] = [torch.zeros(mask_shape(torch.empty(s, device="meta")), dtype=torch.uint8) for s in shapes]
+        elif a.name == "steps":
+            values[a.name] = [torch.tensor(1.0) for _ in shapes]
+        elif a.type.startswith("Tensor[]"):
+            values[a.name] = [room[: torch.Size(s).numel()].view(s) for s in shapes]
+        else:
+            values[a.name] = list(range(len(shapes))) if a.name == "index" else [NUMBERS[a.name]] * len(shapes)
+    values["params"] = [torch.nn.Parameter(p) for p in values["params"]]
+    return values
+
+
+def interleaved(calls: dict[str, Callable[[], object]], rounds: int, burst: int = 20) -> dict[str, float]:
+    """Median microseconds of a call, over rounds in which every candidate has a burst of calls.
+
+    Time of this thread on a processor, so that nobody else's work is counted; without the garbage collector.
+    """
+    times: dict[str, list[float]] = {label: [] for label in calls}
+    gc.collect()
+    gc.disable()
+    for _ in range(rounds):
+        for label, call in calls.items():
+            start = thread_time_ns()
+            for _ in range(burst):
+                call()
+            times[label].append((thread_time_ns() - start) / burst / 1000)
+    gc.enable()
+    return {label: statistics.median(each) for label, each in times.items()}
+
+
+def measure(name: str, given: str, shapes: list[tuple[int, ...]], driver: standin.Driver, rounds: int) -> tuple:
+    """Microseconds by column, and the number of launches."""
+    from flatkern.triton_kernels import launch, signature
+
+    op, run, values = OPS[name], dispatch.load(OPS[name], "triton"), make(name, given, shapes)
+    numbers = [a.name for a in op.arguments if a.keyword_only]
+    tensors = [a.name for a in op.arguments if not a.keyword_only]
+
+    def call(values: dict = values) -> None:
+        run(*[values[n] for n in tensors], **{n: values[n] for n in numbers})
+
+    call()
+    driver.launches = []
+    call()
+    count, driver.launches = len(driver.launches), None
+
+    lists = tuple([values[n] for n in tensors if not isinstance(values[n], torch.Tensor)])
+    singles = tuple([v for n in tensors if isinstance(v := values[n], torch.Tensor)])
+    seen = signature.read(lists, singles)
+    start, nothing = launch.Call.start, lambda *_: None
+
+    def without_launches() -> None:
+        launch.Call.start = nothing
+        call()
+        launch.Call.start = start
+
+    calls = {
+        "unchanged": call,
+        "reading": lambda: signature.read(lists, singles, *seen),
+        "versions": lambda: torch._C._increment_version(values["params"]),
+        "without": without_launches,
+    }
+    if "grads" in values:
+        grads = [[g.clone() for g in values["grads"]] for _ in range(2)]
+        rates = [[rate] * len(shapes) for rate in (1e-3, 2e-3)]
+
+        def alternating(key: str, choices: list) -> Callable[[], None]:
+            def run_one() -> None:
+                choices.reverse()
+                call(values | {key: choices[0]})
+
+            return run_one
+
+        calls |= {"new gradients": alternating("grads", grads), "another rate": alternating("lr", rates)}
+    found = interleaved(calls, rounds)
+    found["launches"] = found["unchanged"] - found.pop("without")
+    found["the rest"] = found["unchanged"] - found["launches"] - found["reading"] - found["versions"]
+    return found, count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--plain", action="store_true", help="read tensors in Python, as where there is no flatkern._C")
+    args = parser.parse_args()
+    driver = standin.install()
+    import triton
+    from flatkern.triton_kernels import signature
+
+    if args.plain:
+        signature.compiled = lambda: None
+    read = "in Python" if signature.compiled() is None else "by flatkern._C"
+    print(f"us per call; host side only, nothing is launched; triton {triton.__version__}, tensors read {read}")
+    print(f"{'':38}{'launches':>9}" + "".join(f"{c:>15}" for c in COLUMNS))
+    for shapes in (resnet50(), many_small()):
+        for label, (name, given) in CALLS.items():
+            found, count = measure(name, given, shapes, driver, args.rounds)
+            cells = "".join(f"{found[c]:15.1f}" if c in found else f"{'-':>15}" for c in COLUMNS)
+            print(f"{f'{len(shapes)} tensors, {label}':38}{count:9}{cells}")
+
+
+if __name__ == "__main__":
+    main()

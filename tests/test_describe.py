@@ -1,0 +1,56 @@
+"""Reading whole lists of tensors in one compiled pass: nothing beyond an end, and refused is what is no tensor."""
+
+import pytest
+import torch
+
+SHAPES = [(3, 5), (0,), (), (4, 0), (2, 3, 4, 5)]
+
+
+@pytest.fixture
+def lists():
+    params = [torch.nn.Parameter(torch.randn(s)) for s in SHAPES]
+    return params, None, [p.detach().clone() for p in params]
+
+
+def test_what_did_not_change_is_the_object_given(native, lists):
+    noise = torch.zeros(3, dtype=torch.int64)
+    for given, singles in ((lists, (noise, None)), (lists[1:], ()), (([],), (None,)), ((lists[0],), (noise, noise))):
+        pointers, layouts = native.describe(given, singles, b"", b"")
+        again = native.describe(given, singles, pointers, layouts)
+        assert again[0] is pointers and again[1] is layouts
+        # Pieces of earlier results, and what never was one.
+        for wrong in (layouts[:8], layouts[:-8], layouts + bytes(8), b"abc"):
+            again = native.describe(given, singles, pointers[:8], wrong)
+            assert again == (pointers, layouts)
+
+
+BAD = {
+    "lists of two lengths": lambda lists: ((lists[0], lists[2][:-1]), ()),
+    "no list at all": lambda lists: ((None,), ()),
+    "a number for a list": lambda lists: ((lists[0], 3), ()),
+    "a string for a tensor": lambda lists: ((["weights"],), ()),
+    "a number for a single one": lambda lists: ((lists[0],), (3,)),
+    "sparse": lambda lists: (([lists[2][0].to_sparse()],), ()),
+    "no tuple": lambda lists: ([lists[0]], ()),
+}
+
+
+@pytest.mark.parametrize("spoil", BAD.values(), ids=BAD)
+def test_what_is_refused(spoil, native, lists):
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        native.describe(*spoil(lists), b"", b"")
+
+
+def test_memory_that_was_taken_away(native):
+    t = torch.randn(7)
+    t.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="no memory"):
+        native.describe(([t],), (), b"", b"")
+
+
+def test_same_items_compares_objects(native):
+    lists = ([1.5, 2.5], (3,))
+    assert native.same_items(lists, tuple(x[:] for x in lists))
+    for other in (([1.5], (3,)), ([1.5, float("2.5")], (3,)), lists[:1], ([1.5, 2.5], 3), [*lists]):
+        assert not native.same_items(lists, other)
+    assert native.same_items(([],), ([],)) and not native.same_items((3,), (3,))
