@@ -30,13 +30,13 @@ METHODS = {
 
 
 class Net(torch.nn.Module):
-    """Matrices, vectors, a row that one program cannot hold."""
+    """Matrices, vectors, and as a rule a row that one program cannot hold; the interpreter takes its time for that."""
 
-    def __init__(self):
+    def __init__(self, columns):
         super().__init__()
         torch.manual_seed(0)
         self.first, self.last = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
-        self.long = torch.nn.Parameter(torch.randn(1, 8208))
+        self.long = torch.nn.Parameter(torch.randn(1, columns))
         self.register_buffer("x", torch.randn(4, 8))
         self.register_buffer("y", torch.randn(4, 8))
 
@@ -48,8 +48,8 @@ class Net(torch.nn.Module):
 class Run:
     """One network in training; two groups, whose learning rates and sigmas differ."""
 
-    def __init__(self, rule, method, capturable, schedule=True, device="cpu"):
-        self.net, self.method, options = Net().to(device), method, METHODS[method]
+    def __init__(self, rule, method, capturable, schedule=True, device="cpu", columns=8208):
+        self.net, self.method, options = Net(columns).to(device), method, METHODS[method]
         layers = [self.net.first, self.net.last]
         groups = [{"params": [p for m in layers for p in m.parameters()]}, {"params": [self.net.long], "lr": 0.03}]
         if isinstance(options.get("perturb"), flatkern.RWP):

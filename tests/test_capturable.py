@@ -95,12 +95,13 @@ class Tape(TorchDispatchMode):
             call()
 
 
-@every_method
-@every_rule
+# Adam differs from AdamW in the decay alone, which no method touches.
+@pytest.mark.parametrize("rule, method", [(r, m) for r in RULES for m in METHODS if r != "Adam" or m == "RWP"])
 def test_a_replayed_step_moves_on(rule, method, monkeypatch):
     """To where an optimizer of the host gets: fresh noise, the present learning rate and sigma, counted steps. A step
     outside, with gradients that are elsewhere, disturbs no later replay."""
-    graph, python = Run(rule, method, True), Run(rule, method, False)
+    columns = 8208 if rule == "SGD" else 64  # long rows know no rule
+    graph, python = (Run(rule, method, capturable, columns=columns) for capturable in (True, False))
     tape = Tape(monkeypatch)
     for recording in (False, True):
         with tape if recording else contextlib.nullcontext():
@@ -108,7 +109,7 @@ def test_a_replayed_step_moves_on(rule, method, monkeypatch):
         graph.schedule()
         python.train(1)
         assert_same(graph, python)
-    for step in range(4):
+    for step in range(3):
         if step == 1:
             graph.train(1)
         else:
@@ -142,7 +143,7 @@ def test_a_tape_repeats_what_is_baked(monkeypatch):
 @pytest.mark.parametrize("rule, method", [("SGD", name) for name in METHODS] + [("Adam", "m-RWP"), ("AdamW", "plain")])
 def test_nobody_waits(rule, method, capturable, monkeypatch):
     """In perturb(), restore() and step(), the first one included; numbers of the host move in meanwhile."""
-    run = Run(rule, method, capturable, schedule=False)
+    run = Run(rule, method, capturable, schedule=False, columns=64)
     start = launch.Call.start
 
     def unwatched(*args, **kwargs):
@@ -307,10 +308,10 @@ def test_a_learning_rate_that_is_zero_for_one_step():
 @pytest.mark.parametrize("rule, method", [("AdamW", "rolling ARWP"), ("SGD", "m-RWP"), ("Adam", "plain")])
 def test_resume(rule, method, saved, loading):
     """From host to device and back, into the tensors that are there: schedulers and graphs keep theirs."""
-    straight = Run(rule, method, False, schedule=False).train(4)
-    first = Run(rule, method, saved, schedule=False).train(2)
+    straight = Run(rule, method, False, schedule=False, columns=64).train(4)
+    first = Run(rule, method, saved, schedule=False, columns=64).train(2)
     first.opt.eval()
-    other = Run(rule, method, loading, schedule=False).train(1)
+    other = Run(rule, method, loading, schedule=False, columns=64).train(1)
     other.opt.eval()
     groups, state = other.opt.param_groups, other.opt.state
     ours = [t for g in groups for t in (g["lr"], g.get("sigma"), g.get("round")) if isinstance(t, torch.Tensor)]
@@ -331,7 +332,7 @@ def test_resume(rule, method, saved, loading):
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))])
 @pytest.mark.parametrize("method", ["RWP", "rolling ARWP"])
 def test_copies_go_on_alone(method, copied):
-    run = Run("AdamW", method, True, schedule=False).train(2)
+    run = Run("AdamW", method, True, schedule=False, columns=64).train(2)
     run.opt.eval()
     other = copied(run)
     assert other.opt.capturable
