@@ -23,7 +23,7 @@ import torch
 if __package__ in (None, ""):  # run as a script: the installed flatkern, if any, stays in front
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import standin
+from bench import silent_driver
 from bench.models import many_small, resnet50
 from flatkern import dispatch
 from flatkern.ops import OPS
@@ -82,7 +82,7 @@ def interleaved(calls: dict[str, Callable[[], object]], rounds: int, burst: int 
     return {label: statistics.median(each) for label, each in times.items()}
 
 
-def measure(name: str, given: str, shapes: list[tuple[int, ...]], driver: standin.Driver, rounds: int) -> tuple:
+def measure(name: str, given: str, shapes: list[tuple[int, ...]], driver: silent_driver.Driver, rounds: int) -> tuple:
     """Microseconds by column, and the number of launches."""
     from flatkern.triton_kernels import launch, signature
 
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--plain", action="store_true", help="read tensors in Python, as where there is no flatkern._C")
     args = parser.parse_args()
-    driver = standin.install()
+    driver = silent_driver.install()
     import triton
     from flatkern.triton_kernels import signature
 

@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # run as a script: the installed flatkern, if any
 
 from bench import results as files
 from bench.gpu import slug
-from bench.tables import tables
+from bench.report import tables
 
 RESULTS = files.ROOT / "bench" / "results"
 BLOCK = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)

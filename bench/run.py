@@ -151,8 +151,8 @@ def main() -> int:
     import torch
 
     from bench import gpu, results
+    from bench.report import tables
     from bench.screen import screen
-    from bench.tables import tables
 
     if args.device == "cuda" and not args.dry_run and (lacking := gpu.missing()):
         print(f"error: no GPU benchmarks here: {lacking}", file=sys.stderr)

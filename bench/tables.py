@@ -36,12 +36,8 @@ def loud(cell: str) -> bool:
     return cell.startswith("**")
 
 
-def tables(results: dict) -> list[Table]:
-    """Everything that a result file has to show."""
-    if "gpu" in results["machine_info"]:
-        from .gpu_tables import gpu_tables  # which is made of what is here
-
-        return gpu_tables(results)
+def cpu_tables(results: dict) -> list[Table]:
+    """Everything that the results of a CPU have to show."""
     found = list(method_tables(results))
     found += [dtype_table(results, model) for model in values(pick(results, "dtypes"), "model")]
     found += [call_table(results), copy_table(results), failure_table(results)]

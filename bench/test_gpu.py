@@ -28,8 +28,8 @@ from bench.harness import HOST, LOOP, Gradients
 from bench.methods import METHODS
 from bench.models import MODELS
 from bench.races import Entry, Race
+from bench.report import tables
 from bench.runner import Runner
-from bench.tables import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = [torch.ones(3, 8), torch.ones(3)]

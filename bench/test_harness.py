@@ -14,8 +14,8 @@ from bench import render, results
 from bench.harness import Timings, balanced_orders, interleave, takes_part
 from bench.methods import METHODS, call_floors, floor_bytes
 from bench.models import MODELS
+from bench.report import tables
 from bench.stats import Stats
-from bench.tables import tables
 
 
 @pytest.mark.parametrize("model", MODELS)

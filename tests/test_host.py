@@ -1,7 +1,7 @@
 """The Triton backend's host side: which tables and arguments reach a launcher, and that nothing stale ever does.
 
-A stand-in driver (bench/standin.py) compiles for sm_90 and keeps what it should launch, so that tensors are on the CPU
-and keep their values. What kernels compute is in test_triton.py and test_gpu.py.
+A driver that launches nothing (bench/silent_driver.py) compiles for sm_90 and keeps what it should launch, so that
+tensors are on the CPU and keep their values. What kernels compute is in test_triton.py and test_gpu.py.
 """
 
 import sys
@@ -23,7 +23,7 @@ from flatkern import dispatch  # noqa: E402
 from flatkern.ops import OPS  # noqa: E402
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # behind everything: only bench/ is looked for there
-from bench import standin  # noqa: E402
+from bench import silent_driver  # noqa: E402
 
 # A matrix, a vector, and rows that are longer than a program holds.
 SHAPES = [(64, 16), (24,), (2, 8208)]
@@ -38,7 +38,7 @@ def driver(tmp_path_factory):
     before = triton.runtime.driver._active
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-        yield standin.install()
+        yield silent_driver.install()
     triton.runtime.driver.set_active(before)
 
 
