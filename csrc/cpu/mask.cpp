@@ -72,7 +72,9 @@ void count_magnitudes(const CountMagnitudes& a, int shift, int width, uint32_t h
   const int64_t values = int64_t{1} << width;
   Array<Counter> counters(kLanes * values * threads());
   for (int64_t i = 0; i < counters.size(); ++i) counters[i] = 0;
-  struct alignas(64) Mine : Others {};
+  struct Mine : Others {
+    char apart[64 - sizeof(Others)];  // a cache line for each thread
+  };
   Array<Mine> others(threads());
   for (int64_t i = 0; i < others.size(); ++i) others[i] = {};
   for_each_block(a.grads, [&](const Block& b, Scratch& scratch) {
