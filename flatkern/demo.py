@@ -46,7 +46,7 @@ def demo(
     """Train a small convolutional network on scikit-learn's handwritten digits with every method.
 
     Once with clean labels, once with 40% of the training labels wrong. Shows accuracy, flatness, time per step
-    and passes over memory; writes a picture and all numbers. Works offline, in about three minutes.
+    and passes over memory; writes a picture and all numbers. Works offline, in three to four minutes.
     """
     if backend and not flatkern.backends()[backend.value]["live"]:
         raise typer.BadParameter(flatkern.backends()[backend.value]["reason"], param_hint="--backend")

@@ -11,6 +11,7 @@ import inspect
 import cases
 import numpy as np
 import pytest
+import test_mask
 import torch
 import triton
 import triton.language as tl
@@ -396,6 +397,12 @@ def test_versions_move_where_something_is_written(op):
 def test_it_is_never_preferred_on_the_cpu():
     assert flatkern.backends()["triton"]["live"]
     assert "triton" not in dispatch.PREFERENCE["cpu"]
+
+
+@pytest.mark.parametrize("base", ["SGD", "Adam", "AdamW", "Wrap"])
+def test_ire_over_fifty_steps_against_float64(base):
+    """As test_mask.py has it for the other backends, masks refreshed five times."""
+    assert test_mask.trained("triton", base) < 2e-4
 
 
 METHODS = {
