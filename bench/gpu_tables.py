@@ -10,20 +10,22 @@ from collections.abc import Iterator
 
 from .goals import goals
 from .gpu import slug
-from .methods import BASES, METHODS, floor_bytes, is_plain
+from .methods import METHODS, floor_bytes, is_plain
 from .models import MODELS
 from .tables import (
+    KIND,
     NOTHING,
     PLAIN,
-    VERSUS,
     Table,
     bandwidth,
     copy_rate,
     dtype_table,
     failure_table,
+    heading,
     lost,
     median,
     multiple,
+    of_one_kind,
     pick,
     speedup,
     values,
@@ -134,23 +136,15 @@ def perturb_table(results: dict) -> Table:
 
 def method_tables(results: dict) -> Iterator[Table]:
     """Two tables per model, base, kind of weights and backend: by device time, and by what a loop sees."""
-    keys = "model", "base", "dtype", "masters"
-    for kind in dict.fromkeys(tuple(b["params"][k] for k in keys) for b in pick(results, "methods")):
-        rows = pick(results, "methods", **dict(zip(keys, kind, strict=True)))
-        for ours in values(rows, "candidate"):
-            if ours.startswith("flatkern"):
-                yield method_table(results, rows, ours, looped=False)
-                yield method_table(results, rows, ours, looped=True)
+    for rows, ours in of_one_kind(results):
+        yield method_table(results, rows, ours, looped=False)
+        yield method_table(results, rows, ours, looped=True)
 
 
 def method_table(results: dict, rows: list[dict], ours: str, looped: bool) -> Table:
-    model, base, dtype, masters = (rows[0]["params"][k] for k in ("model", "base", "dtype", "masters"))
-    present, backend = values(rows, "candidate"), ours.removeprefix("flatkern ")
-    versus = {k: v for k, v in VERSUS.items() if k in present or PLAIN.get(k) in present}
-    marks = [dtype] * (dtype != "float32") + ["masters"] * masters + [backend] * (backend != "triton")
-    title = f"{MODELS[model].title}, {BASES[base]}" + "".join(f", {mark}" for mark in marks)
+    model, base, dtype, masters = (rows[0]["params"][k] for k in KIND)
+    name, title, versus = heading(rows, ours, "triton")
     against = [f"vs {v}" for v in versus.values()]
-    name = "-".join([model, base, *marks])
     note = footnote(results, "methods", model)
     if looped:
         header = ["method", "loop, per step", "of torch fused", *against, "device", "host", "launches"]

@@ -134,24 +134,40 @@ def footnote(results: dict, table: str, model: str) -> str:
 # ---- tables
 
 
-def method_tables(results: dict) -> Iterator[Table]:
-    """One table per model, base, kind of weights and backend: flatkern against what users write."""
-    keys = "model", "base", "dtype", "masters"
-    for kind in dict.fromkeys(tuple(b["params"][k] for k in keys) for b in pick(results, "methods")):
-        rows = pick(results, "methods", **dict(zip(keys, kind, strict=True)))
+KIND = "model", "base", "dtype", "masters"
+
+
+def of_one_kind(results: dict) -> Iterator[tuple[list[dict], str]]:
+    """Benchmarks per model, base and kind of weights, with each of our candidates among them."""
+    for kind in dict.fromkeys(tuple(b["params"][k] for k in KIND) for b in pick(results, "methods")):
+        rows = pick(results, "methods", **dict(zip(KIND, kind, strict=True)))
         for ours in values(rows, "candidate"):
             if ours.startswith("flatkern"):
-                yield method_table(results, rows, ours)
+                yield rows, ours
+
+
+def heading(rows: list[dict], ours: str, usual: str) -> tuple[str, str, dict[str, str]]:
+    """Name and title of such a table, which need not name the `usual` backend, and who it is against."""
+    model, base, dtype, masters = (rows[0]["params"][k] for k in KIND)
+    present, backend = values(rows, "candidate"), ours.removeprefix("flatkern ")
+    versus = {k: v for k, v in VERSUS.items() if k in present or PLAIN.get(k) in present}
+    marks = [dtype] * (dtype != "float32") + ["masters"] * masters + [backend] * (backend != usual)
+    title = f"{MODELS[model].title}, {BASES[base]}" + "".join(f", {mark}" for mark in marks)
+    return "-".join([model, base, *marks]), title, versus
+
+
+def method_tables(results: dict) -> Iterator[Table]:
+    """One table per model, base, kind of weights and backend: flatkern against what users write."""
+    for rows, ours in of_one_kind(results):
+        yield method_table(results, rows, ours)
 
 
 def method_table(results: dict, rows: list[dict], ours: str) -> Table:
-    model, base, dtype, masters = (rows[0]["params"][k] for k in ("model", "base", "dtype", "masters"))
-    present, backend = values(rows, "candidate"), ours.removeprefix("flatkern ")
-    versus = {k: v for k, v in VERSUS.items() if k in present or PLAIN.get(k) in present}
-    marks = [dtype] * (dtype != "float32") + ["masters"] * masters + [backend] * (backend != "cpp")
+    model, base, dtype, masters = (rows[0]["params"][k] for k in KIND)
+    name, title, versus = heading(rows, ours, "cpp")
     table = Table(
-        "-".join([model, base, *marks]),
-        f"{MODELS[model].title}, {BASES[base]}" + "".join(f", {mark}" for mark in marks),
+        name,
+        title,
         ["method", "time", "of torch fused (floor)", "GB/s", "of copy"]
         + [f"vs {v}" for v in versus.values()]
         + ["extra B/param"],

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .checks import BACKENDS, check, check_backend
+from .checks import BACKENDS, check
 from .ops import OPS, Op
 
 PREFERENCE = {  # the first backend that is installed and has the op wins
@@ -154,12 +154,6 @@ def backends() -> dict[str, dict[str, Any]]:
             "remedy": REMEDY[name] if reason else "",
         }
     return report
-
-
-def choose(op: str, tensors: list[torch.Tensor], backend: str | None) -> Callable[..., None]:
-    """resolve() for the device that `tensors` live on, with the default backend filled in."""
-    device_type = tensors[0].device.type if tensors else "cpu"
-    return resolve(op, device_type, check_backend(backend))
 
 
 @functools.cache

@@ -94,11 +94,11 @@ def table_of(columns):
 class Call:
     """One call: its groups, tables and device scalars, and how it launches."""
 
-    def __init__(self, plan, device, width, stream, captured, noise, words):
+    def __init__(self, plan, device, width, stream, noise, words):
         self.plan, self.device, self.width, self.stream = plan, device, width, stream
         self.groups, self.tensors = plan.groups, plan.tensors
         self.pointers = self.scalars = None
-        self.capturing, self.noise, self.words = captured, noise, words
+        self.noise, self.words = noise, words
         # A launch goes to the current device.
         self.elsewhere = device.type == "cuda" and torch.cuda.current_device() != device.index
 
@@ -233,11 +233,9 @@ def begin_call(name, values, lists, rows, scalars=None):
         before = (recent.pointers, recent.layouts) if recent is not None and recent.layouts is not None else ()
         pointers, layouts = signature.read(given, singles, *before)
         device = like[0].device
-        stream = current_stream(device)
+        stream, captured = current_stream(device), capturing(device)
         # A graph is captured on a stream of its own; the tables of the steps before it serve it too.
-        if recent is not None and (
-            layouts is not recent.layouts or (stream != recent.stream and not capturing(device))
-        ):
+        if recent is not None and (layouts is not recent.layouts or (stream != recent.stream and not captured)):
             recent = None
         copies, drawn = (recent.numbers, recent.drawn) if recent is not None else (None, None)
         if copies is None or not signature.same_numbers(numbers, copies):
@@ -250,7 +248,6 @@ def begin_call(name, values, lists, rows, scalars=None):
     except (AttributeError, IndexError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         check(op, values)  # says what is wrong, and what to do
         raise Mismatch(f"{name}: {error}") from error
-    captured = capturing(device)
     plan = recent.plan if recent is not None and stream == recent.stream else None
     if plan is None:
         table = signature.table(pointers, given, len(like))
@@ -260,7 +257,7 @@ def begin_call(name, values, lists, rows, scalars=None):
             recent = known.remember(hint, Recent(plan, stream, drawn))
         elif recent is None:
             recent = Recent(plan, stream, drawn)
-    call = Call(plan, device, len(names), stream, captured, noise, words)
+    call = Call(plan, device, len(names), stream, noise, words)
 
     own_norms = "norms" in names and values.get("norms") is None and bool(plan.long_tensors)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,7 +87,8 @@ def update_mask(opt: FlatOptimizer, scaler: Any) -> None:
             "update_mask: no parameter has a gradient; run flatkern.sampled_label_loss(model(x)).backward() first"
         )
     grads = [layouts.like(p.grad, p) for p in seen]
-    threshold = _threshold(opt, grads, opt.enhancement.sharp_fraction)
+    places = _places(grads)
+    threshold = _threshold(opt, places, sum(g.numel() for g in grads), opt.enhancement.sharp_fraction)
     if threshold is None:
         if scaler is None or not scaler.is_enabled():
             raise RuntimeError(
@@ -95,8 +96,9 @@ def update_mask(opt: FlatOptimizer, scaler: Any) -> None:
             )
     else:
         masks = dict(zip(params, masks_of(opt, params), strict=True))
-        for op, (device, _), at in _by_place(opt, "pack_mask_", grads):
-            op([masks[seen[k]] for k in at], [grads[k] for k in at], threshold.to(device))
+        for place in places:
+            here = [shards.local(masks[seen[k]]) for k in place.at]
+            resolve("pack_mask_", place.device.type, opt.backend)(here, place.grads, threshold.to(place.device))
         reached = {id(p) for p in seen}
         for p in params:
             if id(p) not in reached:
@@ -108,35 +110,38 @@ def update_mask(opt: FlatOptimizer, scaler: Any) -> None:
     opt.cycle.mark_consumed([])
 
 
-Place = tuple[torch.device, shards.Ranks]
+class Place(NamedTuple):
+    """Gradients of one device, whose other rows the same ranks hold."""
+
+    device: torch.device
+    ranks: shards.Ranks
+    at: list[int]  # positions among all gradients
+    grads: list[Tensor]  # the parts that are here
 
 
-def _by_place(opt: FlatOptimizer, op: str, tensors: list[Tensor]) -> list[tuple[Any, Place, list[int]]]:
-    """An op per device and group of ranks, with the positions of the tensors that are there."""
-    positions: dict[tuple[Place, bool], list[int]] = {}
-    for k, t in enumerate(tensors):
-        positions.setdefault(((t.device, shards.ranks_of(t)), shards.is_sharded(t)), []).append(k)
-    found = []
-    for (place, sharded), at in positions.items():
-        run = resolve(op, place[0].type, opt.backend)
-        found.append((shards.on_parts(run) if sharded else run, place, at))
-    return found
+def _places(grads: list[Tensor]) -> list[Place]:
+    found: dict[Any, Place] = {}
+    for k, g in enumerate(grads):
+        where = g.device, shards.ranks_of(g)
+        place = found.setdefault(where, Place(*where, [], []))
+        place.at.append(k)
+        place.grads.append(shards.local(g))
+    return list(found.values())
 
 
-def _threshold(opt: FlatOptimizer, grads: list[Tensor], sharp_fraction: float) -> Tensor | None:
-    """The K-th smallest magnitude, 0-dim float32, exact; None where a gradient is not finite.
+def _threshold(opt: FlatOptimizer, places: list[Place], total: int, sharp_fraction: float) -> Tensor | None:
+    """The K-th smallest of `total` magnitudes, 0-dim float32, exact; None where a gradient is not finite.
 
     A radix selection over the bits: a histogram per digit, no sort and no copy of the gradients. Of sharded ones the
     histograms are added up over the ranks, 33 KB in all. Of many gradients the first digit is guessed from a sample,
     because its histogram, in which every element has a part, is the slowest; counts tell whether the guess is right.
     """
-    total = sum(g.numel() for g in grads)
-    device = grads[0].device
+    device = places[0].device
     wanted = torch.tensor(min(max(int(total * (1 - sharp_fraction)), 1), total), device=device)
     unknown = torch.empty(0, dtype=torch.int64, device=device)
-    prefix = _guessed(opt, grads, wanted / total) if total >= SAMPLED else unknown
+    prefix = _guessed(opt, places, wanted / total) if total >= SAMPLED else unknown
     for attempt in range(3):
-        counts = _histogram(opt, grads, prefix)
+        counts = _histogram(opt, places, prefix)
         finite, low, high = torch.stack(
             [counts[-1] == 0, wanted <= counts[-2], counts[:-1].sum() < wanted]
         ).tolist()  # fmt: skip
@@ -151,16 +156,16 @@ def _threshold(opt: FlatOptimizer, grads: list[Tensor], sharp_fraction: float) -
         prefix = torch.cat([prefix, digit.reshape(1)])
         if len(prefix) == len(MAGNITUDE_DIGITS):
             break
-        counts = _histogram(opt, grads, prefix)
+        counts = _histogram(opt, places, prefix)
     bits = torch.zeros((), dtype=torch.int64, device=device)
     for digit, width in zip(prefix, MAGNITUDE_DIGITS, strict=True):
         bits = (bits << width) | digit
     return bits.to(torch.int32).view(torch.float32)
 
 
-def _guessed(opt: FlatOptimizer, grads: list[Tensor], quantile: Tensor) -> Tensor:
+def _guessed(opt: FlatOptimizer, places: list[Place], quantile: Tensor) -> Tensor:
     """The first digit of a quantile of the magnitudes as one in 64 of them has it; int64 (1,)."""
-    counts = _histogram(opt, grads, torch.empty(0, dtype=torch.int64, device=quantile.device), _sample)[:-2]
+    counts = _histogram(opt, places, torch.empty(0, dtype=torch.int64, device=quantile.device), _sample)[:-2]
     up_to = counts.cumsum(0)
     digit = torch.searchsorted(up_to, (quantile * up_to[-1]).long()).clamp(max=len(counts) - 1)
     return digit.reshape(1)
@@ -169,7 +174,7 @@ def _guessed(opt: FlatOptimizer, grads: list[Tensor], quantile: Tensor) -> Tenso
 def _sample(grads: list[Tensor]) -> list[Tensor]:
     """A cache line of every 64, of tensors that have so many."""
     pieces = []
-    for g in shards.parts(grads):
+    for g in grads:
         count = g.numel() // (64 * LINE)
         pieces.append(g.as_strided((count, LINE), (64 * LINE, 1)).flatten())
     return [torch.cat(pieces)]
@@ -177,15 +182,16 @@ def _sample(grads: list[Tensor]) -> list[Tensor]:
 
 def _histogram(
     opt: FlatOptimizer,
-    grads: list[Tensor],
+    places: list[Place],
     prefix: Tensor,
     select: Callable[[list[Tensor]], list[Tensor]] = lambda grads: grads,
 ) -> Tensor:
     """count_magnitudes_ of everything, or of what `select` leaves of it, wherever it is."""
     size = 2 ** MAGNITUDE_DIGITS[len(prefix)] + 2
     counts = torch.zeros(size, dtype=torch.int64, device=prefix.device)
-    for op, (where, ranks), at in _by_place(opt, "count_magnitudes_", grads):
-        part = torch.empty(size, dtype=torch.int64, device=where)
-        op(part, select([grads[k] for k in at]), prefix.to(where))
-        counts += shards.add_up(part, ranks).to(prefix.device)
+    for place in places:
+        part = torch.empty(size, dtype=torch.int64, device=place.device)
+        count = resolve("count_magnitudes_", place.device.type, opt.backend)
+        count(part, select(place.grads), prefix.to(place.device))
+        counts += shards.add_up(part, place.ranks).to(prefix.device)
     return counts
