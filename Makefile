@@ -13,8 +13,17 @@ VENV ?= .venv
 # The version that the results were taken with. pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL)
 # choose between torch's CPU and CUDA wheels.
 TORCH ?= torch==2.13.0
-# Test processes. Two already compete for cores with the threads that the kernels start.
-JOBS ?= 2
+# Test processes: as many as there are cores, from two to sixteen. No more on few cores: two already compete for two cores
+# with the threads that the kernels start.
+CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+JOBS ?= $(shell n=$(CORES); [ "$$n" -ge 2 ] || n=2; [ "$$n" -le 16 ] || n=16; echo "$$n")
+# `make gpu`: seconds, lists of stages or stages (bench/gpu/run.py --help), where results go, DRY=1 for the CPU.
+BUDGET ?= 280
+STAGES ?=
+OUT ?=
+DRY ?=
+# `make gpu-report`: a folder that `make gpu` wrote.
+FROM ?=
 # Further arguments of pytest, of the demo, of the benchmarks.
 ARGS ?=
 # Tests that the sanitizers watch: those that call the compiled kernels with every shape and dtype.
@@ -22,7 +31,7 @@ SANITIZE_TESTS ?= tests/test_backends.py tests/test_noise.py tests/test_describe
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env build demo test test-triton check format bench bench-gpu sanitize wheel-check show clean
+.PHONY: help env build demo test test-triton check format bench gpu gpu-report sanitize wheel-check show clean
 
 NATIVE := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 TREE := $(CURDIR)/build/tree
@@ -111,8 +120,13 @@ demo: build ## every method on handwritten digits: accuracy, time, passes over m
 bench: build ## microbenchmarks against PyTorch; results go to bench/results
 	@env -u OMP_NUM_THREADS $(IMPORTS) $(PY) bench/run.py $(ARGS)
 
-bench-gpu: build ## the same for the Triton kernels, on a GPU (under eight minutes)
-	@$(RUN) bench/run.py --device cuda $(ARGS)
+# To compile is the first stage of `gpu`, so that it counts. `exec`, so that make's SIGTERM reaches it.
+gpu: $(if $(NO_VENV),,$(VENV)/.editable) ## all checks and races that need a GPU, in BUDGET seconds (DRY=1: without one)
+	@exec $(RUN) bench/gpu/run.py --budget '$(BUDGET)' --stages '$(STAGES)' $(if $(OUT),--out '$(OUT)') $(if $(filter-out 0,$(DRY)),--dry-run)
+
+gpu-report: $(if $(NO_VENV),,$(VENV)/.editable) ## a report of what `make gpu` wrote: make gpu-report FROM=build/gpu
+	@$(if $(FROM),,echo "error: FROM: name a folder that make gpu wrote: make gpu-report FROM=build/gpu" >&2; exit 1)
+	@$(RUN) bench/gpu/report.py '$(FROM)'
 
 # ---- checks
 
@@ -127,12 +141,17 @@ test: build check ## build, check, every test (the wheel's too)
 	@$(if $(ARGS),,$(MAKE) --no-print-directory test-triton)
 	@$(PYTEST) $(ARGS)
 
+# Where there is a GPU, kernels that these compile for a stand-in would be launched on it.
+WITHOUT_GPU := tests/test_host.py tests/test_warm_up.py
+
 # The interpreter has to be chosen before triton is imported, so this is a process of its own. There is a triton for few
 # platforms only.
 test-triton: $(READY) ## the Triton kernels in Triton's interpreter (no GPU needed; part of `test`)
 	@if $(call has,triton) && $(call has,pytest); then \
 	  TRITON_INTERPRET=1 $(PYTEST) -q tests/test_triton.py tests/test_capturable.py $(ARGS); \
 	else echo "not checked: Triton kernels (triton is not installed)"; fi
+	@$(if $(ARGS),,if $(call has,triton) && $(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  CUDA_VISIBLE_DEVICES= $(PYTEST) -q $(WITHOUT_GPU); fi)
 
 check: $(if $(NO_VENV),,$(ENV_STAMP)) ## formatting, lint, types
 	$(call tool,ruff,$(PY) -m ruff,Python lint,check .)

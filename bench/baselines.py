@@ -27,6 +27,21 @@ def torch_optimizer(params: list[Tensor], base: str, **implementation: bool) -> 
     return torch.optim.AdamW(params, LR[base], weight_decay=WEIGHT_DECAY[base], **implementation)
 
 
+class FusedAndCopy:
+    """float32 masters as torch's users have them: the fused optimizer on `params`, then one copy of them into the
+    half-precision weights of the network. Its gradients come in float32; who converts them is not asked.
+    """
+
+    def __init__(self, params: list[Tensor], base: str) -> None:
+        self.base = torch_optimizer(params, base, fused=True)
+        self.params = [p.detach() for p in params]
+        self.weights = [p.to(torch.bfloat16) for p in self.params]
+
+    def step(self) -> None:
+        self.base.step()
+        torch._foreach_copy_(self.weights, self.params)
+
+
 def per_filter(t: Tensor, like: Tensor) -> Tensor:
     """One value per filter, shaped to broadcast against `like`; rank <= 1 passes through."""
     return t.view(-1, *[1] * (like.dim() - 1)) if like.dim() >= 2 else t

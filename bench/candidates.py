@@ -10,18 +10,29 @@ import statistics
 import torch
 from torch import Tensor
 
-from .baselines import STYLES, torch_optimizer
+from .baselines import STYLES, FusedAndCopy, torch_optimizer
 from .baselines_ire import IRE_STYLES
 from .harness import Clock, Cpu, Gradients, Timed, run_cycle
-from .methods import LR, METHODS, MOMENTUM, WEIGHT_DECAY, Method, is_plain
+from .methods import LR, METHODS, MOMENTUM, WEIGHT_DECAY, Method, call_floors, is_plain
 
 TORCH = {"torch fused": {"fused": True}, "torch foreach": {"foreach": True}, "torch loop": {"foreach": False}}
 FLOOR = "torch fused"  # the plain optimizer every ratio is against
+COPIED = "torch fused + copy"  # and the plain one with half-precision weights in front of it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def flatkern_optimizer(params: list[Tensor], method: Method, base: str, *, backend: str, masters: bool = False):
-    """The one line that a user changes, for any method of the table."""
+    """The one line that a user changes, for any method of the table; rolling noise is on."""
+    optimizer = untouched_optimizer(params, method, base, backend=backend, masters=masters)
+    if method.rolling:
+        optimizer.train()
+    return optimizer
+
+
+def untouched_optimizer(
+    params: list[Tensor], method: Method, base: str, *, backend: str | None = None, masters: bool = False
+):
+    """The same before the first noise: no weight has been looked at."""
     import flatkern
 
     perturb = None
@@ -36,12 +47,8 @@ def flatkern_optimizer(params: list[Tensor], method: Method, base: str, *, backe
     enhance = flatkern.IRE(method.kappa, sharp_fraction=method.sharp_fraction) if method.kappa else None
     ours = {"perturb": perturb, "enhance": enhance, "backend": backend, "master_weights": masters}
     if base == "sgd":
-        optimizer = flatkern.SGD(params, LR[base], MOMENTUM, weight_decay=WEIGHT_DECAY[base], **ours)
-    else:
-        optimizer = flatkern.AdamW(params, LR[base], weight_decay=WEIGHT_DECAY[base], **ours)
-    if method.rolling:
-        optimizer.train()
-    return optimizer
+        return flatkern.SGD(params, LR[base], MOMENTUM, weight_decay=WEIGHT_DECAY[base], **ours)
+    return flatkern.AdamW(params, LR[base], weight_decay=WEIGHT_DECAY[base], **ours)
 
 
 def labels(method: str, backends: list[str], dtype: str, masters: bool, compiled: bool) -> list[str]:
@@ -55,6 +62,32 @@ def labels(method: str, backends: list[str], dtype: str, masters: bool, compiled
     if masters:
         return [*ours, FLOOR]
     return [*ours, FLOOR, *reversed(STYLES), *(["compiled"] if compiled else [])]
+
+
+def arriving(label: str, dtype: str) -> str:
+    """The dtype of the weights and gradients that a candidate is given, which `dtype` is trained in."""
+    return "float32" if label == COPIED else dtype
+
+
+def floors(label: str, method: str, base: str, dtype: str, masters: bool) -> dict[str, float]:
+    """Bytes per parameter that a candidate must move at least, by call of a step."""
+    does, width = METHODS["plain" if is_plain(label) else method], DTYPES[dtype].itemsize
+    if label == COPIED:
+        full = DTYPES["float32"].itemsize
+        return {"step": call_floors(does, base, full)["step"] + full + width}
+    return call_floors(does, base, width, masters)
+
+
+def held_at_most(label: str, method: str, base: str, dtype: str, masters: bool) -> int:
+    """Bytes per parameter that a candidate may need: weights, moments, buffers and temporaries."""
+    width = DTYPES[dtype].itemsize
+    full = 4 if masters else width
+    moments = {"sgd": 1, "adamw": 2}[base]
+    if "flatkern" in label or is_plain(label):
+        saved = 0 if is_plain(label) or masters else 1
+        return (1 + moments + saved) * full + (width if masters else 0)
+    loops = label in ("papers", "loop")
+    return (1 + moments + (6 if loops else 2 if METHODS[method].floor is None else 3)) * full
 
 
 class Candidate:
@@ -85,6 +118,8 @@ class Candidate:
         kind, _, backend = self.label.removeprefix("plain ").partition(" ")
         if self.label in TORCH:
             return torch_optimizer(self.params, base, **TORCH[self.label])
+        if self.label == COPIED:
+            return FusedAndCopy(self.params, base)
         if kind == "flatkern":
             return flatkern_optimizer(self.params, self.method, base, backend=backend, masters=masters)
         if kind == "compiled":

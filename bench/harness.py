@@ -5,7 +5,7 @@ minutes, and whoever runs first pays for cold caches and fresh pages; so rounds 
 round every candidate makes one step, in an order in which everybody follows everybody else equally
 often. Statistics and result files are those of pytest-benchmark (see stats.py, results.py), so that
 `pytest-benchmark compare` reads them; `pytest bench --benchmark-only` has single ops the usual way.
-What a turn measures is the machine's: here the host's clock, in gpu.py the device's beside it.
+What a turn measures is the machine's: here the host's clock, in gpu/machine.py the device's beside it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is raced against what: the default plans, of the CPU and of a GPU, and the command line's variants.
+"""What is raced against what on the CPU: the default plan, and the command line's variants. GPUs have gpu/wanted.py.
 
 A race is one method on one model, with everybody who can do it; candidates of a race are interleaved.
 """
@@ -6,7 +6,7 @@ A race is one method on one model, with everybody who can do it; candidates of a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 from .candidates import FLOOR, labels
@@ -21,13 +21,14 @@ class Entry:
     label: str
     dtype: str = "float32"
     masters: bool = False
+    tuning: tuple[int, int] | None = None  # of the Triton kernels; None: theirs
 
 
 @dataclass(frozen=True)
 class Race:
     """One method on one model; `table` says where its results are shown."""
 
-    table: str  # methods, dtypes, calls, compiled, copy
+    table: str  # methods, dtypes, calls, copy; gpu
     model: str
     method: str
     base: str
@@ -37,8 +38,7 @@ class Race:
     def title(self) -> str:
         if self.table == "copy":
             return f"{MODELS[self.model].title}, copying"
-        compiled = ", torch.compile" if self.table == "compiled" else ""
-        return f"{MODELS[self.model].title}, {METHODS[self.method].title}, {self.base}{compiled}"
+        return f"{MODELS[self.model].title}, {METHODS[self.method].title}, {self.base}"
 
 
 def by_method(model: str, methods: list[str], bases: list[str], dtype: str, args) -> Iterator[Race]:
@@ -80,60 +80,9 @@ def default_plan(args) -> list[Race]:
     ]
 
 
-def gpu_plan(args) -> list[Race]:
-    """Under eight minutes on a GPU, what matters most first: the end may have to be left out."""
-    every, few, half = list(METHODS), ["plain", "m-rwp", "sam", "rolling"], ["rwp", "plain", "rolling"]
-    first = ["m-rwp", "sam", "asam"]
-    return [
-        *(Race("copy", model, "plain", "sgd") for model in ("gpt2", "resnet50", "llama_1b")),
-        *by_method("gpt2", first, ["sgd"], "float32", args),
-        *by_method("resnet50", first, ["sgd"], "float32", args),
-        *by_layout("gpt2", "adamw", args.backends),
-        *lean(by_method("llama_1b", ["m-rwp"], ["sgd"], "float32", args)),
-        *by_method("many_small", few, ["sgd"], "float32", args),
-        *by_method("vit_b16", ["m-rwp"], ["adamw"], "float32", args),
-        *by_method("gpt2", ["plain", "m-rwp", "rolling", "ire"], ["adamw"], "float32", args),
-        *by_method("resnet50", half, ["sgd"], "float32", args),
-        *by_call(few, list(BASES), args.backends),
-        *by_method("gpt2", half, ["sgd"], "float32", args),
-        *lean(by_method("llama_1b", ["plain", "rolling"], ["adamw"], "float32", args)),
-        *by_layout("llama_1b", "adamw", args.backends),
-        *by_method("resnet50", [m for m in every if m not in (*first, *half)], ["sgd"], "float32", args),
-        *by_compiler("resnet50", "m-rwp", "sgd", args.backends),
-        *by_compiler("gpt2", "rolling", "adamw", args.backends),
-        *by_dtype("gpt2", ["plain", "m-rwp"], "adamw", args.backends),
-        *by_method("vit_b16", ["plain", "sam", "rolling"], ["adamw"], "float32", args),
-        *by_dtype("resnet50", ["plain", "m-rwp", "rolling"], "sgd", args.backends),
-        *by_method("resnet50", [*few, *(m for m in every if m not in few)], ["adamw"], "float32", args),
-        *(Race("copy", model, "plain", "sgd") for model in ("vit_b16", "many_small")),
-    ]
-
-
-def lean(races: Iterator[Race]) -> Iterator[Race]:
-    """Only those for whom a billion parameters leave room: no loops with their temporaries."""
-    for race in races:
-        who = tuple(e for e in race.entries if e.label not in ("papers", "loop", "torch loop"))
-        yield replace(race, entries=who)
-
-
-def by_layout(model: str, base: str, backends: list[str]) -> Iterator[Race]:
-    """Rolling noise behind bfloat16 weights with float32 masters, against plain steps of that very layout."""
-    for backend in backends:
-        ours = [Entry(f"{plain}flatkern {backend}", "bfloat16", True) for plain in ("", "plain ")]
-        yield Race("dtypes", model, "rolling", base, (*ours, Entry(f"flatkern {backend}"), Entry(FLOOR)))
-
-
-def by_compiler(model: str, method: str, base: str, backends: list[str]) -> Iterator[Race]:
-    """torch.compile, which takes so long to get ready that few races have it."""
-    who = [*(f"flatkern {b}" for b in backends), FLOOR, "foreach", "compiled"]
-    yield Race("compiled", model, method, base, tuple(map(Entry, who)))
-
-
 def plan(args) -> list[Race]:
     """The default plan; or, where something was selected, the product of the selections."""
     if not args.selected:
-        if args.device == "cuda" and not args.quick:
-            return gpu_plan(args)
         races = default_plan(args)
     else:
         races = [

@@ -6,7 +6,8 @@
     python bench/render.py FILE.json --plot FILE.png    bar chart
 
 A marked block starts with the line `<!-- bench: NAME -->` and ends with `<!-- /bench -->`; --names lists
-the names. The text between is a function of the JSON alone, so a test can compare the two.
+the names. The text between is a function of the JSON alone, so a test can compare the two. The block "gpu" is
+bench/gpu/report.py's.
 """
 
 from __future__ import annotations
@@ -20,20 +21,17 @@ if __package__ in (None, ""):  # run as a script: the installed flatkern, if any
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from bench import results as files
-from bench.gpu import slug
-from bench.report import tables
+from bench.tables import tables
 
-RESULTS = files.ROOT / "bench" / "results"
 BLOCK = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+ELSEWHERE = "gpu"  # the block that is made of other files
 
 
 def markdown(results: dict) -> str:
     """All tables as one document."""
     machine, commit = results["machine_info"], results["commit_info"]
     versions = f"Python {machine['python_version']}, torch {machine['torch']}, flatkern {machine['flatkern']}"
-    compiler, gpu = machine["flatkern_cpp"].get("compiler"), machine.get("gpu")
-    if gpu:
-        versions += f", triton {machine['triton']}; {gpu['name']}, driver {gpu['driver']}, CUDA {gpu['cuda']}"
+    compiler = machine["flatkern_cpp"].get("compiler")
     head = (
         f"`{results['command'].strip()}`, {results['datetime'][:10]}, commit {commit['id'][:10]}"
         f"{' with local changes' if commit['dirty'] else ''}; {versions}{f' ({compiler})' if compiler else ''}; "
@@ -42,24 +40,16 @@ def markdown(results: dict) -> str:
     return "\n".join([head, *(f"### {table.title}\n\n{table.markdown()}\n" for table in tables(results))])
 
 
-def others(results: dict) -> tuple[str, ...]:
-    """How the names of the tables begin that are in other result files."""
-    own = slug(results["machine_info"]["gpu"]["name"]) if "gpu" in results["machine_info"] else "cpu"
-    return tuple(f"{path.stem}-" for path in RESULTS.glob("*.json") if path.stem not in (own, "cpu"))
-
-
 def embed(text: str, results: dict) -> str:
-    """The document with its marked blocks rewritten; those of other machines stay.
+    """The document with its marked blocks rewritten; the GPUs' stays.
 
     Raises:
         KeyError: a block names a table that the results do not have.
     """
     known = {table.name: table.markdown() for table in tables(results)}
-    gpu = "gpu" in results["machine_info"]
-    own = f"{slug(results['machine_info']['gpu']['name'])}-" if gpu else ""
 
     def block(match: re.Match) -> str:
-        if not match[2].startswith(own) or match[2].startswith(others(results)):
+        if match[2] == ELSEWHERE:
             return match[0]
         if match[2] not in known:
             raise KeyError(f"no table {match[2]!r} in the results; there are {', '.join(known)}")

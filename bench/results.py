@@ -3,8 +3,8 @@
 
 What a number means: `stats` are seconds per optimizer step, without autograd's accumulation; `calls` are
 median seconds by call; `gigabytes_per_second` divides the method's *floor* by the median, so that waste
-shows as a low rate instead of a high one. On a GPU all of these are device time; `host` has the same on the
-host, `loop` seconds per step of a loop, `launches` what a call starts on the device (gpu.py says how).
+shows as a low rate instead of a high one. Of a GPU all of these are device time; `host` has the same on the host,
+`loop` seconds per step of a loop (gpu/machine.py says how), and `make gpu` writes its own files.
 """
 
 from __future__ import annotations
@@ -24,11 +24,6 @@ import torch
 from .harness import Timings
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def key(params: dict) -> str:
-    """One candidate of one race, whatever the table."""
-    return " ".join(str(value) for value in params.values())
 
 
 def entry(table: str, params: dict, timings: Timings, numel: int, **info) -> dict:
@@ -147,14 +142,13 @@ def document(
     threads: int,
     seconds: float,
     busy: float = 0.0,
-    gpu: dict | None = None,
 ) -> dict:
-    """The whole file; `busy` is the load before the first race, `gpu` what the device says about itself.
+    """The whole file; `busy` is the load before the first race.
 
     Where there is no git, FLATKERN_COMMIT names the commit.
     """
     return {
-        "machine_info": {**machine_info(threads), "load_before": round(busy, 2), **({"gpu": gpu} if gpu else {})},
+        "machine_info": {**machine_info(threads), "load_before": round(busy, 2)},
         "commit_info": {
             "id": git("rev-parse", "HEAD") or os.environ.get("FLATKERN_COMMIT") or "unversioned",
             "time": git("show", "-s", "--format=%cI") or None,

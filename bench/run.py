@@ -1,16 +1,14 @@
-"""Benchmark flatkern against plain torch, and against what users write instead.
+"""Benchmark flatkern on the CPU against plain torch, and against what users write instead.
 
 Without a selection: every method on ResNet-50, a subset on smaller and larger models, half precision,
 the cost of a call, the bandwidth of a copy; minutes on two cores. Selecting models, methods, bases or
 dtypes runs their product instead. Only optimizer work is timed: gradients are preset. The default run
-writes bench/results/cpu.{json,md,png}, on a GPU bench/results/NAME-OF-THE-GPU.{json,md,png}; the others write
-what they are asked for.
+writes bench/results/cpu.{json,md,png}; the others write what they are asked for. A GPU has bench/gpu/run.py.
 
     python bench/run.py --quick
     python bench/run.py --models gpt2 --methods m-rwp sam --base adamw
     python bench/run.py --dtype bfloat16 --masters --methods plain rwp sam
     python bench/run.py --json NAME.json --table NAME.md --plot NAME.png
-    python bench/run.py --device cuda
 """
 
 from __future__ import annotations
@@ -44,18 +42,13 @@ def arguments() -> argparse.Namespace:
         "--masters", action="store_true", help="float32 masters behind bfloat16 weights (flatkern only)"
     )
     backends = ["cpp", "eager", "triton"]
-    select.add_argument("--backends", nargs="+", choices=backends, help="default: cpp, on a GPU triton")
+    select.add_argument("--backends", nargs="+", choices=backends, default=["cpp"], help="default: cpp")
     select.add_argument("--compile", action="store_true", help="also torch.compile; compiling takes a minute per race")
     select.add_argument("--quick", action="store_true", help="one model, four methods, under a minute")
-    gpu = parser.add_argument_group("GPU")
-    gpu.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
-    gpu.add_argument("--minutes", type=float, default=7.5, help="of the whole run; races beyond are left out and named")
-    gpu.add_argument("--workers", type=int, help="processes that compile beforehand; 0: none, and no launch counts")
-    gpu.add_argument("--dry-run", action="store_true", help="the same on the CPU with small tensors; measures nothing")
     timing = parser.add_argument_group("timing")
     timing.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     timing.add_argument("--rounds", type=int, help="steps per candidate (default 15, quick 7)")
-    timing.add_argument("--seconds", type=float, help="of a candidate per race, default 1.5, on a GPU 0.4")
+    timing.add_argument("--seconds", type=float, default=1.5, help="of a candidate per race")
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="results, readable by pytest-benchmark compare")
     output.add_argument("--table", metavar="FILE.md", help="the tables in Markdown")
@@ -63,9 +56,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.rounds = args.rounds or (7 if args.quick else 15)
     args.selected = bool(args.models or args.methods or args.base or args.dtype or args.masters)
-    args.default = not (args.selected or args.quick or args.dry_run or args.json or args.table or args.plot)
-    if args.dry_run and args.device != "cuda":
-        parser.error("--dry-run is of --device cuda")
+    args.default = not (args.selected or args.quick or args.json or args.table or args.plot)
     if args.masters:
         args.dtype = args.dtype or ["bfloat16"]
         if args.dtype != ["bfloat16"]:
@@ -73,55 +64,20 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def settle(args: argparse.Namespace) -> None:
-    """The defaults that depend on the device."""
-    from bench import stand_in
-    from bench.workers import default_workers
-
-    gpu = args.device == "cuda"
-    if args.dry_run:
-        stand_in.prepare()
-        args.rounds, args.seconds = 1, 0.01
-    args.seconds = args.seconds or (0.4 if gpu else 1.5)
-    args.backends = args.backends or (["triton"] if gpu and not args.dry_run else ["cpp"])
-    args.workers = default_workers() if args.workers is None else args.workers
-
-
-def measure_here(args, screen):
-    """The CPU's races, in this process; yields its findings so far after each."""
+def measure(args, screen, runner) -> None:
+    """Runs the races; `runner` has what they have found so far."""
     from bench import races
-    from bench.runner import Runner
 
     chosen = races.plan(args)
-    runner = Runner(args.rounds, args.seconds, screen.tick)
     with screen.races(len(chosen)):
         for race in chosen:
             screen.race(race.title)
             runner.run(race)
-            yield runner.benchmarks, runner.failures, None
-
-
-def measure_elsewhere(args, screen):
-    """A GPU's races, in processes of their own; yields the findings so far after each."""
-    from bench.workers import Measurement
-
-    measurement = Measurement(args, screen)
-    for _ in measurement.run():
-        yield measurement.results(), measurement.failures, measurement.device
 
 
 def partial(path: str | None) -> str | None:
     """Where an interrupted run writes, so that it does not replace a whole one."""
     return path and str(Path(path).with_stem(Path(path).stem + "-partial"))
-
-
-def name_files(args, device: dict | None) -> None:
-    """The default run's files are called after what it ran on."""
-    if args.default:
-        from bench.gpu import slug
-
-        name = "cpu" if args.device == "cpu" else slug(device["name"] if device else "")
-        args.json, args.table, args.plot = (str(RESULTS / f"{name}.{kind}") for kind in ("json", "md", "png"))
 
 
 def write(args, found: dict) -> list[str]:
@@ -150,44 +106,31 @@ def main() -> int:
 
     import torch
 
-    from bench import gpu, results
-    from bench.report import tables
+    from bench import results
+    from bench.runner import Runner
     from bench.screen import screen
+    from bench.tables import tables
 
-    if args.device == "cuda" and not args.dry_run and (lacking := gpu.missing()):
-        print(f"error: no GPU benchmarks here: {lacking}", file=sys.stderr)
-        return 1
-    settle(args)
     torch.set_num_threads(args.threads)
     show, started, busy = screen(), time.monotonic(), results.load()
     if busy > 0.5:
         show.note(f"this machine is not quiet (load {busy:.1f}); expect numbers that do not repeat", alarming=True)
-    benchmarks, failures, device, interrupted = [], [], None, False
-
-    def document() -> dict:
-        return results.document(benchmarks, failures, args.threads, time.monotonic() - started, busy, device)
-
-    measure = measure_here if args.device == "cpu" else measure_elsewhere
+    runner, interrupted = Runner(args.rounds, args.seconds, show.tick), False
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        for so_far in measure(args, show):
-            benchmarks, failures, device = so_far
-            if device:  # a run that nobody watches may be killed; then this is what it leaves
-                name_files(args, device)
-                if args.json:
-                    results.write(partial(args.json), document())
+        measure(args, show, runner)
     except KeyboardInterrupt:
         show.note("interrupted: the results are those of the races that were over", alarming=True)
         interrupted = True
 
-    found = document()
+    seconds = time.monotonic() - started
+    found = results.document(runner.benchmarks, runner.failures, args.threads, seconds, busy)
     for table in tables(found):
         show.table(table)
-    name_files(args, device)
+    if args.default:
+        args.json, args.table, args.plot = (str(RESULTS / f"cpu.{kind}") for kind in ("json", "md", "png"))
     if interrupted:
         args.json, args.table, args.plot = map(partial, (args.json, args.table, args.plot))
-    elif args.json and device:
-        Path(partial(args.json)).unlink(missing_ok=True)
     written = write(args, found)
     show.note(f"{found['seconds']:.0f} s; wrote {', '.join(written) or 'nothing'}")
     return 130 if interrupted else 0 if found["benchmarks"] else 1

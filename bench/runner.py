@@ -8,15 +8,16 @@ from dataclasses import replace
 import torch
 
 from . import results
-from .candidates import DTYPES, FLOOR, Candidate, prepare
-from .harness import Clock, Cpu, Gradients, interleave
-from .methods import METHODS, call_floors, is_plain
+from .candidates import DTYPES, FLOOR, arriving, floors, held_at_most, prepare
+from .harness import Cpu, Gradients, Timed, interleave
 from .models import MODELS
 from .races import Entry, Race
 
 
 class Runner:
     """Runs races and collects their results; a candidate that fails costs its own line only."""
+
+    least = 5  # turns of a candidate that takes long
 
     def __init__(
         self,
@@ -36,12 +37,12 @@ class Runner:
         self.machine.release()
 
     def fitting(self, race: Race) -> Iterator[Entry]:
-        """The entries that memory has room for: weights, two moments and three buffers each; gradients and a copy."""
+        """The entries that memory has room for, beside weights and gradients of each dtype and a copy."""
         free, numel = self.machine.free_bytes(), MODELS[race.model].numel
-        need = 6 * 4 * numel
+        dtypes = {arriving(entry.label, entry.dtype) for entry in race.entries}
+        need = (2 * 4 + sum(5 * DTYPES[dtype].itemsize for dtype in dtypes)) * numel
         for entry in race.entries:
-            # With masters there are no buffers, but half-precision weights beside them.
-            need += (2 + 3 * 4 if entry.masters else 6 * DTYPES[entry.dtype].itemsize) * numel
+            need += held_at_most(entry.label, race.method, race.base, entry.dtype, entry.masters) * numel
             if free is None or need < 0.9 * free:
                 yield entry
             else:
@@ -57,7 +58,9 @@ class Runner:
     def interleave(self, race: Race, candidates: dict):
         # Small models are over in no time: more turns, for the same number of seconds.
         rounds = self.rounds * (5 if MODELS[race.model].small else 1)
-        return interleave(candidates, rounds=rounds, least=min(5, rounds), seconds=self.seconds, tick=self.tick)
+        return interleave(
+            candidates, rounds=rounds, least=min(self.least, rounds), seconds=self.seconds, tick=self.tick
+        )
 
     def inputs(self, race: Race, dtype: str) -> tuple[list[torch.Tensor], Gradients]:
         """Weights and gradients, which the candidates of a race share."""
@@ -66,20 +69,23 @@ class Runner:
         weights = [(0.05 * torch.randn(s, device=device)).to(DTYPES[dtype]) for s in model.shapes()]
         return weights, Gradients(weights, sets=2 if model.small else 1)
 
+    def prepare(self, race: Race, entry: Entry, weights: list[torch.Tensor], gradients: Gradients) -> tuple[Timed, int]:
+        """A warm candidate, and the bytes that it holds."""
+        burst = self.machine.burst if MODELS[race.model].small else 1
+        return prepare(entry.label, weights, gradients, race.method, race.base, entry.masters, burst, self.machine)
+
     def optimizers(self, race: Race) -> None:
         """Race optimizers; inputs are shared per dtype."""
         model = MODELS[race.model]
-        burst = self.machine.burst if model.small else 1
         inputs, candidates, held, entries = {}, {}, {}, {}
         for entry in race.entries:
-            key = f"{entry.label} {entry.dtype} {entry.masters}"
+            key = f"{entry.label} {entry.dtype} {entry.masters} {entry.tuning}"
             entries[key] = entry
+            dtype = arriving(entry.label, entry.dtype)
             try:
-                if entry.dtype not in inputs:
-                    inputs[entry.dtype] = self.inputs(race, entry.dtype)
-                candidates[key], held[key] = prepare(
-                    entry.label, *inputs[entry.dtype], race.method, race.base, entry.masters, burst, self.machine
-                )
+                if dtype not in inputs:
+                    inputs[dtype] = self.inputs(race, dtype)
+                candidates[key], held[key] = self.prepare(race, entry, *inputs[dtype])
             except Exception as error:  # reported in the results; the others go on
                 self.fail(race, entry, f"{type(error).__name__}: {error}")
                 self.machine.release()
@@ -94,37 +100,16 @@ class Runner:
         rows = []
         for key, measured in timings.items():
             entry = entries[key]
-            does = METHODS["plain" if is_plain(entry.label) else race.method]
-            floors = call_floors(does, race.base, DTYPES[entry.dtype].itemsize, entry.masters)
+            least = floors(entry.label, race.method, race.base, entry.dtype, entry.masters)
             info = {
-                "floor_bytes": sum(floors.values()),
-                "call_floors": floors,
+                "floor_bytes": sum(least.values()),
+                "call_floors": least,
                 "held_bytes": held[key] / model.numel,
+                **({"tuning": list(entry.tuning)} if entry.tuning else {}),
             }
             rows.append(results.entry(race.table, self.params(race, entry), measured, model.numel, **info))
         results.compare(rows, FLOOR, 8 * model.numel / copied.calls().stats().median / 1e9 if copied else None)
         self.benchmarks += rows
-
-    def survey(self, race: Race) -> dict[str, dict]:
-        """Launches by call for each candidate, which has compiled its kernels then; no clock is read.
-
-        The key is what results are found again by.
-        """
-        found = {}
-        for entry in race.entries:
-            key = results.key(self.params(race, entry))
-            try:
-                candidate = Candidate(
-                    entry.label, *self.inputs(race, entry.dtype), race.method, race.base, entry.masters, 1, self.machine
-                )
-                candidate.steps(Clock(), 0)
-                candidate.steps(Clock(), 1)
-                found[key] = self.machine.launches(candidate)
-            except Exception as error:  # the race itself will meet it again, and report it
-                found[key] = {"error": f"{type(error).__name__}: {error}"}
-            candidate = None
-            self.machine.release()
-        return found
 
     def copies(self, race: Race) -> None:
         """Measure what memory can do for this model's size, and what setting `.grad` costs."""

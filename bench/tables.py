@@ -36,8 +36,8 @@ def loud(cell: str) -> bool:
     return cell.startswith("**")
 
 
-def cpu_tables(results: dict) -> list[Table]:
-    """Everything that the results of a CPU have to show."""
+def tables(results: dict) -> list[Table]:
+    """Everything that a result file has to show."""
     found = list(method_tables(results))
     found += [dtype_table(results, model) for model in values(pick(results, "dtypes"), "model")]
     found += [call_table(results), copy_table(results), failure_table(results)]
@@ -146,12 +146,12 @@ def of_one_kind(results: dict) -> Iterator[tuple[list[dict], str]]:
                 yield rows, ours
 
 
-def heading(rows: list[dict], ours: str, usual: str) -> tuple[str, str, dict[str, str]]:
-    """Name and title of such a table, which need not name the `usual` backend, and who it is against."""
+def heading(rows: list[dict], ours: str) -> tuple[str, str, dict[str, str]]:
+    """Name and title of such a table, which need not name the usual backend, and who it is against."""
     model, base, dtype, masters = (rows[0]["params"][k] for k in KIND)
     present, backend = values(rows, "candidate"), ours.removeprefix("flatkern ")
     versus = {k: v for k, v in VERSUS.items() if k in present or PLAIN.get(k) in present}
-    marks = [dtype] * (dtype != "float32") + ["masters"] * masters + [backend] * (backend != usual)
+    marks = [dtype] * (dtype != "float32") + ["masters"] * masters + [backend] * (backend != "cpp")
     title = f"{MODELS[model].title}, {BASES[base]}" + "".join(f", {mark}" for mark in marks)
     return "-".join([model, base, *marks]), title, versus
 
@@ -164,7 +164,7 @@ def method_tables(results: dict) -> Iterator[Table]:
 
 def method_table(results: dict, rows: list[dict], ours: str) -> Table:
     model, base, dtype, masters = (rows[0]["params"][k] for k in KIND)
-    name, title, versus = heading(rows, ours, "cpp")
+    name, title, versus = heading(rows, ours)
     table = Table(
         name,
         title,
@@ -196,7 +196,7 @@ def method_table(results: dict, rows: list[dict], ours: str) -> Table:
     return table
 
 
-def dtype_table(results: dict, model: str, show=duration) -> Table:
+def dtype_table(results: dict, model: str) -> Table:
     """Half-precision weights, interleaved with float32."""
     rows = pick(results, "dtypes", model=model)
     table = Table(
@@ -214,7 +214,7 @@ def dtype_table(results: dict, model: str, show=duration) -> Table:
         weights = p["dtype"] + " + float32 masters" * p["masters"]
         relative = NOTHING if against is None else f"{against:.2f}x"
         floor = str(info["floor_bytes"])
-        table.rows.append([method, weights, p["candidate"], show(median(b)), floor, *bandwidth(b), relative])
+        table.rows.append([method, weights, p["candidate"], duration(median(b)), floor, *bandwidth(b), relative])
     return table
 
 

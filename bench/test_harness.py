@@ -14,8 +14,8 @@ from bench import render, results
 from bench.harness import Timings, balanced_orders, interleave, takes_part
 from bench.methods import METHODS, call_floors, floor_bytes
 from bench.models import MODELS
-from bench.report import tables
 from bench.stats import Stats
+from bench.tables import tables
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -116,22 +116,11 @@ def test_documents_embed_tables(found):
         render.embed(text.replace("resnet50", "alexnet"), found)
 
 
-def test_documents_keep_the_tables_of_other_machines(found, tmp_path, monkeypatch):
-    """Several files are embedded into one document, one after the other."""
-    monkeypatch.setattr(render, "RESULTS", tmp_path)
-    (tmp_path / "h200.json").write_text("{}")
+def test_documents_keep_the_table_of_the_gpus(found):
+    """It is made of other files."""
     block = "<!-- bench: {} -->\n{}\n<!-- /bench -->\n"
-    text = block.format("resnet50-sgd", "old") + block.format("h200-resnet50-sgd", "kept")
-    assert "kept" in render.embed(text, found) and "old" not in render.embed(text, found)
-
-    for b in found["benchmarks"]:
-        b["extra_info"] |= {"host": {"median": 1e-3, "calls": {}}, "loop": {"median": 1e-3}}
-    found["machine_info"]["gpu"] = {"name": "NVIDIA H200", "driver": "1"}
-    for b in found["benchmarks"]:
-        b["params"]["candidate"] = b["params"]["candidate"].replace("cpp", "triton")
-    assert "kept" not in render.embed(text, found) and "old" in render.embed(text, found)
-    with pytest.raises(KeyError, match="no table"):
-        render.embed(text.replace("h200-resnet50", "h200-alexnet"), found)
+    text = render.embed(block.format("resnet50-sgd", "old") + block.format("gpu", "kept"), found)
+    assert block.format("gpu", "kept") in text and "old" not in text
 
 
 def test_pytest_benchmark_reads_the_file(found, tmp_path):

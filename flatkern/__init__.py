@@ -1,6 +1,7 @@
 """Fused kernels and optimizers for training methods that look for flat minima."""
 
 from . import library, schedules
+from .compilation import warm_up
 from .cost import Cost, cost
 from .dispatch import backends
 from .functional import filter_norms, perturb_, restore_
@@ -30,6 +31,7 @@ __all__ = [
     "restore_",
     "sampled_label_loss",
     "schedules",
+    "warm_up",
 ]
 
 library.register()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import importlib.metadata
 import itertools
 import json
 import platform
@@ -110,8 +111,9 @@ def show_search(console: Console, epochs: int, backend: str | None, out: Path) -
 
 def about(seeds: int, epochs: int, backend: str) -> dict[str, Any]:
     """Everything needed to repeat the run."""
-    versions = {"flatkern": flatkern.__version__, "python": platform.python_version()}
-    versions |= {name: str(doctor.version(name)) for name in ("torch", "numpy", "scikit-learn", "matplotlib")}
+    # torch's own word: that of its installation lacks the build (+cu130) as a rule.
+    versions = {"flatkern": flatkern.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    versions |= {name: importlib.metadata.version(name) for name in ("numpy", "scikit-learn", "matplotlib")}
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions,

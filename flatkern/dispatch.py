@@ -23,9 +23,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     DEVICES["triton"].append("cpu")  # for tests; it is never preferred there
 REMEDY = {
     "cpp": "install a C++17 compiler and reinstall; FLATKERN_BUILD=require shows why the build fails",
-    "triton": "pip install 'flatkern[triton]' where torch sees a GPU; elsewhere use backend=None",
+    "triton": "where torch sees a GPU, pip install 'flatkern[triton]'; Triton also needs a C compiler and the driver's "
+    "libcuda; elsewhere use backend=None",
     "cuda": "use backend=None or 'eager' on this device",
 }
+
+
+# The backend of an optimizer that is only recorded (see compilation.py), whose tensors are on the CPU. Nobody else can
+# name it, so that what is cached for it is found by nobody else.
+RECORDED = "triton, recorded"
 
 
 @functools.cache
@@ -34,6 +40,8 @@ def resolve(op: str, device_type: str, backend: str | None = None) -> Callable[.
 
     Without a name, ending at eager where compiled backends exist warns once, with the reasons.
     """
+    if backend == RECORDED:
+        return load(OPS[op], "triton")
     name, refusals = served_by(op, device_type, backend)
     if name is not None:
         if name == "eager" and refusals:

@@ -137,6 +137,13 @@ def validation_loss(model: nn.Module, text: Tensor, shape: Shape, size: int, dev
     return float(torch.stack(losses).mean())
 
 
+def seconds(device: torch.device) -> float:
+    """The time, when everything that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def train(
     kappa: float | None,
     text: tuple[Tensor, Tensor],
@@ -168,25 +175,25 @@ def train(
     generator, other = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1_000_000)
     curve: list[dict[str, float]] = []
     spent = {"optimizer": 0.0, "masks": 0.0}
-    total, recent = time.perf_counter(), 0.0
+    total, recent = seconds(device), 0.0
     for step in range(steps):
-        start = time.perf_counter()
+        start = seconds(device)
         if step >= WARMUP * steps and opt.mask_due:
             x, _ = batch_of(text[0], shape, batch, other)
             flatkern.sampled_label_loss(model(x.to(device))).backward()
             opt.update_mask()
-            spent["masks"] += time.perf_counter() - start
+            spent["masks"] += seconds(device) - start
         for group in opt.param_groups:
             group["lr"] = learning_rate(step, steps, lr)
         loss = loss_of(model, batch_of(text[0], shape, batch, generator), device)
         loss.backward()
-        start = time.perf_counter()
+        start = seconds(device)
         opt.step()
-        spent["optimizer"] += time.perf_counter() - start
+        spent["optimizer"] += seconds(device) - start
         opt.zero_grad()
         recent = float(loss.detach()) if not step else 0.95 * recent + 0.05 * float(loss.detach())
         tick(recent)
         if (step + 1) % max(1, steps // points) == 0 or step + 1 == steps:
             held_out = validation_loss(model, text[1], shape, batch, device)
             curve.append({"step": step + 1, "training": recent, "validation": held_out})
-    return {"curve": curve, "seconds": {**spent, "total": time.perf_counter() - total}}
+    return {"curve": curve, "seconds": {**spent, "total": seconds(device) - total}}

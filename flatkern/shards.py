@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import jobs
+
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
 Ranks = tuple[Any, ...]  # the process groups among whose members a tensor's rows are divided
 
@@ -44,7 +46,7 @@ def version(t: Tensor) -> int:
 def ranks_of(t: Tensor) -> Ranks:
     """Who holds the other rows of `t`; empty where all of them are here."""
     if not is_sharded(t):
-        return ()
+        return jobs.shard_of(t).ranks
     mesh, placements = t.device_mesh, t.placements  # type: ignore[attr-defined]
     return tuple(mesh.get_group(d) for d, placement in enumerate(placements) if placement.is_shard())
 
@@ -52,7 +54,7 @@ def ranks_of(t: Tensor) -> Ranks:
 def first_row(t: Tensor) -> int:
     """The row of the whole tensor that the part begins with; for vectors the element."""
     if not is_sharded(t) or t.dim() == 0:
-        return 0
+        return jobs.shard_of(t).first
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)  # type: ignore[attr-defined]
@@ -82,8 +84,8 @@ def on_parts(run: Callable[..., None]) -> Callable[..., None]:
 
 
 def add_up(t: Tensor, ranks: Ranks) -> Tensor:
-    """The sum of `t` over `ranks`, in place."""
-    for group in ranks:
+    """The sum of `t` over `ranks`, in place; in a recording nobody else is asked."""
+    for group in ranks if jobs.current.get() is None else ():
         torch.distributed.all_reduce(t, group=group)
     return t
 

@@ -1,12 +1,15 @@
 """One network in training by every method, with optimizers whose steps a CUDA graph may capture and with others.
 
-Used by test_capturable.py and test_gpu.py.
+And what stands for a graph, and for waiting, where there is no GPU. Used by test_capturable.py and test_gpu.py.
 """
 
+import contextlib
 import functools
 
 import torch
 from torch.optim import lr_scheduler
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 import flatkern
 from flatkern.schedules import PerturbationScheduler
@@ -106,3 +109,110 @@ def assert_same(a, b):
     for g, h in zip(a.opt.param_groups, b.opt.param_groups, strict=True):
         for key in {"lr", "sigma", "round"} & g.keys():
             assert float(g[key]) == float(h[key]), key
+
+
+TRAINED = {
+    "RWP": flatkern.RWP(0.02),
+    "ARWP, rolling": flatkern.RWP(0.02, eta=0.1, rolling=True),
+    "m-RWP": flatkern.RWP(0.02, lam=0.5),
+    "SAM": flatkern.SAM(0.05),
+    "ASAM": flatkern.ASAM(0.5),
+}
+
+
+def trained(method, device, backend, watch=contextlib.nullcontext):
+    """Weights after four steps of a small network, the last two of them inside a `watch`."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Tanh(), torch.nn.Linear(96, 8))
+    x, y = torch.randn(32, 64), torch.randn(32, 8)
+    model, x, y = model.to(device), x.to(device), y.to(device)
+    opt = flatkern.SGD(model.parameters(), lr=0.05, momentum=0.9, perturb=method, backend=backend, max_grad_norm=1.0)
+
+    def closure():
+        opt.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        return loss
+
+    opt.train()
+    for watched in (contextlib.nullcontext, watch):
+        with watched():
+            for _ in range(2):
+                opt.step(closure)
+    opt.eval()
+    return [p.detach().cpu() for p in model.parameters()]
+
+
+class Watch(TorchDispatchMode):
+    """Raises where the host would have to wait for a number."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select"):
+            raise AssertionError(f"{func} makes the host wait")
+        return func(*args, **(kwargs or {}))
+
+
+class Tape(TorchDispatchMode):
+    """A poor man's graph: records what runs inside; `replay` runs it again, each result written where it was.
+
+    With `runs=False` what is recorded has no effect, as in a capture: no kernel is started, and what torch wrote is as
+    before in the end.
+    """
+
+    def __init__(self, monkeypatch, runs=True):
+        super().__init__()
+        from flatkern.triton_kernels import launch
+
+        self.calls, self.recording, self.runs = [], False, runs
+        self.memory, self.before = set(), []  # addresses that are known, and what was at those that are older
+        start = launch.Call.start
+
+        def started(*args, **kwargs):
+            if not self.recording:
+                return start(*args, **kwargs)
+            if self.runs:
+                with _disable_current_modes():
+                    start(*args, **kwargs)
+            self.calls.append(lambda: start(*args, **kwargs))
+
+        monkeypatch.setattr(launch.Call, "start", started)
+
+    def __enter__(self):
+        self.recording = True
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        self.recording = False
+        super().__exit__(*args)
+        for storage, content in self.before:
+            storage.copy_(content)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not self.runs:
+            self.remember((args, kwargs), older=True)
+        results = func(*args, **kwargs)
+        if not self.runs:
+            self.remember(results, older=False)
+        self.calls.append(lambda: self.again(results, func(*args, **kwargs)))
+        return results
+
+    def remember(self, tree, older):
+        for t in tree_leaves(tree):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.memory:
+                storage = t.untyped_storage()
+                self.memory.add(storage.data_ptr())
+                if older:
+                    self.before.append((storage, storage.clone()))
+
+    @staticmethod
+    def again(before, now):
+        for old, new in zip(tree_leaves(before), tree_leaves(now), strict=True):
+            # Views, and what was written in place, are where they were.
+            if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                old.copy_(new)
+
+    @torch.no_grad()
+    def replay(self):
+        for call in self.calls:
+            call()

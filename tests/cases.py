@@ -37,6 +37,7 @@ class Draw:
     zero, infinite  what the given norm is
     channels_last   rank 4 tensors have that memory format
     lrs, sigmas     on the device and of a stride, instead of the host's numbers, which are then wrong ones
+    captured        the noise's words are on the device, where a captured graph reads them, instead of the host
     transposed      rank 2 tensors have dim 1 outermost in memory, which ops that walk no filters take
     """
 
@@ -110,7 +111,7 @@ class Draw:
         return [self.scalar(float(3 * (k % 3))) for k in range(self.count)]
 
     def noise(self):
-        return torch.tensor(NOISE)
+        return torch.tensor(NOISE, device=self.device if "captured" in self.words else "cpu")
 
     # Host scalars differ from entry to entry: a kernel that reads its neighbour's is wrong.
 
@@ -323,11 +324,11 @@ _UPDATES = [
     "backups noise skip history specials",
     # On the device, for captured graphs.
     "lrs",
-    "backups noise history lrs sigmas",
+    "backups noise history lrs sigmas captured",
 ]
 # Where a norm is measured inside, backups or masters are there too: `compare` needs the clean weights.
 VARIANTS = {
-    "fill_normal_": ["", "offset"],
+    "fill_normal_": ["", "offset", "captured"],
     "filter_norms_": ["", "specials"],
     "ascent_norm_": ["", "params", "params specials"],
     "gradient_norm_": ["unit", "grad_scale", "clean_grads", "clean_grads grad_scale", "grad_scale specials"],
@@ -338,7 +339,7 @@ VARIANTS = {
         "backups",
         "backups masters history",
         "norms backups sigmas",
-        "masters sigmas",
+        "masters sigmas captured",
     ],
     "perturb_ascent_": ["", "backups", "backups masters specials", "backups zero", "backups infinite specials"],
     "restore_": ["", "wide"],

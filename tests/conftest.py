@@ -15,7 +15,11 @@ BACKENDS = ("eager", "cpp")  # those that run on the CPU; the dispatcher's check
 
 # Triton's interpreter has to be on before triton is imported, and compiling needs it off: processes of their own.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore = ["test_triton_compile.py", "test_host.py", "test_gpu.py"] if INTERPRETING else ["test_triton.py"]
+collect_ignore = ["test_triton.py"]
+if INTERPRETING:
+    # What test_gpu.py does is interpreted only to try it without a GPU.
+    dry = os.environ.get("FLATKERN_GPU_DRY") == "1"
+    collect_ignore = ["test_triton_compile.py", "test_host.py", "test_gpu_plan.py", *([] if dry else ["test_gpu.py"])]
 
 
 def compiled(op):
@@ -78,3 +82,36 @@ def launches(monkeypatch):
 
     monkeypatch.setattr(launch.Call, "start", counted)
     return names
+
+
+# A CUDA error stays: whatever its process asks of the GPU afterwards fails too, and says nothing about the test.
+
+
+def is_lost(error):
+    """Whether the device is lost to this process."""
+    while error is not None:
+        text = f"{type(error).__name__}: {error}"
+        if any(words in text for words in ("CUDA error", "AcceleratorError", "Triton Error [CUDA]", "illegal memory")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    if call.excinfo is not None and is_lost(call.excinfo.value):
+        item.lost = report.longreprtext
+
+
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
+    """Behind a test that lost the device: its failure is reported, then this worker ends and xdist starts another."""
+    yield
+    if not hasattr(item, "lost"):
+        return
+    if hasattr(item.config, "workerinput"):
+        # What has been reported arrives, and so does this; nothing of CUDA is asked to clean up.
+        os.write(2, f"\n{item.nodeid} lost the GPU, and its worker ends:\n{item.lost}\n".encode())
+        os._exit(1)
+    pytest.exit(f"{item.nodeid} lost the GPU, and nothing behind it in this process could be believed; run with -n 1")

@@ -12,11 +12,10 @@ import types
 
 import pytest
 import torch
-from capturing import METHODS, RULES, Run, assert_same
+from capturing import METHODS, RULES, Run, Tape, Watch, assert_same
 from conftest import INTERPRETING
 from torch.optim import lr_scheduler
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import _disable_current_modes
 
 import flatkern
 from flatkern.optim.capture import OnDevice, host_value
@@ -37,62 +36,6 @@ every_rule = pytest.mark.parametrize("rule", RULES)
 def a_device(monkeypatch):
     """Noise is read by the kernels where it lies, as on a GPU."""
     monkeypatch.setattr(launch, "on_host", lambda noise: False)
-
-
-class Watch(TorchDispatchMode):
-    """Raises where the host would have to wait for a number."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select"):
-            raise AssertionError(f"{func} makes the host wait")
-        return func(*args, **(kwargs or {}))
-
-
-# A poor man's graph.
-
-
-class Tape(TorchDispatchMode):
-    """Records what runs inside; `replay` runs it again, each result written where it was."""
-
-    def __init__(self, monkeypatch):
-        super().__init__()
-        self.calls, self.recording = [], False
-        start = launch.Call.start
-
-        def started(*args, **kwargs):
-            if not self.recording:
-                return start(*args, **kwargs)
-            with _disable_current_modes():
-                start(*args, **kwargs)
-            self.calls.append(lambda: start(*args, **kwargs))
-
-        monkeypatch.setattr(launch.Call, "start", started)
-
-    def __enter__(self):
-        self.recording = True
-        return super().__enter__()
-
-    def __exit__(self, *args):
-        self.recording = False
-        return super().__exit__(*args)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        results = func(*args, **kwargs)
-        self.calls.append(lambda: self.again(results, func(*args, **kwargs)))
-        return results
-
-    @staticmethod
-    def again(before, now):
-        for old, new in zip(tree_leaves(before), tree_leaves(now), strict=True):
-            # Views, and what was written in place, are where they were.
-            if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                old.copy_(new)
-
-    @torch.no_grad()
-    def replay(self):
-        for call in self.calls:
-            call()
 
 
 # Adam differs from AdamW in the decay alone, which no method touches.

@@ -71,11 +71,18 @@ def test_numbers_are_plausible(written):
 def test_what_repeating_needs_is_written(written):
     assert written["versions"]["flatkern"] == flatkern.__version__
     assert written["versions"]["torch"] == torch.__version__
+    assert all(re.match(r"\d+\.\d+", version) for version in written["versions"].values()), written["versions"]
     assert written["hyper_parameters"]["clean"] == TUNED["clean"]
     assert written["machine"]["threads"] == 1
     assert written["machine"]["backend"] in ("cpp", "eager")
     assert (written["seeds"], written["epochs"]) == (1, 2)
     assert written["date"]
+
+
+def test_the_build_of_torch_is_written(monkeypatch):
+    """Which its installation does not know."""
+    monkeypatch.setattr(torch, "__version__", "2.14.1+cu130")
+    assert demo.about(1, 2, "cpp")["versions"]["torch"] == "2.14.1+cu130"
 
 
 def test_the_picture(quick):

@@ -130,7 +130,8 @@ def test_text(tmp_path, before):
     assert done.returncode == 0, done.stderr
     for name, state in flatkern.backends().items():
         assert any(line.split()[:1] == [name] for line in done.stdout.splitlines()), f"no row for {name}"
-        assert state["reason"] in done.stdout
+        # What a compiler says has names of temporary files in it, and lines.
+        assert state["reason"][:40] in done.stdout
         assert state["remedy"] in done.stdout
 
 

@@ -50,6 +50,16 @@ def test_kappa_zero_is_adamw(text):
     assert curves[0][-1]["validation"] < curves[0][0]["validation"]
 
 
+def test_times_are_the_devices(monkeypatch):
+    """A GPU is asked to finish first; otherwise what a step costs would be what it takes to ask for it."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "synchronize", asked.append)
+    language_training.seconds(torch.device("cpu"))
+    assert asked == []
+    language_training.seconds(torch.device("cuda", 1))
+    assert asked == [torch.device("cuda", 1)]
+
+
 def test_files(tmp_path, capsys):
     arguments = ["--steps", "10", "--width", "16", "--layers", "1", "--heads", "2", "--context", "8", "--batch", "2"]
     assert language.main([*arguments, "--text", "100000", "--out", str(tmp_path)]) == 0

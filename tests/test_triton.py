@@ -9,15 +9,14 @@ import copy
 import inspect
 
 import cases
+import circle
 import numpy as np
 import pytest
 import test_mask
 import torch
-import triton
-import triton.language as tl
 from compare import assert_ulp, assert_within, bits
-from flatkern.triton_kernels import launch, noise, update
-from test_noise import COUNTERS, KNOWN, fill, numbers, philox, strict_angles, strict_fma, strict_radii
+from flatkern.triton_kernels import launch, update
+from test_noise import COUNTERS, KNOWN, fill, numbers, philox, strict_fma, strict_radii
 
 import flatkern
 from flatkern import checks, dispatch, triton_kernels
@@ -97,21 +96,8 @@ def test_other_layouts_and_alignments(op):
 # The noise.
 
 
-@triton.jit
-def circle_kernel(radii, cosines, sines, COUNT: tl.constexpr):
-    """Radius of every low half of a word, and cosine and sine of every high half."""
-    half = tl.arange(0, COUNT)
-    tl.store(radii + half, noise.radius(half.to(tl.uint32)))
-    cos, sin = noise.angle(half.to(tl.uint32) << 16)
-    tl.store(cosines + half, cos)
-    tl.store(sines + half, sin)
-
-
 def test_every_radius_and_angle():
-    found = [torch.zeros(65536) for _ in range(3)]
-    circle_kernel[(1,)](*found, COUNT=65536)
-    for name, got, want in zip(("r", "cos", "sin"), found, (strict_radii(), *strict_angles()), strict=True):
-        assert_ulp(name, got, torch.from_numpy(want))
+    circle.assert_every_radius_and_angle("cpu", 65536)
 
 
 def test_the_root_of_a_radius_needs_no_exact_estimate():

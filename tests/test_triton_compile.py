@@ -128,18 +128,18 @@ CASES = {
 
 
 def compiled(case, architecture):
-    """The compiled kernel; what is neither a constant nor absent is a pointer, aligned as torch aligns."""
-    signature, constants, attributes = {}, {}, {}
+    """The compiled kernel; what is neither a constant nor absent is a number, or a pointer that may be unaligned."""
+    signature, constants = {}, {}
     for i, name in enumerate(case.kernel.arg_names):
         if name in case.constants or name in case.absent:
             signature[name], constants[i,] = "constexpr", case.constants.get(name)
-        elif name in WORDS or (case.kernel is update.advance_kernel and name == "tensors"):
+        elif name in WORDS:
             signature[name] = "i32"
         else:
-            signature[name], attributes[i,] = POINTERS.get(name, "*fp32"), [["tt.divisibility", 16]]
+            signature[name] = POINTERS.get(name, "*fp32")
     elements = case.constants.get("ROWS", 1) * case.constants.get("COLUMNS", 1024)
     warps = min(16, max(1, elements // TUNING[architecture].per_warp)) if "ROWS" in case.constants else 4
-    source = ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes)
+    source = ASTSource(case.kernel, signature, constexprs=constants)
     options = dict(num_warps=warps, enable_fp_fusion=False)
     return triton.compile(source, target=TARGETS[architecture], options=options)
 

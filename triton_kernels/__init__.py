@@ -1,7 +1,7 @@
 """Triton kernels, installed as flatkern.triton_kernels: every operation of the table, one module per family.
 
 `tile` is how a kernel walks memory, `plan` what a call is cut into, `signature` what its tensors are, `launch` how it
-is started; no other module knows.
+is started, `job` what it is compiled for; no other module knows.
 """
 
 if __name__ == "triton_kernels":
@@ -52,6 +52,7 @@ __all__ = [
     "fill_normal_",
     "filter_norms_",
     "gradient_norm_",
+    "interpreting",
     "mix_gradients_",
     "pack_mask_",
     "perturb_ascent_",
@@ -63,9 +64,14 @@ __all__ = [
 
 def check_driver():
     """ImportError where there is no GPU to run on, and kernels are not interpreted (TRITON_INTERPRET=1)."""
-    if _triton.knobs.runtime.interpret:
+    if interpreting():
         return
     try:
         _runtime.driver.active.get_current_target()
     except Exception as error:  # whatever a driver finds wrong, it cannot be used
         raise ImportError(f"triton finds no GPU: {error}") from error
+
+
+def interpreting():
+    """True where kernels are interpreted, so that nothing is compiled."""
+    return _triton.knobs.runtime.interpret

@@ -14,10 +14,12 @@ import torch
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from flatkern import jobs
 from flatkern.checks import check
 from flatkern.ops import OPS
 
 from . import signature
+from .job import announce_launch, job, options_of
 from .plan import TYPES, build
 
 MOST_PLANS = 32
@@ -141,16 +143,23 @@ class Call:
         return (self.noise, 0, 0, 0) if self.words is None else (None, *self.words)
 
 
+class Recorder(Call):
+    """A call in a recording: what it would launch is a job for the compiler."""
+
+    def start(self, kernel, programs, warps, arguments, constants, launchers=None):
+        jobs.current.get().jobs.append(job(kernel, warps, arguments, constants()))
+
+
 def first_launch(kernel, programs, warps, arguments, constants):
     """Compile a kernel and launch it; returns how to launch it with arguments that are compiled alike.
 
     Triton's own way takes 30 us a launch to find out what the arguments are, and the compiled kernel 2. Nothing that is
-    compiled for differs while the plan is the same: dtypes, alignment and absence are part of its key, tables come from
-    an allocator, and numbers are not specialized (a test compares what is launched in both ways). What is not known to
-    be a compiled kernel, as in the interpreter, is launched in Triton's own way each time.
+    compiled for differs while the plan is the same: dtypes and absence are part of its key, and alignments and numbers
+    are not specialized (a test compares what is launched in both ways). What is not known to be a compiled kernel, as
+    in the interpreter, is launched in Triton's own way each time.
     """
-    # A fusion would change a rounding from one machine to the next; where one is meant, tl.fma says so.
-    options = dict(constants, num_warps=warps, enable_fp_fusion=False)
+    announce_launch(kernel, warps, arguments, constants)
+    options = options_of(warps, constants)
     compiled = kernel[(programs,)](*arguments, **options)
     rest = kernel.arg_names[len(arguments) :]
     if not isinstance(compiled, CompiledKernel) or set(rest) != set(constants):
@@ -219,7 +228,9 @@ def begin_call(name, values, lists, rows, scalars=None):
     `scalars(values)` returns the columns of the table of host scalars. A column "norms" that is not given points to
     memory of the plan, for the norms of long rows.
     """
-    op, known, names = OPS[name], _known[name], lists.split()
+    op, recording, names = OPS[name], jobs.current.get(), lists.split()
+    # What is recorded is remembered by nobody.
+    known = _known[name] if recording is None else Known(op)
     try:
         like = values[names[0]]
         if not like:
@@ -244,7 +255,7 @@ def begin_call(name, values, lists, rows, scalars=None):
             if recent is not None and drawn != recent.drawn:
                 recent = None
         noise = values.get("noise")
-        words = _words(noise)
+        words = None if recording is not None and recording.capturable else _words(noise)
     except (AttributeError, IndexError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         check(op, values)  # says what is wrong, and what to do
         raise Mismatch(f"{name}: {error}") from error
@@ -257,7 +268,7 @@ def begin_call(name, values, lists, rows, scalars=None):
             recent = known.remember(hint, Recent(plan, stream, drawn))
         elif recent is None:
             recent = Recent(plan, stream, drawn)
-    call = Call(plan, device, len(names), stream, noise, words)
+    call = (Call if recording is None else Recorder)(plan, device, len(names), stream, noise, words)
 
     own_norms = "norms" in names and values.get("norms") is None and bool(plan.long_tensors)
 

@@ -1,16 +1,16 @@
 """The mask family in Triton: which gradients are small, and longer steps there. Mirrors flatkern/reference/mask.py."""
 
-import triton
 import triton.language as tl
 
 from flatkern.checks import MAGNITUDE_DIGITS
 
 from . import tile
+from .job import kernel
 from .launch import begin_call
 from .update import amplified, mask_bits
 
 
-@triton.jit
+@kernel
 def count_magnitudes_kernel(
     tiles, tensors, pointers, prefix, counts,
     GRAD: tl.constexpr, WIDTH: tl.constexpr, KNOWN: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr,
@@ -57,7 +57,7 @@ def count_magnitudes_(counts, grads, prefix):
         )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def pack_mask_kernel(
     tiles, tensors, pointers, threshold,
     GRAD: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
@@ -93,7 +93,7 @@ def pack_mask_(masks, grads, threshold):
         )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def amplify_kernel(
     tiles, tensors, pointers, scalars,
     PARAM: tl.constexpr, PREVIOUS: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,

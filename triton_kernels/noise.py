@@ -8,6 +8,7 @@ import triton.language as tl
 
 from . import tile
 from .arithmetic import fma
+from .job import kernel
 from .launch import begin_call
 
 MINUS_2_LN2 = tl.constexpr(float.fromhex("-0x1.62e43p+0"))
@@ -137,7 +138,7 @@ def tile_normals(
         return tl.reshape(tl.join(r * cos, r * sin), [ROWS, COLUMNS])
 
 
-@triton.jit(do_not_specialize=["seed", "stream", "round_"])
+@kernel
 def fill_normal_kernel(
     tiles, tensors, pointers, noise, seed, stream, round_,
     OUT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

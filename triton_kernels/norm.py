@@ -7,11 +7,14 @@ a longer one every segment is, and float64 above. What an update measures is the
 does.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 
 from . import tile
 from .arithmetic import mixed, root, scaled
+from .job import kernel
 from .launch import begin_call
 from .plan import RESIDENT
 
@@ -55,7 +58,7 @@ def remember(history, squares, beta):
     return beta * history + squares
 
 
-@triton.jit
+@kernel
 def filter_norms_kernel(
     tiles, tensors, pointers, partials,
     PARAM: tl.constexpr, AT: tl.constexpr, OUT_AT: tl.constexpr, WIDTH: tl.constexpr,
@@ -73,7 +76,7 @@ def filter_norms_kernel(
         tl.store(out + row + r, root(squares), mask=tile.row_mask(tensors, k, row, ROWS))
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel
 def settle_kernel(
     rows, pointers, scalars, partials, count, found_inf,
     NORM: tl.constexpr, HISTORY: tl.constexpr, BETA: tl.constexpr, WIDTH: tl.constexpr, SCALARS: tl.constexpr,
@@ -100,9 +103,12 @@ def settle_kernel(
 def settle(call, norm=None, history=None, beta=None, found_inf=None, scalars=1):
     """Finish the long rows of a call whose partial sums are there."""
     if call.plan.long_row_count and (norm is not None or history is not None):
+        numbers = call.scalars
+        if history is None:  # norms depend on nothing else
+            beta, scalars, numbers, found_inf = None, 1, None, None
         call.start(
             settle_kernel, call.plan.long_row_count, 4,
-            (call.plan.long_rows, call.pointers, call.scalars, partials_of(call), call.plan.partials, found_inf),
+            (call.plan.long_rows, call.pointers, numbers, partials_of(call), call.plan.partials, found_inf),
             lambda: dict(NORM=norm, HISTORY=history, BETA=beta, WIDTH=call.width, SCALARS=scalars),
         )  # fmt: skip
 
@@ -121,12 +127,14 @@ def filter_norms_(norms, params):
     for group in call.groups:
         call.launch(
             filter_norms_kernel, group, (group.tiles, call.tensors, call.pointers, partials_of(call, group)),
-            lambda group=group: dict(PARAM=group.types["params"], AT=0, OUT_AT=1, WIDTH=call.width, **group.shape()),
+            lambda group=group: dict(
+                PARAM=group.types["params"], AT=0, OUT_AT=None if group.long else 1, WIDTH=call.width, **group.shape(),
+            ),
         )  # fmt: skip
     settle(call, norm=1)
 
 
-@triton.jit(do_not_specialize=["count"])
+@functools.partial(kernel, aligned=("partials",))  # whose memory begins there
 def total_kernel(norm, partials, count):
     """The root of the sum of all partial sums."""
     tl.store(norm + tl.arange(0, 1), tl.sqrt(sum_partials(partials, count)).to(tl.float32))
@@ -136,7 +144,7 @@ def total(call, norm):
     call.start(total_kernel, 1, 4, (norm, partials_of(call), call.plan.partials), dict)
 
 
-@triton.jit
+@kernel
 def ascent_norm_kernel(
     tiles, tensors, pointers, scalars, partials,
     GRAD: tl.constexpr, PARAM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -191,7 +199,7 @@ def final_gradient(
         return mixed(g, clean, factor, tile.scalar(scalars, k, WEIGHT + 1, SCALARS), tile.value_or_one(clip))
 
 
-@triton.jit
+@kernel
 def gradient_norm_kernel(
     tiles, tensors, pointers, scalars, partials, grad_scale,
     GRAD: tl.constexpr, CLEAN: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from . import tile
 from .arithmetic import quotient, root
+from .job import kernel
 from .launch import begin_call, strided
 from .noise import key_of, tile_normals
 from .norm import adaptive, filter_norms_kernel, partials_of, settle, sum_squares
@@ -56,7 +57,7 @@ def load_history(
         return tl.load(base + row + tl.arange(0, ROWS), mask=row_mask, other=0.0)[:, None]
 
 
-@triton.jit(do_not_specialize=["sigma_stride", "seed", "stream", "round_"])
+@kernel
 def perturb_gaussian_kernel(
     tiles, tensors, pointers, scalars, sigmas, sigma_stride, noise, seed, stream, round_,
     PARAM: tl.constexpr, BACKUP: tl.constexpr, CLEAN: tl.constexpr, CLEAN_AT: tl.constexpr, NORM: tl.constexpr,
@@ -94,7 +95,7 @@ def perturb_gaussian_kernel(
 
 def launch_perturb(call, group, clean, norms, backup, names, sigma_at, scalars, sigmas):
     """perturb_gaussian_kernel for a group; `clean` and `norms` name the lists that hold weights and norms, if any."""
-    types = group.types
+    types, by_history = group.types, group.types["history"] is not None
     call.launch(
         perturb_gaussian_kernel, group,
         (group.tiles, call.tensors, call.pointers, call.scalars, *strided(sigmas), *call.key()),
@@ -102,8 +103,9 @@ def launch_perturb(call, group, clean, norms, backup, names, sigma_at, scalars, 
             PARAM=types["params"], BACKUP=types["backups"] if backup else None, CLEAN=types[clean],
             CLEAN_AT=names.index(clean), NORM=None if norms is None else tl.float32,
             NORM_AT=None if norms is None else names.index(norms), HISTORY=types["history"],
-            HISTORY_AT=names.index("history"), WIDTH=call.width, SIGMA=sigma_at, ETA=sigma_at + 1, SCALARS=scalars,
-            VECTOR=group.vector, **group.shape(), SHIFTED=group.shifted,
+            HISTORY_AT=names.index("history") if by_history else None, WIDTH=call.width, SIGMA=sigma_at,
+            ETA=sigma_at + 1, SCALARS=scalars, VECTOR=by_history and group.vector, **group.shape(),
+            SHIFTED=group.shifted,
         ),
     )  # fmt: skip
 
@@ -152,7 +154,7 @@ def perturb_ascent(p, g, scale, eta, is_adaptive):
     return tl.where(scale == 0.0, p, p + scale * t * g)
 
 
-@triton.jit
+@kernel
 def perturb_ascent_kernel(
     tiles, tensors, pointers, scalars, norm,
     PARAM: tl.constexpr, BACKUP: tl.constexpr, MASTER: tl.constexpr, GRAD: tl.constexpr, WIDTH: tl.constexpr,
@@ -193,7 +195,7 @@ def perturb_ascent_(params, backups, masters, grads, norm, *, rho, eta):
         )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def restore_kernel(
     tiles, tensors, pointers,
     PARAM: tl.constexpr, BACKUP: tl.constexpr, WIDTH: tl.constexpr,

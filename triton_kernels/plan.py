@@ -135,6 +135,25 @@ def kind_of(t, types, tuning, even, shift):
     return Kind(types, rows, columns, False, vector, even, shift)
 
 
+def smallest_alike(t):
+    """The shape of a small tensor of contiguous memory that is cut into the same kinds of parts as `t`, by rows or not.
+
+    Kinds depend on the length of rows and on the sizes below; of rows that do not fit, on what remains of an eight.
+    """
+    count, rest = t.numel(), t.numel() % 8
+    if t.dim() == 0:
+        return ()
+    if t.dim() == 1:
+        return (max([size + (rest or 8) for size in (0, 1024, SEGMENT, RESIDENT) if size < count], default=0),)
+    columns = tables.columns(t)
+    if columns > RESIDENT:
+        columns = RESIDENT + 8 + columns % 8
+    if not count:
+        return min(1, t.shape[0]), columns
+    rows = range(1 + SEGMENT // columns if count > SEGMENT else 1, t.shape[0] + 1)
+    return next((r, columns) for r in rows if r * columns % 8 == rest)
+
+
 def tiles_of(k, rows, kind, first, end):
     """int64 (count, 4)."""
     first_rows = np.arange(0, rows, kind.rows)

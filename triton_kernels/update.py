@@ -14,6 +14,7 @@ import triton.language as tl
 
 from . import tile
 from .arithmetic import quotient, root
+from .job import kernel
 from .launch import begin_call, capturing, strided, upload
 from .norm import final_gradient, partials_of, remember, settle, sum_squares
 from .perturb import launch_perturb, load_history, perturbed
@@ -95,7 +96,7 @@ def remember_tile(
     return history
 
 
-@triton.jit(do_not_specialize=["lr_stride", "sigma_stride", "seed", "stream", "round_", "count"])
+@kernel
 def update_kernel(
     tiles, tensors, pointers, scalars, derived, lrs, lr_stride, sigmas, sigma_stride, grad_scale, clip, found_inf,
     noise, seed, stream, round_, partials, count,
@@ -186,6 +187,7 @@ def update(name, values, rule, state, own, derive=None):
     found_inf, grad_scale, clip = (call.scalar(values[n]) for n in ("found_inf", "grad_scale", "clip"))
     derived = derive(call, found_inf) if derive else None
     width = call.scalars.shape[1]
+    by_element = given["history"] or given["masks"]  # of a vector
     for group in call.groups:
         types = group.types
         call.launch(
@@ -199,7 +201,8 @@ def update(name, values, rule, state, own, derive=None):
                 RULE=rule, PARAM=types["params"], BACKUP=types["backups"], MASTER=types["masters"],
                 HISTORY=types["history"], GRAD=types["grads"], CLEAN_GRAD=types["clean_grads"], MASK=types["masks"],
                 FIRST=types[state[0]], SECOND=types[state[1]] if len(state) > 1 else None, NOISE=given["noise"],
-                WIDTH=call.width, SCALARS=width, VECTOR=group.vector, **group.shape(), SHIFTED=group.shifted,
+                WIDTH=call.width, SCALARS=width, VECTOR=by_element and group.vector, **group.shape(),
+                SHIFTED=given["noise"] and group.shifted and not group.long,
             ),
         )  # fmt: skip
     settle(
@@ -233,14 +236,14 @@ LANES = 128
 DECAY, LR, LOG_BETA1, LOG_BETA2 = (tl.constexpr(OWN.value + i) for i in range(5, 9))
 
 
-@triton.jit(do_not_specialize=["lr_stride", "tensors"])
+@kernel
 def advance_kernel(
-    pointers, scalars, derived, lrs, lr_stride, found_inf, tensors,
+    pointers, scalars, derived, lrs, lr_stride, found_inf, count,
     STEP: tl.constexpr, WIDTH: tl.constexpr, SCALARS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Count the step of every tensor, and compute what depends on it: float64, rounded once."""
     k = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
-    mask = k < tensors
+    mask = k < count
     at = tl.load(pointers + WIDTH * k + STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
     step = tl.load(at, mask=mask, other=0.0) + 1.0
     tl.store(at, step, mask=mask & tl.reshape(tile.is_live(found_inf), [1]))
@@ -330,7 +333,7 @@ def adamw_update_(
     _adam("adamw_update_", "adamw", locals())
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel
 def mix_gradients_kernel(
     tiles, tensors, pointers, scalars, grad_scale, clip, partials, count,
     GRAD: tl.constexpr, HISTORY: tl.constexpr, CLEAN_GRAD: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
@@ -369,7 +372,7 @@ def mix_gradients_(grads, history, clean_grads, grad_scale, clip, *, grad_weight
             ),
             lambda group=group, types=types: dict(
                 GRAD=types["grads"], HISTORY=types["history"], CLEAN_GRAD=types["clean_grads"], WIDTH=call.width,
-                VECTOR=group.vector, **group.shape(),
+                VECTOR=history is not None and group.vector, **group.shape(),
             ),
         )  # fmt: skip
     settle(call, None, 1 if history is not None else None, 2, None, 3)

@@ -14,23 +14,19 @@ All use of torch.cuda is here, in methods of a line or two, which stand_in.py re
 from __future__ import annotations
 
 import gc
-import importlib.util
-import json
 import os
 import re
 import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter_ns
 
 import torch
 
-from .harness import HOST, LOOP, Clock, Timed
+from ..harness import HOST, LOOP, Clock, Timed
 
 STEPS_IN_LOOP = 5  # at least; a call that comes once in ten steps makes it ten
 LEAST_AHEAD, MOST_AHEAD = 50_000, 30_000_000  # nanoseconds that the device is kept busy before a call
-MARKER = "spin_kernel"  # what torch.cuda._sleep runs
 SMI = ("driver_version", "power.limit", "power.draw", "clocks.max.sm", "clocks.max.mem", "clocks.sm", "temperature.gpu")
 
 
@@ -76,21 +72,6 @@ class DeviceClock(Clock):
         return super().read()
 
 
-class Markers(Clock):
-    """A marker before and after each call: a stream keeps the order, so what is between them belongs to the call."""
-
-    def __init__(self, gpu: Gpu) -> None:
-        super().__init__()
-        self.gpu = gpu
-        self.calls: list[tuple[str, float]] = []
-
-    def time(self, name: str, call: Callable[[], object], share: float = 1.0) -> None:
-        self.gpu.spin(1)
-        call()
-        self.gpu.spin(1)
-        self.calls.append((name, share))
-
-
 class Gpu:
     """The current CUDA device."""
 
@@ -107,9 +88,6 @@ class Gpu:
             end.record()
             self.synchronize()
             self.cycles_per_nanosecond = 4_000_000 / max(1.0, start.elapsed_time(end) * 1e6)
-        empty = DeviceClock(self, {})
-        empty.time("nothing", lambda: None)
-        self.nothing = empty.read()["nothing"]  # what events measure around nothing; not subtracted anywhere
 
     # ---- torch.cuda
 
@@ -122,44 +100,23 @@ class Gpu:
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
-    def empty_cache(self) -> None:
-        torch.cuda.empty_cache()
+    def profile(self, on: bool) -> None:
+        """Profilers that were told to wait, as ncu is, look from here on, or no longer."""
+        runtime = torch.cuda.cudart()
+        runtime.cudaProfilerStart() if on else runtime.cudaProfilerStop()
 
     def free_bytes(self) -> int | None:
-        return torch.cuda.mem_get_info()[0]
+        """What tensors can have: free memory, and what torch's allocator holds without using it."""
+        held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + held
 
     def l2_bytes(self) -> int:
         return getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 0) or 64 * 2**20
 
-    def trace(self, run: Callable[[], object]) -> list[str]:
-        """The names of everything that `run` starts on the device, in order."""
-        kind = torch.profiler.ProfilerActivity
-        with torch.profiler.profile(activities=[kind.CPU, kind.CUDA]) as profile:
-            run()
-            self.synchronize()
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "trace.json"
-            profile.export_chrome_trace(str(path))
-            return on_device(json.loads(path.read_text()))
-
-    def info(self) -> dict:
-        """What the results say about the device; no serial numbers."""
-        properties = torch.cuda.get_device_properties(self.device)
-        found = smi()
-        return {
-            "name": properties.name,
-            "count": torch.cuda.device_count(),
-            "memory_bytes": properties.total_memory,
-            "compute_capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "l2_bytes": self.l2_bytes(),
-            "driver": found.pop("driver_version", None) or driver_of_kernel_module() or "unknown",
-            "cuda": torch.version.cuda,
-            "nvidia_smi": found,
-            "events_around_nothing_ns": self.nothing,
-        }
-
     # ---- turns
+
+    def steps_in_loop(self, candidate) -> int:
+        return max(STEPS_IN_LOOP, *(round(1 / turn.share) for turn in candidate.method.cycle))
 
     def flush(self) -> None:
         self.scratch.sum()
@@ -172,7 +129,7 @@ class Gpu:
         returned = candidate.steps(host, count)
         found = candidate.steps(DeviceClock(self, host.longest), count)
         found |= {HOST + name: ns for name, ns in returned.items()}
-        steps = max(STEPS_IN_LOOP, *(round(1 / turn.share) for turn in candidate.method.cycle))
+        steps = self.steps_in_loop(candidate)
         self.synchronize()
         start = perf_counter_ns()
         candidate.walk(steps)
@@ -192,54 +149,9 @@ class Gpu:
 
         return candidate
 
-    def launches(self, candidate) -> dict[str, float] | None:
-        """Kernels, copies and fills by call of a step, rare calls with their share; None where nothing can be seen."""
-        try:
-            return self.launches_seen(candidate) or self.launches_seen(candidate)  # a first trace may come out empty
-        except Exception:  # profiling needs rights and libraries that a machine may lack; the tables say "-" then
-            return None
-
-    def launches_seen(self, candidate) -> dict[str, float] | None:
-        markers = Markers(self)
-        pieces = [0]
-        for name in self.trace(lambda: candidate.steps(markers, 0)):
-            if MARKER in name:
-                pieces.append(0)
-            else:
-                pieces[-1] += 1
-        if len(pieces) != 2 * len(markers.calls) + 1:
-            return None
-        found: dict[str, float] = {}
-        for (name, share), count in zip(markers.calls, pieces[1::2], strict=True):
-            found[name] = found.get(name, 0) + share * count
-        return found
-
     def release(self) -> None:
+        """Give what a race has left back to torch's allocator, where the next one gets it without a cudaMalloc."""
         gc.collect()
-        self.empty_cache()
-
-
-def missing() -> str | None:
-    """What this machine lacks for GPU benchmarks, in a sentence; None if it lacks nothing."""
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    if not torch.cuda.is_available():
-        return f"torch {torch.__version__} sees no GPU (no device, or no driver for CUDA {torch.version.cuda})"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    return None  # the rest takes a context on the device, which is the workers'
-
-
-def on_device(trace: dict) -> list[str]:
-    """Names of kernels, copies and fills of a Chrome trace, in the order in which they began."""
-    kinds = {"kernel", "gpu_memcpy", "gpu_memset"}
-    events = [event for event in trace["traceEvents"] if event.get("cat") in kinds]
-    return [event["name"] for event in sorted(events, key=lambda event: event["ts"])]
-
-
-def slug(name: str) -> str:
-    """NVIDIA H200 -> h200, the name of result files and the beginning of the names of their tables."""
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"nvidia|geforce|tesla", "", name.lower())).strip("-") or "gpu"
 
 
 def smi() -> dict[str, str]:

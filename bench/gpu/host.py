@@ -4,8 +4,8 @@ A stand-in driver compiles the kernels for sm_90 and drops the launches, so a la
 own part (a few microseconds each), and tables are made but not copied to a device. Tensors are as many as ResNet-50 has
 and of its shapes, or a thousand small ones; they are on the CPU and take no part.
 
-    python bench/host.py
-    python bench/host.py --plain     # without flatkern._C, as where no compiler was found
+    python bench/gpu/host.py
+    python bench/gpu/host.py --plain     # without flatkern._C, as where no compiler was found
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from time import thread_time_ns
 import torch
 
 if __package__ in (None, ""):  # run as a script: the installed flatkern, if any, stays in front
-    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from bench import silent_driver
+from bench.gpu import silent_driver
 from bench.models import many_small, resnet50
 from flatkern import dispatch
 from flatkern.ops import OPS

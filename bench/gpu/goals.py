@@ -1,0 +1,193 @@
+"""What is wanted of the kernels on a GPU, as data: each row of the README's table with its bounds, what a model says,
+and where the measured figures are among the findings of `make gpu`.
+
+Times are device times, medians, of candidates that took turns; a share of copy is against a copy of the same minute on
+the same card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+Finding = dict
+Values = tuple["float | None", ...]
+
+OURS = "flatkern triton"
+PLAIN_OURS = "plain flatkern triton"
+FUSED = "torch fused"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A row: one measure on one or more lists. Where several numbers stand in a row, so do several bounds."""
+
+    what: str
+    bounds: tuple[float, ...]
+    least: bool  # whether a bound is the least that will do, or the most
+    show: Callable[[float], str]
+    measure: Callable[[Sequence[Finding]], Values]
+    model: dict[str, str]  # by GPU, or "any": what arithmetic and compiled code say, before anything has run
+
+    @property
+    def wanted(self) -> str:
+        bounds = self.bounds if len(set(self.bounds)) > 1 else self.bounds[:1]
+        return f"{'at least' if self.least else 'at most'} {' / '.join(map(self.show, bounds))}"
+
+    def reached(self, values: Values) -> list[bool]:
+        """For each number whether it will do; one that was not measured does not."""
+        pairs = zip(values, self.bounds, strict=True)
+        return [v is not None and (v >= bound if self.least else v <= bound) for v, bound in pairs]
+
+    def modelled(self, gpu: str) -> str:
+        return self.model.get(gpu) or self.model.get("any", "-")
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def times(value: float) -> str:
+    return f"{value:.2f}x"
+
+
+def microseconds(value: float) -> str:
+    return f"{value:.0f} us"
+
+
+# ---- reading findings
+
+
+def races(findings: Sequence[Finding], **fields: object) -> Iterator[Finding]:
+    """Candidates of races with these fields; a sweep's are not among them, as its tunings are no users'."""
+    for found in findings:
+        if found["kind"] == "race" and "tuning" not in found and all(found.get(k) == v for k, v in fields.items()):
+            yield found
+
+
+def same_race(row: Finding) -> dict[str, object]:
+    return {name: row.get(name) for name in ("stage", "race", "model", "method", "base")}
+
+
+def ours_against(findings: Sequence[Finding], rival: str, **fields: object) -> float | None:
+    """Our time as a multiple of a rival's in the same race; None where one of them is missing."""
+    for row in races(findings, candidate=OURS, **fields):
+        for other in races(findings, candidate=rival, **same_race(row)):
+            if rival == FUSED and other["dtype"] != row["dtype"]:
+                continue
+            return row["us"] / other["us"]
+    return None
+
+
+def share_of_copy(findings: Sequence[Finding], model: str) -> float | None:
+    for row in races(findings, candidate=OURS, model=model, method="m-rwp", dtype="float32"):
+        share = row["calls"].get("perturb", {}).get("of_copy")
+        if share is not None:
+            return share
+    return None
+
+
+def faster_than(findings: Sequence[Finding], rival: str, **fields: object) -> float | None:
+    """How many times faster we are than a rival, on the list where that is least."""
+    found = [
+        other["us"] / row["us"]
+        for row in races(findings, candidate=OURS, stage="rivals", method="m-rwp", **fields)
+        for other in races(findings, candidate=rival, **same_race(row))
+    ]
+    return min(found, default=None)
+
+
+def host_time(findings: Sequence[Finding]) -> float | None:
+    """The dearest call of m-RWP on ResNet-50's 161 tensors, microseconds of the host."""
+    rows = races(findings, candidate=OURS, stage="keys", model="resnet50", method="m-rwp", base="sgd")
+    spent = [call["host_us"] for row in rows for call in row["calls"].values() if call.get("host_us") is not None]
+    return max(spent, default=None)
+
+
+def end_to_end(findings: Sequence[Finding]) -> float | None:
+    found = [f["ratio"] for f in findings if f["kind"] == "e2e" and f["who"] == "rolling RWP"]
+    return found[-1] if found else None
+
+
+def spread(findings: Sequence[Finding]) -> Finding | None:
+    """The same training twice: what a ratio moves by when nothing differs."""
+    found = [f for f in findings if f["kind"] == "e2e" and f["who"] == "plain again"]
+    return found[-1] if found else None
+
+
+# ---- the rows
+
+ASCENTS = (("m-rwp", 2.0), ("sam", 2.25), ("asam", 2.5))
+BY_BYTES = "1.80 / 2.00 / 2.20 by bytes"
+
+
+def _against_fused_sgd(model: str) -> Callable[[Sequence[Finding]], Values]:
+    return lambda found: tuple(
+        ours_against(found, FUSED, model=model, method=method, base="sgd", dtype="float32") for method, _ in ASCENTS
+    )
+
+
+# The model: instructions of the code compiled for sm_90 by Triton 3.6 at 80 % of all issue slots, padded lanes
+# included, 4 us a launch, and each card's copy rate (3.0 and 4.3 TB/s).
+GOALS = (
+    Goal(
+        "`perturb()`, float32, share of a copy's rate: GPT-2, Llama 1.1B",
+        (0.9, 0.9), True, percent,
+        lambda found: (share_of_copy(found, "gpt2"), share_of_copy(found, "llama_1b")),
+        {"h100": "97 / 100 %", "h200": "91 / 96 %"},
+    ),
+    Goal(
+        "m-RWP / SAM / ASAM on GPT-2, float32, in steps of torch's fused SGD",
+        tuple(bound for _, bound in ASCENTS), False, times, _against_fused_sgd("gpt2"),
+        {"h100": "1.82, SAM and ASAM by bytes 2.00 / 2.20", "h200": "1.86, SAM and ASAM by bytes 2.00 / 2.20"},
+    ),
+    Goal(
+        "the same on ResNet-50",
+        tuple(bound for _, bound in ASCENTS), False, times, _against_fused_sgd("resnet50"),
+        {"h100": "2.06, by bytes 2.00 / 2.20", "h200": "2.25, by bytes 2.00 / 2.20"},
+    ),
+    Goal(
+        "rolling RWP on GPT-2, bfloat16 + float32 masters, in our plain AdamW steps of that layout",
+        (1.1,), False, times,
+        lambda found: (ours_against(found, PLAIN_OURS, model="gpt2", method="rolling", base="adamw", masters=True),),
+        {"h100": "1.01", "h200": "1.18"},
+    ),
+    Goal(
+        "rolling RWP, float32, in steps of torch's fused SGD: GPT-2, ResNet-50",
+        (1.25, 1.25), False, times,
+        lambda found: tuple(
+            ours_against(found, FUSED, model=model, method="rolling", base="sgd", dtype="float32")
+            for model in ("gpt2", "resnet50")
+        ),
+        {"h100": "1.20 by bytes / 1.46", "h200": "1.20 by bytes / 1.58"},
+    ),
+    Goal(
+        "AdamW with IRE, masks included, in steps of torch's fused AdamW: GPT-2, ResNet-50",
+        (1.15, 1.15), False, times,
+        lambda found: tuple(
+            ours_against(found, FUSED, model=model, method="ire", base="adamw", dtype="float32")
+            for model in ("gpt2", "resnet50")
+        ),
+        {"any": "about 1.4: counting takes nine times what memory does"},
+    ),
+    Goal(
+        "m-RWP faster than the papers' loop, ResNet-50",
+        (15.0,), True, times, lambda found: (faster_than(found, "papers", model="resnet50"),),
+        {"any": "2.4 by bytes, the rest is launches"},
+    ),
+    Goal(
+        "m-RWP faster than `_foreach` around torch's fused step, worst list",
+        (2.0,), True, times, lambda found: (faster_than(found, "foreach"),),
+        {"any": "2.4 by bytes at most"},
+    ),
+    Goal(
+        "host time of a call on 161 tensors",
+        (60.0,), False, microseconds, lambda found: (host_time(found),),
+        {"any": "64 to 103 us and the driver's part"},
+    ),
+    Goal(
+        "a training step of a small GPT under bfloat16 autocast: rolling RWP against plain AdamW(fused)",
+        (1.02,), False, times, lambda found: (end_to_end(found),),
+        {"any": "-"},
+    ),
+)  # fmt: skip

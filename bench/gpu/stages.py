@@ -1,0 +1,64 @@
+"""The stages of `make gpu`, in the order in which they run, and the lists of them with their seconds."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+
+USUAL = 280.0  # the budget that the seconds of the lists are for
+
+
+def build_command() -> tuple[str, ...]:
+    """Compile, then say what the machine is and whether Triton works on it.
+
+    Below `make gpu` the inner make inherits NO_VENV, PYTHON, VENV and TORCH; otherwise this Python is the one to use.
+    """
+    with_this_python = "" if "MAKELEVEL" in os.environ else f" NO_VENV=1 PYTHON={shlex.quote(sys.executable)}"
+    script = f'make --no-print-directory build{with_this_python} && exec "$0" bench/gpu/stage.py live'
+    return "sh", "-c", script, sys.executable
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: `stage.py MODULE`, or another command."""
+
+    name: str
+    what: str
+    module: str = ""  # of bench/gpu, where it is not the stage's name
+    needs: tuple[str, ...] = ("build",)
+    enough: str = "passed"  # what a stage that needs this one waits for: that it passed, or that it finished
+    # How many times its seconds it may take. To cut off what the others need, for being late, would cost all of them.
+    patience: float = 1.0
+    beside: bool = False  # runs side by side with the neighbours of which this is true too
+    correct: bool = False  # about right or wrong, not about speed
+    interpreted: bool = True  # in a dry run by Triton's interpreter
+    command: tuple[str, ...] = ()
+
+    def argv(self) -> tuple[str, ...]:
+        return self.command or (sys.executable, "bench/gpu/stage.py", self.module or self.name)
+
+
+# A kernel that is compiled while it is timed spoils the time, and minutes of the budget: nothing is timed cold.
+WARM = ("build", "warm")
+
+STAGES = (
+    Stage("build", "compile, name the machine, see that Triton is live", needs=(), patience=3, correct=True,
+          interpreted=False, command=build_command()),
+    Stage("smoke", "every operation against eager, every radius and angle of the noise", beside=True, correct=True),
+    Stage("tests", "tests/test_gpu.py", module="suite", beside=True, correct=True),
+    Stage("warm", "compile what the later stages need", enough="finished", patience=2, beside=True,
+          interpreted=False),
+    Stage("keys", "the races that the goals are about", needs=WARM),
+    Stage("ncu", "counters of the main kernels by Nsight Compute", module="counters", needs=WARM),
+    Stage("rivals", "the other candidates of the races", needs=WARM),
+    Stage("e2e", "a small GPT in training", needs=WARM),
+    Stage("sweep", "sizes of tiles", needs=WARM),
+    Stage("sanitizer", "memcheck and racecheck of compute-sanitizer", module="sanitize", needs=WARM, correct=True),
+)  # fmt: skip
+
+LISTS = {
+    "first": {"build": 25, "smoke": 110, "tests": 110, "warm": 110, "keys": 80, "ncu": 40},
+    "second": {"build": 25, "warm": 30, "rivals": 95, "e2e": 30, "sweep": 35, "sanitizer": 60},
+}

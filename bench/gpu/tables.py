@@ -1,0 +1,205 @@
+"""The findings of `make gpu` as tables in Markdown: the README's, and everything else in a GPU's report.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from bench.methods import METHODS
+from bench.models import MODELS
+
+from . import goals
+
+CORRECT = ("smoke", "tests", "sanitizer")  # stages
+NOT_RUN = "not run on a GPU"
+NOTHING = "-"
+MODEL_SAYS = (
+    "*Model*: instructions of the code compiled for sm_90, padded lanes included, 4 us a launch, and a copy's rate of "
+    "3.0 (H100) and 4.3 TB/s (H200); where it says *by bytes*, bytes alone. Nothing in these columns was measured."
+)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
+
+
+# ---- correctness
+
+
+def correctness(findings: list[dict]) -> dict[str, dict]:
+    """Of each stage that looks for errors how it ended and what it said; stages that did not run are not there."""
+    found: dict[str, dict] = {}
+    for name in CORRECT:
+        ends = [f for f in findings if f["kind"] == "stage" and f.get("stage") == name]
+        if any(f["kind"] != "stage" and f.get("stage") == name for f in findings):
+            # A run that was killed leaves findings without an end.
+            last = ends[-1] if ends else {"status": "cut off", "sentence": ""}
+            found[name] = {"status": last["status"], "sentence": last["sentence"]}
+    return found
+
+
+def said(found: dict[str, dict]) -> str:
+    """Correctness in a cell."""
+    if not found:
+        return NOT_RUN
+    cells = [name if found[name]["status"] == "passed" else f"**{name} {found[name]['status']}**" for name in found]
+    missing = [f"{name} not run" for name in CORRECT if name not in found]
+    return ", ".join([*cells, *missing]) + (" passed" if all(f["status"] == "passed" for f in found.values()) else "")
+
+
+# ---- the README's table
+
+
+def measured_cell(goal: dict | None) -> str:
+    """The figures of a goal; those that miss it in bold."""
+    if goal is None or not any(goal["shown"]):
+        return NOT_RUN
+    pairs = zip(goal["shown"], goal["reached"], strict=True)
+    return " / ".join(NOTHING if text is None else text if reached else f"**{text}**" for text, reached in pairs)
+
+
+def readme(gpus: list[str], measured: dict[str, dict]) -> str:
+    """One row a goal; per GPU what the model says and what was measured."""
+    names = [gpu.upper() for gpu in gpus]
+    header = ["wanted", "bound", *(f"{n}, model" for n in names), *(f"{n}, measured" for n in names)]
+    checked = [said(measured[gpu]["correctness"]) if gpu in measured else NOT_RUN for gpu in gpus]
+    rows = [["smoke, all radii and angles, tests/test_gpu.py, memcheck and racecheck", "all pass"]]
+    rows[0] += [NOTHING] * len(gpus) + checked
+    for k, goal in enumerate(goals.GOALS):
+        cells = [measured_cell(measured[gpu]["goals"][k] if gpu in measured else None) for gpu in gpus]
+        rows.append([goal.what, goal.wanted, *(goal.modelled(gpu) for gpu in gpus), *cells])
+    note = [MODEL_SAYS]
+    for gpu in measured:
+        last = measured[gpu]["runs"][-1]
+        note.append(
+            f"*Measured*, {gpu.upper()}: {last['date']}, {last['gpu']}, driver {last['driver']}, "
+            f"torch {last['torch']}, triton {last['triton']}, commit {last['commit'][:10]}; "
+            f"everything else, losing cases too, in [its report](bench/results/{gpu}/report.md)."
+        )
+    return markdown(header, rows) + "\n\n" + " ".join(note)
+
+
+# ---- report.md
+
+
+def title(row: dict) -> str:
+    """Model, method, base and kind of weights of a race."""
+    weights = row["dtype"] + (" + float32 masters" if row["masters"] else "")
+    method = METHODS[row["method"]].title if row["method"] in METHODS else row["method"]
+    model = MODELS[row["model"]].title if row["model"] in MODELS else row["model"]
+    return f"{model}, {method}, {row['base']}, {weights}"
+
+
+def number(value: float | None, digits: str = ".3g", unit: str = "") -> str:
+    return NOTHING if value is None else f"{value:{digits}}{unit}"
+
+
+def share(value: float | None) -> str:
+    return number(None if value is None else 100 * value, ".0f", " %")
+
+
+def race_rows(rows: list[dict]) -> list[list[str]]:
+    found = []
+    for row in rows:
+        ours = row["candidate"] == goals.OURS
+        fused = [r for r in rows if r["candidate"] == goals.FUSED and goals.same_race(r) == goals.same_race(row)]
+        times = row["us"] / fused[0]["us"] if fused and fused[0]["dtype"] == row["dtype"] else None
+        cell = number(times, ".2f", "x")
+        calls = ", ".join(f"{name} {number(call['us'])}" for name, call in row["calls"].items())
+        found.append(
+            [
+                title(row),
+                f"**{row['candidate']}**" if ours else row["candidate"],
+                number(row["us"]),
+                cell,
+                number(row.get("gbs"), ".0f"),
+                share(row.get("of_copy")),
+                number(row.get("host_us")),
+                number(row.get("loop_us")),
+                share(row.get("spread")),
+                str(row.get("turns", NOTHING)),
+                calls,
+            ]
+        )
+    return found
+
+
+RACE = ["race", "candidate", "device us", "of torch fused", "GB/s", "of copy", "host us", "loop us", "spread"]
+RACE += ["turns", "calls, us"]
+
+
+def sections(found: dict) -> Iterable[tuple[str, str]]:
+    """Titles and texts of report.md, those of which there is something."""
+    findings = found["findings"]
+    kinds = {kind: [f for f in findings if f["kind"] == kind] for kind in {f["kind"] for f in findings}}
+    goal_rows = [[g["what"], g["wanted"], g["model"], measured_cell(g)] for g in found["goals"]]
+    yield "Wanted", markdown(["what", "wanted", "model", "measured"], goal_rows)
+    ends = kinds.get("stage", [])
+    if ends:
+        rows = [[f["stage"], f["run"], f["status"], number(f["seconds"], ".0f"), f["sentence"]] for f in ends]
+        yield "Stages", markdown(["stage", "run", "status", "seconds", "what it said"], rows)
+    wrong = [f for f in kinds.get("check", []) if not f["ok"]]
+    wrong += [f for f in kinds.get("test", []) if f["outcome"] != "passed"]
+    if wrong:
+        rows = [[f["name"], f.get("outcome", "wrong"), f.get("detail", "")[:300]] for f in wrong]
+        yield "What went wrong", markdown(["check", "outcome", "detail"], rows)
+    for stage, name in (("keys", "Key races"), ("rivals", "Rivals")):
+        rows = race_rows([f for f in kinds.get("race", []) if f["stage"] == stage])
+        if rows:
+            yield name, markdown(RACE, rows)
+    swept = [f for f in kinds.get("race", []) if "tuning" in f]
+    if swept:
+        rows = [
+            [title(f), f"{f['tuning'][0]} / {f['tuning'][1]}", number(f["us"]), share(f.get("of_copy")),
+             ", ".join(f"{n} {number(c['us'])}" for n, c in f["calls"].items())]
+            for f in swept
+        ]  # fmt: skip
+        yield "Tile sizes", markdown(["race", "elements / a warp", "device us", "of copy", "calls, us"], rows)
+    if kinds.get("e2e"):
+        rows = [
+            [
+                f["who"],
+                number(f["step_us"]),
+                number(f["ratio"], ".3f"),
+                f"{f['q1']:.3f} to {f['q3']:.3f}",
+                str(f["turns"]),
+            ]
+            for f in kinds["e2e"]
+        ]
+        yield (
+            "A training step, end to end",
+            markdown(["who", "step us", "of plain AdamW(fused)", "quartiles"], rows),
+        )
+    if kinds.get("counter"):
+        header = ["kernel", "what", "us", "DRAM", "SM", "issue slots", "occupancy", "registers"]
+        rows = [
+            [f["kernel"], f["label"], number(f["us"]), *(number(f.get(k), ".0f", " %") for k in
+             ("dram_percent", "sm_percent", "issue_percent", "occupancy_percent")), number(f.get("registers"), ".0f")]
+            for f in kinds["counter"]
+        ]  # fmt: skip
+        yield "Counters", markdown(header, rows)
+    if kinds.get("sanitizer"):
+        rows = [[f["tool"], number(f["errors"], "d"), number(f["seconds"], ".0f")] for f in kinds["sanitizer"]]
+        yield "compute-sanitizer", markdown(["tool", "errors", "seconds"], rows)
+    if kinds.get("miss"):
+        rows = [
+            [title({"dtype": "", "masters": False, **f}), f.get("candidate", ""), f["reason"][:300]]
+            for f in kinds["miss"]
+        ]
+        yield "Did not run", markdown(["race", "candidate", "reason"], rows)
+
+
+def report(found: dict) -> str:
+    """report.md."""
+    lines = [f"# {found['runs'][-1]['gpu']}", "", "Written by `make gpu-report`; raw files are in `raw/`.", ""]
+    for run in found["runs"]:
+        dirty = " with local changes" if run.get("dirty") else ""
+        lines.append(
+            f"- `raw/{run['folder']}`: {run['date']}, {run['gpu']}, driver {run['driver']}, CUDA {run['cuda']}, Python "
+            f"{run['python']}, torch {run['torch']}, triton {run['triton']}, flatkern {run['flatkern']}, commit "
+            f"{run['commit'][:10]}{dirty}"
+        )
+    lines += ["", f"Correctness: {said(found['correctness'])}.", ""]
+    for name, text in sections(found):
+        lines += [f"## {name}", "", text, ""]
+    return "\n".join(lines)
