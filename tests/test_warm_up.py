@@ -16,7 +16,7 @@ from flatkern import dispatch
 from flatkern.compilation import jobs_of, recording
 
 driver, on_the_cpu, loads = warming.driver, warming.on_the_cpu, warming.loads
-job, launch, perturb = warming.job, warming.launch, warming.perturb
+job, launch, perturb, triton = warming.job, warming.launch, warming.perturb, warming.triton
 
 
 def remembered():
@@ -149,6 +149,21 @@ def test_where_triton_serves_nothing(monkeypatch):
     assert flatkern.warm_up(flatkern.SGD(frozen, perturb=SAM(), enhance=IRE(1.0), backend="triton")) == 0
     monkeypatch.setattr(flatkern.triton_kernels, "interpreting", lambda: True)
     assert flatkern.warm_up(make("SGD", "RWP", FEW)) == 0
+
+
+def test_a_parser_that_another_thread_disturbs(loads, monkeypatch):
+    """CPython 3.11 raises SystemError where two threads parse; the kernel is as good as ever."""
+    parse, disturbed = triton.JITFunction.parse, []
+
+    def parsed(function):
+        if len(disturbed) < 2:
+            disturbed.append(function)
+            raise SystemError("AST constructor recursion depth mismatch (before=96, after=223)")
+        return parse(function)
+
+    monkeypatch.setattr(triton.JITFunction, "parse", parsed)
+    assert flatkern.warm_up(make("SGD", "plain", [(24,)]), threads=1) == len(loads) > 0
+    assert len(disturbed) == 2
 
 
 def test_a_kernel_that_cannot_be_compiled(loads, monkeypatch):

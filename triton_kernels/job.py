@@ -24,6 +24,7 @@ SHOWN = ("RULE", "ROWS", "COLUMNS", "KNOWN")  # constants that mean something to
 PLACES = ("NORM", "HISTORY")  # a list by its number, or None; to people, a flag
 OPTIONAL = ("lrs", "sigmas", "noise", "grad_scale", "clip", "found_inf")  # arguments that may be absent
 INT32 = 2**31
+ATTEMPTS = 5  # at a kernel that another thread's compilation disturbs
 
 log = logging.getLogger("flatkern")
 # Triton makes its caches of a kernel on a device at the first use, and two threads would make two.
@@ -78,9 +79,27 @@ def _compile(kernel, key, name, given, options):
     announce(key, name, device)
     with _binding:
         kernel.device_caches[device]  # a defaultdict
-    compiled = kernel.warmup(*given, grid=(1,), **options)
+    compiled = _warmed(kernel, given, options)
     if isinstance(compiled, CompiledKernel):
         compiled[1, 1, 1]  # loads it, and makes what launches it
+
+
+def _warmed(kernel, given, options):
+    """The compiled kernel. While one thread parses, another may run whenever the collector calls a finalizer, and CPython
+    3.11 counts the depth of both trees in one number, finds it wrong, and raises SystemError."""
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return kernel.warmup(*given, grid=(1,), **options)
+        except Exception as error:
+            if not any(isinstance(cause, SystemError) for cause in _causes(error)):
+                raise
+    return kernel.warmup(*given, grid=(1,), **options)
+
+
+def _causes(error):
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def announce_launch(kernel, warps, arguments, constants):
