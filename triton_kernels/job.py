@@ -85,8 +85,8 @@ def _compile(kernel, key, name, given, options):
 
 
 def _warmed(kernel, given, options):
-    """The compiled kernel. While one thread parses, another may run whenever the collector calls a finalizer, and CPython
-    3.11 counts the depth of both trees in one number, finds it wrong, and raises SystemError."""
+    """The compiled kernel. Another thread may run in the middle of a parse, when the collector calls a finalizer; CPython
+    3.11 then counts the depth of both trees in one number, finds it wrong, and raises SystemError."""
     for _ in range(ATTEMPTS - 1):
         try:
             return kernel.warmup(*given, grid=(1,), **options)
