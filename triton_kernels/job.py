@@ -85,8 +85,8 @@ def _compile(kernel, key, name, given, options):
 
 
 def _warmed(kernel, given, options):
-    """The compiled kernel. Another thread may run in the middle of a parse, when the collector calls a finalizer; CPython
-    3.11 then counts the depth of both trees in one number, finds it wrong, and raises SystemError."""
+    """The compiled kernel. When the collector calls a finalizer inside a parse, another thread may begin one; CPython
+    3.11, which counts the depth of all trees in one number, raises SystemError at the end of either."""
     for _ in range(ATTEMPTS - 1):
         try:
             return kernel.warmup(*given, grid=(1,), **options)
