@@ -52,6 +52,8 @@ RUN = env -u OMP_NUM_THREADS PYTHONSAFEPATH=1 $(IMPORTS) $(PY)
 
 # $(call has,MODULE): a shell test
 has = $(PY) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("$(1)") is None)'
+# $(call quoted,TEXT): one word of a shell
+quoted = '$(subst ','\'',$(1))'
 # $(call missing,WHAT WAS TO BE DONE,WHY NOT): offline this is a remark, in our own environment an error
 missing = $(if $(NO_VENV),echo "not checked: $(1) ($(2))",{ echo "error: $(1): $(2); remove $(VENV) and run make again" >&2; exit 1; })
 # $(call tool,NAME,HOW TO CALL IT,WHAT IT CHECKS,ARGUMENTS): call it, if it is there in the version of
@@ -95,7 +97,8 @@ CAN_COMPILE = $(call has,pybind11) && $(call has,ninja) && \
 
 $(COMPILED): $(NATIVE) $(if $(NO_VENV),,$(VENV)/.editable)
 	@mkdir -p build && rm -f flatkern/_C$(SUFFIX)
-	@if $(call has,setuptools); then \
+	@if [ "$$FLATKERN_BUILD" = skip ]; then echo "not compiled: FLATKERN_BUILD=skip"; \
+	elif $(call has,setuptools); then \
 	  echo "[3/3] compiling flatkern" && FLATKERN_BUILD=$(POLICY) $(PY) setup.py -q build_ext --inplace; \
 	else echo "not compiled: this Python has no setuptools"; fi
 	@if [ -e flatkern/_C$(SUFFIX) ]; then touch $@; fi
@@ -122,11 +125,11 @@ bench: build ## microbenchmarks against PyTorch; results go to bench/results
 
 # To compile is the first stage of `gpu`, so that it counts. `exec`, so that make's SIGTERM reaches it.
 gpu: $(if $(NO_VENV),,$(VENV)/.editable) ## all checks and races that need a GPU, in BUDGET seconds (DRY=1: without one)
-	@exec $(RUN) bench/gpu/run.py --budget '$(BUDGET)' --stages '$(STAGES)' $(if $(OUT),--out '$(OUT)') $(if $(filter-out 0,$(DRY)),--dry-run)
+	@exec $(RUN) bench/gpu/run.py --budget $(call quoted,$(BUDGET)) --stages $(call quoted,$(STAGES)) $(if $(OUT),--out $(call quoted,$(OUT))) $(if $(filter-out 0,$(DRY)),--dry-run)
 
 gpu-report: $(if $(NO_VENV),,$(VENV)/.editable) ## a report of what `make gpu` wrote: make gpu-report FROM=build/gpu
 	@$(if $(FROM),,echo "error: FROM: name a folder that make gpu wrote: make gpu-report FROM=build/gpu" >&2; exit 1)
-	@$(RUN) bench/gpu/report.py '$(FROM)'
+	@$(RUN) bench/gpu/report.py $(call quoted,$(FROM))
 
 # ---- checks
 

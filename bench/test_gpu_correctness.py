@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 import flatkern
-from bench.gpu import e2e, live, stage, warm
+from bench.gpu import e2e, live, stage, stages, warm
 from flatkern.ops import OPS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,7 +125,13 @@ def test_a_tree_without_git(told, expected, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrote, words", [(lambda out: None, "was launched, but wrote"), (None, "eager's bits"), ("raises", "the log")]
+    "wrote, words",
+    [
+        (lambda out: None, "was launched, but wrote nothing"),
+        (7.0, "WROTE .7.0, 7.0, 7.0. instead of"),
+        (1e-6, "eager's bits"),
+        ("raises", "the log"),
+    ],
 )
 def test_a_kernel_has_to_have_run(wrote, words, monkeypatch):
     """Live is what has written the normals, not what has been launched."""
@@ -136,9 +143,11 @@ def test_a_kernel_has_to_have_run(wrote, words, monkeypatch):
         def launched(outs, *rest, **words):
             if wrote == "raises":
                 raise RuntimeError("Triton Error [CUDA]: out of memory")
-            if wrote is None:
+            if wrote == 1e-6:
                 eager(outs, *rest, **words)
-                outs[0][0, 0] += 1e-6
+                outs[0][0, 0] += wrote
+            elif isinstance(wrote, float):
+                outs[0].fill_(wrote)
             else:
                 wrote(outs)
 
@@ -148,11 +157,28 @@ def test_a_kernel_has_to_have_run(wrote, words, monkeypatch):
     monkeypatch.setenv("CC", "cc")
     monkeypatch.setattr(dispatch, "resolve", resolve)
     monkeypatch.setattr(flatkern, "backends", lambda: {"triton": {"live": True, "reason": ""}})
-    if wrote is None:
-        assert words in live.launch(torch)
+    if isinstance(wrote, float):
+        assert re.search(words, live.launch(torch))
     else:
         with pytest.raises(live.Missing, match=words):
             live.launch(torch)
+
+
+def test_what_does_not_compile_stops_nothing(tmp_path):
+    """make is called again without the compiler, and the second half of the stage follows."""
+    for name, text in (
+        ("make", 'echo "make ${FLATKERN_BUILD:-}"; [ "${FLATKERN_BUILD:-}" = skip ]'),
+        ("python", '[ "$1" = -c ] || echo "python $*"'),  # the other one only reads torch from the disk
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    *command, _ = stages.build_command()
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.defpath}"}
+    environment.pop("FLATKERN_BUILD", None)
+    done = subprocess.run(
+        [*command, str(tmp_path / "python")], env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.split("\n") == ["make ", "make skip", "python bench/gpu/stage.py live", ""]
 
 
 # Smoke.

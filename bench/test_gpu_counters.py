@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -112,3 +113,46 @@ def test_every_launch_is_a_finding_with_its_call(ncu, tmp_path, capfd):
     assert [(f["kind"], f["kernel"], f["label"], f["us"]) for f in found] == [
         ("counter", "a", "perturb", 1.0), ("counter", "b", "step", 2.0)
     ]  # fmt: skip
+
+
+def test_only_launches_of_ours_are_counted(monkeypatch):
+    """What torch launches in between would take ncu longer than all of ours."""
+    pytest.importorskip("triton", minversion="3.6")
+    from flatkern.triton_kernels import launch
+
+    log = []
+    monkeypatch.setattr(launch.Call, "start", lambda call, kernel, *rest: log.append("ours"))
+    start = launch.Call.start
+    machine = SimpleNamespace(profile=log.append, synchronize=lambda: None)
+    kernel = SimpleNamespace(fn=lambda: None)
+
+    def call():
+        for what in ("torch", "ours", "torch", "ours"):
+            launch.Call.start(None, kernel) if what == "ours" else log.append(what)
+
+    assert counters.profiled(call, machine) == 2 * ["<lambda>"]
+    assert log == 2 * ["torch", True, "ours", False] and launch.Call.start is start
+
+
+def test_no_subject_is_begun_that_may_be_cut_off(monkeypatch, capfd):
+    """As ncu writes its table at the end, what is cut off costs everything: a subject may take as long as another."""
+    from bench.gpu import stand_in
+
+    class Candidate:
+        def __init__(self, *_, machine, **__):
+            self.method = SimpleNamespace(cycle=[("none", "free", 1.0)])
+            self.gradients = SimpleNamespace(deliver=lambda *_: None)
+            self.optimizer, self.params = SimpleNamespace(free=lambda: None), []
+
+        def steps(self, *_):
+            pass
+
+    rest, clock = iter([10.0, 0.5]), iter([0.0, 1.0])
+    monkeypatch.setattr(stand_in, "prepare", lambda: None)
+    monkeypatch.setattr(counters, "DRY", True)
+    monkeypatch.setattr(counters, "left", lambda usual: next(rest))
+    monkeypatch.setattr(counters, "monotonic", lambda: next(clock))
+    monkeypatch.setattr("bench.runner.Runner.inputs", lambda *_: ())
+    monkeypatch.setattr("bench.candidates.Candidate", Candidate)
+    assert counters.inside() == 0
+    assert capfd.readouterr().out.startswith(counters.LATE)

@@ -74,6 +74,15 @@ def test_a_run_becomes_results(tmp_path):
         assert part in text, part
 
 
+def test_a_rival_that_is_faster_is_shown_as_one(tmp_path):
+    """In bold, as everywhere; a plain step is no rival of a method's."""
+    given = folder(tmp_path / "out", race(200.0), race(110.0, "torch fused"), race(100.0, "compiled"), ended("keys"))
+    rows = (report.take_in(given, tmp_path / "results") / "report.md").read_text().splitlines()
+    (compiled,) = [row for row in rows if "| compiled |" in row]
+    (fused,) = [row for row in rows if "| torch fused |" in row]
+    assert "| **0.50x (slower)** |" in compiled and "slower" not in fused
+
+
 def test_a_second_run_completes_the_first(tmp_path):
     """Of each stage the newest findings count; a stage that did not get to run leaves those of before."""
     results = tmp_path / "results"
@@ -136,6 +145,34 @@ def test_the_command(tmp_path, capsys):
     assert report.main(["--check", str(page), *same]) == 1
     assert report.main([str(tmp_path / "nowhere"), *same]) == 1
     assert "make gpu wrote" in capsys.readouterr().err
+
+
+def test_two_cards_of_one_name(tmp_path):
+    """An H100 PCIe has two thirds of the memory rate of an H100 SXM; neither completes the other's run."""
+    results = tmp_path / "results"
+    written = report.take_in(folder(tmp_path / "a", *KEYS), results)
+    before = (written / "results.json").read_bytes()
+    other = folder(tmp_path / "b", *RIVALS, machine={**MACHINE, "gpu": "NVIDIA H100 PCIe"})
+    with pytest.raises(report.Unusable, match=r"has runs of NVIDIA H100 80GB HBM3, and .* is of NVIDIA H100 PCIe"):
+        report.take_in(other, results)
+    assert len(list((written / "raw").iterdir())) == 1 and (written / "results.json").read_bytes() == before
+
+
+def test_what_a_reader_sees(tmp_path):
+    """Numbers without exponents, whole tables, losses marked, and the commits that were measured."""
+    results = tmp_path / "results"
+    plain = [race(1234.4, method="plain"), race(999.7, "torch fused", method="plain")]
+    e2e = {"kind": "e2e", "stage": "e2e", "who": "plain", "step_us": 170063.2, "turns": 9}
+    e2e |= dict.fromkeys(("ratio", "q1", "q3"), 1.0)
+    report.take_in(folder(tmp_path / "a", *plain, ended("keys")), results)
+    changed = {**MACHINE, "commit": "fedcba9876543210", "dirty": True}
+    written = report.take_in(folder(tmp_path / "b", e2e, ended("e2e"), machine=changed), results)
+    text = (written / "report.md").read_text()
+    assert "| 1234 | **1.23x (slower)** |" in text and "| 1000 | 1.00x |" in text and "| 170063 |" in text
+    assert "e+0" not in text
+    for section in text.split("## ")[1:]:
+        assert len({line.count("|") for line in section.splitlines() if line.startswith("|")}) <= 1, section
+    assert "commit 0123456789, fedcba9876 with local changes;" in report.readme_table(results)
 
 
 def test_correctness_names_what_failed_and_what_is_missing():

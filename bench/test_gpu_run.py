@@ -193,8 +193,8 @@ LATE = FOUND + "import os, time; time.sleep(0.5); print(os.environ['FLATKERN_STA
     "build, warm, statuses, code",
     [
         ("raise SystemExit(1)", "", ["FAILED", "NOT RUN", "NOT RUN"], 1),
-        ("", "import time; time.sleep(100)", ["passed", "OUT OF TIME", "NOT RUN"], 3),
-        ("", "raise SystemExit(70)", ["passed", "FAILED", "NOT RUN"], 3),
+        ("", "import time; time.sleep(100)", ["passed", "OUT OF TIME", "passed"], 3),
+        ("", "raise SystemExit(70)", ["passed", "FAILED", "passed"], 3),
         ("", "raise SystemExit(1)", ["passed", "FAILED", "passed"], 3),
         ("", "", ["passed", "passed", "passed"], 0),
     ],
@@ -204,7 +204,7 @@ def test_needs(tmp_path, build, warm, statuses, code):
     got, lines, _, _ = gpu(
         tmp_path,
         ("build", FOUND + build, 9, {"correct": True}),
-        ("warm", FOUND + warm, 1 if "sleep" in warm else 9, {"needs": ("build",), "enough": "finished"}),
+        ("warm", FOUND + warm, 1 if "sleep" in warm else 9, {"needs": ("build",), "enough": "ended"}),
         ("keys", FOUND, 9, NEEDS),
         stage_names="keys",
     )
@@ -213,7 +213,7 @@ def test_needs(tmp_path, build, warm, statuses, code):
         assert re.match(rf"\w+ +{status} ", line), line
     assert got == code
     if statuses[2] == "NOT RUN":
-        assert lines["keys"].endswith("build failed" if build else "warm did not finish")
+        assert lines["keys"].endswith("build failed")
     assert f"exit status {code}" in lines["exit"]
 
 
@@ -430,6 +430,20 @@ def test_a_worker_that_ends_after_a_failure_adds_nothing(capsys):
     assert tests.sentence() == "0 passed, 1 failed, 0 skipped: test_b"
 
 
+def test_what_is_stopped_has_not_failed(capsys):
+    """It was running when the stage's time was over; it counts as an error, but is not said to have failed."""
+    tests = suite.Tests()
+    for told in (
+        {"event": "begin", "name": "a.py::test_b"},
+        {"event": "begin", "name": "a.py::test_c"},
+        {"event": "report", "name": "a.py::test_c", "when": "call", "outcome": "failed", "seconds": 1, "detail": "no"},
+    ):
+        tests.take(told)
+    tests.stop()
+    assert [json.loads(line[2:])["outcome"] for line in capsys.readouterr().out.splitlines()] == ["error", "error"]
+    assert tests.sentence() == "0 passed, 1 failed, 0 skipped, 1 stopped: test_b, test_c"
+
+
 # ---- stage sanitizer
 
 TOOL = str(ROOT / "bench" / "gpu" / "tools" / "compute-sanitizer")
@@ -439,8 +453,8 @@ WRONG = "print('========= ERROR SUMMARY: 3 errors', flush=True); raise SystemExi
 @pytest.mark.parametrize(
     "command, seconds, expected",
     [
-        ([TOOL, "--tool", "memcheck", "true"], 20, (0, "")),
-        ([TOOL, "--tool", "racecheck", "--error-exitcode", "9", "true"], 20, (0, "")),
+        ([TOOL, *sanitize.options("memcheck"), "true"], 20, (0, "")),
+        ([TOOL, *sanitize.options("racecheck"), "true"], 20, (0, "")),
         ([TOOL, "--tool", "memcheck", "sh", "-c", "echo broken; exit 5"], 20, (None, "failed under it .exit status 5")),
         ([sys.executable, "-S", "-c", WRONG], 20, (3, "")),
         (["true"], 20, (None, "printed no summary")),

@@ -114,7 +114,10 @@ def _checked(where: str, opt: Any, scaled: Any, rounds: Any) -> FlatOptimizer:
     if not isinstance(opt, FlatOptimizer):
         inner = isinstance(getattr(opt, "optimizer", None), FlatOptimizer)
         remedy = "pass its attribute optimizer" if inner else "pass flatkern.SGD, Adam, AdamW or Wrap"
-        raise TypeError(f"{where}: opt is {type(opt).__name__}, which is no optimizer of flatkern's; {remedy}")
+        kind = type(opt).__qualname__
+        if isinstance(opt, torch.optim.Optimizer):  # there is more than one SGD
+            kind = f"{type(opt).__module__}.{kind}"
+        raise TypeError(f"{where}: opt is {kind}, which is no optimizer of flatkern's; {remedy}")
     if not isinstance(scaled, bool):
         raise TypeError(f"{where}: scaled is {scaled!r}, but should be True if a GradScaler will be in use, else False")
     if not _is_count(rounds):

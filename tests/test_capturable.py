@@ -7,8 +7,10 @@ in test_gpu.py. Runs with TRITON_INTERPRET=1 (`make test-triton`).
 
 import contextlib
 import copy
+import gc
 import pickle
 import types
+import weakref
 
 import pytest
 import torch
@@ -365,6 +367,17 @@ def test_a_capture_of_a_host_optimizer_is_refused(method, under_way):
     with pytest.raises(RuntimeError, match=r"a CUDA graph is being captured, .* capturable=True"):
         run.opt.perturb() if method == "RWP" else run.opt.step()
     assert all(map(torch.equal, run.tensors(), before))
+
+
+def test_what_is_collected_inside_a_capture_launches_nothing(under_way, launches):
+    """The collector runs when it likes. The graph of somebody else would put these weights back at every replay."""
+    run = Run("SGD", "rolling ARWP", False).train(1)
+    gone = weakref.ref(run.opt)
+    under_way()
+    launches.clear()
+    del run
+    gc.collect()
+    assert gone() is None and not launches
 
 
 @pytest.mark.parametrize("key, value", [("lr", 0.5), ("sigma", 0.5), ("seed", 5), ("round", 5)])

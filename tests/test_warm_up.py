@@ -189,7 +189,10 @@ class Outer:
 
 
 WRONG = {
-    "another optimizer": (lambda opt: flatkern.warm_up(torch.optim.SGD(parameters(FEW))), "opt is SGD, which is no"),
+    "another optimizer": (
+        lambda opt: flatkern.warm_up(torch.optim.SGD(parameters(FEW))),
+        "opt is torch.optim.sgd.SGD, which is no",
+    ),
     "a wrapper": (lambda opt: flatkern.warm_up(Outer(opt)), "opt is Outer.* pass its attribute optimizer"),
     "rounds": (lambda opt: flatkern.warm_up(opt, rounds=0), "rounds is 0, but should be an integer >= 1"),
     "rounds, a truth": (lambda opt: jobs_of(opt, rounds=True), "jobs_of: rounds is True"),

@@ -1,7 +1,7 @@
 """Stage ncu: counters of the main kernels, by Nsight Compute.
 
     python bench/gpu/stage.py counters             starts ncu on the following, and reads what it wrote
-    python bench/gpu/stage.py counters --inside    makes the calls, each once between profiler marks
+    python bench/gpu/stage.py counters --inside    makes the calls, each once, and marks what they launch of ours
 
 Counters say what a time does not: whether a kernel is held up by memory, by instructions or by too few warps.
 """
@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic
 
 from .stage import DRY, SECONDS, emit, left, say
 
@@ -80,7 +81,7 @@ def count(table: Path) -> str:
     if ncu is None:
         raise NotCounted("ncu is not installed; it is Nsight Compute, which comes with the CUDA toolkit")
     command = [
-        ncu, "--csv", "--profile-from-start", "off", "--clock-control", "none", "--kill", "no",
+        ncu, "--csv", "--profile-from-start", "off", "--clock-control", "none",
         "--metrics", ",".join(METRICS.values()), "--log-file", str(table),
         sys.executable, sys.argv[0], "counters", "--inside",
     ]  # fmt: skip
@@ -173,12 +174,13 @@ def inside() -> int:
     if DRY:
         stand_in.prepare()
     machine = stand_in.StandIn() if DRY else Gpu()
-    runner, kind, inputs = Runner(1, 0.0, machine=machine), None, ()
+    runner, kind, inputs, longest = Runner(1, 0.0, machine=machine), None, (), 0.0
     for subject in wanted.counters():
-        if left(USUAL) < 0:
+        # One that is cut off costs the table, and with it all that were before.
+        if left(USUAL) < longest:
             say(f"{LATE}{' and '.join(subject.calls)}, {METHODS[subject.method].title}, {MODELS[subject.model].title}")
             return 0
-        entry = subject.entry
+        began, entry = monotonic(), subject.entry
         if kind != (kind := (subject.model, entry.dtype)):
             inputs = runner.inputs(subject, entry.dtype)
         candidate = Candidate(entry.label, *inputs, subject.method, subject.base, entry.masters, machine=machine)
@@ -196,26 +198,33 @@ def inside() -> int:
                 call()
         del candidate, call
         machine.release()
+        longest = max(longest, monotonic() - began)
     return 0
 
 
 def profiled(call: Callable[[], object], machine) -> list[str]:
-    """Make a call between profiler marks; returns the names of the kernels of ours that it started."""
+    """Make a call with each of its launches between profiler marks; returns the names of the kernels.
+
+    What torch launches for it is not counted: ncu runs a kernel once for each few metrics, and puts memory back as it
+    was in between, and IRE's sample alone is a copy for every tensor.
+    """
     from flatkern.triton_kernels import launch
 
     started, start = [], launch.Call.start
 
     def noted(self, kernel, *rest, **more):
         started.append(kernel.fn.__name__)
-        return start(self, kernel, *rest, **more)
+        machine.profile(True)
+        try:
+            return start(self, kernel, *rest, **more)
+        finally:
+            machine.profile(False)
 
     launch.Call.start = noted
     machine.synchronize()
-    machine.profile(True)
     try:
         call()
         machine.synchronize()
     finally:
-        machine.profile(False)
         launch.Call.start = start
     return started

@@ -44,8 +44,16 @@ def main(arguments: list[str]) -> int:
         say(str(missing))
         return 1
     where = machine["gpu"] if DRY else f"{machine['gpu']}, driver {machine['driver']}"
-    say(f"{where}, torch {machine['torch']}, triton {machine['triton']}: a kernel has run{remark}")
+    say(f"{where}, torch {machine['torch']}, triton {machine['triton']}: a kernel has run{remark}{without_native()}")
     return 0
+
+
+def without_native() -> str:
+    """A remark where the host has to do without C++, which makes its part of a call longer."""
+    from flatkern.dispatch import refuse
+
+    why = refuse("restore_", "cpp", "cpu")
+    return "" if why is None else f"; WITHOUT flatkern._C, so that host times are Python's ({why})"
 
 
 # What the machine is.
@@ -122,7 +130,9 @@ def commit() -> dict[str, Any]:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        # What a run or a report of an earlier one leaves in the tree changes no code.
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!README.md", ":!bench/results")
+        return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError):
         return {"commit": "unversioned", "dirty": False}
 
@@ -131,7 +141,8 @@ def commit() -> dict[str, Any]:
 
 
 def launch(torch: Any) -> str:
-    """Compile a kernel, launch it, and look at what it wrote. A remark if that is not quite eager's."""
+    """Compile a kernel, launch it, and look at what it wrote. A remark if that is not eager's: what is wrong is for the
+    later stages to find out, which are not run if this one fails."""
     if not DRY:
         check_cuda(torch)
     if version("triton") is None and importlib.util.find_spec("triton") is None:
@@ -157,11 +168,11 @@ def launch(torch: Any) -> str:
     except Exception as error:
         raise Missing(remedy(f"{type(error).__name__}: {error}")) from error
     resolve("fill_normal_", "cpu", "eager")([want], torch.tensor(NOISE), **words)
+    if not got.any():
+        raise Missing("fill_normal_ was launched, but wrote nothing: this Triton does not work with this GPU's driver")
     if not torch.allclose(got, want, rtol=0, atol=1e-3):
-        raise Missing(
-            f"fill_normal_ was launched, but wrote {got.flatten()[:3].tolist()} instead of "
-            f"{want.flatten()[:3].tolist()}: this Triton cannot be trusted on this GPU, see stage smoke"
-        )
+        wrote, expected = got.flatten()[:3].tolist(), want.flatten()[:3].tolist()
+        return f", but WROTE {wrote} instead of {expected} (stage smoke says more)"
     return "" if torch.equal(got, want) else ", though not with eager's bits (stage smoke says more)"
 
 

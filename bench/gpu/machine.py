@@ -79,15 +79,18 @@ class Gpu:
     burst = 3  # steps in a turn of a small model, besides those of the loop
 
     def __init__(self) -> None:
-        self.cycles_per_nanosecond = 1.0
         self.scratch = torch.zeros(self.l2_bytes(), dtype=torch.float32, device=self.device)  # four times the cache
-        for _ in range(2):  # the first loads the kernel
+        self.cycles_per_nanosecond = 0.0
+        # The first loads the kernel, and an idle device takes milliseconds to reach its clock: measured before, waits
+        # would be too short.
+        for _ in range(8):
             start, end = self.event(), self.event()
             start.record()
             self.spin(4_000_000)
             end.record()
             self.synchronize()
-            self.cycles_per_nanosecond = 4_000_000 / max(1.0, start.elapsed_time(end) * 1e6)
+            rate = 4_000_000 / max(1.0, start.elapsed_time(end) * 1e6)
+            self.cycles_per_nanosecond = max(rate, self.cycles_per_nanosecond)
 
     # ---- torch.cuda
 

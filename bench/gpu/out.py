@@ -6,6 +6,8 @@ A write that fails stops nothing. The first error of each file is remembered, an
 from __future__ import annotations
 
 import errno
+import fcntl
+import itertools
 import json
 import os
 from collections import deque
@@ -13,12 +15,15 @@ from contextlib import suppress
 from pathlib import Path
 
 RESULTS, LOG, SUMMARY, MACHINE = "results.jsonl", "log.txt", "summary.txt", "machine.json"
-NAMES = (RESULTS, LOG, SUMMARY, MACHINE, "ncu.csv", "sanitizer.log")
+OTHERS = ("ncu.csv", "sanitizer.log")  # which stages write
+NAMES = (RESULTS, LOG, SUMMARY, MACHINE, *OTHERS)
 LARGEST = 16 * 2**20
 # Ten stages' worth of either stay below that.
 FINDINGS = 1_400_000  # bytes of a stage's findings
 HEAD, TAIL = 1_200_000, 200_000  # bytes of a stage's log that are kept, of its begin and of its end
 LINE = 4000  # characters of a line of the log
+# What is written is committed: where this tree and its owner's files lie is nobody's business.
+PLACES = {str(Path(__file__).resolve().parents[2]): ".", os.path.expanduser("~"): "~"}
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
@@ -44,6 +49,12 @@ class File:
             except OSError as error:
                 self.error = error.strerror or str(error)
         return self.error is None
+
+
+def placeless(text: str) -> str:
+    for place, short in PLACES.items():
+        text = text.replace(place, short) if len(place) > 1 else text  # not of a home that is "/", or unknown
+    return text
 
 
 class HeadAndTail:
@@ -78,6 +89,40 @@ class OfStage:
         self.findings = self.findings_left_out = 0
 
 
+def hold(folder: Path) -> int | None:
+    """A file descriptor that keeps other runs out of a folder while it is open; None where that cannot be done."""
+    try:
+        held = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise Refused(f"OUT: another make gpu writes to {folder}; wait for it, or name another folder") from None
+    except OSError:  # some network file systems have no locks
+        pass
+    return held
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Rename a folder that has a run: a second list of stages must not cost what the first one found."""
+    if not (folder / RESULTS).is_file():
+        return None
+    release(hold(folder))
+    other = next(p for n in itertools.count(1) if not (p := folder.with_name(f"{folder.name}-{n}")).exists())
+    try:
+        folder.rename(other)
+    except OSError as error:
+        raise Refused(f"OUT: {folder} has a run and cannot be renamed ({error.strerror}); name another") from None
+    return other
+
+
+def release(held: int | None) -> None:
+    if held is not None:
+        os.close(held)
+
+
 def prepare(folder: Path) -> list[str]:
     """Make the folder, and remove the files of an earlier run from it: their names are returned."""
     remedy = "name a folder that can be written, make gpu OUT=FOLDER"
@@ -87,6 +132,7 @@ def prepare(folder: Path) -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Refused(f"OUT: {folder} cannot be made ({error.strerror}); {remedy}") from None
+    release(hold(folder))
     earlier = [name for name in NAMES if (folder / name).is_file()]
     probe = folder / f"{SUMMARY}.new"
     try:
@@ -132,6 +178,8 @@ class Out:
         self.log.append(self.of(stage).text.ending())
         for path in self.folder.glob("*"):
             self.cut(path)
+            if path.name in OTHERS:
+                self.rewrite(path)
 
     def cut(self, path: Path) -> None:
         """What other programs write here may have any size."""
@@ -147,6 +195,15 @@ class Out:
                 file.truncate()
         except OSError as error:
             self.others.setdefault(path.name, error.strerror or str(error))
+
+    def rewrite(self, path: Path) -> None:
+        try:
+            text = path.read_text(errors="backslashreplace")
+        except OSError as error:
+            self.others.setdefault(path.name, error.strerror or str(error))
+            return
+        if placeless(text) != text:
+            self.replace(path.name, placeless(text))
 
     def replace(self, name: str, text: str) -> None:
         """Write a whole file: there is always the old one or the new one."""

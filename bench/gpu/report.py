@@ -151,6 +151,12 @@ def take_in(folder: Path, results: Path = RESULTS) -> Path:
     """Store a run and write the results of its GPU anew; returns their folder."""
     run = read(folder)
     gpu = slug(run.machine["gpu"])
+    if (results / gpu / "raw").is_dir():
+        for other in {earlier.machine["gpu"] for earlier in stored(results / gpu)} - {run.machine["gpu"]}:
+            raise Unusable(
+                f"{results / gpu} has runs of {other}, and {folder} is of {run.machine['gpu']}: what two cards "
+                "measured makes no table; name another place for one of them (bench/gpu/report.py --results)"
+            )
     store(run, results / gpu)
     found = document(gpu, stored(results / gpu))
     (results / gpu / "results.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -187,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{given.check} is not what {given.results} says; run bench/gpu/report.py", file=sys.stderr)
             return 1
         if given.folder is not None:
-            written = take_in(given.folder, given.results)
+            written = take_in(given.folder.expanduser(), given.results)
             print(f"wrote {written}/results.json, report.md and raw/")
         given.readme.write_text(embed(given.readme.read_text(), given.results))
         print(f"the table of {given.readme} is up to date")

@@ -16,6 +16,8 @@ from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
 from time import monotonic
 
+if sys.version_info < (3, 10):  # noqa: UP036 (a system's python3 may be older)
+    sys.exit("error: flatkern needs Python 3.10 or later: make gpu PYTHON=...")
 if __package__ in (None, ""):  # run as a script: the installed flatkern, if any, stays in front
     sys.path.append(str(Path(__file__).resolve().parents[2]))
 
@@ -61,6 +63,7 @@ class Run:
     # ---- the whole
 
     def go(self) -> int:
+        held = out.hold(self.given.out)
         for number in SIGNALS:
             signal.signal(number, self.end)
         names = ", ".join(stage.name for stage in self.table)
@@ -75,6 +78,7 @@ class Run:
                 together.append(waiting.pop(0))
             self.watch([running for stage in together if (running := self.start(stage))])
         self.show(f"\n{self.write_summary().rstrip()}", "")
+        out.release(held)
         return summary.status(self.table, self.results, self.out.errors(), self.ended_by)
 
     def end(self, number: int, _frame) -> None:
@@ -102,8 +106,6 @@ class Run:
                 return f"{name} was not run"
             if needed.enough == "passed" and found.status != PASSED:
                 return f"{name} {'was out of time' if found.status == CUT else 'failed'}"
-            if not found.finished:
-                return f"{name} did not finish"
         if self.deadline - monotonic() < WORTH_IT:
             return f"no time is left of BUDGET={self.budget:g}"
         return None
@@ -173,7 +175,7 @@ class Run:
 
     def read(self, one: Running, lines) -> None:
         of_stdout = lines is one.child.out
-        for line in lines.read():
+        for line in map(out.placeless, lines.read()):
             found = parse(line) if of_stdout else None
             if found is not None:
                 one.findings += 1
@@ -218,7 +220,7 @@ class Run:
             pids = ", ".join(map(str, child.left_behind))
             remarks.append(f"left behind: process {pids}, which SIGKILL does not end (a driver that hangs?)")
         status = FAILED if lost and found.status == PASSED else found.status
-        return Result(status, seconds, "; ".join(filter(None, remarks)), found.finished)
+        return Result(status, seconds, "; ".join(filter(None, remarks)))
 
     def close(self, stage: Stage, result: Result, one: Running | None = None) -> None:
         self.results[stage.name] = result
@@ -325,7 +327,11 @@ def main(arguments: list[str] | None = None) -> int:
     add("--out", type=Path, metavar="FOLDER", help="(default: build/gpu; if dry, build/gpu-dry)")
     add("--dry-run", action="store_true", help="on the CPU, to see that everything works; numbers mean nothing")
     given = parser.parse_args(rest)
+    unnamed = given.out is None
     given.out = given.out or ROOT / "build" / ("gpu-dry" if given.dry_run else "gpu")
+    given.out = given.out.expanduser()  # not every shell does it behind OUT=
+    if given.out.is_relative_to(Path.cwd()):  # it is shown, and what is shown is committed
+        given.out = given.out.relative_to(Path.cwd())
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
     try:
@@ -333,6 +339,8 @@ def main(arguments: list[str] | None = None) -> int:
         if given.dry_run:  # on whatever machine, which may have to compile everything with two cores
             asked = {name: stages.USUAL if name == "build" else 2 * value for name, value in asked.items()}
         given.stages = given.stages or ",".join(usual(lists, given.dry_run))
+        if unnamed and not given.dry_run and (kept := out.set_aside(given.out)):
+            print(f"an earlier run is kept in {kept}: make gpu-report FROM={kept}")
         return Run(table, asked, given).go()
     except out.Refused as refused:
         print(f"error: {refused}", file=sys.stderr)

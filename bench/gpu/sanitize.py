@@ -58,7 +58,10 @@ def main(arguments: list[str]) -> int:
 
 
 def options(name: str) -> list[str]:
-    return ["--tool", name, "--error-exitcode", str(FOUND), "--target-processes", "all", "--print-limit", "50"]
+    found = ["--tool", name, "--error-exitcode", str(FOUND), "--target-processes", "all", "--print-limit", "50"]
+    # Libraries ask the driver for what an older one does not have, and go on without: no error, as memcheck would say.
+    # A call of ours that fails is an exception, with which smoke ends.
+    return [*found, "--report-api-errors", "no"] if name == "memcheck" else found
 
 
 def check(command: list[str], seconds: float, log: File) -> tuple[int | None, str]:

@@ -34,10 +34,13 @@ class Tests:
     def __init__(self) -> None:
         self.open: dict[str, dict] = {}  # those that have begun
         self.outcomes: dict[str, str] = {}
+        self.stopped: list[str] = []  # those that were running at the end of the stage's time
         self.trouble = ""
 
     def take(self, told: dict) -> None:
-        name = told["name"].split("::", 1)[-1]
+        # A file that cannot be collected has no test's name; its own does not depend on where this tree lies.
+        file, _, test = told["name"].partition("::")
+        name = test or file.rsplit("/", 1)[-1]
         if told["event"] == "trouble":
             self.trouble = told["detail"]
         elif told["event"] == "begin":
@@ -68,10 +71,16 @@ class Tests:
             test.update(outcome="error", detail=test["detail"] or why)
             self.close(name)
 
+    def stop(self) -> None:
+        self.stopped = [name for name, test in self.open.items() if test["outcome"] != "failed"]
+        self.close_all("had not ended when the stage was stopped")
+
     def sentence(self) -> str:
         count = Counter(self.outcomes.values())
         bad = [name for name, outcome in self.outcomes.items() if outcome != "passed"]
-        text = f"{count['passed']} passed, {count['failed'] + count['error']} failed, {count['skipped']} skipped"
+        failed = count["failed"] + count["error"] - len(self.stopped)
+        text = f"{count['passed']} passed, {failed} failed, {count['skipped']} skipped"
+        text += f", {len(self.stopped)} stopped" if self.stopped else ""
         if bad:
             text += f": {', '.join(bad[:NAMED])}" + (f" and {len(bad) - NAMED} more" if len(bad) > NAMED else "")
         return text
@@ -113,7 +122,7 @@ def main(arguments: list[str]) -> int:
         return run(arguments or ["tests/test_gpu.py"], tests)
     except Ended:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        tests.close_all("had not ended when the stage was stopped")
+        tests.stop()
         say(tests.sentence())
         return 1
 

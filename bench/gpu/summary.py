@@ -18,12 +18,11 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 @dataclass(frozen=True)
 class Result:
-    """How a stage ended. `finished`: it went to its end, whatever it found on the way."""
+    """How a stage ended."""
 
     status: str
     seconds: float
     sentence: str
-    finished: bool = False
 
 
 def plain(text: str) -> str:
@@ -47,11 +46,11 @@ def judge(
             CUT, 0, f"stopped after {cut:.0f} s with {findings} findings" + (f"; last: {said}" if said else "")
         )
     if status == 0 and findings:
-        return Result(PASSED, 0, said, finished=True)
+        return Result(PASSED, 0, said)
     if status == 0:
         return Result(FAILED, 0, "found nothing, though its exit status is 0" + (f"; last: {said}" if said else ""))
     if status == 1 and findings:
-        return Result(FAILED, 0, said or complaint or "exit status 1", finished=True)
+        return Result(FAILED, 0, said or complaint or "exit status 1")
     ended = f"exit status {status}"
     if status is not None and status < 0:
         try:
@@ -125,6 +124,9 @@ def is_usual(found: dict) -> bool:
     return (kind == "test" and found.get("outcome") == "passed") or (kind == "check" and found.get("ok") is True)
 
 
+SPEAKING = ("kind", "name", "who", "tool", "label", "gpu", "detail", "reason")  # need no name beside them
+
+
 def brief(found: dict) -> str:
     """A finding in a line."""
     words = []
@@ -136,7 +138,7 @@ def brief(found: dict) -> str:
         elif isinstance(value, (int, float)):
             words.append(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}")
         else:
-            words.append(str(value))
+            words.append(str(value) if name in SPEAKING else f"{name}={value}")
     return short(plain(" ".join(", ".join(words).split())), 160)
 
 
@@ -160,7 +162,8 @@ def manual(table: tuple[Stage, ...], lists: dict[str, dict[str, float]], usual: 
             "crashes, or hangs is ended with all that it started, and what it found until then is kept.",
             *([f"{late} may take longer than that, at the expense of the last stages."] if late else []),
             "",
-            "files in the folder (those of an earlier run are replaced):",
+            "files in the folder (those of an earlier run are replaced; where OUT names no folder, and this is not",
+            "dry, the earlier folder is renamed to build/gpu-1 or further):",
             "",
             "  summary.txt     a line for each stage; rewritten after each",
             "  results.jsonl   what was found, one JSON object a line, written at once",
@@ -174,6 +177,8 @@ def manual(table: tuple[Stage, ...], lists: dict[str, dict[str, float]], usual: 
             f"  1   {correct}: one that was asked for failed, did not finish or was not run",
             "  2   the arguments are wrong; nothing was started",
             "  3   only others failed, or a file could not be written",
+            "",
+            "make itself ends with 2 where this is not 0; the last line of summary.txt has the number.",
             "",
             "make gpu-report FROM=FOLDER makes a report of such a folder. FLATKERN_COMMIT names the commit where",
             "there is no git. Stages are told the folder (FLATKERN_GPU_OUT), all stages of the run",

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from bench.methods import METHODS
+from bench.methods import METHODS, is_plain
 from bench.models import MODELS
+from bench.tables import lost, speedup
 
 from . import goals
 
 CORRECT = ("smoke", "tests", "sanitizer")  # stages
 NOT_RUN = "not run on a GPU"
 NOTHING = "-"
+DIGITS = ".3g"
 MODEL_SAYS = (
     "*Model*: instructions of the code compiled for sm_90, padded lanes included, 4 us a launch, and a copy's rate of "
     "3.0 (H100) and 4.3 TB/s (H200); where it says *by bytes*, bytes alone. Nothing in these columns was measured."
@@ -58,6 +60,10 @@ def measured_cell(goal: dict | None) -> str:
     return " / ".join(NOTHING if text is None else text if reached else f"**{text}**" for text, reached in pairs)
 
 
+def commit(run: dict) -> str:
+    return run["commit"][:10] + (" with local changes" if run.get("dirty") else "")
+
+
 def readme(gpus: list[str], measured: dict[str, dict]) -> str:
     """One row a goal; per GPU what the model says and what was measured."""
     names = [gpu.upper() for gpu in gpus]
@@ -73,7 +79,8 @@ def readme(gpus: list[str], measured: dict[str, dict]) -> str:
         last = measured[gpu]["runs"][-1]
         note.append(
             f"*Measured*, {gpu.upper()}: {last['date']}, {last['gpu']}, driver {last['driver']}, "
-            f"torch {last['torch']}, triton {last['triton']}, commit {last['commit'][:10]}; "
+            f"torch {last['torch']}, triton {last['triton']}, commit "
+            f"{', '.join(dict.fromkeys(map(commit, measured[gpu]['runs'])))}; "
             f"everything else, losing cases too, in [its report](bench/results/{gpu}/report.md)."
         )
     return markdown(header, rows) + "\n\n" + " ".join(note)
@@ -90,7 +97,9 @@ def title(row: dict) -> str:
     return f"{model}, {method}, {row['base']}, {weights}"
 
 
-def number(value: float | None, digits: str = ".3g", unit: str = "") -> str:
+def number(value: float | None, digits: str = DIGITS, unit: str = "") -> str:
+    if value is not None and digits == DIGITS and abs(value) >= 999.5:
+        digits = ".0f"  # instead of 1.23e+03
     return NOTHING if value is None else f"{value:{digits}}{unit}"
 
 
@@ -105,6 +114,10 @@ def race_rows(rows: list[dict]) -> list[list[str]]:
         fused = [r for r in rows if r["candidate"] == goals.FUSED and goals.same_race(r) == goals.same_race(row)]
         times = row["us"] / fused[0]["us"] if fused and fused[0]["dtype"] == row["dtype"] else None
         cell = number(times, ".2f", "x")
+        if ours and row["method"] == "plain" and times is not None and round(times, 2) > 1:
+            cell = lost(cell)  # the same work
+        mine = [r for r in rows if r["candidate"] == goals.OURS and goals.same_race(r) == goals.same_race(row)]
+        against = "" if ours or is_plain(row["candidate"]) or not mine else speedup(mine[0]["us"], row["us"])
         calls = ", ".join(f"{name} {number(call['us'])}" for name, call in row["calls"].items())
         found.append(
             [
@@ -112,6 +125,7 @@ def race_rows(rows: list[dict]) -> list[list[str]]:
                 f"**{row['candidate']}**" if ours else row["candidate"],
                 number(row["us"]),
                 cell,
+                against or NOTHING,
                 number(row.get("gbs"), ".0f"),
                 share(row.get("of_copy")),
                 number(row.get("host_us")),
@@ -124,7 +138,18 @@ def race_rows(rows: list[dict]) -> list[list[str]]:
     return found
 
 
-RACE = ["race", "candidate", "device us", "of torch fused", "GB/s", "of copy", "host us", "loop us", "spread"]
+RACE = [
+    "race",
+    "candidate",
+    "device us",
+    "of torch fused",
+    "we are faster by",
+    "GB/s",
+    "of copy",
+    "host us",
+    "loop us",
+    "spread",
+]
 RACE += ["turns", "calls, us"]
 
 
@@ -168,7 +193,7 @@ def sections(found: dict) -> Iterable[tuple[str, str]]:
         ]
         yield (
             "A training step, end to end",
-            markdown(["who", "step us", "of plain AdamW(fused)", "quartiles"], rows),
+            markdown(["who", "step us", "of plain AdamW(fused)", "quartiles", "turns"], rows),
         )
     if kinds.get("counter"):
         header = ["kernel", "what", "us", "DRAM", "SM", "issue slots", "occupancy", "registers"]
@@ -193,11 +218,10 @@ def report(found: dict) -> str:
     """report.md."""
     lines = [f"# {found['runs'][-1]['gpu']}", "", "Written by `make gpu-report`; raw files are in `raw/`.", ""]
     for run in found["runs"]:
-        dirty = " with local changes" if run.get("dirty") else ""
         lines.append(
             f"- `raw/{run['folder']}`: {run['date']}, {run['gpu']}, driver {run['driver']}, CUDA {run['cuda']}, Python "
             f"{run['python']}, torch {run['torch']}, triton {run['triton']}, flatkern {run['flatkern']}, commit "
-            f"{run['commit'][:10]}{dirty}"
+            f"{commit(run)}"
         )
     lines += ["", f"Correctness: {said(found['correctness'])}.", ""]
     for name, text in sections(found):

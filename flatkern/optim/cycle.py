@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import shards
 from ..dispatch import resolve
 from ..tables import same_layout
-from .capture import OnDevice
+from .capture import OnDevice, is_under_way
 from .plan import Bucket, Plan, Plans
 
 # Cycles whose parameters hold a perturbation now. Only a registry can tell a new optimizer that
@@ -181,8 +181,11 @@ class Cycle:
         resolve("restore_", params[0].device.type, self.backend)(shards.parts(params), shards.parts(clean))
 
     def abandon(self) -> None:
-        """The optimizer is gone: leave clean weights behind."""
-        if self.plan is not None and not self.suspended:
+        """The optimizer is gone: leave clean weights behind.
+
+        Not inside a capture, which may be of anything: its graph would write these weights at every replay.
+        """
+        if self.plan is not None and not self.suspended and not is_under_way():
             self.put_clean_weights(self.plan)
         self.leave()
 
