@@ -64,6 +64,8 @@ STAGES = (
     Stage("sanitizer", "memcheck and racecheck of compute-sanitizer", module="sanitize", needs=WARM, correct=True),
 )  # fmt: skip
 
+# Together 255 and 270 of 280. Simulated with a driver that launches nothing (bench/gpu/estimate.py, Triton 3.6, for 16
+# cores, races with their fewest turns): smoke 43, tests 62, warm 19, keys 18; warm 8, rivals 61, sweep 9.
 LISTS = {
     "first": {"build": 25, "smoke": 110, "tests": 110, "warm": 110, "keys": 80, "ncu": 40},
     "second": {"build": 25, "warm": 30, "rivals": 80, "e2e": 30, "sweep": 35, "sanitizer": 70},
