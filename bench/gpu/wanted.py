@@ -15,8 +15,8 @@ from ..candidates import COPIED, DTYPES, FLOOR, untouched_optimizer
 from ..methods import METHODS, is_plain
 from ..models import MODELS
 from ..races import Entry, Race
+from .goals import OURS, PLAIN_OURS
 
-OURS, PLAIN = "flatkern triton", "plain flatkern triton"
 RIVALS = ("foreach", "loop", "papers")
 ASCENTS = ("m-rwp", "sam", "asam")
 # Elements of a tile and of a warp: as they are, then half and twice the work of a thread, and larger tiles.
@@ -30,7 +30,7 @@ def race(model: str, method: str, base: str, *rivals: str) -> Race:
 
 def masters(model: str) -> Race:
     """Rolling noise behind bfloat16 weights with float32 masters, against plain steps of that very layout."""
-    ours = [Entry(label, "bfloat16", True) for label in (OURS, PLAIN, COPIED)]
+    ours = [Entry(label, "bfloat16", True) for label in (OURS, PLAIN_OURS, COPIED)]
     return Race("gpu", model, "rolling", "adamw", (*ours, Entry(FLOOR)))
 
 
