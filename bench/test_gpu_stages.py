@@ -42,7 +42,7 @@ def small(monkeypatch):
     monkeypatch.setattr(racing, "DRY", True)
     monkeypatch.setattr(stand_in, "prepare", lambda: None)
     monkeypatch.setattr(wanted, "OURS", OURS)
-    monkeypatch.setattr(wanted, "PLAIN", f"plain {OURS}")
+    monkeypatch.setattr(wanted, "PLAIN_OURS", f"plain {OURS}")
     monkeypatch.setattr(sys, "argv", ["stage.py", "keys"])
     monkeypatch.delenv(racing.MISSED, raising=False)
     for name, model in MODELS.items():
