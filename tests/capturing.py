@@ -1,10 +1,12 @@
 """One network in training by every method, with optimizers whose steps a CUDA graph may capture and with others.
 
-And what stands for a graph, and for waiting, where there is no GPU. Used by test_capturable.py and test_gpu.py.
+And what stands for a graph, and for waiting, where there is no GPU. Used by test_capturable.py, test_gpu.py and
+`make gpu`.
 """
 
 import contextlib
 import functools
+import gc
 
 import torch
 from torch.optim import lr_scheduler
@@ -106,9 +108,54 @@ class Run:
 def assert_same(a, b):
     for k, (s, t) in enumerate(zip(a.tensors(), b.tensors(), strict=True)):
         assert torch.equal(s, t), k
+    assert_same_numbers(a, b)
+
+
+def assert_close(a, b):
+    """Two devices' worth of matrix products apart; noise of another round would be a hundred times that."""
+    for k, (s, t) in enumerate(zip(a.tensors(), b.tensors(), strict=True)):
+        torch.testing.assert_close(s, t, rtol=1e-4, atol=1e-5, msg=lambda text, k=k: f"tensor {k}: {text}")
+    assert_same_numbers(a, b)
+
+
+def assert_same_numbers(a, b):
     for g, h in zip(a.opt.param_groups, b.opt.param_groups, strict=True):
         for key in {"lr", "sigma", "round"} & g.keys():
             assert float(g[key]) == float(h[key]), key
+
+
+# On a GPU.
+
+
+def into(graph, stream=None):
+    """torch.cuda.graph. It collects no garbage before a capture any more, and what an optimizer launches that is
+    collected inside, to leave clean weights behind, would be captured."""
+    gc.collect()
+    return torch.cuda.graph(graph, stream=stream)
+
+
+def capture(run, warm, stream=None):
+    """A graph of one training step, after `warm` steps on another stream; a capture runs nothing."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run.train(warm)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with into(graph, side if stream == "warm" else None):
+        run.step()
+    return graph
+
+
+@contextlib.contextmanager
+def nobody_waits():
+    """Inside it is an error if the host waits for the device; never behind it, whatever happens."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 TRAINED = {

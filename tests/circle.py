@@ -1,4 +1,4 @@
-"""A kernel that makes every radius and every angle of the noise. Used by test_triton.py and test_gpu.py."""
+"""A kernel that makes every radius and every angle of the noise. Used by test_triton.py, test_gpu.py and `make gpu`."""
 
 import torch
 import triton
@@ -18,9 +18,24 @@ def circle_kernel(radii, cosines, sines, COUNT: tl.constexpr):
     tl.store(sines + half, sin)
 
 
-def assert_every_radius_and_angle(device, count):
-    """Are as the definition says, `count` of them a program."""
+def drawn(device, count):
+    """Every radius, cosine and sine as a device computes them, `count` of each a program; on the CPU."""
     found = [torch.zeros(65536, device=device) for _ in range(3)]
     circle_kernel[(65536 // count,)](*found, COUNT=count, enable_fp_fusion=False)
-    for name, got, want in zip(("r", "cos", "sin"), found, (strict_radii(), *strict_angles()), strict=True):
-        assert_ulp(name, got.cpu(), torch.from_numpy(want))
+    return [t.cpu() for t in found]
+
+
+def assert_radii(radii):
+    assert_ulp("radius", radii, torch.from_numpy(strict_radii()))
+
+
+def assert_angles(*cosines_and_sines):
+    for name, got, want in zip(("cosine", "sine"), cosines_and_sines, strict_angles(), strict=True):
+        assert_ulp(name, got, torch.from_numpy(want))
+
+
+def assert_every_radius_and_angle(device, count):
+    """Are as the definition says."""
+    radii, *angles = drawn(device, count)
+    assert_radii(radii)
+    assert_angles(*angles)

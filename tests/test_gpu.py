@@ -5,7 +5,6 @@ one, a backend that is not live is a failure of every test; with FLATKERN_GPU_RU
 that is not seen. With FLATKERN_GPU_DRY=1 and TRITON_INTERPRET=1 the bodies run on the CPU, on little (gpu_stand_in.py).
 """
 
-import contextlib
 import gc
 import os
 
@@ -15,7 +14,7 @@ import gpu_stand_in
 import pytest
 import torch
 from capturing import METHODS as CAPTURED
-from capturing import TRAINED, Run, trained
+from capturing import TRAINED, Run, assert_close, capture, into, nobody_waits, trained
 from compare import assert_ulp, assert_within, bits
 from conftest import INTERPRETING
 
@@ -80,24 +79,6 @@ def copied(values, device=None):
     there = whole.to(device or values.device, copy=True).untyped_storage()
     layout = values.storage_offset(), values.size(), values.stride()
     return torch.empty(0, dtype=values.dtype, device=there.device).set_(there, *layout)
-
-
-def into(graph, stream=None):
-    """torch.cuda.graph. It collects no garbage before a capture any more, and what an optimizer launches that is
-    collected inside, to leave clean weights behind, would be captured."""
-    gc.collect()
-    return torch.cuda.graph(graph, stream=stream)
-
-
-@contextlib.contextmanager
-def nobody_waits():
-    """Inside it is an error if the host waits for the device; never behind it, whatever happens."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 # The kernels.
@@ -203,28 +184,6 @@ def test_a_step_never_waits_for_the_device(method):
 
 def training(rule, method, capturable, **options):
     return Run(rule, method, capturable, device=DEVICE, **COLUMNS, **options)
-
-
-def capture(run, warm, stream=None):
-    """A graph of one training step, after `warm` steps on another stream; a capture runs nothing."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run.train(warm)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with into(graph, side if stream == "warm" else None):
-        run.step()
-    return graph
-
-
-def assert_close(a, b):
-    """Two devices' worth of matrix products apart; noise of another round would be a hundred times that."""
-    for k, (s, t) in enumerate(zip(a.tensors(), b.tensors(), strict=True)):
-        torch.testing.assert_close(s, t, rtol=1e-4, atol=1e-5, msg=lambda text, k=k: f"tensor {k}: {text}")
-    for g, h in zip(a.opt.param_groups, b.opt.param_groups, strict=True):
-        for key in {"lr", "sigma", "round"} & g.keys():
-            assert float(g[key]) == float(h[key]), key
 
 
 CAPTURES = [(r, m, s) for s in ("warm", "its own") for m in CAPTURED for r in ("SGD", "AdamW")]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import test_mask
 import torch
+from capturing import TRAINED
 from compare import assert_ulp, assert_within, bits
 from flatkern.triton_kernels import launch, update
 from test_noise import COUNTERS, KNOWN, fill, numbers, philox, strict_fma, strict_radii
@@ -391,16 +392,7 @@ def test_ire_over_fifty_steps_against_float64(base):
     assert test_mask.trained("triton", base) < 2e-4
 
 
-METHODS = {
-    "RWP": flatkern.RWP(0.02),
-    "ARWP rolling": flatkern.RWP(0.02, eta=0.1, rolling=True),
-    "m-RWP": flatkern.RWP(0.02, lam=0.5),
-    "SAM": flatkern.SAM(0.05),
-    "ASAM": flatkern.ASAM(0.5),
-}
-
-
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("method", TRAINED.values(), ids=TRAINED)
 def test_an_optimizer_runs_on_it(method):
     """Three steps of a small network, next to eager's."""
     results = []

@@ -3,28 +3,20 @@ nothing. Used by test_jobs.py and test_warm_up.py, which take the fixtures by na
 
 import functools
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
+import stand_in_driver
 import torch
 
-import flatkern
-
-triton = pytest.importorskip("triton", minversion="3.6", reason="triton is not installed, so nothing is compiled by it")
-if torch.cuda.is_available():
-    pytest.skip("the stand-in would be in the way of the GPU's driver", allow_module_level=True)
-if triton.knobs.runtime.interpret:
-    pytest.skip("kernels are interpreted, so nothing is compiled", allow_module_level=True)
+# Without Triton, nothing below is imported.
+driver, triton = stand_in_driver.driver, stand_in_driver.triton
 
 from flatkern.triton_kernels import job, launch, mask, noise, norm, perturb, update  # noqa: E402
 
+import flatkern  # noqa: E402
+from bench.models import MODELS  # noqa: E402, F401
 from flatkern import dispatch  # noqa: E402
 from flatkern.ops import OPS  # noqa: E402
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # behind everything: only bench/ is looked for there
-from bench.gpu import silent_driver  # noqa: E402
-from bench.models import MODELS  # noqa: E402, F401
 
 KERNELS = [
     value
@@ -44,15 +36,6 @@ class Loads:
     def __call__(self, name, *rest):
         self.names.append(name)
         return self.load(name, *rest)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def driver(tmp_path_factory):
-    before = triton.runtime.driver._active
-    with triton.knobs.cache.scope():
-        triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-        yield silent_driver.install()
-    triton.runtime.driver.set_active(before)
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,9 @@ from pathlib import Path
 from time import monotonic
 
 from .stage import DRY, SECONDS, emit, left, say
+from .stages import most_seconds
 
-USUAL, RESERVE = 30.0, 2.0
+USUAL, RESERVE = most_seconds()["ncu"], 2.0
 AROUND = 8.0  # seconds for ncu itself and for the last calls: a table is written at the end, or not at all
 METRICS = {
     "us": "gpu__time_duration.sum",

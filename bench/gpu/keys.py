@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from . import racing, wanted
+from .stages import most_seconds
 
 
 def main(arguments: list[str]) -> int:
-    return racing.run(wanted.keys(), usual=80.0, most=2.0)
+    return racing.run(wanted.keys(), usual=most_seconds()["keys"], most=2.0)

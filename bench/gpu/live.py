@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.stage import DRY, emit, say
+from bench.gpu.stage import DRY, cores, emit, say
 
 ROOT = Path(__file__).resolve().parents[2]
 NOISE, INDEX, OFFSET = (7, 1, 2), 3, 5  # seed, stream, round; which normals
@@ -71,7 +71,7 @@ def facts(torch: Any) -> dict[str, Any]:
         "flatkern": flatkern_version(),
         **commit(),
         "date": datetime.date.today().isoformat(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "nvidia_smi": {},
         "dry": DRY,
     }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from . import racing, wanted
+from .stages import most_seconds
 
 
 def main(arguments: list[str]) -> int:
-    return racing.run(wanted.rivals(), usual=60.0, most=0.4)
+    return racing.run(wanted.rivals(), usual=most_seconds()["rivals"], most=0.4)

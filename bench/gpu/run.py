@@ -275,9 +275,7 @@ def chosen(table: tuple[Stage, ...], lists: dict[str, dict[str, float]], words: 
     Raises:
         Refused: a word is neither a list nor a stage.
     """
-    most: dict[str, float] = {}
-    for seconds in lists.values():
-        most |= {name: max(value, most.get(name, 0)) for name, value in seconds.items()}
+    most = stages.most_seconds(lists)
     given = re.findall(r"[^,\s]+", words) or usual(lists, dry)
     unknown = [word for word in given if word not in lists and word not in most]
     if unknown:

@@ -6,7 +6,7 @@ operation and nothing else that takes long, for tools that slow everything down.
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import json
 import os
 import sys
@@ -25,7 +25,7 @@ sys.path.append(str(ROOT / "tests"))  # at the end: these names are looked for t
 
 import capturing  # noqa: E402
 import cases  # noqa: E402
-from compare import assert_ulp, assert_within, bits  # noqa: E402
+from compare import assert_within, bits  # noqa: E402
 
 import flatkern  # noqa: E402
 from flatkern import dispatch  # noqa: E402
@@ -51,6 +51,7 @@ VARIANTS = {
     "adam_update_": UPDATES,
     "adamw_update_": UPDATES,
 }
+RADII = 65536 if DRY else 1024  # that a program makes
 RULE, COLUMNS = "SGD", 24 if DRY else 8208  # of the network in training; the interpreter takes its time for long rows
 CARRIED = "FLATKERN_GPU_SMOKE"  # environment variable: what was found before a lost context
 
@@ -190,28 +191,17 @@ def check_op(op: Any, brief: bool) -> str:
 
 
 def check_radii() -> str:
-    import test_noise
+    import circle
 
-    assert_ulp("radius", drawn()[0], torch.from_numpy(test_noise.strict_radii()))
+    circle.assert_radii(circle.drawn(DEVICE, RADII)[0])
     return "65536, bit for bit"
 
 
 def check_angles() -> str:
-    import test_noise
+    import circle
 
-    _, *got = drawn()
-    for name, a, b in zip(("cosine", "sine"), got, test_noise.strict_angles(), strict=True):
-        assert_ulp(name, a, torch.from_numpy(b))
+    circle.assert_angles(*circle.drawn(DEVICE, RADII)[1:])
     return "65536, bit for bit"
-
-
-def drawn() -> list[torch.Tensor]:
-    """Every radius, cosine and sine as the device computes them."""
-    from circle import circle_kernel
-
-    found, count = [torch.zeros(65536, device=DEVICE) for _ in range(3)], 65536 if DRY else 1024
-    circle_kernel[(65536 // count,)](*found, COUNT=count, enable_fp_fusion=False)
-    return [t.cpu() for t in found]
 
 
 def network(method: str, rule: str = RULE, capturable: bool = False) -> capturing.Run:
@@ -253,14 +243,8 @@ def check_restore(brief: bool) -> str:
 def check_no_waits() -> str:
     for method in ("rolling ARWP", "m-RWP"):
         run = network(method).train(2)
-        synchronize()
-        if not DRY:
-            torch.cuda.set_sync_debug_mode("error")
-        try:
+        with contextlib.nullcontext() if DRY else capturing.nobody_waits():
             run.train(2)
-        finally:
-            if not DRY:
-                torch.cuda.set_sync_debug_mode("default")
     return "rolling ARWP, m-RWP"
 
 
@@ -271,22 +255,13 @@ def check_capture() -> str:
         replay = run.step
         run.train(3)
     else:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            run.train(3)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        gc.collect()  # not inside: what a rolling optimizer launches when it is collected would be captured
-        with torch.cuda.graph(graph):
-            run.step()
-        replay = graph.replay
+        replay = capturing.capture(run, warm=3).replay
     host.train(3)
     for _ in range(3):
         replay()
         run.schedule()
         host.train(1)
-        assert_close(run, host)
+        capturing.assert_close(run, host)
     return "plain steps, no graph" if DRY else "3 replays of an m-RWP step"
 
 
@@ -300,14 +275,8 @@ def check_compiled_model() -> str:
     for _ in range(2):
         run.train(1)
         plain.train(1)
-        assert_close(run, plain)
+        capturing.assert_close(run, plain)
     return "plain steps, nothing compiled" if DRY else "m-RWP, AdamW"
-
-
-def assert_close(a: capturing.Run, b: capturing.Run) -> None:
-    """What matrix products in another order differ by; noise of another round would be a hundred times that."""
-    for k, (s, t) in enumerate(zip(a.tensors(), b.tensors(), strict=True)):
-        torch.testing.assert_close(s, t, rtol=1e-4, atol=1e-5, msg=lambda text, k=k: f"tensor {k}: {text}")
 
 
 # What is compiled for them.

@@ -36,6 +36,11 @@ def left(usual: float) -> float:
     return float(os.environ.get(SECONDS) or usual) - (time.monotonic() - BEGAN)
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def emit(kind: str, **found: Any) -> None:
     """A finding."""
     say(MARK + json.dumps({"kind": kind, **found}))

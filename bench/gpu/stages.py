@@ -70,3 +70,11 @@ LISTS = {
     "first": {"build": 25, "smoke": 110, "tests": 110, "warm": 110, "keys": 80, "ncu": 40},
     "second": {"build": 25, "warm": 30, "rivals": 80, "e2e": 30, "sweep": 35, "sanitizer": 70},
 }
+
+
+def most_seconds(lists: dict[str, dict[str, float]] = LISTS) -> dict[str, float]:
+    """Of every stage the seconds that it has on the list that gives it most."""
+    found: dict[str, float] = {}
+    for seconds in lists.values():
+        found |= {name: max(value, found.get(name, 0)) for name, value in seconds.items()}
+    return found

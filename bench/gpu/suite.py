@@ -16,7 +16,7 @@ import threading
 from collections import Counter
 
 from bench.gpu import stage
-from bench.gpu.stage import DRY, emit, say
+from bench.gpu.stage import DRY, cores, emit, say
 
 PIPE = "FLATKERN_GPU_REPORTS"  # environment variable: the file descriptor that takes what the plugin tells
 RANKS = ("passed", "skipped", "failed", "error")  # a test is what the worst of its phases is
@@ -94,8 +94,7 @@ def pytest_arguments(paths: list[str]) -> list[str]:
 
     words = ["-v", "--tb=short", "--color=no", "-p", "no:cacheprovider", "-p", "bench.gpu.suite_plugin"]
     if has("xdist"):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        words += ["-n", str(min(cores, 2) if DRY else cores)]
+        words += ["-n", str(min(cores(), 2) if DRY else cores())]
     if has("pytest_timeout"):
         # A test that waits for the device cannot be interrupted, only ended with its process, which xdist replaces.
         words += ["--timeout", "90", *(["--timeout-method", "thread"] if has("xdist") else [])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import racing, wanted
 from .racing import Racer
+from .stages import most_seconds
 
 
 class Sweeper(Racer):
@@ -31,4 +32,4 @@ def forget_calls() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    return racing.run(wanted.sweep(), usual=70.0, most=2.0, racer=Sweeper)
+    return racing.run(wanted.sweep(), usual=most_seconds()["sweep"], most=2.0, racer=Sweeper)

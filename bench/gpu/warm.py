@@ -18,7 +18,7 @@ from multiprocessing.connection import wait
 from time import perf_counter
 from typing import Any
 
-from bench.gpu.stage import DRY, emit, say
+from bench.gpu.stage import DRY, cores, emit, say
 
 STAGES = ("keys", "ncu", "rivals", "e2e", "sweep", "sanitizer")
 THIS_RUN = "FLATKERN_GPU_STAGES"  # environment variable: the names of all stages, with commas
@@ -40,8 +40,7 @@ def main(arguments: list[str]) -> int:
 
 
 def processes() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MOST_PROCESSES, cores - 2))
+    return max(1, min(MOST_PROCESSES, cores() - 2))
 
 
 def run(names: list[str], count: int, source: str = "bench.gpu.warm:jobs_for") -> int:
