@@ -2,6 +2,9 @@
 // The only file that includes pybind11.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include <string_view>
+#include <tuple>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -16,6 +19,7 @@ using namespace py::literals;
 using cpu::Bools;
 using cpu::Floats;
 using cpu::Ints;
+using cpu::Kernels;
 
 // A wrong type raises from here: pybind11's own message would print every tensor of every list.
 #define FK_CASTER(Type, label)                                   \
@@ -38,120 +42,85 @@ FK_CASTER(Bools, "list[bool]")
 
 namespace {
 
-// Checks, then runs, without the GIL.
 template <class Args>
-void call(void (*cpu::Kernels::*kernel)(const Args&), const Args& args) {
-  py::gil_scoped_release released;
-  cpu::check(args);
-  (cpu::kernels().*kernel)(args);
+using Kernel = void (*Kernels::*)(const Args&);
+
+// Checks, then runs, without the GIL; then bumps the versions of the list `written`, unless it is null. No Python code
+// runs from the writes to there, so no signal handler can raise while written tensors look untouched.
+template <class Args>
+void call(Kernel<Args> kernel, const Args& args, PyObject* written) {
+  {
+    py::gil_scoped_release released;
+    cpu::check(args);
+    (cpu::kernels().*kernel)(args);
+  }
+  if (written != nullptr && !increment_version(written)) throw py::error_already_set();
 }
 
-void fill_normal_(Tensors outs, Tensor noise, Ints index, Ints offset) {
-  call(&cpu::Kernels::fill_normal_, {std::move(outs), std::move(noise), std::move(index), std::move(offset)});
+// The name of an argument of type T.
+template <class T>
+struct Argument {
+  const char* name;
+};
+template <class... T>
+using Arguments = std::tuple<Argument<T>...>;
+
+// tensors("a", "b"): arguments of one type.
+template <class T>
+struct Named {
+  template <class... Names>
+  auto operator()(Names... names) const {
+    return std::tuple(Argument<T>{names}...);
+  }
+};
+constexpr Named<Tensors> tensors{};
+constexpr Named<MaybeTensors> maybe_tensors{};
+constexpr Named<Tensor> tensor{};
+constexpr Named<MaybeTensor> maybe_tensor{};
+constexpr Named<Floats> floats{};
+constexpr Named<Ints> ints{};
+constexpr Named<Bools> bools{};
+
+template <class... Some>
+auto join(Some... arguments) {
+  return std::tuple_cat(arguments...);
 }
 
-void filter_norms_(Tensors norms, Tensors params) {
-  call(&cpu::Kernels::filter_norms_, {std::move(norms), std::move(params)});
+// Numbers are keyword-only, in every operation.
+template <class Function, class... T, class... N>
+void define(py::module_& m, const char* name, Function function, Arguments<T...> tensors, Arguments<N...> numbers) {
+  const auto names = [](auto... a) { return std::tuple(py::arg(a.name)...); };
+  std::apply([&](auto... extra) { m.def(name, function, extra...); },
+             join(std::apply(names, tensors), std::tuple(py::kw_only()), std::apply(names, numbers)));
 }
 
-void ascent_norm_(Tensor norm, MaybeTensors params, Tensors grads, Floats eta) {
-  call(&cpu::Kernels::ascent_norm_, {std::move(norm), std::move(params), std::move(grads), std::move(eta)});
+// Whether autograd may have saved, for a backward pass, what an operation writes: its first argument, of this name. Raw
+// writes are invisible to autograd; without a new version it would give wrong gradients in silence.
+bool is_seen_by_autograd(std::string_view name) { return name == "params" || name == "grads" || name == "outs"; }
+
+// An operation whose arguments are the fields of Args, in order.
+template <class Args, class First, class... T, class... N>
+void define_op(py::module_& m, const char* name, Kernel<Args> kernel, Arguments<First, T...> tensors,
+               Arguments<N...> numbers) {
+  const bool seen = is_seen_by_autograd(std::get<0>(tensors).name);
+  const auto op = [kernel, seen](First first, T... t, N... n) {
+    PyObject* written = seen ? first.list : nullptr;
+    call(kernel, Args{std::move(first), std::move(t)..., std::move(n)...}, written);
+  };
+  define(m, name, op, tensors, numbers);
 }
 
-void gradient_norm_(Tensor norm, Tensors grads, MaybeTensors clean_grads, MaybeTensor grad_scale, Floats grad_weight,
-                    Floats clean_weight) {
-  call(&cpu::Kernels::gradient_norm_, {std::move(norm), std::move(grads), std::move(clean_grads), std::move(grad_scale),
-                                       std::move(grad_weight), std::move(clean_weight)});
-}
-
-void perturb_gaussian_(Tensors params, MaybeTensors backups, MaybeTensors masters, MaybeTensors norms,
-                       MaybeTensors history, MaybeTensor sigmas, Tensor noise, Floats sigma, Floats eta, Ints index,
-                       Ints offset) {
-  call(&cpu::Kernels::perturb_gaussian_,
-       {std::move(params), std::move(backups), std::move(masters), std::move(norms), std::move(history),
-        std::move(sigmas), std::move(noise), std::move(sigma), std::move(eta), std::move(index), std::move(offset)});
-}
-
-void perturb_ascent_(Tensors params, MaybeTensors backups, MaybeTensors masters, Tensors grads, Tensor norm, Floats rho,
-                     Floats eta) {
-  call(&cpu::Kernels::perturb_ascent_, {std::move(params), std::move(backups), std::move(masters), std::move(grads),
-                                        std::move(norm), std::move(rho), std::move(eta)});
-}
-
-void restore_(Tensors params, Tensors backups) {
-  call(&cpu::Kernels::restore_, {std::move(params), std::move(backups)});
-}
-
-void mix_gradients_(Tensors grads, MaybeTensors history, MaybeTensors clean_grads, MaybeTensor grad_scale,
-                    MaybeTensor clip, Floats grad_weight, Floats clean_weight, Floats beta) {
-  call(&cpu::Kernels::mix_gradients_,
-       {std::move(grads), std::move(history), std::move(clean_grads), std::move(grad_scale), std::move(clip),
-        std::move(grad_weight), std::move(clean_weight), std::move(beta)});
-}
-
-void sgd_update_(Tensors params, MaybeTensors momentum_buffers, MaybeTensors backups, MaybeTensors masters,
-                 MaybeTensors history, Tensors grads, MaybeTensors clean_grads, MaybeTensors masks, MaybeTensor lrs,
-                 MaybeTensor sigmas, MaybeTensor noise, MaybeTensor grad_scale, MaybeTensor clip, MaybeTensor found_inf,
-                 Floats lr, Floats momentum, Floats dampening, Floats weight_decay, Bools nesterov, Floats grad_weight,
-                 Floats clean_weight, Floats kappa, Floats beta, Floats sigma, Floats eta, Ints index, Ints offset) {
-  call(&cpu::Kernels::sgd_update_,
-       {{std::move(params),    std::move(backups),     std::move(masters),      std::move(history),
-         std::move(grads),     std::move(clean_grads), std::move(masks),        std::move(lrs),
-         std::move(sigmas),    std::move(noise),       std::move(grad_scale),   std::move(clip),
-         std::move(found_inf), std::move(grad_weight), std::move(clean_weight), std::move(kappa),
-         std::move(beta),      std::move(sigma),       std::move(eta),          std::move(index),
-         std::move(offset)},
-        std::move(momentum_buffers),
-        std::move(lr),
-        std::move(momentum),
-        std::move(dampening),
-        std::move(weight_decay),
-        std::move(nesterov)});
-}
-
-template <bool kDecoupled>
-void adam_update_(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps, MaybeTensors backups,
-                  MaybeTensors masters, MaybeTensors history, Tensors grads, MaybeTensors clean_grads,
-                  MaybeTensors masks, MaybeTensor lrs, MaybeTensor sigmas, MaybeTensor noise, MaybeTensor grad_scale,
-                  MaybeTensor clip, MaybeTensor found_inf, Floats lr, Floats beta1, Floats beta2, Floats eps,
-                  Floats weight_decay, Floats grad_weight, Floats clean_weight, Floats kappa, Floats beta, Floats sigma,
-                  Floats eta, Ints index, Ints offset) {
-  call(&cpu::Kernels::adam_update_,
-       {{std::move(params),    std::move(backups),     std::move(masters),      std::move(history),
-         std::move(grads),     std::move(clean_grads), std::move(masks),        std::move(lrs),
-         std::move(sigmas),    std::move(noise),       std::move(grad_scale),   std::move(clip),
-         std::move(found_inf), std::move(grad_weight), std::move(clean_weight), std::move(kappa),
-         std::move(beta),      std::move(sigma),       std::move(eta),          std::move(index),
-         std::move(offset)},
-        std::move(exp_avgs),
-        std::move(exp_avg_sqs),
-        std::move(steps),
-        std::move(lr),
-        std::move(beta1),
-        std::move(beta2),
-        std::move(eps),
-        std::move(weight_decay),
-        kDecoupled});
-}
-
-void count_magnitudes_(Tensor counts, Tensors grads, Tensor prefix) {
-  call(&cpu::Kernels::count_magnitudes_, {std::move(counts), std::move(grads), std::move(prefix)});
-}
-
-void pack_mask_(Tensors masks, Tensors grads, Tensor threshold) {
-  call(&cpu::Kernels::pack_mask_, {std::move(masks), std::move(grads), std::move(threshold)});
-}
-
-void amplify_(Tensors params, Tensors previous, Tensors masks, Floats kappa) {
-  call(&cpu::Kernels::amplify_, {std::move(params), std::move(previous), std::move(masks), std::move(kappa)});
-}
-
-template <bool kDecoupled>
-void define_adam(py::module_& m, const char* name) {
-  m.def(name, adam_update_<kDecoupled>, "params"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "steps"_a, "backups"_a, "masters"_a,
-        "history"_a, "grads"_a, "clean_grads"_a, "masks"_a, "lrs"_a, "sigmas"_a, "noise"_a, "grad_scale"_a, "clip"_a,
-        "found_inf"_a, py::kw_only(), "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "weight_decay"_a, "grad_weight"_a,
-        "clean_weight"_a, "kappa"_a, "beta"_a, "sigma"_a, "eta"_a, "index"_a, "offset"_a);
+// An update: its rule's state and numbers (S, N) stand before those that updates share (T, U), which are Args' base.
+template <class Args, class... S, class... T, class... N, class... U, class... Constants>
+void define_update(py::module_& m, const char* name, Kernel<Args> kernel, Arguments<S...> state,
+                   Arguments<N...> numbers, Arguments<T...> shared_tensors, Arguments<U...> shared_numbers,
+                   Constants... constants) {
+  const auto op = [=](Tensors params, S... s, T... t, N... n, U... u) {
+    PyObject* written = params.list;
+    cpu::Update shared = {std::move(params), std::move(t)..., std::move(u)...};
+    call(kernel, Args{std::move(shared), std::move(s)..., std::move(n)..., constants...}, written);
+  };
+  define(m, name, op, join(tensors("params"), state, shared_tensors), join(numbers, shared_numbers));
 }
 
 }  // namespace
@@ -161,27 +130,42 @@ PYBIND11_MODULE(_C, m) {
   py::register_exception<cpu::Mismatch>(m, "Mismatch", PyExc_ValueError);
   cpu::choose_isa();
 
-  m.def("fill_normal_", fill_normal_, "outs"_a, "noise"_a, py::kw_only(), "index"_a, "offset"_a);
-  m.def("filter_norms_", filter_norms_, "norms"_a, "params"_a);
-  m.def("ascent_norm_", ascent_norm_, "norm"_a, "params"_a, "grads"_a, py::kw_only(), "eta"_a);
-  m.def("gradient_norm_", gradient_norm_, "norm"_a, "grads"_a, "clean_grads"_a, "grad_scale"_a, py::kw_only(),
-        "grad_weight"_a, "clean_weight"_a);
-  m.def("perturb_gaussian_", perturb_gaussian_, "params"_a, "backups"_a, "masters"_a, "norms"_a, "history"_a,
-        "sigmas"_a, "noise"_a, py::kw_only(), "sigma"_a, "eta"_a, "index"_a, "offset"_a);
-  m.def("perturb_ascent_", perturb_ascent_, "params"_a, "backups"_a, "masters"_a, "grads"_a, "norm"_a, py::kw_only(),
-        "rho"_a, "eta"_a);
-  m.def("restore_", restore_, "params"_a, "backups"_a);
-  m.def("mix_gradients_", mix_gradients_, "grads"_a, "history"_a, "clean_grads"_a, "grad_scale"_a, "clip"_a,
-        py::kw_only(), "grad_weight"_a, "clean_weight"_a, "beta"_a);
-  m.def("sgd_update_", sgd_update_, "params"_a, "momentum_buffers"_a, "backups"_a, "masters"_a, "history"_a, "grads"_a,
-        "clean_grads"_a, "masks"_a, "lrs"_a, "sigmas"_a, "noise"_a, "grad_scale"_a, "clip"_a, "found_inf"_a,
-        py::kw_only(), "lr"_a, "momentum"_a, "dampening"_a, "weight_decay"_a, "nesterov"_a, "grad_weight"_a,
-        "clean_weight"_a, "kappa"_a, "beta"_a, "sigma"_a, "eta"_a, "index"_a, "offset"_a);
-  define_adam<false>(m, "adam_update_");
-  define_adam<true>(m, "adamw_update_");
-  m.def("count_magnitudes_", count_magnitudes_, "counts"_a, "grads"_a, "prefix"_a);
-  m.def("pack_mask_", pack_mask_, "masks"_a, "grads"_a, "threshold"_a);
-  m.def("amplify_", amplify_, "params"_a, "previous"_a, "masks"_a, py::kw_only(), "kappa"_a);
+  define_op(m, "fill_normal_", &Kernels::fill_normal_, join(tensors("outs"), tensor("noise")), ints("index", "offset"));
+  define_op(m, "filter_norms_", &Kernels::filter_norms_, tensors("norms", "params"), {});
+  define_op(m, "ascent_norm_", &Kernels::ascent_norm_, join(tensor("norm"), maybe_tensors("params"), tensors("grads")),
+            floats("eta"));
+  define_op(m, "gradient_norm_", &Kernels::gradient_norm_,
+            join(tensor("norm"), tensors("grads"), maybe_tensors("clean_grads"), maybe_tensor("grad_scale")),
+            floats("grad_weight", "clean_weight"));
+  define_op(m, "perturb_gaussian_", &Kernels::perturb_gaussian_,
+            join(tensors("params"), maybe_tensors("backups", "masters", "norms", "history"), maybe_tensor("sigmas"),
+                 tensor("noise")),
+            join(floats("sigma", "eta"), ints("index", "offset")));
+  define_op(m, "perturb_ascent_", &Kernels::perturb_ascent_,
+            join(tensors("params"), maybe_tensors("backups", "masters"), tensors("grads"), tensor("norm")),
+            floats("rho", "eta"));
+  define_op(m, "restore_", &Kernels::restore_, tensors("params", "backups"), {});
+  define_op(m, "mix_gradients_", &Kernels::mix_gradients_,
+            join(tensors("grads"), maybe_tensors("history", "clean_grads"), maybe_tensor("grad_scale", "clip")),
+            floats("grad_weight", "clean_weight", "beta"));
+
+  const auto shared_tensors =
+      join(maybe_tensors("backups", "masters", "history"), tensors("grads"), maybe_tensors("clean_grads", "masks"),
+           maybe_tensor("lrs", "sigmas", "noise", "grad_scale", "clip", "found_inf"));
+  const auto shared_numbers =
+      join(floats("grad_weight", "clean_weight", "kappa", "beta", "sigma", "eta"), ints("index", "offset"));
+  define_update(m, "sgd_update_", &Kernels::sgd_update_, maybe_tensors("momentum_buffers"),
+                join(floats("lr", "momentum", "dampening", "weight_decay"), bools("nesterov")), shared_tensors,
+                shared_numbers);
+  for (const bool decoupled : {false, true})
+    define_update(m, decoupled ? "adamw_update_" : "adam_update_", &Kernels::adam_update_,
+                  tensors("exp_avgs", "exp_avg_sqs", "steps"), floats("lr", "beta1", "beta2", "eps", "weight_decay"),
+                  shared_tensors, shared_numbers, decoupled);
+
+  define_op(m, "count_magnitudes_", &Kernels::count_magnitudes_,
+            join(tensor("counts"), tensors("grads"), tensor("prefix")), {});
+  define_op(m, "pack_mask_", &Kernels::pack_mask_, join(tensors("masks", "grads"), tensor("threshold")), {});
+  define_op(m, "amplify_", &Kernels::amplify_, tensors("params", "previous", "masks"), floats("kappa"));
 
   m.def(
       "gather_state",

@@ -18,6 +18,7 @@ struct Torch {
   PyTypeObject* tensor = nullptr;
   PyObject *float32 = nullptr, *float16 = nullptr, *bfloat16 = nullptr, *float64 = nullptr, *int64 = nullptr,
            *uint8 = nullptr;
+  PyObject* increment_version = nullptr;
   DlpackReader read = nullptr;  // null before torch 2.10
 };
 
@@ -34,8 +35,12 @@ const Torch* torch() {
   t.int64 = PyObject_GetAttrString(module, "int64");
   t.uint8 = PyObject_GetAttrString(module, "uint8");
   PyObject* tensor = PyObject_GetAttrString(module, "Tensor");
+  PyObject* functions = PyObject_GetAttrString(module, "_C");
+  if (functions != nullptr) t.increment_version = PyObject_GetAttrString(functions, "_increment_version");
+  Py_XDECREF(functions);
   Py_DECREF(module);
-  if (tensor == nullptr || !t.float32 || !t.float16 || !t.bfloat16 || !t.float64 || !t.int64 || !t.uint8)
+  if (tensor == nullptr || !t.float32 || !t.float16 || !t.bfloat16 || !t.float64 || !t.int64 || !t.uint8 ||
+      !t.increment_version)
     return nullptr;
   t.tensor = reinterpret_cast<PyTypeObject*>(tensor);
   PyObject* capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
@@ -190,6 +195,11 @@ bool is_list(PyObject* object, const char* of) {
   return false;
 }
 
+bool read_tensors(PyObject* object, Given& out) {
+  out.list = object;
+  return is_list(object, "tensors") && read_all(PySequence_Fast_ITEMS(object), PySequence_Fast_GET_SIZE(object), out);
+}
+
 template <class T, class Convert>
 bool read_list(PyObject* object, const char* of, cpu::Array<T>& out, Convert convert) {
   if (!is_list(object, of)) return false;
@@ -202,14 +212,9 @@ bool read_list(PyObject* object, const char* of, cpu::Array<T>& out, Convert con
 
 }  // namespace
 
-bool read(PyObject* object, Tensors& out) {
-  return is_list(object, "tensors") && read_all(PySequence_Fast_ITEMS(object), PySequence_Fast_GET_SIZE(object), out);
-}
+bool read(PyObject* object, Tensors& out) { return read_tensors(object, out); }
 
-bool read(PyObject* object, MaybeTensors& out) {
-  if (object == Py_None) return true;
-  return is_list(object, "tensors") && read_all(PySequence_Fast_ITEMS(object), PySequence_Fast_GET_SIZE(object), out);
-}
+bool read(PyObject* object, MaybeTensors& out) { return object == Py_None || read_tensors(object, out); }
 
 bool read(PyObject* object, Tensor& out) { return read_all(&object, 1, out); }
 
@@ -227,6 +232,14 @@ bool read(PyObject* object, cpu::Ints& out) {
 bool read(PyObject* object, cpu::Bools& out) {
   return read_list(object, "bools", out,
                    [](PyObject* x) { return x == Py_True || (x != Py_False && PyObject_IsTrue(x) == 1); });
+}
+
+bool increment_version(PyObject* tensors) {
+  const Torch* torch = flatkern::torch();
+  if (torch == nullptr) return false;
+  PyObject* none = PyObject_CallOneArg(torch->increment_version, tensors);
+  Py_XDECREF(none);
+  return none != nullptr;
 }
 
 DlpackReader dlpack_reader() {

@@ -9,11 +9,16 @@
 
 namespace flatkern {
 
+// A table and the list that it was read from, which the caller keeps alive; null where there is none.
+struct Given : cpu::Table {
+  PyObject* list = nullptr;
+};
+
 // The types of the schemas in flatkern/ops.py: Tensor[], Tensor[]?, Tensor and Tensor?.
-struct Tensors : cpu::Table {};
-struct MaybeTensors : cpu::Table {};
-struct Tensor : cpu::Table {};
-struct MaybeTensor : cpu::Table {};
+struct Tensors : Given {};
+struct MaybeTensors : Given {};
+struct Tensor : Given {};
+struct MaybeTensor : Given {};
 
 // Lists may be tuples, and 0-dim tensors are numbers too. False with a Python error set where the type is wrong.
 bool read(PyObject* object, Tensors& out);
@@ -23,6 +28,10 @@ bool read(PyObject* object, MaybeTensor& out);
 bool read(PyObject* object, cpu::Floats& out);
 bool read(PyObject* object, cpu::Ints& out);
 bool read(PyObject* object, cpu::Bools& out);
+
+// Bumps the version counters of a list of tensors, by which autograd knows that they were written. False with a Python
+// error set. Runs no Python code, so no signal handler either.
+bool increment_version(PyObject* tensors);
 
 // Fills in a tensor's pointer, shape and strides; 0, or -1 with a Python error set. Nothing is waited for, and nothing
 // is asked of a stream. Null before torch 2.10, or with a Python error set.

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import shards, tables
-from .methods import check_uint32, is_number
+from . import dtensor, tables
 from .ops import Op
+from .values import check_uint32
 
 STORAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLOAT32_LISTS = {"norms", "masters", "history", "steps"}
@@ -111,7 +111,7 @@ def check_storage(where: str, t: Tensor, dtypes: Iterable[torch.dtype] = STORAGE
     """Refuse what no kernel can walk: not a tensor, sparse, complex, integer, float64, or with gaps."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{where} is {type(t).__name__}, but should be a tensor")
-    if shards.is_sharded(t):
+    if dtensor.is_sharded(t):
         raise TypeError(f"{where} is a DTensor; pass what is on this rank, its .to_local()")
     if t.layout != torch.strided:
         raise TypeError(f"{where} is {str(t.layout).removeprefix('torch.')}, but should be strided; call .to_dense()")
@@ -122,10 +122,10 @@ def check_storage(where: str, t: Tensor, dtypes: Iterable[torch.dtype] = STORAGE
         raise LayoutError(f"{where} has gaps or overlaps in memory (strides {t.stride()}); call .contiguous()")
 
 
-def check_outer_filters(op: str, name: str, tensors: Sequence[Tensor]) -> None:
-    """Refuse tensors whose filters are not contiguous stretches of memory."""
+def check_outer_filters(op: str, name: str, tensors: Sequence[Tensor], *, only_trained: bool = False) -> None:
+    """Refuse tensors whose filters are not contiguous stretches of memory; `only_trained` as in `check_parameters`."""
     for k, t in enumerate(tensors):
-        if not tables.has_outer_filters(t):
+        if (t.requires_grad or not only_trained) and not tables.has_outer_filters(t):
             raise ValueError(
                 f"{op}: {name}[{k}] has strides {t.stride()}, so dim 0 is not outermost in memory "
                 "and its filters are not contiguous; call .contiguous()"
@@ -163,20 +163,42 @@ def _check_numbers(op: Op, name: str, t: Tensor, reference_name: str, reference:
         )
 
 
-def check_parameters(where: str, params: Sequence[Tensor]) -> None:
-    """Refuse parameters that share memory: they would be perturbed twice."""
-    spans: list[tuple[str, int, int, int]] = []
+def check_parameters(where: str, params: Sequence[Tensor], *, only_trained: bool = False) -> None:
+    """Refuse parameters that no kernel can walk, or that share memory: they would be perturbed twice.
+
+    With `only_trained`, those that do not require grad may be of any kind, as in torch: 4-bit models have frozen
+    integers. They may share no memory either.
+    """
+    spans: dict[torch.device, list[tuple[int, int, int]]] = {}
     for k, p in enumerate(params):
-        check_storage(f"{where}: params[{k}]", p)
-        if p.numel():
-            spans.append((str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), k))
-    spans.sort()
-    for (device, _, end, first), (other, start, _, second) in itertools.pairwise(spans):
-        if device == other and start < end:
-            first, second = sorted((first, second))
-            raise ValueError(
-                f"{where}: params[{second}] shares memory with params[{first}]; pass every tensor once, without overlap"
-            )
+        if not only_trained or p.requires_grad:
+            check_storage(f"{where}: params[{k}]", p)
+        span = _span(p)
+        if span is not None:
+            spans.setdefault(p.device, []).append((*span, k))
+    for on_device in spans.values():
+        on_device.sort()
+        for (_, end, first), (start, _, second) in itertools.pairwise(on_device):
+            if start < end:
+                first, second = sorted((first, second))
+                raise ValueError(
+                    f"{where}: params[{second}] shares memory with params[{first}]; "
+                    "pass every tensor once, without overlap"
+                )
+
+
+def _span(t: Tensor) -> tuple[int, int] | None:
+    """The addresses that `t` lies between; None for what has no memory of its own: meta, fake, sparse or empty."""
+    plain = type(t) in dtensor.PLAIN
+    if t.layout != torch.strided or (not plain and t.untyped_storage().device.type == "meta"):
+        return None  # fake tensors say that they are on a device; their storage is on meta
+    elements = t.numel()
+    start = t.data_ptr() if elements else 0  # 0 on meta, and for a wrapper around other tensors
+    if not start or t.is_nested:
+        return None
+    if not t.is_contiguous():
+        elements = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return start, start + elements * t.element_size()
 
 
 def check_backend(backend: str | None) -> str | None:
@@ -189,45 +211,3 @@ def check_backend(backend: str | None) -> str | None:
             f"{source} is {backend!r}, but should be one of {', '.join(BACKENDS)}, or None for the best one"
         )
     return backend
-
-
-RANGES = {  # inclusive; open ends are excluded below
-    "lr": (0.0, math.inf),
-    "weight_decay": (0.0, math.inf),
-    "eps": (0.0, math.inf),
-    "momentum": (0.0, math.inf),
-    "dampening": (-math.inf, math.inf),
-    "sigma": (0.0, math.inf),
-    "rho": (0.0, math.inf),
-    "eta": (0.0, math.inf),
-    "kappa": (0.0, math.inf),
-    "lam": (0.0, 1.0),
-    "beta": (0.0, 1.0),
-    "beta1": (0.0, 1.0),
-    "beta2": (0.0, 1.0),
-}
-BELOW_ONE = {"beta", "beta1", "beta2"}
-TORCH_NAMES = {
-    "lr": "learning rate",
-    "eps": "epsilon value",
-    "momentum": "momentum value",
-    "beta1": "beta parameter at index 0",
-    "beta2": "beta parameter at index 1",
-}
-
-
-def check_value(key: str, value: Any) -> None:
-    """Refuse a group value that is out of range; keys without a range pass. Begins as torch's message does."""
-    if key not in RANGES:
-        return
-    low, high = RANGES[key]
-    if not (is_number(value) or isinstance(value, Tensor)):
-        raise TypeError(f"{key} is {value!r}, but should be a number")
-    if not low <= value <= high or value in (math.inf, -math.inf) or (key in BELOW_ONE and value == high):
-        bound = (
-            f">= {low:g} and finite" if high == math.inf else f"in [{low:g}, {high:g}{')' if key in BELOW_ONE else ']'}"
-        )
-        if low == -math.inf:
-            bound = "finite"
-        name = TORCH_NAMES.get(key, f"{key} value")
-        raise ValueError(f"Invalid {name}: {value} ({key} should be {bound})")

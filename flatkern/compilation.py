@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from . import rehearsal, shards
+from . import dtensor, rehearsal
 from .dispatch import compiled_module, served_by
 from .jobs import Job, recording
-from .methods import is_number
-from .optim import capture
 from .optim.base import FlatOptimizer
+from .optim.scalars import is_capturing
+from .values import check_flag, is_number
 
 __all__ = ["Job", "jobs_of", "recording", "warm_up"]
 
@@ -68,10 +68,11 @@ def warm_up(opt: torch.optim.Optimizer, *, scaled: bool = False, rounds: int = 1
     opt = _checked("warm_up", opt, scaled, rounds)
     if threads is not None and not _is_count(threads):
         raise ValueError(f"warm_up: threads is {threads!r}, but should be an integer >= 1, or None")
-    if capture.is_under_way():
+    if is_capturing():
         raise RuntimeError("warm_up: a CUDA graph is being captured; warm up before the capture")
     work: list[tuple[torch.device, Job]] = []
-    for device in dict.fromkeys(shards.local(p).device for p in opt._parameters()):
+    params = [p for group in opt.param_groups for p in group["params"]]
+    for device in dict.fromkeys(dtensor.local(p).device for p in params):
         if served_by("restore_", device.type, opt.backend)[0] != "triton" or compiled_module("triton").interpreting():
             continue
         with _current(device):
@@ -118,8 +119,7 @@ def _checked(where: str, opt: Any, scaled: Any, rounds: Any) -> FlatOptimizer:
         if isinstance(opt, torch.optim.Optimizer):  # there is more than one SGD
             kind = f"{type(opt).__module__}.{kind}"
         raise TypeError(f"{where}: opt is {kind}, which is no optimizer of flatkern's; {remedy}")
-    if not isinstance(scaled, bool):
-        raise TypeError(f"{where}: scaled is {scaled!r}, but should be True if a GradScaler will be in use, else False")
+    check_flag(where, "scaled", scaled)
     if not _is_count(rounds):
         raise ValueError(f"{where}: rounds is {rounds!r}, but should be an integer >= 1")
     return opt

@@ -6,8 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import shards
-from .methods import ASAM, RWP, SAM
+from . import dtensor
 from .tables import history_length, mask_shape
 
 if TYPE_CHECKING:
@@ -50,15 +49,15 @@ def cost(opt: FlatOptimizer) -> Cost:
     update (read clean w, gradients, moments; write w, moments), IRE's mask. mSAM's further rounds, autograd's
     accumulation and `Wrap`'s base step are not counted.
     """
-    method = opt.method
+    perturbation, enhancement = opt.perturbation, opt.setup.enhancement
     parameters = bytes_moved = base_bytes = state_bytes = scratch_bytes = 0
     for group in opt.param_groups:
         moments = 2 if "betas" in group else int(group.get("momentum", 0) != 0)
         for p in group["params"]:
             if not p.requires_grad:
                 continue
-            master = opt._has_master(p)
-            p = shards.local(p)
+            master = opt.setup.has_master(p)
+            p = dtensor.local(p)
             n, item = p.numel(), p.element_size()
             weight = 4 if master else item  # bytes of the clean weight, wherever it is kept
             moment = 4 if master else item
@@ -67,32 +66,25 @@ def cost(opt: FlatOptimizer) -> Cost:
             base = n * (2 * weight + item + 2 * moments * moment + (item if master else 0))
             base_bytes += base
             bytes_moved += base
-            mixes = isinstance(method, RWP) and method.lam is not None and method.mix == "gradients"
             if opt.max_grad_norm is not None:
-                bytes_moved += n * item * (2 if mixes else 1)
+                bytes_moved += n * item * (2 if perturbation.mixes else 1)
             state_bytes += n * (moments * moment + (4 if master else 0))
-            if opt.enhancement is not None and group["enhance"]:
+            if enhancement is not None and group["enhance"]:
                 mask = math.prod(mask_shape(p))
                 state_bytes += mask
                 # The step reads the mask; its update reads the gradient four times and writes the mask.
-                bytes_moved += mask + round((4 * n * item + mask) / opt.enhancement.interval)
-            if method is None or not group["perturb"]:
+                bytes_moved += mask + round((4 * n * item + mask) / enhancement.interval)
+            if opt.setup.method is None or not group["perturb"]:
                 continue
             clean_copy = 0 if master else n * item
             scratch_bytes += clean_copy
-            if isinstance(method, RWP) and method.rolling:
-                bytes_moved += clean_copy
-            else:
-                bytes_moved += n * (weight + item) + clean_copy
-            if isinstance(method, SAM):
-                scaled = isinstance(method, ASAM) and (p.dim() >= 2 or method.all_tensors)
-                bytes_moved += n * (2 * item + (weight if scaled else 0))
-            if isinstance(method, RWP):
-                if mixes:
-                    bytes_moved += n * item
-                    scratch_bytes += n * item
-                if group["eta"] > 0:
-                    state_bytes += 4 * history_length(p)
-    ops = 1 if method is None or opt.rolling else 3 if isinstance(method, SAM) else 2
-    launches = ops + (opt.max_grad_norm is not None)
+            bytes_moved += clean_copy if perturbation.rolling else n * (weight + item) + clean_copy
+            if perturbation.ascends:
+                bytes_moved += n * (2 * item + (weight if perturbation.is_adaptive(p) else 0))
+            if perturbation.mixes:
+                bytes_moved += n * item
+                scratch_bytes += n * item
+            if perturbation.keeps_history(group):
+                state_bytes += 4 * history_length(p)
+    launches = perturbation.launches + (opt.setup.max_grad_norm is not None)
     return Cost(parameters, bytes_moved, base_bytes, launches, state_bytes, scratch_bytes)

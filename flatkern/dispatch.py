@@ -1,4 +1,4 @@
-"""resolve(op, device, backend) -> function. The only code that picks a backend."""
+"""resolve(op, device, backend) -> function, and call, which calls it. The only code that picks a backend."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from .checks import BACKENDS, check
+from .checks import BACKENDS, check, check_backend
 from .ops import OPS, Op
 
 PREFERENCE = {  # the first backend that is installed and has the op wins
@@ -39,6 +39,10 @@ def resolve(op: str, device_type: str, backend: str | None = None) -> Callable[.
     """Return the function that runs `op`. A named `backend` is used or refused, never replaced.
 
     Without a name, ending at eager where compiled backends exist warns once, with the reasons.
+
+    Its attribute `progress` says what tells how far a call came that was interrupted: "whole" (it writes all of its
+    tensors or none), "versions" (the version of each tensor has changed if it was written), or "launches" (kernels are
+    launched one after another, and versions change after the last one).
     """
     if backend == RECORDED:
         return load(OPS[op], "triton")
@@ -50,6 +54,12 @@ def resolve(op: str, device_type: str, backend: str | None = None) -> Callable[.
     usable = backend is not None and device_type in DEVICES[backend]
     remedy = REMEDY[backend] if backend and usable else "use backend=None or 'eager' on this device"
     raise RuntimeError(f"{op}: no backend for {device_type}: {'; '.join(refusals)}; {remedy}")
+
+
+def call(op: str, device_type: str, backend: str | None, *args: Any, **kwargs: Any) -> None:
+    """Run `op` where `resolve` says; autocast then casts the weights anew."""
+    resolve(op, device_type, check_backend(backend))(*args, **kwargs)
+    torch.clear_autocast_cache()
 
 
 def served_by(op: str, device_type: str, backend: str | None = None) -> tuple[str | None, list[str]]:
@@ -108,7 +118,7 @@ def load(op: Op, backend: str) -> Callable[..., None]:
     """The function of one backend, with the checks in front."""
     if backend == "eager":
         return _checked(op, getattr(importlib.import_module(f"flatkern.reference.{op.family}"), op.name))
-    return _compiled(op, compiled_module(backend))
+    return _compiled(op, backend)
 
 
 def bind(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -122,13 +132,17 @@ def _checked(op: Op, function: Callable[..., None]) -> Callable[..., None]:
         check(op, bind(op, args, kwargs))
         function(*args, **kwargs)
 
-    run.whole = False  # type: ignore[attr-defined]  # an interrupt may stop it between two tensors
+    run.progress = "versions"  # type: ignore[attr-defined]
     return run
 
 
-def _compiled(op: Op, module: Any) -> Callable[..., None]:
+def _compiled(op: Op, backend: str) -> Callable[..., None]:
+    module = compiled_module(backend)
     function = getattr(module, op.name)
+    # Raw writes are invisible to autograd; without new versions a write between forward and backward would give wrong
+    # gradients in silence. flatkern._C bumps them itself, in the call, where no signal handler can come between.
     seen_by_autograd = [k for k, a in enumerate(op.arguments) if a.mutated and a.name in ("params", "grads", "outs")]
+    to_bump = () if backend == "cpp" else tuple(seen_by_autograd)
 
     def run(*args: Any, **kwargs: Any) -> None:
         """Arguments are positional up to the keyword-only scalars, in the schema's order."""
@@ -137,12 +151,10 @@ def _compiled(op: Op, module: Any) -> Callable[..., None]:
         except (module.Mismatch, TypeError, RuntimeError):
             check(op, bind(op, args, kwargs))  # raises the same refusal with its remedy
             raise
-        # Raw writes are invisible to autograd; without this a write between forward and backward
-        # would give wrong gradients in silence.
-        for k in seen_by_autograd:
+        for k in to_bump:
             torch._C._increment_version(args[k])
 
-    run.whole = True  # type: ignore[attr-defined]  # it writes all of its tensors or none
+    run.progress = "whole" if backend == "cpp" else "launches"  # type: ignore[attr-defined]
     return run
 
 
@@ -165,18 +177,38 @@ def backends() -> dict[str, dict[str, Any]]:
 
 
 @functools.cache
-def _fast_gather() -> Callable[..., Any] | None:
+def _native(name: str) -> Callable[..., Any] | None:
+    """A function of flatkern._C that reads Python objects, whatever device tensors are on; None without it."""
     try:
-        return compiled_module("cpp").gather_state  # type: ignore[no-any-return]
+        return getattr(compiled_module("cpp"), name)  # type: ignore[no-any-return]
     except ImportError:
         return None
 
 
 def gather_state(state: Any, params: list[torch.Tensor], keys: tuple[str, ...]) -> list[list[torch.Tensor]] | None:
     """For each key the list of `state[p][key]`; None if one of them is missing. Creates no entries."""
-    fast = _fast_gather()
+    fast = _native("gather_state")
     if fast is not None:
         return fast(state, params, keys)  # type: ignore[no-any-return]
     found = [state.get(p, {}) for p in params]
     lists = [[entry.get(key) for entry in found] for key in keys]
     return None if any(value is None for values in lists for value in values) else lists
+
+
+def layouts_of(args: Sequence[Any]) -> bytes | None:
+    """Dtype, device, shape, strides of all tensors of a call, as bytes that are equal where those are; None where that
+    cannot be told so fast, or where a check will say what is wrong."""
+    read = _native("describe")
+    if read is None:
+        return None
+    lists, singles = (
+        tuple(a for a in args if isinstance(a, list)),
+        tuple(a for a in args if isinstance(a, torch.Tensor)),
+    )
+    try:
+        described = read(lists, singles, b"", b"")
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    # Which arguments there are, since absent ones are left out.
+    given = bytes(0 if a is None else 1 for a in args)
+    return None if described is None else given + described[1]

@@ -9,16 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_backend, check_outer_filters, check_parameters, check_storage
-from .dispatch import resolve
+from .checks import check_outer_filters, check_parameters, check_storage
+from .dispatch import call
 from .methods import check_uint32
 from .tables import filters
-
-
-def call(op: str, device_type: str, backend: str | None, *args: Any, **kwargs: Any) -> None:
-    """One op, by the dispatcher."""
-    resolve(op, device_type, check_backend(backend))(*args, **kwargs)
-    torch.clear_autocast_cache()
 
 
 def _run(op: str, device: torch.device, backend: str | None, *args: Any, **kwargs: Any) -> None:

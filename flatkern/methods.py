@@ -5,34 +5,22 @@ Any value may be overridden per parameter group under the same key, and changed 
 
 from __future__ import annotations
 
-import math
-import numbers
-import operator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-
-def is_number(value: Any) -> bool:
-    """A real number of any kind (NumPy's too); a truth value is none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def check_uint32(where: str, name: str, value: Any) -> int:
-    """An integer of any kind (NumPy's too) as an int."""
-    try:
-        number = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = -1
-    if not 0 <= number < 2**32:
-        raise ValueError(f"{where}: {name} is {value!r}, but should be an integer in [0, 2^32)")
-    return number
+from .values import check_flag, check_value
+from .values import check_uint32 as check_uint32  # functional.py imports both from here
+from .values import is_number as is_number
 
 
-def _check(method: str, name: str, value: Any, low: float, high: float = math.inf, *, open_end: bool = False) -> None:
-    ok = is_number(value) and low <= value <= high and value < math.inf
-    if not ok or (open_end and value == high):
-        bound = f"in [{low:g}, {high:g}{')' if open_end else ']'}" if high < math.inf else f">= {low:g} and finite"
-        raise ValueError(f"{method}: {name} is {value!r}, but should be a number {bound}")
+def _check_numbers(method: Any, *keys: str) -> None:
+    for key in keys:
+        check_value(key, getattr(method, key), type(method).__name__, tensors=False)
+
+
+def _set(method: Any, name: str, value: Any) -> None:
+    """Store what a check made of a field: a plain int or bool where it was NumPy's."""
+    object.__setattr__(method, name, value)
 
 
 @dataclass(frozen=True)
@@ -61,6 +49,7 @@ class RWP:
 
     Raises:
         ValueError: a value out of range, or `rolling` together with `lam`.
+        TypeError: a value of another type.
 
     Sources: Li et al. 2022 (arXiv:2211.11489); Li et al. 2024 (arXiv:2404.00357), eqs. 5, 8, 14, with
     the released code's power -1/2 and per-filter sums.
@@ -77,15 +66,14 @@ class RWP:
     group: Any = None
 
     def __post_init__(self) -> None:
-        _check("RWP", "sigma", self.sigma, 0.0)
-        _check("RWP", "eta", self.eta, 0.0)
-        _check("RWP", "beta", self.beta, 0.0, 1.0, open_end=True)
+        _check_numbers(self, "sigma", "eta", "beta")
+        _set(self, "rolling", check_flag("RWP", "rolling", self.rolling))
         if self.lam is not None:
-            _check("RWP", "lam", self.lam, 0.0, 1.0)
+            _check_numbers(self, "lam")
             if self.rolling:
                 raise ValueError("RWP: rolling=True excludes lam: a rolling step has one gradient; pass lam=None")
         for name in ("seed", "stream"):
-            object.__setattr__(self, name, check_uint32("RWP", name, getattr(self, name)))
+            _set(self, name, check_uint32("RWP", name, getattr(self, name)))
         if self.mix == "ranks":
             raise NotImplementedError('RWP: mix="ranks" is not in this version yet; use "gradients" or "losses"')
         if self.mix not in ("gradients", "losses"):
@@ -112,6 +100,7 @@ class SAM:
 
     Raises:
         ValueError: rho negative or not finite.
+        TypeError: rho is not a number.
 
     Sources: Foret et al. 2021 (arXiv:2010.01412), eq. 2; mSAM: Behdin et al. 2023 (arXiv:2302.09693).
     """
@@ -119,7 +108,7 @@ class SAM:
     rho: float = 0.05
 
     def __post_init__(self) -> None:
-        _check("SAM", "rho", self.rho, 0.0)
+        _check_numbers(self, "rho")
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -141,6 +130,7 @@ class ASAM(SAM):
 
     Raises:
         ValueError: rho or eta negative or not finite.
+        TypeError: a value of another type.
 
     Source: Kwon et al. 2021 (arXiv:2102.11600), eqs. 4 and 6.
     """
@@ -150,8 +140,8 @@ class ASAM(SAM):
     all_tensors: bool = False
 
     def __post_init__(self) -> None:
-        _check("ASAM", "rho", self.rho, 0.0)
-        _check("ASAM", "eta", self.eta, 0.0)
+        _check_numbers(self, "rho", "eta")
+        _set(self, "all_tensors", check_flag("ASAM", "all_tensors", self.all_tensors))
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -182,6 +172,7 @@ class IRE:
 
     Raises:
         ValueError: a value out of range.
+        TypeError: a value of another type.
 
     Source: Wang et al. 2024 (arXiv:2405.20763), algorithm 1; |g| in place of g^2 gives the same order.
     """
@@ -192,11 +183,11 @@ class IRE:
     kappa_follows_lr: bool = False
 
     def __post_init__(self) -> None:
-        _check("IRE", "kappa", self.kappa, 0.0)
-        if not (is_number(self.sharp_fraction) and 0 < self.sharp_fraction < 1):
-            raise ValueError(f"IRE: sharp_fraction is {self.sharp_fraction!r}, but should be a number in (0, 1)")
-        if check_uint32("IRE", "interval", self.interval) < 1:
-            raise ValueError(f"IRE: interval is {self.interval!r}, but should be >= 1")
+        _check_numbers(self, "kappa", "sharp_fraction")
+        _set(self, "interval", check_uint32("IRE", "interval", self.interval))
+        if self.interval < 1:
+            raise ValueError(f"IRE: interval is {self.interval}, but should be >= 1")
+        _set(self, "kappa_follows_lr", check_flag("IRE", "kappa_follows_lr", self.kappa_follows_lr))
 
     @property
     def defaults(self) -> dict[str, Any]:

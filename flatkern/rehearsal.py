@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import shards
+from . import dtensor
 from .dispatch import RECORDED, compiled_module
 from .jobs import Job, Shard, recording
-from .methods import RWP, SAM
-from .optim import checkpoint, scaling
+from .optim import amp
 from .optim.base import FlatOptimizer
 
 # State that is made anew in the form that it always has; all other state has the dtype that a checkpoint gave it.
@@ -33,7 +32,7 @@ def record(opt: FlatOptimizer, scaled: bool, rounds: int, device: torch.device |
             try:
                 Rehearsal(shadow, stand_ins, scaled, rounds).run()
             finally:
-                shadow.cycle.leave()  # when it is collected, nobody restores its weights
+                shadow.cycle.weights.left()  # when it is collected, nobody restores its weights
     return list({job.key: job for job in jobs}.values())
 
 
@@ -50,7 +49,7 @@ class Nothing:
 
 def is_aligned(t: Tensor) -> bool:
     """What a kernel that moves 16 bytes at a time may rely on."""
-    return shards.local(t).data_ptr() % 16 == 0
+    return dtensor.local(t).data_ptr() % 16 == 0
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, aligned: bool) -> Tensor:
@@ -72,7 +71,7 @@ class StandIns:
 
     def optimizer(self, opt: FlatOptimizer) -> FlatOptimizer:
         """As unpickling would make it, except that it has no hooks, and that it is of none but our classes."""
-        kept = checkpoint.getstate(opt)
+        kept = opt.raw_state()
         state: Any = defaultdict(dict)
         groups = [self._group(group, opt.state, state) for group in opt.param_groups]
         fixed = {**kept["flatkern"], "backend": RECORDED}
@@ -88,21 +87,21 @@ class StandIns:
     def _group(self, group: dict[str, Any], real: Any, state: Any) -> dict[str, Any]:
         found: dict[Any, Tensor] = {}
         for p in group["params"]:
-            if self.device is None or shards.local(p).device == self.device:
+            if self.device is None or dtensor.local(p).device == self.device:
                 self._add(p, real.get(p, {}), found, state)
         # What a rolling draw was made with is drawn anew.
         rest = {k: self._value(v) for k, v in group.items() if k not in ("params", "param_names", "drawn")}
         return {"params": list(found.values()), **rest}
 
     def _add(self, p: Tensor, state_of_p: dict[str, Any], found: dict[Any, Tensor], state: Any) -> None:
-        part, ranks = shards.local(p), shards.ranks_of(p)
+        part, ranks = dtensor.local(p), dtensor.ranks_of(p)
         shape = self.shape_of(part)
         # Vectors may be cut inside of an eight.
-        shard = Shard(ranks, shards.first_row(p) % 8 if ranks and p.dim() < 2 else 0)
+        shard = Shard(ranks, dtensor.first_row(p) % 8 if ranks and p.dim() < 2 else 0)
         beside = [
             (name, value.dtype, is_aligned(value))
             for name, value in state_of_p.items()
-            if isinstance(value, Tensor) and name not in OF_ONE_FORM and shards.local(value).shape == part.shape
+            if isinstance(value, Tensor) and name not in OF_ONE_FORM and dtensor.local(value).shape == part.shape
         ]
         gets_aligned = p.grad is None or is_aligned(p.grad)
         alike = shape, part.dtype, is_aligned(p), p.requires_grad, gets_aligned, shard, *beside
@@ -163,7 +162,7 @@ class Rehearsal:
         """Every way to a step."""
         # A user may have the scaler unscale the gradients before the step, to look at them.
         for unscaled in (False, True) if self.scaled else (False,):
-            if self.opt.method is None:
+            if self.opt.setup.method is None:
                 self.backward()
                 self.step(unscaled)
             elif self.opt.rolling:
@@ -174,10 +173,10 @@ class Rehearsal:
 
     def orders(self) -> list[tuple[bool, bool]]:
         """Whether the clean pass of two comes first, and whether restore() precedes the step."""
-        method = self.opt.method
-        if not (isinstance(method, RWP) and method.lam is not None):
+        perturbation = self.opt.perturbation
+        if not perturbation.has_clean_pass:
             found = [(False, False), (False, True)]
-        elif method.mix == "losses" and any(group["eta"] > 0 for group in self.opt.param_groups):
+        elif not perturbation.mixes and any(map(perturbation.keeps_history, self.opt.param_groups)):
             return [(False, True)]
         else:
             found = [(True, False), (True, True), (False, True)]
@@ -185,12 +184,12 @@ class Rehearsal:
         return [order for order in found if not self.scaled or order != (found[0][0], True)]
 
     def cycle(self, unscaled: bool, clean_first: bool, restored: bool) -> None:
-        opt, method = self.opt, self.opt.method
-        two = isinstance(method, RWP) and method.lam is not None
-        one_round = two and (method.mix == "losses" or (self.scaled and not clean_first))  # type: ignore[union-attr]
+        opt, perturbation = self.opt, self.opt.perturbation
+        two = perturbation.has_clean_pass
+        one_round = two and (not perturbation.mixes or (self.scaled and not clean_first))
         opt.zero_grad()
         for left in reversed(range(1 if one_round else self.rounds)):
-            if isinstance(method, SAM) or clean_first:
+            if perturbation.ascends or clean_first:
                 self.backward()
                 clean_first = False
             opt.perturb(self.scaler)
@@ -199,7 +198,7 @@ class Rehearsal:
                 pass
             if left or restored:
                 opt.restore()
-        if two and restored and not opt.cycle.clean:
+        if two and restored and not opt.cycle.gradients.clean:
             self.backward()
         self.step(unscaled)
 
@@ -227,6 +226,6 @@ class Rehearsal:
         if self.scaled:
             self.opt.grad_scale = None if unscaled else torch.ones((), device="cpu")  # type: ignore[attr-defined]
             self.opt.found_inf = torch.zeros((), device="cpu")  # type: ignore[attr-defined]
-        self.opt._step()
-        scaling.forget(self.opt)
+        self.opt.step_without_closure()
+        amp.forget(self.opt)
         self.opt.zero_grad()

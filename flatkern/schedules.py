@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from .checks import check_value
+from .values import check_value, is_number
 
 
 def cosine_increase(start: float, increase: float, total_steps: int) -> Callable[[int], float]:
@@ -28,7 +28,8 @@ def cosine_increase(start: float, increase: float, total_steps: int) -> Callable
 
     Source: Li et al. 2024 (arXiv:2404.00357); Bisla et al. 2022 (LPF-SGD).
     """
-    if not (0 <= start < math.inf and -1 <= increase < math.inf and 0 < total_steps < math.inf):
+    numbers = all(map(is_number, (start, increase, total_steps)))
+    if not (numbers and 0 <= start < math.inf and -1 <= increase < math.inf and 0 < total_steps < math.inf):
         raise ValueError(
             f"cosine_increase: start {start!r}, increase {increase!r}, total_steps {total_steps!r}, "
             "but should be start >= 0, increase >= -1, total_steps > 0"
@@ -70,7 +71,7 @@ class PerturbationScheduler:
         value = self.schedule(self.last_step)
         for group in self.optimizer.param_groups:
             if isinstance(group[self.key], torch.Tensor):
-                check_value(self.key, value)
+                check_value(self.key, value, "PerturbationScheduler")
                 group[self.key].fill_(value)  # in place, where a captured graph reads it
             else:
                 group[self.key] = value

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from .checks import check_backend
-from .dispatch import resolve, served_by
-from .functional import call
+from .dispatch import call, resolve, served_by
 from .library import DISPATCH_KEYS
 
 

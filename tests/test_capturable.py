@@ -20,7 +20,8 @@ from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import _disable_current_modes
 
 import flatkern
-from flatkern.optim.capture import OnDevice, host_value
+from flatkern.optim.groups import Groups, Setup
+from flatkern.optim.scalars import OnDevice
 from flatkern.schedules import PerturbationScheduler
 
 if not INTERPRETING:
@@ -121,7 +122,7 @@ def test_a_skipped_step_moves_nothing_of_the_history():
     run.opt.restore()
     run.backward()
     run.opt.found_inf, run.opt.grad_scale = torch.tensor(1.0), torch.tensor(1.0)
-    run.opt.cycle.scaler = types.SimpleNamespace(is_enabled=lambda: False)
+    run.opt.cycle.unscaled.scaler = types.SimpleNamespace(is_enabled=lambda: False)
     with Watch():
         run.opt.step()
     assert all(torch.equal(run.opt.state[p]["history"], h) for p, h in zip(run.net.parameters(), before, strict=True))
@@ -163,7 +164,7 @@ def test_where_the_values_are():
         assert first[key].shape == () and first[key].data_ptr() != second[key].data_ptr()
     assert first["round"] is second["round"] and first["round"].dtype == torch.int64
     run.train(2)
-    assert first["round"].item() == 2 and run.opt.cycle.on_device.noise.tolist() == [2**32 - 5, 3, 2]
+    assert first["round"].item() == 2 and run.opt.cycle.scalars.words.tolist() == [2**32 - 5, 3, 2]
     alone = flatkern.AdamW([torch.nn.Parameter(torch.ones(3))], perturb=flatkern.RWP(), backend="triton")
     alone.add_param_group({"params": [torch.nn.Parameter(torch.ones(4))], "lr": 0.5})
     assert alone.param_groups[1]["lr"] == 0.5 and alone.param_groups[1]["round"] == 0
@@ -199,7 +200,7 @@ def test_numbers_are_copied_to_where_graphs_look(method):
     for group, (lr, sigma, round_) in zip(runs[0].opt.param_groups, ours, strict=True):
         assert group["lr"] is lr and group["sigma"] is sigma and group["round"] is round_
         assert (lr.item(), sigma.item(), round_.item()) == (0.125, 0.5, 78)
-    assert runs[0].opt.cycle.on_device.noise.tolist()[0] == 9
+    assert runs[0].opt.cycle.scalars.words.tolist()[0] == 9
     assert_same(*runs)
 
 
@@ -241,9 +242,10 @@ def test_a_learning_rate_that_is_zero_for_one_step():
     assert all(map(torch.equal, run.net.parameters(), before))
     assert [lr.item() for lr in ours] == values
     # The host looks at a tensor of its own only.
-    elsewhere = types.SimpleNamespace(cycle=types.SimpleNamespace(on_device=OnDevice(torch.device("meta"))))
-    assert host_value(elsewhere, {"lr": torch.tensor(0.0)}, "lr") == 0
-    assert host_value(elsewhere, {"lr": torch.tensor(0.0, device="meta")}, "lr") is None
+    elsewhere = OnDevice(Groups(Setup("SGD"), lambda: None), draws=False)
+    elsewhere.device = torch.device("meta")
+    assert elsewhere.host_value({"lr": torch.tensor(0.0)}, "lr") == 0
+    assert elsewhere.host_value({"lr": torch.tensor(0.0, device="meta")}, "lr") is None
 
 
 # Checkpoints.
@@ -384,13 +386,13 @@ def test_what_is_collected_inside_a_capture_launches_nothing(under_way, launches
 def test_a_number_is_not_captured(key, value, under_way):
     """A replay would undo whatever a schedule has filled in since."""
     run = Run("SGD", "RWP", True).train(1)
-    before, words = run.tensors(), run.opt.cycle.on_device.noise.clone()
+    before, words = run.tensors(), run.opt.cycle.scalars.words.clone()
     for group in run.opt.param_groups:
         group[key] = value
     under_way()
     with pytest.raises(RuntimeError, match=r"a number that was assigned to a group .* or fill_ the tensor"):
         run.opt.perturb()
-    assert all(map(torch.equal, run.tensors(), before)) and torch.equal(run.opt.cycle.on_device.noise, words)
+    assert all(map(torch.equal, run.tensors(), before)) and torch.equal(run.opt.cycle.scalars.words, words)
 
 
 def test_a_mask_is_not_captured(under_way):

@@ -17,7 +17,7 @@ import warming
 from warming import BASES, FEW, METHODS, RWP, SHAPES, backward, keys, make, train, ways
 
 import flatkern
-from flatkern import dispatch, shards
+from flatkern import dispatch, dtensor
 from flatkern.compilation import jobs_of, recording
 from flatkern.ops import OPS
 
@@ -229,8 +229,8 @@ def test_shards(base, method, first, mesh, monkeypatch):
         params = [torch.nn.Parameter(distribute_tensor(t, mesh, [Shard(0)])) for t in whole]
         return BASES[base](params, backend="triton", max_grad_norm=1.0, **METHODS[method])
 
-    row = shards.first_row
-    monkeypatch.setattr(shards, "first_row", lambda t: first if shards.is_sharded(t) and t.dim() < 2 else row(t))
+    row = dtensor.first_row
+    monkeypatch.setattr(dtensor, "first_row", lambda t: first if dtensor.is_sharded(t) and t.dim() < 2 else row(t))
     sums = []
     monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: sums.append(1))
     foreseen = keys(jobs_of(made()))

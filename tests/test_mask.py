@@ -8,10 +8,9 @@ import torch
 from test_reference import Values, every_dtype, law
 
 import flatkern
-from flatkern import tables
+from flatkern import selection, tables
 from flatkern.checks import MAGNITUDE_DIGITS
 from flatkern.dispatch import resolve
-from flatkern.optim import enhance
 from flatkern.reference.mask import unpacked
 
 SHAPES = [(3, 5), (0,), (7, 3, 3, 3), (), (33,), (2, 1030), (40, 8)]
@@ -32,7 +31,7 @@ def gradients(kind, dtype):
 
 
 def masked(params, opt):
-    return [unpacked(opt._state_of(p)["mask"], p) for p in params]
+    return [unpacked(opt.cycle.state.entry(p)["mask"], p) for p in params]
 
 
 @pytest.mark.parametrize("fraction", [0.2, 0.4, 0.001, 0.999])
@@ -79,14 +78,14 @@ def test_counts_are_a_histogram(dtype):
 @pytest.mark.parametrize("infinite", [False, True])
 def test_a_sample_only_saves_time(backend, monkeypatch, wrong_by, infinite):
     """The first digit is guessed from a sample of many gradients; the mask does not depend on the guess."""
-    guess, found = enhance._guessed, []
+    guess, found = selection._guess_first_digit, []
 
     def guessed(*args):
         found.append(guess(*args))
         return found[-1] + wrong_by
 
-    monkeypatch.setattr(enhance, "SAMPLED", 1000)
-    monkeypatch.setattr(enhance, "_guessed", guessed)
+    monkeypatch.setattr(selection, "SAMPLED", 1000)
+    monkeypatch.setattr(selection, "_guess_first_digit", guessed)
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in [(300, 400), (9, 9, 5, 5), (7,)]]
     opt = make(backend, params)
@@ -322,7 +321,7 @@ def test_memory_is_a_bit_per_weight(backend):
     assert kept * 8 == sum(p.numel() for p in params)
     fill(params)
     opt.step()
-    assert not opt.cycle.backups
+    assert not opt.cycle.weights.backups
 
 
 def test_cost_counts_the_mask():

@@ -86,7 +86,7 @@ def trained(base, method, views, steps=6, rounds=1):
             flatkern.sampled_label_loss(model(data(step, rank)[0])).backward()
             opt.update_mask()
             model.train()
-            masks += [opt._state_of(p)["mask"].clone() for p in model.parameters()]
+            masks += [opt.cycle.state.entry(p)["mask"].clone() for p in model.parameters()]
         for k in range(rounds):
             last = k == rounds - 1
             if two_passes:

@@ -103,7 +103,7 @@ def test_errors():
         PerturbationScheduler(make(SAM()), "sigma", cosine_increase(0.01, 1, 10))
     opt = make(RWP())
     PerturbationScheduler(opt, "sigma", lambda t: -1.0)
-    with pytest.raises(ValueError, match="Invalid sigma value: -1"):
+    with pytest.raises(ValueError, match="sigma is -1"):
         opt.perturb()
     assert not opt.is_perturbed
 

@@ -439,7 +439,12 @@ def test_masks_and_histories_are_cut_anew_without_a_change(two, four, tmp_path):
 def refusals():
     weight = distribute_tensor(torch.zeros(4, 4), mesh(2), [Shard(1)])
     with pytest.raises(ValueError, match=r"params\[0\] is a DTensor placed .* place it Shard\(0\)"):
-        flatkern.SGD([torch.nn.Parameter(weight)], lr=0.1)
+        flatkern.SGD([torch.nn.Parameter(weight)], lr=0.1, perturb=flatkern.RWP())
+    plain, other = torch.nn.Parameter(weight), torch.nn.Parameter(torch.zeros(4, 4))
+    for p in (plain, other):  # without filters it does not matter how a weight is cut
+        p.grad = torch.ones_like(p)
+        flatkern.SGD([p], lr=0.1, momentum=0.9).step()
+    assert torch.equal(whole(plain), other)
     rows = distribute_tensor(torch.ones(4, 4), mesh(2), [Shard(0)])
     with pytest.raises(TypeError, match=r"perturb_: params\[0\] is a DTensor; .*to_local"):
         flatkern.perturb_([rows], 0.1, seed=0, round=0)

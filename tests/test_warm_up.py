@@ -69,7 +69,9 @@ def tensors_of(opt):
 def picture(opt):
     """All that a user could see, and could not."""
     groups = [{k: repr(v) for k, v in g.items() if k != "params"} for g in opt.param_groups]
-    inside = {k: repr(v) for k, v in vars(opt.cycle).items()}
+    inside = {
+        k: {n: repr(v) for n, v in getattr(part, "__dict__", {"": part}).items()} for k, part in vars(opt.cycle).items()
+    }
     tensors = [(id(t), t._version, t.data_ptr(), t.clone()) for t in tensors_of(opt)]
     grads = [(id(p.grad), None if p.grad is None else p.grad._version) for g in opt.param_groups for p in g["params"]]
     return groups, inside, tensors, grads, sorted(vars(opt)), len(opt.state)
@@ -103,7 +105,7 @@ def test_nothing_changes(phase, capturable, monkeypatch):
     after = picture(opt)
     for old, new in zip(before[2], after[2], strict=True):
         assert old[:3] == new[:3] and torch.equal(old[3], new[3])
-    opt.cycle.leave()  # else the weights are restored when it is collected
+    opt.cycle.weights.left()  # else the weights are restored when it is collected
     assert before[:2] == after[:2] and before[3:] == after[3:]
     assert steps == [] and torch.equal(rng, torch.get_rng_state()) and live == flatkern.backends()
     with pytest.raises(RuntimeError, match=r"^restore_: no backend for cpu"):
@@ -127,7 +129,7 @@ def test_a_copy_is_left_to_nobody(driver, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         jobs_of(opt)
     gc.collect()
-    assert driver.launches == [] and not list(flatkern.optim.cycle._perturbed_cycles)
+    assert driver.launches == [] and not list(flatkern.optim.weights.perturbing)
     driver.launches = None
 
 

@@ -7,13 +7,21 @@ from typing import Any
 from torch import Tensor
 
 from ..methods import IRE, RWP, SAM
-from . import capture
-from .plan import Bucket, Group
-from .rule import RuleOptimizer, require_unset
-from .update import Forming
+from ..values import check_value
+from .buckets import Bucket, Call
+from .fused import FusedOptimizer, require_unset
+from .groups import Group
+from .step import SharedArguments
+
+NUMBERS = {
+    "beta1": lambda group: float(group["betas"][0]),
+    "beta2": lambda group: float(group["betas"][1]),
+    "eps": lambda group: float(group["eps"]),
+    "weight_decay": lambda group: float(group["weight_decay"]),
+}
 
 
-class Adam(RuleOptimizer):
+class Adam(FusedOptimizer):
     """torch.optim.Adam, with a perturbation around it, in one pass over memory.
 
         g <- g + weight_decay w                      (AdamW: w <- (1 - lr weight_decay) w)
@@ -37,7 +45,8 @@ class Adam(RuleOptimizer):
     Source: Kingma and Ba 2015 (arXiv:1412.6980), algorithm 1.
     """
 
-    _decoupled = False
+    state_keys = ("step", "exp_avg", "exp_avg_sq")
+    flag_keys = (*FusedOptimizer.flag_keys, "maximize", "decoupled_weight_decay", "capturable")
 
     def __init__(
         self,
@@ -75,36 +84,35 @@ class Adam(RuleOptimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        self._start(params, defaults, perturb, enhance, backend, master_weights, max_grad_norm, capturable)
+        self.start(
+            params, defaults,
+            method=perturb, enhancement=enhance, backend=backend, master_weights=master_weights,
+            max_grad_norm=max_grad_norm, capturable=capturable,
+        )  # fmt: skip
 
-    def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
-        require_unset(type(self).__name__, amsgrad=group["amsgrad"])
-        if bool(group["capturable"]) != self.capturable:
+    def check_group(self, group: Group) -> None:
+        super().check_group(group)
+        require_unset(self.setup.name, amsgrad=group["amsgrad"])
+        if bool(group["capturable"]) != self.setup.capturable:
             raise ValueError(
-                f"{type(self).__name__}: a group has capturable={group['capturable']!r} and the optimizer "
-                f"{self.capturable}; it holds for all groups, so pass it to the constructor"
+                f"{self.setup.name}: a group has capturable={group['capturable']!r} and the optimizer "
+                f"{self.setup.capturable}; it holds for all groups, so pass it to the constructor"
             )
         if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
             raise ValueError(f"betas is {group['betas']!r}, but should be a pair of numbers in [0, 1)")
         if len({isinstance(beta, Tensor) for beta in group["betas"]}) > 1:
             raise ValueError("betas must be either both floats or both Tensors")
         for key, value in zip(("beta1", "beta2"), group["betas"], strict=True):
-            self._check_value(key, value)
+            check_value(key, value)
 
-    def _flags(self, group: Group) -> tuple[Any, ...]:
+    def flags(self, group: Group) -> tuple[Any, ...]:
         return (bool(group["decoupled_weight_decay"]),)
 
-    def _update_bucket(self, bucket: Bucket, grads: list[Tensor], forming: Forming) -> None:
-        (exp_avgs, exp_avg_sqs, steps), _ = self._states(bucket, ("exp_avg", "exp_avg_sq", "step"))
+    def prepare(self, bucket: Bucket, shared: SharedArguments) -> Call:
+        (exp_avgs, exp_avg_sqs, steps), created = self.cycle.state.get(bucket, ("exp_avg", "exp_avg_sq", "step"))
         op = "adamw_update_" if bucket.groups[0]["decoupled_weight_decay"] else "adam_update_"
-        lr, lrs = capture.numbers(self, bucket, "lr")
-        bucket.op(op, self.backend)(
-            bucket.params, exp_avgs, exp_avg_sqs, steps, *forming.inputs(grads, lrs),
-            lr=lr, beta1=bucket.values("beta1", lambda g: float(g["betas"][0])),
-            beta2=bucket.values("beta2", lambda g: float(g["betas"][1])), eps=bucket.values("eps"),
-            weight_decay=bucket.values("weight_decay"), **forming.method(),
-        )  # fmt: skip
+        arguments = bucket.params, exp_avgs, exp_avg_sqs, steps, *shared.tensors()
+        return Call(bucket, op, arguments, {**bucket.columns("adam", NUMBERS), **shared.numbers}, created)
 
 
 class AdamW(Adam):

@@ -1,6 +1,7 @@
-"""The optimizer around every base rule: parameter groups, the perturb / restore / step cycle, rolling mode.
+"""The optimizer around every base rule: torch.optim.Optimizer's face, and the calls of the cycle.
 
-A subclass brings a rule: `_flags`, `_update_bucket`. What changes between calls is in `self.cycle`.
+It composes parts and decides nothing; a subclass brings a rule (`prepare`, `commit`). What changes between calls is in
+`self.cycle`.
 """
 
 from __future__ import annotations
@@ -8,19 +9,26 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import shards
-from ..checks import check_backend, check_outer_filters, check_parameters, check_value
-from ..dispatch import gather_state, resolve
-from ..methods import IRE, RWP, SAM, check_uint32, is_number
-from ..tables import history_length
-from . import capture, checkpoint, closures, enhance, follow, messages, perturbations, scaling, update
-from .cycle import Cycle, holders
-from .plan import Bucket, Group
+from .. import dtensor
+from ..checks import check_backend, check_outer_filters, check_parameters
+from ..dispatch import resolve
+from ..methods import IRE, RWP, SAM
+from ..values import check_flag, check_value, is_number
+from . import amp, checkpoint, closures, follow
+from .buckets import Bucket, Call
+from .cycle import Cycle, Phase
+from .errors import warn_never_perturbed
+from .groups import Group, Groups, Setup
+from .ire import Mask
+from .perturb import NoPerturbation, draw_again, perturbation_of
+from .scalars import check_can_be_captured, check_group_can_be_captured, scalars_of
+from .step import Prepared, SharedArguments, Step, restore
 
 Closure = Callable[[], Any]
 
@@ -32,171 +40,139 @@ class FlatOptimizer(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    state_keys: tuple[str, ...] = ()  # what the base rule keeps per parameter
+    flag_keys: tuple[str, ...] = ("perturb", "enhance")  # group values that are True or False
+    reads_lr = True
+    defers_state = False  # the state is a base's, which creates its own first
+    setup: Setup
     cycle: Cycle
-    method: RWP | SAM | None
-    enhancement: IRE | None
-    backend: str | None
-    master_weights: bool
-    max_grad_norm: float | None
-    capturable: bool = False
+    perturbation: NoPerturbation
+    mask: Mask
 
-    def _configure(
-        self,
-        perturb: RWP | SAM | None,
-        enhance: IRE | None,
-        backend: str | None,
-        master_weights: bool,
-        max_grad_norm: float | None,
-    ) -> dict[str, Any]:
-        """Set what stays fixed; returns the group defaults that the method adds."""
-        name = type(self).__name__
-        if perturb is not None and not isinstance(perturb, (RWP, SAM)):
-            raise TypeError(f"{name}: perturb is {perturb!r}, but should be flatkern.RWP, SAM or ASAM, or None")
-        if enhance is not None and not isinstance(enhance, IRE):
-            raise TypeError(f"{name}: enhance is {enhance!r}, but should be flatkern.IRE(kappa=...), or None")
-        if max_grad_norm is not None and not (is_number(max_grad_norm) and max_grad_norm > 0):
-            raise ValueError(f"{name}: max_grad_norm is {max_grad_norm!r}, but should be a number > 0, or None")
-        self.method = perturb
-        self.enhancement = enhance
-        self.backend = check_backend(backend)
-        self.master_weights = master_weights
-        self.max_grad_norm = max_grad_norm
-        self._new_cycle()
-        defaults = {} if perturb is None else {**perturb.defaults, "perturb": True}
-        return defaults if enhance is None else {**defaults, **enhance.defaults}
+    # --- construction ----------------------------------------------------------------------------
 
-    def _new_cycle(self) -> None:
-        self.cycle = Cycle(self.backend, weakref.ref(self))
+    def set_up(self, setup: Setup) -> Group:
+        """Set what stays fixed, and make the parts; returns the group defaults that the method adds."""
+        name, limit = setup.name, setup.max_grad_norm
+        if setup.enhancement is not None and not isinstance(setup.enhancement, IRE):
+            raise TypeError(f"{name}: enhance is {setup.enhancement!r}, but should be flatkern.IRE(kappa=...), or None")
+        if limit is not None and not (is_number(limit) and limit > 0):
+            raise ValueError(f"{name}: max_grad_norm is {limit!r}, but should be a number > 0, or None")
+        setup.master_weights = check_flag(name, "master_weights", setup.master_weights)
+        setup.capturable = check_flag(name, "capturable", setup.capturable)
+        setup.backend = check_backend(setup.backend)
+        self.make_parts(setup)
+        return self.own_defaults()
+
+    def make_parts(self, setup: Setup) -> None:
+        self.setup = setup
+        self.perturbation = perturbation_of(setup.method, setup.name)
+        groups = Groups(setup, weakref.ref(self))
+        scalars = scalars_of(groups, self.perturbation.draws)
+        self.cycle = Cycle(groups, scalars, self.perturbation.rolling, self.defers_state)
+        self.mask = Mask(setup.enhancement)
         # An optimizer that is collected while its parameters are perturbed leaves clean weights behind.
-        weakref.finalize(self, self.cycle.abandon).atexit = False
+        weakref.finalize(self, self.cycle.weights.abandon).atexit = False
 
-    def _check_new_parameters(self) -> None:
-        """Refuse parameters that no kernel can walk, that repeat, or that somebody else holds perturbed."""
-        params = self._parameters()
-        name = type(self).__name__
-        shards.check(name, params)
-        parts = [shards.local(p) for p in params]
-        check_parameters(name, parts)
-        if self.method is not None or self.enhancement is not None:
-            check_outer_filters(name, "params", parts)
-        if self.backend is not None:
+    def own_defaults(self) -> Group:
+        """The group values that the method and the enhancement bring."""
+        method, enhancement = self.setup.method, self.setup.enhancement
+        defaults = {} if method is None else {**method.defaults, "perturb": True}
+        return defaults if enhancement is None else {**defaults, **enhancement.defaults}
+
+    def check_new_parameters(self) -> None:
+        """Refuse parameters that no kernel can walk, that repeat, or that another optimizer holds perturbed."""
+        name, params = self.setup.name, self.cycle.groups.params()
+        parts = [dtensor.local(p) for p in params]
+        check_parameters(name, parts, only_trained=True)
+        if self.setup.method is not None or self.setup.enhancement is not None:
+            dtensor.check(name, params, only_trained=True)
+            check_outer_filters(name, "params", parts, only_trained=True)
+        if self.setup.backend is not None:
             for device_type in {p.device.type for p in params} - {"meta"}:
-                resolve("restore_", device_type, self.backend)
-        for other in holders(params):
-            if other is not self.cycle:
-                raise RuntimeError(
-                    f"{name}: another optimizer holds these parameters perturbed; call its restore(), eval() or step()"
-                )
-        if self.capturable:
-            capture.check(self)
+                resolve("restore_", device_type, self.setup.backend)
+        self.cycle.weights.check_alone(name, params)
+        if self.setup.capturable:
+            check_can_be_captured(self.cycle.groups)
         for group in self.param_groups:
-            self._check_group(group)
+            self.check_group(group)
+        self.cycle.scalars.sync_groups(name)
+        self._ready = True
 
-    def _check_group(self, group: Group) -> None:
-        if self.capturable:
-            capture.check_group(self, group)
+    def check_group(self, group: Group) -> None:
+        """Refuse a group with a value that a step cannot use.
+
+        Raises:
+            ValueError, TypeError: naming the value and what it should be.
+        """
+        name, capturable = self.setup.name, self.setup.capturable
+        if capturable:
+            check_group_can_be_captured(group, name)
         for key, value in group.items():
-            if self.capturable and isinstance(value, Tensor):
+            if capturable and isinstance(value, Tensor):
                 continue  # it was checked when it was set from a number; now the host would have to wait
-            unset = key == "lam" and value is None
-            if (self._is_ours(key) and not unset) or is_number(value):
-                check_value(key, value)
-        if isinstance(self.method, RWP):
-            self._check_lam(group)
-            for key in ("seed", "stream", "round"):
-                self._check_word(key, group[key])
+            if key in self.flag_keys:
+                check_flag(name, key, value)
+            elif (self.checks_key(key) and not (key == "lam" and value is None)) or is_number(value):
+                check_value(key, value, name)
+        self.perturbation.check_group(group, name, capturable)
 
-    def _check_word(self, key: str, value: Any) -> None:
-        if not (self.capturable and isinstance(value, Tensor)):
-            check_uint32(type(self).__name__, key, value)
+    def checks_key(self, key: str) -> bool:
+        """True if a group's `key` means what it means here, so that its value must be a number in range."""
+        return key in self.own_defaults()
 
-    def _is_ours(self, key: str) -> bool:
-        """True if a group's `key` means what it means here, so that its value must be a number."""
-        return (self.method is not None and key in self.method.defaults) or (
-            self.enhancement is not None and key == "kappa"
-        )
+    # --- the rule --------------------------------------------------------------------------------
 
-    def _check_groups(self) -> None:
-        """Check what has changed in the groups since the last call, before anything is written."""
-        capture.refuse(self, "perturb() or step()")
-        checked = self.cycle.checked
-        for k, group in enumerate(self.param_groups):
-            if isinstance(self.method, RWP):
-                self._check_word("round", group["round"])
-            values = [v for key, v in group.items() if key not in ("params", "round", "drawn", "mask_age")]
-            if self.capturable:
-                values = [id(v) if isinstance(v, Tensor) else v for v in values]  # which one, not what is in it
-            if checked.get(k) != values:
-                self._check_group(group)
-                checked[k] = values
-        capture.adopt(self)
-
-    def _check_lam(self, group: Group) -> None:
-        assert isinstance(self.method, RWP)
-        if (group["lam"] is None) != (self.method.lam is None):
-            raise ValueError(
-                f"{type(self).__name__}: a group has lam={group['lam']!r} and the method lam={self.method.lam!r}; "
-                "lam may not mix None and a number"
-            )
-
-    # --- what is where ---------------------------------------------------------------------------
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
-    def _flags(self, group: Group) -> tuple[Any, ...]:
+    def flags(self, group: Group) -> tuple[Any, ...]:
         """What splits parameters into different op calls, besides device and masters."""
         return ()
 
-    def _has_master(self, p: Tensor) -> bool:
-        return self.master_weights and p.dtype != torch.float32
-
-    def _masters(self, params: list[Tensor]) -> list[Tensor]:
-        """The float32 weights behind `params`."""
-        raise NotImplementedError
-
-    def _histories(self, params: list[Tensor]) -> list[Tensor]:
-        """ARWP's history of `params`: float32 (filters,), or per element for tensors of rank <= 1."""
-        return self._kept(params, "history", history_length, torch.float32)
-
-    def _kept(
-        self, params: list[Tensor], key: str, shape: Callable[[Tensor], int | tuple[int, ...]], dtype: torch.dtype
-    ) -> list[Tensor]:
-        """Our own state `key` of `params`; zeros where it is missing."""
-        found = gather_state(self.state, params, (key,))
-        if found is not None:
-            return found[0]
-        result = []
-        for p in params:
-            state = self._state_of(p)
-            if key not in state:
-                with torch.inference_mode(False):
-                    part = torch.zeros(shape(shards.local(p)), dtype=dtype, device=p.device)
-                    state[key] = shards.beside(p, part, shape(p))
-                self.cycle.created.append((p, key))
-            result.append(state[key])
-        return result
-
-    def _state_of(self, p: Tensor) -> dict[str, Any]:
-        """Where our own state of `p` is kept."""
-        state: dict[str, Any] = self.state[p]
-        return state
-
-    def _update_bucket(self, bucket: Bucket, grads: list[Tensor], forming: update.Forming) -> None:
-        """Apply the base rule to one bucket."""
-        raise NotImplementedError
-
-    def _finish(self, work: update.Work) -> None:
-        """Called once when every bucket has had its `_update_bucket`."""
-
-    def _sign(self, group: Group) -> float:
-        """maximize turns the gradient over on its way in, as torch does."""
+    def sign(self, group: Group) -> float:
+        """maximize negates the gradient on its way in, as in torch."""
         return -1.0 if group["maximize"] else 1.0
+
+    def prepare(self, bucket: Bucket, shared: SharedArguments) -> Call:
+        """The call of one bucket. Creates state, and writes nothing."""
+        raise NotImplementedError
+
+    def commit(self, work: list[Prepared]) -> None:
+        """Run the calls, and what else the rule needs."""
+        raise NotImplementedError
+
+    # --- what is known ---------------------------------------------------------------------------
+
+    @property
+    def method(self) -> RWP | SAM | None:
+        return self.setup.method
+
+    @property
+    def enhancement(self) -> IRE | None:
+        return self.setup.enhancement
+
+    @property
+    def backend(self) -> str | None:
+        return self.setup.backend
+
+    @property
+    def capturable(self) -> bool:
+        return self.setup.capturable
+
+    @property
+    def master_weights(self) -> bool:
+        return self.setup.master_weights
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        return self.setup.max_grad_norm
+
+    @property
+    def rolling(self) -> bool:
+        return self.perturbation.rolling
 
     @property
     def is_perturbed(self) -> bool:
         """True while the parameters hold perturbed weights."""
-        return self.cycle.plan is not None and not self.cycle.suspended
+        return self.cycle.phase is Phase.PERTURBED
 
     @property
     def ascent_norm(self) -> Tensor | None:
@@ -211,17 +187,7 @@ class FlatOptimizer(torch.optim.Optimizer):
     @property
     def loss_weight(self) -> float:
         """mix="losses": what the next loss is to be multiplied by, 1 - lam at clean weights, lam at perturbed ones."""
-        if not isinstance(self.method, RWP) or self.method.lam is None:
-            return 1.0
-        lam = {g["lam"] for g in self.param_groups}
-        if len(lam) > 1:
-            raise RuntimeError(f"loss_weight: groups have different lam {sorted(lam)}, so no single loss weight exists")
-        value = float(lam.pop())
-        return value if self.is_perturbed else 1.0 - value
-
-    @property
-    def rolling(self) -> bool:
-        return isinstance(self.method, RWP) and self.method.rolling
+        return self.perturbation.loss_weight(self.param_groups, self.is_perturbed)
 
     # --- the cycle -------------------------------------------------------------------------------
 
@@ -232,7 +198,7 @@ class FlatOptimizer(torch.optim.Optimizer):
             CLEAN -> PERTURBED
 
         RWP draws noise (no gradient needed), m-RWP keeps the gradient in `.grad` as the clean one,
-        SAM and ASAM climb along the gradient in `.grad`. The gradients of earlier rounds return to
+        SAM and ASAM ascend along the gradient in `.grad`. The gradients of earlier rounds return to
         `.grad`, so that the next backward accumulates into them.
 
         Arguments:
@@ -240,11 +206,22 @@ class FlatOptimizer(torch.optim.Optimizer):
                 and inf-check the clean gradient.
 
         Raises:
-            RuntimeError: already perturbed; rolling; no method; RWP with a fresh gradient, which
-                would be lost; SAM without one; a second clean gradient for m-RWP.
+            RuntimeError: already perturbed; rolling; no method; RWP with a new gradient, which would be
+                lost; SAM without one; a second clean gradient for m-RWP; another optimizer holds the
+                parameters perturbed. A refused call has changed nothing.
         """
-        with self._refusing():
-            perturbations.perturb(self, scaler)
+        cycle, perturbation = self.cycle, self.perturbation
+        if perturbation.refuses_perturb:
+            raise RuntimeError(perturbation.refuses_perturb)
+        cycle.require("perturb")
+        cycle.groups.check_changed()
+        cycle.scalars.sync_groups("perturb")
+        params = cycle.groups.params()
+        cycle.weights.check_alone("perturb", params)
+        amp.check_not_unscaled(scaler, self)
+        perturbation.check(cycle, params, scaler)
+        with cycle.undone_on_failure():
+            perturbation.move(cycle, params, scaler)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -255,9 +232,10 @@ class FlatOptimizer(torch.optim.Optimizer):
         The round's gradients are set aside (pointers, no arithmetic) until the next `perturb()` or
         `step()`. On clean weights nothing happens.
         """
-        if self.rolling:
+        if self.perturbation.rolling:
             raise RuntimeError("restore: a rolling optimizer is restored by eval(), or by follow(model)")
-        perturbations.restore(self)
+        if self.cycle.require("restore") is Phase.PERTURBED:
+            restore(self.perturbation, self.cycle)
 
     @torch.no_grad()
     def step(self, closure: Closure | list[Closure] | None = None) -> Any:
@@ -278,35 +256,28 @@ class FlatOptimizer(torch.optim.Optimizer):
                 with a gradient scaler. A refused call has changed nothing.
         """
         try:
-            if closure is not None:
-                return closures.step(self, closure)
-            self._step()
+            if closure is None:
+                return self.step_without_closure()
+            self.cycle.require("step")
+            return closures.step(self, closure, amp.amp_of(self))
         except BaseException:
-            scaling.forget(self)
+            amp.forget(self)
             raise
-        return None
 
-    def _step(self) -> None:
-        """step() without a closure and without torch's step hooks, which fire once around the whole."""
-        messages.refuse_suspended(self, "step")
-        with self._refusing():
-            update.step(self)
-        self.cycle.steps += 1
-        if self.cycle.steps == 10:
-            messages.warn_never_perturbed(self)
-
-    @contextmanager
-    def _refusing(self) -> Iterator[None]:
-        """State that was made for a call which is then refused goes again."""
-        self.cycle.created.clear()
+    def step_without_closure(self) -> None:
+        """step() without torch's step hooks, which fire once around the whole."""
+        cycle = self.cycle
+        cycle.require("step")
+        cycle.groups.check_changed()
+        cycle.scalars.sync_groups("step")
         try:
-            yield
+            Step(self, self.perturbation, self.mask, cycle, amp.amp_of(self)).run()
         except BaseException:
-            for p, key in self.cycle.created:
-                self.state[p].pop(key, None)
-                if not self.state[p]:
-                    del self.state[p]
+            cycle.state.undo_created()
             raise
+        cycle.steps += 1
+        if cycle.steps == 10 and self.setup.method is not None and not cycle.weights.ever_perturbed:
+            warn_never_perturbed(self.setup.name, self.perturbation.name, self.perturbation.pattern)
 
     @contextmanager
     def perturbed(self, scaler: Any = None) -> Iterator[None]:
@@ -314,31 +285,34 @@ class FlatOptimizer(torch.optim.Optimizer):
 
         If the body did not step, `restore()` follows. After an exception this round's gradients are dropped.
         """
+        rounds = self.cycle.gradients.rounds
         self.perturb(scaler)
         try:
             yield
         except BaseException:
-            perturbations.abort_round(self)
+            closures.abort_round(self.cycle, rounds)
             raise
         self.restore()
 
     @contextmanager
     def clean(self) -> Iterator[None]:
         """Clean weights inside, whatever the mode; outside everything is as before, bit for bit."""
-        with perturbations.clean(self):
+        self.cycle.require("clean")
+        with self.cycle.weights.clean():
             yield
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's, and the zeroed gradients do not count as new ones.
 
-        Between rounds the sum of earlier rounds survives: it is dropped by no `zero_grad()`.
+        Between rounds the sum of earlier rounds survives: `zero_grad()` does not drop it.
         """
-        if self.cycle.plan is not None and self.cycle.rounds:
-            if perturbations.has_round_gradient(self):
+        ledger, params = self.cycle.gradients, self.cycle.groups.params()
+        if self.cycle.weights.partition is not None and ledger.rounds:
+            if ledger.has_new_since_perturb(params):
                 raise RuntimeError("zero_grad: earlier rounds are summed up in .grad; call step() or restore() first")
             return
         super().zero_grad(set_to_none)
-        self.cycle.mark_zeroed(self._parameters())
+        ledger.mark_zeroed(params)
 
     # --- rolling ---------------------------------------------------------------------------------
 
@@ -347,19 +321,22 @@ class FlatOptimizer(torch.optim.Optimizer):
         """Rolling: apply the noise of the current round (idempotent; draws nothing new). Otherwise nothing."""
         if not mode:
             return self.eval()
-        if self.rolling and self.cycle.plan is None:
-            perturbations.roll_on(self)
+        cycle = self.cycle
+        if self.perturbation.rolling and cycle.require("train") is Phase.CLEAN:
+            cycle.groups.check_changed()
+            cycle.scalars.sync_groups("train")
+            cycle.weights.check_alone("train", cycle.groups.params())
+            with cycle.undone_on_failure():
+                draw_again(cycle)
         return None
 
     @torch.no_grad()
     def eval(self) -> None:
         """Rolling: clean weights (idempotent; the trajectory does not change). Otherwise as `restore()`."""
-        if not self.rolling:
+        if not self.perturbation.rolling:
             self.restore()
-        elif self.cycle.plan is not None:
-            messages.refuse_suspended(self, "eval")
-            self.cycle.put_clean_weights(self.cycle.plan)
-            self.cycle.leave()
+        elif self.cycle.require("eval") is Phase.PERTURBED:
+            self.cycle.weights.restore()
 
     def follow(self, model: torch.nn.Module) -> follow.Handles:
         """Rolling: noise on in the model's training forwards, clean weights in eval forwards and `state_dict()`.
@@ -370,7 +347,11 @@ class FlatOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: the optimizer is not rolling.
         """
-        return follow.follow(self, model)
+        if not self.perturbation.rolling:
+            raise RuntimeError(
+                "follow: only a rolling optimizer can follow a model; pass perturb=flatkern.RWP(rolling=True)"
+            )
+        return follow.follow(self.cycle.groups.owner, model)
 
     def release(self) -> None:
         """Free the scratch (saved copies); pending rounds are dropped. The next `perturb()` allocates again.
@@ -378,17 +359,17 @@ class FlatOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: the weights are perturbed, so the scratch holds the clean ones.
         """
-        if self.cycle.plan is not None:
-            raise RuntimeError(f"release: the weights are perturbed; call {messages.way_back(self)} first")
+        self.cycle.require("release")
         self.cycle.drop_pending()
-        self.cycle.release()
+        self.cycle.weights.release()
+        self.cycle.partitions.clear()
 
     # --- enhancement -----------------------------------------------------------------------------
 
     @property
     def mask_due(self) -> bool:
         """IRE: True when the mask has served its steps, or there is none yet, and `update_mask()` should follow."""
-        return enhance.is_due(self)
+        return self.mask.is_due(self.param_groups)
 
     @torch.no_grad()
     def update_mask(self, scaler: Any = None) -> None:
@@ -401,7 +382,8 @@ class FlatOptimizer(torch.optim.Optimizer):
                 opt.update_mask()
 
         On clean weights, with no gradients of a step pending. Only the order of the gradients counts, so a loss scale
-        does not matter. Reads the gradients three or four times; a parameter without one gets a mask of zeros.
+        does not matter. Reads the gradients three or four times; a parameter without one, or a frozen one, gets a mask
+        of zeros.
 
         Arguments:
             scaler: the GradScaler in use: gradients that are not finite then leave the mask as it is, in silence.
@@ -410,29 +392,36 @@ class FlatOptimizer(torch.optim.Optimizer):
             RuntimeError: no enhancement; perturbed weights; no gradient; a gradient that is not finite. Nothing has
                 changed then.
         """
-        with self._refusing():
-            enhance.update_mask(self, scaler)
+        try:
+            self.mask.update(self.cycle, scaler)
+        except BaseException:
+            self.cycle.state.undo_created()
+            raise
+        self.cycle.state.keep_created()
 
     # --- state -----------------------------------------------------------------------------------
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: Group) -> None:
         """As torch's; refused while a perturbation or a round is under way."""
-        if "cycle" in self.__dict__:
-            messages.refuse_unfinished(self, "add_param_group")
-        self._join_round(param_group)
+        self.cycle.require("add_param_group")
+        ready = self.__dict__.get("_ready")
+        if ready:
+            self.join_round(param_group)
         super().add_param_group(param_group)
-        if self.__dict__.get("_ready"):
-            try:
-                self._check_new_parameters()
-            except Exception:
-                self.param_groups.pop()
-                raise
-            capture.adopt(self)
+        if ready:
+            self.check_added_group()
 
-    def _join_round(self, param_group: dict[str, Any]) -> None:
+    def join_round(self, param_group: Group) -> None:
         """A group that joins during training draws the round of the others."""
-        if isinstance(self.method, RWP) and self.__dict__.get("_ready"):
+        if self.perturbation.draws:
             param_group.setdefault("round", self.param_groups[0]["round"])
+
+    def check_added_group(self) -> None:
+        try:
+            self.check_new_parameters()
+        except Exception:
+            self.param_groups.pop()
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """Base state, masters and ARWP's history, in torch's format; no scratch.
@@ -440,22 +429,58 @@ class FlatOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: the weights are perturbed, or rounds are pending.
         """
-        messages.refuse_unfinished(self, "state_dict")
+        self.cycle.require("state_dict")
         return super().state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of flatkern or of the torch optimizer with the same rule.
+        """Load a checkpoint of flatkern or of the torch optimizer with the same rule, all of it or nothing.
 
         Dtypes are kept as saved, strides follow the parameters, group keys that the checkpoint lacks
         keep their present values. On perturbed weights the perturbation ends: parameters that others
         wrote since keep their values, the rest are restored.
+
+        Raises:
+            ValueError, TypeError: the checkpoint does not fit; nothing has changed then.
         """
-        checkpoint.load(self, state_dict)
+        self.cycle.require("load_state_dict")
+        loaded = self.read_checkpoint(state_dict)
+        self.end_for_loading()
+        checkpoint.assign(loaded, self.cycle)
+        self.finish_loading()
+
+    def read_checkpoint(self, state_dict: dict[str, Any]) -> checkpoint.Checkpoint:
+        """Run the hooks, and check."""
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        return checkpoint.read(state_dict, self.cycle, self.perturbation, self.own_defaults(), self.state_keys)
+
+    def end_for_loading(self) -> None:
+        self.cycle.weights.end_keeping_external_writes()
+        self.cycle.drop_pending()
+
+    def finish_loading(self) -> None:
+        checkpoint.forget_what_was(self.cycle)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        messages.refuse_unfinished(self, "pickle or deepcopy")
-        return checkpoint.getstate(self)
+        self.cycle.require("pickle or deepcopy")
+        return self.raw_state()
+
+    def raw_state(self) -> dict[str, Any]:
+        """torch's, and what stays fixed; the cycle starts anew in the copy."""
+        fixed = {field.name: getattr(self.setup, field.name) for field in fields(self.setup)}
+        return {**torch.optim.Optimizer.__getstate__(self), "flatkern": fixed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        checkpoint.setstate(self, state)
+        state = dict(state)
+        fixed = state.pop("flatkern", None)
+        if fixed is not None:
+            self.set_fixed(dict(fixed))
+        torch.optim.Optimizer.__setstate__(self, state)
+
+    def set_fixed(self, fixed: dict[str, Any]) -> None:
+        self.make_parts(Setup(**fixed))
+        self._ready = True

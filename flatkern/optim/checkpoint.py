@@ -1,58 +1,78 @@
-"""state_dict and pickling: saved dtypes are kept, our group keys survive torch's checkpoints, no scratch."""
+"""state_dict and pickling: saved dtypes are kept, our group keys survive torch's checkpoints, no scratch.
+
+Loading is all or nothing: a checkpoint is read, checked and converted before anything is assigned.
+"""
 
 from __future__ import annotations
 
-import warnings
+import copy
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import shards
-from ..methods import RWP
+from .. import dtensor
 from ..tables import history_length, mask_shape, same_layout
-from . import capture, layouts
-
-if TYPE_CHECKING:
-    from .base import FlatOptimizer
-
+from .cycle import Cycle
+from .errors import warn_starts_empty
+from .groups import Group, Groups, Setup
+from .layouts import like
+from .perturb import NoPerturbation
+from .scalars import as_numbers
 
 _METHOD_KEYS = ("sigma", "lam", "eta", "beta", "rho")  # that mean something else in another method
+Entry = dict[str, Any]
 
 
-def load(opt: FlatOptimizer, state_dict: dict[str, Any]) -> None:
-    """torch's load_state_dict, without its cast of every state tensor to the parameter's dtype."""
-    state_dict = prepare(opt, state_dict)
-    opt.cycle.end_by_version()
-    before = dict(opt.state) if opt.capturable else {}
-    opt.state.clear()
-    for p, saved in by_parameter(opt, state_dict):
-        there = before.get(p, {})
-        opt.state[p] = {name: _into(there.get(name), fit(name, value, p)) for name, value in saved.items()}
-    known = {i for group in state_dict["param_groups"] for i in group["params"]}
-    opt.state.update({key: value for key, value in state_dict["state"].items() if key not in known})
-    for group, saved in zip(opt.param_groups, state_dict["param_groups"], strict=True):
-        # In place: schedulers share these very dicts.
-        group.update({k: v for k, v in saved.items() if k != "params"})
-    settle(opt)
+@dataclass
+class Checkpoint:
+    """What will be assigned; nothing is yet."""
+
+    saved: dict[str, Any]  # in torch's format, with completed groups
+    state: dict[Tensor, Entry]  # by parameter, in its place and memory format, in the dtype that was saved
+    others: dict[Any, Any]  # state that belongs to no parameter
 
 
-def _into(there: Any, value: Any) -> Any:
-    """The loaded value in the memory that was there, which captured graphs know by address."""
-    tensors = isinstance(there, Tensor) and isinstance(value, Tensor)
-    if tensors and (there.dtype, there.device) == (value.dtype, value.device) and same_layout(there, value):
-        return there.copy_(value)
-    return value
+def read(
+    state_dict: dict[str, Any],
+    cycle: Cycle,
+    perturbation: NoPerturbation,
+    own_defaults: Group,
+    state_keys: tuple[str, ...],
+) -> Checkpoint:
+    """Check a checkpoint, complete its groups and convert its state; it stays as it is.
+
+    Arguments:
+        own_defaults: the group values that the method and the enhancement bring.
+        state_keys: what the base rule keeps per parameter: all of it or none.
+
+    Raises:
+        ValueError, TypeError: what does not fit, by parameter and name. Nothing has changed then.
+    """
+    groups, setup = cycle.groups, cycle.groups.setup
+    saved_groups = state_dict["param_groups"]
+    _check_sizes(groups.listed(), saved_groups)
+    completed = [
+        _completed(group, saved, setup, perturbation, own_defaults)
+        for group, saved in zip(groups, saved_groups, strict=True)
+    ]
+    for group, full in zip(groups, completed, strict=True):
+        groups.owner().check_group({**group, **full})  # type: ignore[union-attr]
+    state = {}
+    for k, (p, entry) in enumerate(_by_parameter(state_dict, groups)):
+        _check_entry(k, p, entry, state_keys)
+        state[p] = _fitted(p, entry, setup)
+    _warn_of_what_starts_empty(state, groups, saved_groups, completed, perturbation)
+    known = {i for group in saved_groups for i in group["params"]}
+    others = {key: value for key, value in state_dict["state"].items() if key not in known}
+    return Checkpoint({**state_dict, "param_groups": completed}, state, others)
 
 
-def prepare(opt: FlatOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Run the hooks, refuse what does not fit, and complete the groups; the checkpoint itself stays as it is."""
-    state_dict = dict(state_dict)
-    for hook in opt._optimizer_load_state_dict_pre_hooks.values():
-        state_dict = hook(opt, state_dict) or state_dict
-    groups, saved_groups = opt.param_groups, state_dict["param_groups"]
+def _check_sizes(groups: list[Group], saved_groups: list[Group]) -> None:
     if len(groups) != len(saved_groups):
         raise ValueError(
             f"load_state_dict: the checkpoint has {len(saved_groups)} parameter groups, the optimizer {len(groups)}"
@@ -63,100 +83,134 @@ def prepare(opt: FlatOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
                 f"load_state_dict: group {k} has {len(saved['params'])} parameters in the checkpoint, "
                 f"{len(group['params'])} in the optimizer"
             )
-    for k, (p, saved) in enumerate(by_parameter(opt, state_dict)):
-        for name, value in saved.items():
-            if isinstance(value, Tensor) and value.dim() and shards.is_sharded(value) != shards.is_sharded(p):
-                kinds = ["one tensor", "sharded"]
-                raise ValueError(
-                    f"load_state_dict: {name} of parameter {k} is {kinds[shards.is_sharded(value)]} in the checkpoint, "
-                    f"and the parameter {kinds[shards.is_sharded(p)]}; torch.distributed.checkpoint.state_dict."
-                    "set_optimizer_state_dict divides it (StateDictOptions(full_state_dict=True))"
-                )
-    if opt.enhancement is not None and any("mask_age" not in saved for saved in saved_groups):
-        warnings.warn("load_state_dict: the checkpoint has no IRE mask; it starts empty", UserWarning, stacklevel=5)
-    completed = [_completed(opt, group, saved) for group, saved in zip(groups, saved_groups, strict=True)]
-    for group, saved in zip(groups, completed, strict=True):
-        opt._check_group({**group, **saved})
-    return {**state_dict, "param_groups": completed}
 
 
-def _completed(opt: FlatOptimizer, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """The saved group; what it lacks, and the values of another method, as they are in the optimizer."""
-    ours = () if opt.method is None else (*opt.method.defaults, "perturb")
-    if opt.enhancement is not None:
-        group = {**group, "mask_age": None}  # without a mask in the checkpoint there is none
-        ours = (*ours, *opt.enhancement.defaults)
-    if isinstance(opt.method, RWP):
-        same = "sigma" in saved and (saved["lam"] is None) == (group["lam"] is None)
-        same = same and (saved["eta"] > 0) == (group["eta"] > 0)
-    else:
-        same = "rho" in saved and ("eta" in saved) == ("eta" in group)
-    kept = {key: group[key] for key in ours if not same and key in _METHOD_KEYS}
-    if "capturable" in group:
-        kept["capturable"] = group["capturable"]  # of this optimizer, not of the one that was saved
-    completed = {**{key: group[key] for key in ours}, **saved, **kept}
-    return capture.as_numbers(completed, group, opt.capturable)
-
-
-def by_parameter(opt: FlatOptimizer, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+def _by_parameter(state_dict: dict[str, Any], groups: Groups) -> Iterator[tuple[Tensor, Entry]]:
     """Parameters of the optimizer with their saved state."""
     ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
-    for i, p in zip(ids, opt._parameters(), strict=True):
+    for i, p in zip(ids, groups.params(), strict=True):
         if i in state_dict["state"]:
             yield p, state_dict["state"][i]
 
 
-def fit(name: str, value: Any, p: Tensor) -> Any:
+def _completed(group: Group, saved: Group, setup: Setup, perturbation: NoPerturbation, own_defaults: Group) -> Group:
+    """The saved group; what it lacks, and the values of another method, as they are in the optimizer."""
+    present = {key: group[key] for key in own_defaults}
+    if setup.enhancement is not None:
+        present["mask_age"] = None  # without a mask in the checkpoint there is none
+    kept = {}
+    if setup.method is not None and not perturbation.is_described_by(saved, group):
+        kept = {key: group[key] for key in own_defaults if key in _METHOD_KEYS}
+    if "capturable" in group:
+        kept["capturable"] = group["capturable"]  # of this optimizer, not of the one that was saved
+    return as_numbers({**present, **copy.deepcopy(saved), **kept}, group, setup.capturable)
+
+
+def _check_entry(k: int, p: Tensor, entry: Entry, state_keys: tuple[str, ...]) -> None:
+    """Refuse saved state of parameter `k` that no step could use."""
+    where = f"load_state_dict: the state of parameter {k}"
+    if not isinstance(entry, dict):
+        raise TypeError(f"{where} is {type(entry).__name__}, but should be a dict")
+    for name, value in entry.items():
+        if isinstance(value, Tensor) and value.dim() and dtensor.is_sharded(value) != dtensor.is_sharded(p):
+            kinds = ["one tensor", "sharded"]
+            raise ValueError(
+                f"load_state_dict: {name} of parameter {k} is {kinds[dtensor.is_sharded(value)]} in the checkpoint, "
+                f"and the parameter {kinds[dtensor.is_sharded(p)]}; torch.distributed.checkpoint.state_dict."
+                "set_optimizer_state_dict divides it (StateDictOptions(full_state_dict=True))"
+            )
+    missing = [key for key in state_keys if entry.get(key) is None]
+    if missing and len(missing) < len(state_keys):
+        raise ValueError(f"{where} has no {missing[0]}; it was saved in part, or by another optimizer")
+    for name in (*state_keys, "master"):
+        if name == "step" and name in entry:
+            _check_step(where, entry[name])
+        elif entry.get(name) is not None:
+            value = entry[name]
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                raise TypeError(f"{where}: {name} is {_kind(value)}, but should be a floating-point tensor")
+            if value.shape != p.shape:
+                raise ValueError(f"{where}: {name} has shape {tuple(value.shape)}, but should have {tuple(p.shape)}")
+
+
+def _check_step(where: str, value: Any) -> None:
+    try:
+        step = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        step = math.nan
+    if isinstance(value, (str, bytes)) or not 0 <= step < math.inf:
+        raise ValueError(f"{where}: step is {value!r}, but should be a finite number >= 0")
+
+
+def _kind(value: Any) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"{value!r}"
+
+
+def _fitted(p: Tensor, entry: Entry, setup: Setup) -> Entry:
+    """Saved state as `p` needs it, without what this optimizer has no use for."""
+    result = {name: _fit(name, value, p) for name, value in entry.items()}
+    mask, history = result.get("mask"), result.get("history")
+    if mask is not None and (setup.enhancement is None or mask.shape != mask_shape(p)):
+        del result["mask"]
+    if history is not None and history.numel() != history_length(p):
+        del result["history"]
+    if not setup.has_master(p):
+        result.pop("master", None)
+    return result
+
+
+def _fit(name: str, value: Any, p: Tensor) -> Any:
     """A state value on the parameter's device, in its memory format, in the dtype it was saved with."""
     if name == "step":
         step = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
         return step.to(p.device, torch.float32, copy=True)
     if not isinstance(value, Tensor):
-        return value
-    return layouts.like(value.detach().to(p.device, copy=True), p)
+        return copy.deepcopy(value)
+    return like(value.detach().to(p.device, copy=True), p)
 
 
-def settle(opt: FlatOptimizer) -> None:
-    """After loading: forget the old state, drop masters nobody uses, say what starts empty, run the hooks."""
-    opt.cycle.plans.clear()
-    opt.cycle.checked.clear()
-    opt.cycle.consumed = None
-    opt.cycle.master_versions.clear()
-    capture.adopt(opt)
-    adaptive = isinstance(opt.method, RWP)
-    missing = False
-    for group in opt.param_groups:
-        for p in group["params"]:
-            state = opt.state.get(p, {})
-            if "mask" in state and (opt.enhancement is None or state["mask"].shape != mask_shape(p)):
-                del state["mask"]
-            if not opt._has_master(p):
-                state.pop("master", None)
-            history = state.get("history")
-            if history is not None and history.numel() != history_length(p):
-                del state["history"]
-                history = None
-            missing = missing or (adaptive and group["eta"] > 0 and bool(state) and history is None)
-    if missing:
-        warnings.warn("load_state_dict: the checkpoint has no ARWP history; it starts empty", UserWarning, stacklevel=5)
-    for hook in opt._optimizer_load_state_dict_post_hooks.values():
-        hook(opt)
+def _warn_of_what_starts_empty(
+    state: dict[Tensor, Entry],
+    groups: Groups,
+    saved_groups: list[Group],
+    completed: list[Group],
+    perturbation: NoPerturbation,
+) -> None:
+    if groups.setup.enhancement is not None and any("mask_age" not in saved for saved in saved_groups):
+        warn_starts_empty("IRE mask")
+    for group, full in zip(groups, completed, strict=True):
+        entries = [state.get(p) for p in group["params"]] if perturbation.keeps_history(full) else []
+        if any(entry and "history" not in entry for entry in entries):
+            warn_starts_empty("ARWP history")
+            return
 
 
-FIXED = ("method", "enhancement", "backend", "master_weights", "max_grad_norm", "capturable", "base")
+def assign(checkpoint: Checkpoint, cycle: Cycle) -> None:
+    """Replace groups and state by those of a checkpoint. Schedulers share the groups, so they are changed in place."""
+    groups = cycle.groups
+    state = groups.state()
+    before = dict(state) if groups.setup.capturable else {}
+    state.clear()
+    for p, entry in checkpoint.state.items():
+        known = before.get(p, {})
+        state[p] = {name: _into(known.get(name), value) for name, value in entry.items()}
+    state.update(checkpoint.others)
+    for group, saved in zip(groups, checkpoint.saved["param_groups"], strict=True):
+        group.update({key: value for key, value in saved.items() if key != "params"})
 
 
-def getstate(opt: FlatOptimizer) -> dict[str, Any]:
-    """torch's, and what stays fixed; the cycle starts anew in the copy."""
-    state = torch.optim.Optimizer.__getstate__(opt)
-    return {**state, "flatkern": {name: getattr(opt, name) for name in FIXED if hasattr(opt, name)}}
+def _into(known: Any, value: Any) -> Any:
+    """The loaded value in the memory that was there, which captured graphs know by address."""
+    tensors = isinstance(known, Tensor) and isinstance(value, Tensor)
+    if tensors and (known.dtype, known.device) == (value.dtype, value.device) and same_layout(known, value):
+        return known.copy_(value)
+    return value
 
 
-def setstate(opt: FlatOptimizer, state: dict[str, Any]) -> None:
-    state = dict(state)
-    fixed = state.pop("flatkern", None)
-    if fixed is not None:
-        opt.__dict__.update(fixed)
-        opt._new_cycle()
-        opt.__dict__["_ready"] = True
-    torch.optim.Optimizer.__setstate__(opt, state)
+def forget_what_was(cycle: Cycle) -> None:
+    """After loading: nothing that was remembered of values, state or gradients holds any more."""
+    cycle.partitions.clear()
+    cycle.groups.forget_checked()
+    cycle.gradients.forget_used()
+    cycle.state.forget_masters()
+    cycle.scalars.sync_groups("load_state_dict")

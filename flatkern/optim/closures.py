@@ -1,27 +1,39 @@
-"""step(closure): torch's convention, with as many passes as the method needs."""
+"""step(closure): torch's convention, with as many passes as the method needs, through the public calls alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from .. import shards
-from ..methods import RWP, SAM
-from . import messages, perturbations
-
-if TYPE_CHECKING:
-    from .base import FlatOptimizer
+from .. import dtensor
+from .amp import Amp
+from .cycle import Cycle
+from .gradients import clear
+from .perturb import NoPerturbation
 
 Closure = Callable[[], Any]
 
 
-def step(opt: FlatOptimizer, closure: Closure | list[Closure]) -> Any:
+class Passes(Protocol):
+    """The calls of an optimizer that a step with closures is made of."""
+
+    cycle: Cycle
+    perturbation: NoPerturbation
+
+    def perturb(self) -> None: ...
+
+    def restore(self) -> None: ...
+
+    def step_without_closure(self) -> None: ...
+
+
+def step(opt: Passes, closure: Closure | list[Closure], amp: Amp) -> Any:
     """Run the closures and step; on every way out the weights are clean (rolling: after a failure)."""
-    cycle = opt.cycle
-    messages.refuse_suspended(opt, "step")
-    if getattr(opt, "grad_scale", None) is not None or getattr(opt, "found_inf", None) is not None:
+    cycle, perturbation = opt.cycle, opt.perturbation
+    if amp.is_on:
         raise RuntimeError(
             "step: a closure together with a gradient scaler: the closure's gradients would be scaled after the scaler "
             "checked them; run the passes yourself (perturb(), backward, ...), then scaler.step(opt) without closure"
@@ -29,27 +41,52 @@ def step(opt: FlatOptimizer, closure: Closure | list[Closure]) -> Any:
     closures = list(closure) if isinstance(closure, (list, tuple)) else [closure]
     if not closures or not all(callable(c) for c in closures):
         raise TypeError(f"step: closure is {closure!r}, but should be a callable or a list of them")
-    fresh = cycle.is_fresh(opt._parameters())
-    _check_number(opt, closures, fresh)
-    if not fresh and cycle.plan is None and (cycle.rounds or cycle.clean):
+    params = cycle.groups.params()
+    new, perturbed = cycle.gradients.is_new(params), cycle.weights.partition is not None
+    kind = "one" if new or perturbed else perturbation.closures
+    _check_number(kind, closures)
+    if kind == "none":
+        raise RuntimeError(
+            'step: mix="losses" leaves the weighting and the zeroing to the training loop; use step() without a closure'
+        )
+    if not new and not perturbed and (cycle.gradients.rounds or cycle.gradients.clean):
         raise RuntimeError("step: rounds are pending; finish them with step() without a closure, or release() them")
     try:
-        if fresh and (opt.method is None or opt.rolling):
-            return _accumulated(opt, closures)
-        if fresh:
-            return _with_gradients_on_entry(opt, closures)
-        if opt.rolling or cycle.plan is not None:
-            return _one(opt, closures)
-        if isinstance(opt.method, SAM):
-            return _rounds(opt, closures)
-        if isinstance(opt.method, RWP) and opt.method.lam is not None:
-            return _mixed(opt, closures)
-        return _one(opt, closures)
+        if new:
+            # Trainers that accumulate micro-batches pass a closure for the last one only: what is there already counts.
+            finish = _one_more if perturbation.accumulates else _nothing_more
+            return finish(opt, closures, params)
+        return {"one": _one, "twice each": _rounds, "clean and perturbed": _mixed}[kind](opt, closures, params)
     except BaseException:
-        perturbations.abort_round(opt)
+        abort_round(cycle)
         cycle.drop_pending()
-        _clear(opt)  # what a failed pass left behind is nobody's gradient
+        # What a failed pass left behind is not a valid gradient.
+        clear(params)
+        cycle.gradients.forget_used()
         raise
+
+
+def abort_round(cycle: Cycle, rounds_before: int | None = None) -> None:
+    """After an exception: clean weights, this round's gradients dropped, earlier rounds kept.
+
+    Arguments:
+        rounds_before: rounds that were finished before this one. A step that fails leaves clean weights and finishes
+            its round, whose gradients cannot be told from those of earlier ones any more.
+    """
+    if cycle.weights.partition is None:
+        if rounds_before is not None and cycle.gradients.rounds > rounds_before:
+            clear(cycle.groups.params())
+            cycle.drop_pending()
+        return
+    if cycle.weights.suspended:
+        cycle.weights.suspended = False
+        cycle.weights.left()
+    else:
+        cycle.weights.restore()
+    cycle.gradients.drop_round(cycle.groups.params())
+    cycle.unscaled.scaler = None
+    if not cycle.gradients.rounds:
+        cycle.drop_pending()
 
 
 def _call(closure: Closure) -> Any:
@@ -57,15 +94,9 @@ def _call(closure: Closure) -> Any:
         return closure()
 
 
-def _check_number(opt: FlatOptimizer, closures: list[Closure], fresh: bool) -> None:
+def _check_number(kind: str, closures: list[Closure]) -> None:
     """One closure; m-RWP takes two, [clean, noisy], and mSAM one for each shard."""
-    method = opt.method
-    whole = not fresh and opt.cycle.plan is None
-    most = 1
-    if whole and isinstance(method, SAM):
-        most = len(closures)
-    elif whole and isinstance(method, RWP) and method.lam is not None:
-        most = 2
+    most = {"one": 1, "none": 2, "clean and perturbed": 2, "twice each": len(closures)}[kind]
     if len(closures) > most:
         raise ValueError(
             f"step: {len(closures)} closures, but "
@@ -73,86 +104,71 @@ def _check_number(opt: FlatOptimizer, closures: list[Closure], fresh: bool) -> N
         )
 
 
-def _accumulated(opt: FlatOptimizer, closures: list[Closure]) -> Any:
-    """Plain and rolling, every gradient of a step is taken at the same weights: what is there already counts.
-
-    Trainers that accumulate micro-batches pass a closure for the last one only.
-    """
+def _one_more(opt: Passes, closures: list[Closure], params: list[Tensor]) -> Any:
     loss = _call(closures[0])
-    opt._step()
+    opt.step_without_closure()
     return loss
 
 
-def _with_gradients_on_entry(opt: FlatOptimizer, closures: list[Closure]) -> Any:
+def _nothing_more(opt: Passes, closures: list[Closure], params: list[Tensor]) -> Any:
     """Trainers with manual optimization pass a closure that adds nothing: the gradients are there already."""
-    closure = closures[0]
-    before = {p: (p.grad, shards.version(p.grad)) for p in opt._parameters() if p.grad is not None}
-    loss = _call(closure)
-    for p in opt._parameters():
+    before = {p: (p.grad, dtensor.version(p.grad)) for p in params if p.grad is not None}
+    loss = _call(closures[0])
+    for p in params:
         known = before.get(p)
         changed = p.grad is not None
         if known is not None:
-            changed = p.grad is not known[0] or shards.version(known[0]) != known[1]
+            changed = p.grad is not known[0] or dtensor.version(known[0]) != known[1]
         if changed:
             raise RuntimeError(
                 "step: there were fresh gradients in .grad and the closure added to them or replaced them; "
                 "call zero_grad() before step(closure), or step() without a closure"
             )
-    opt._step()
+    opt.step_without_closure()
     return loss
 
 
-def _clear(opt: FlatOptimizer) -> None:
-    for p in opt._parameters():
-        p.grad = None
-    opt.cycle.consumed = None
-
-
-def _one(opt: FlatOptimizer, closures: list[Closure]) -> Any:
+def _one(opt: Passes, closures: list[Closure], params: list[Tensor]) -> Any:
     """One pass: plain, RWP, rolling, or the perturbed pass of an explicit cycle."""
-    closure = closures[0]
-    if not (opt.cycle.plan is not None and opt.cycle.rounds):
-        _clear(opt)
-    if isinstance(opt.method, RWP) and not opt.rolling and opt.cycle.plan is None:
+    cycle, perturbation = opt.cycle, opt.perturbation
+    perturbed = cycle.weights.partition is not None
+    if not (perturbed and cycle.gradients.rounds):
+        clear(params)
+        cycle.gradients.forget_used()
+    if perturbation.draws and not perturbation.rolling and not perturbed:
         opt.perturb()
-    loss = _call(closure)
-    opt._step()
-    return loss
+    return _one_more(opt, closures, params)
 
 
-def _rounds(opt: FlatOptimizer, closures: list[Closure]) -> Any:
+def _rounds(opt: Passes, closures: list[Closure], params: list[Tensor]) -> Any:
     """SAM: the closure twice. mSAM: every shard's closure twice, all from the same clean weights."""
     losses = []
     for k, closure in enumerate(closures):
         if k:
             opt.restore()
-        _clear(opt)
+        clear(params)
+        opt.cycle.gradients.forget_used()
         losses.append(_call(closure))
         opt.perturb()
-        summed = {p: p.grad for p in opt._parameters() if p.grad is not None} if k else {}
+        summed = {p: p.grad for p in params if p.grad is not None} if k else {}
         _call(closure)
         if any(p.grad is not g for p, g in summed.items()):
             raise RuntimeError(
                 "step: a closure replaced the gradients that sum up earlier shards; inside closures call "
                 "opt.zero_grad(), which keeps them, not model.zero_grad()"
             )
-    opt._step()
+    opt.step_without_closure()
     if len(losses) == 1 or any(loss is None for loss in losses):
         return losses[0]
     return sum(losses) / len(losses)
 
 
-def _mixed(opt: FlatOptimizer, closures: list[Closure]) -> Any:
-    """m-RWP: a clean and a perturbed pass; mix="losses" leaves both gradients to autograd."""
-    method = opt.method
-    assert isinstance(method, RWP)
-    if method.mix == "losses":
-        raise RuntimeError(
-            'step: mix="losses" leaves the weighting and the zeroing to the training loop; use step() without a closure'
-        )
-    _clear(opt)
+def _mixed(opt: Passes, closures: list[Closure], params: list[Tensor]) -> Any:
+    """m-RWP: a clean and a perturbed pass."""
+    clear(params)
+    opt.cycle.gradients.forget_used()
     loss = _call(closures[0])
     opt.perturb()
     _call(closures[-1])
-    opt._step()
+    opt.step_without_closure()
     return loss

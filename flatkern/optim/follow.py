@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from .base import FlatOptimizer
+from .cycle import Cycle, Phase
+
+
+class Switch(Protocol):
+    """What is switched: a rolling optimizer."""
+
+    cycle: Cycle
+
+    def train(self, mode: bool = True) -> None: ...
+
+    def eval(self) -> None: ...
 
 
 class Handles:
@@ -24,35 +34,36 @@ class Handles:
 class _Follower:
     """Holds the optimizer weakly: the model's hooks must not keep a replaced optimizer alive."""
 
-    def __init__(self, opt: FlatOptimizer) -> None:
-        self.opt = opt.cycle.owner
+    def __init__(self, switch: Callable[[], Switch | None]) -> None:
+        self.switch = switch
 
     def forward(self, model: torch.nn.Module, *args: Any) -> None:
-        opt = self.opt()
-        if opt is not None and not opt.cycle.suspended:
+        opt = self.switch()
+        if opt is not None and opt.cycle.phase is not Phase.SUSPENDED:
             opt.train(model.training)
 
     def state_dict(self, *args: Any) -> None:
-        opt = self.opt()
-        if opt is not None and not opt.cycle.suspended:
+        opt = self.switch()
+        if opt is not None and opt.cycle.phase is not Phase.SUSPENDED:
             opt.eval()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copied or pickled model is followed by nobody."""
+        """A copied or pickled model is followed by no optimizer."""
         return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.opt = lambda: None  # type: ignore[assignment]
+        self.switch = lambda: None
 
 
-def follow(opt: FlatOptimizer, model: torch.nn.Module) -> Handles:
-    if not opt.rolling:
-        raise RuntimeError(
-            "follow: only a rolling optimizer can follow a model; pass perturb=flatkern.RWP(rolling=True)"
-        )
+def follow(switch: Callable[[], Any], model: torch.nn.Module) -> Handles:
+    """Register the hooks.
+
+    Arguments:
+        switch: a weak reference to the optimizer itself, not to a proxy of it.
+    """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"follow: model is {type(model).__name__}, but should be a torch.nn.Module")
-    follower = _Follower(opt)
+    follower = _Follower(switch)
     return Handles(
         # Before FSDP2's own, which gathers the weights.
         model.register_forward_pre_hook(follower.forward, prepend=True),

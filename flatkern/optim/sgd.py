@@ -7,13 +7,20 @@ from typing import Any
 from torch import Tensor
 
 from ..methods import IRE, RWP, SAM
-from . import capture
-from .plan import Bucket, Group
-from .rule import RuleOptimizer, require_unset
-from .update import Forming
+from .buckets import Bucket, Call
+from .fused import FusedOptimizer, require_unset
+from .groups import Group
+from .step import Prepared, SharedArguments
+
+NUMBERS = {
+    "momentum": lambda group: float(group["momentum"]),
+    "dampening": lambda group: float(group["dampening"]),
+    "weight_decay": lambda group: float(group["weight_decay"]),
+    "nesterov": lambda group: bool(group["nesterov"]),
+}
 
 
-class SGD(RuleOptimizer):
+class SGD(FusedOptimizer):
     """torch.optim.SGD, with a perturbation around it, in one pass over memory.
 
         d <- g + weight_decay w
@@ -45,6 +52,9 @@ class SGD(RuleOptimizer):
         ValueError, TypeError: a value out of range, or parameters that no kernel can walk; the message
             names the argument, the value and the remedy.
     """
+
+    state_keys = ("momentum_buffer",)
+    flag_keys = (*FusedOptimizer.flag_keys, "nesterov", "maximize")
 
     def __init__(
         self,
@@ -78,34 +88,39 @@ class SGD(RuleOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        self._start(params, defaults, perturb, enhance, backend, master_weights, max_grad_norm, capturable)
+        self.start(
+            params, defaults,
+            method=perturb, enhancement=enhance, backend=backend, master_weights=master_weights,
+            max_grad_norm=max_grad_norm, capturable=capturable,
+        )  # fmt: skip
 
-    def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
+    def check_group(self, group: Group) -> None:
+        super().check_group(group)
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
-    def _flags(self, group: Group) -> tuple[Any, ...]:
+    def flags(self, group: Group) -> tuple[Any, ...]:
         return (group["momentum"] != 0,)
 
-    def _update_bucket(self, bucket: Bucket, grads: list[Tensor], forming: Forming) -> None:
-        dampening = bucket.values("dampening")
+    def prepare(self, bucket: Bucket, shared: SharedArguments) -> Call:
+        numbers = {**bucket.columns("sgd", NUMBERS), **shared.numbers}
         buffers: list[Tensor] | None = None
         created: set[int] = set()
         if bucket.groups[0]["momentum"] != 0:
-            (buffers,), created = self._states(bucket, ("momentum_buffer",))
-            if created:
-                # v <- d on the first step is v <- momentum 0 + (1 - 0) d.
-                dampening = [0.0 if k in created else d for k, d in enumerate(dampening)]
-        lr, lrs = capture.numbers(self, bucket, "lr")
-        bucket.op("sgd_update_", self.backend)(
-            bucket.params, buffers, *forming.inputs(grads, lrs),
-            lr=lr, momentum=bucket.values("momentum"), dampening=dampening,
-            weight_decay=bucket.values("weight_decay"),
-            nesterov=bucket.values("nesterov", lambda g: bool(g["nesterov"])), **forming.method(),
-        )  # fmt: skip
-        if created and forming.found_inf is not None and any(bucket.values("dampening")) and bool(forming.found_inf):
-            # A skipped first step is no first step: with dampening the next one must still be v <- d. Only here the
-            # host may wait for a GPU, once, and before any graph is captured.
-            for k in created:
-                del self.state[bucket.params[k]]["momentum_buffer"]
+            (buffers,), created = self.cycle.state.get(bucket, ("momentum_buffer",))
+        if created:
+            # v <- d on the first step is v <- momentum 0 + (1 - 0) d.
+            numbers["dampening"] = [0.0 if k in created else d for k, d in enumerate(numbers["dampening"])]
+        return Call(bucket, "sgd_update_", (bucket.params, buffers, *shared.tensors()), numbers, created)
+
+    def commit(self, work: list[Prepared]) -> None:
+        super().commit(work)
+        for bucket, shared, call in work:
+            dampened = (
+                call.created and shared.found_inf is not None and any(bucket.columns("sgd", NUMBERS)["dampening"])
+            )
+            if dampened and bool(shared.found_inf):
+                # A skipped first step is no first step: with dampening the next one must still be v <- d. Only here
+                # the host may wait for a GPU, once, and before any graph is captured.
+                for k in call.created:
+                    del self.state[bucket.params[k]]["momentum_buffer"]

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import dtensor
 from ..methods import IRE, RWP, SAM
-from . import checkpoint, messages, perturbations
 from .base import FlatOptimizer
-from .plan import Bucket, Group
-from .update import Forming, Work
+from .buckets import Bucket, Call
+from .groups import Group, Setup
+from .perturb import noise_call
+from .state import OWN_KEYS
+from .step import Prepared, SharedArguments
 
 
 class Wrap(FlatOptimizer):
     """Any optimizer at the perturbed weights of a flatness-seeking method.
 
-        restore w;  g <- clip (lam g + (1 - lam) g_clean), in place;  base.step();  rolling: perturb again
+        restore w;  g <- clip (lam g + (1 - lam) g_clean);  base.step();  rolling: perturb again
 
     The base keeps its rule, its state and its parameter groups, which are shared: schedulers work on
-    either, and `state_dict()` is the base's. Restore and mixing are passes of their own here, so the
-    fused `SGD`, `Adam` and `AdamW` are faster; under a GradScaler `found_inf` is read on the host. The round is a
-    number of the host, so that no CUDA graph can be captured, whatever the base.
+    either, and `state_dict()` is the base's, with our own state added where the base keeps none. Restore and
+    mixing are passes of their own here, and gradients are mixed into copies, which are in `.grad` after the step, so
+    the fused `SGD`, `Adam` and `AdamW` are faster; under a GradScaler `found_inf` is read on the host. The round is a
+    number of the host, so that no CUDA graph can be captured, whatever the base. Where the base raises, the weights are
+    clean, `.grad` is as before, and `step()` may be called again.
 
     Arguments:
         base_optimizer: an instance, constructed on the parameters.
@@ -30,8 +36,12 @@ class Wrap(FlatOptimizer):
 
     Raises:
         TypeError: `base_optimizer` is not a torch.optim.Optimizer instance, or already one of flatkern's,
-            or a ZeroRedundancyOptimizer, whose ranks own disjoint parameters.
+            or a ZeroRedundancyOptimizer, whose ranks own disjoint parameters, or one whose step() needs a closure,
+            such as LBFGS.
     """
+
+    defers_state = True
+    reads_lr = False
 
     def __init__(
         self,
@@ -41,24 +51,15 @@ class Wrap(FlatOptimizer):
         backend: str | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
-        if not isinstance(base_optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                f"Wrap: base_optimizer is {base_optimizer!r}, but should be a torch.optim.Optimizer instance"
-            )
-        if isinstance(base_optimizer, FlatOptimizer):
-            raise TypeError("Wrap: base_optimizer is flatkern's already; pass perturb= to it instead")
-        if type(base_optimizer).__name__ == "ZeroRedundancyOptimizer":
-            raise TypeError(
-                "Wrap: ZeroRedundancyOptimizer steps a shard of the parameters; use FSDP2 or a plain optimizer"
-            )
-        method_defaults = self._configure(perturb, enhance, backend, False, max_grad_norm)
+        _check_base(base_optimizer)
+        setup = Setup("Wrap", perturb, enhance, backend, max_grad_norm=max_grad_norm)
+        own_defaults = self.set_up(setup)
         self.base = base_optimizer
         for group in base_optimizer.param_groups:
-            for key, value in method_defaults.items():
+            for key, value in own_defaults.items():
                 group.setdefault(key, value)
-        super().__init__(base_optimizer.param_groups, {**base_optimizer.defaults, **method_defaults})
-        self._check_new_parameters()
-        self._ready = True
+        super().__init__(base_optimizer.param_groups, {**base_optimizer.defaults, **own_defaults})
+        self.check_new_parameters()
 
     @property
     def param_groups(self) -> list[Group]:
@@ -68,7 +69,7 @@ class Wrap(FlatOptimizer):
 
     @param_groups.setter
     def param_groups(self, value: Any) -> None:
-        if self.__dict__.get("_ready"):  # torch's constructor sets a list of its own, which nobody needs
+        if self.__dict__.get("_ready"):  # torch's constructor sets a list of its own, which is not needed
             self.base.param_groups = value
 
     @property
@@ -80,90 +81,163 @@ class Wrap(FlatOptimizer):
         if self.__dict__.get("_ready"):
             self.base.state = value
 
-    def _sign(self, group: Group) -> float:
-        return 1.0  # the base turns the gradient over itself
+    # --- the rule --------------------------------------------------------------------------------
 
-    def _state_of(self, p: Tensor) -> dict[str, Any]:
-        """The base's, but only once the base has made it: many initialise on an empty dict."""
-        state: dict[str, Any] = self.state[p] if p in self.state else self.cycle.early.setdefault(p, {})
-        return state
+    def sign(self, group: Group) -> float:
+        return 1.0  # the base negates the gradient itself
 
-    def _update_bucket(self, bucket: Bucket, grads: list[Tensor], forming: Forming) -> None:
-        """Clean weights and the final gradient in `.grad`; the base steps when all buckets are ready."""
-        if forming.backups is not None:
-            self.cycle.restore(bucket.params, forming.backups)
-        if _is_skipped(forming):
+    def prepare(self, bucket: Bucket, shared: SharedArguments) -> Call:
+        """The way back to clean weights; a copy onto themselves where they are clean."""
+        mixing = self._mixing(bucket, shared, shared.grads, shared.history)
+        if mixing is not None:
+            mixing.check()
+        clean = shared.store.backups if bucket.perturbed else bucket.params
+        return Call(bucket, "restore_", (bucket.params, clean), {})
+
+    def _mixing(self, bucket: Bucket, s: SharedArguments, grads: Any, history: Any) -> Call | None:
+        """The call that forms the final gradient in `grads`; None where it is formed already."""
+        if s.clean_grads is None and s.grad_scale is None and s.clip is None and history is None:
+            return None
+        numbers = {key: s.numbers[key] for key in ("grad_weight", "clean_weight", "beta")}
+        return Call(bucket, "mix_gradients_", (grads, history, s.clean_grads, s.grad_scale, s.clip), numbers)
+
+    def commit(self, work: list[Prepared]) -> None:
+        for bucket, _, call in work:
+            if bucket.perturbed:
+                call.run()
+        if any(s.found_inf is not None and bool(s.found_inf) for _, s, _ in work):
+            self._draw(work)
             return
-        trivial = forming.grad_scale is None and forming.clip is None and forming.history is None
-        if forming.clean_grads is not None or not trivial:
-            bucket.op("mix_gradients_", self.backend)(
-                grads, forming.history, forming.clean_grads, forming.grad_scale, forming.clip,
-                grad_weight=forming.grad_weight, clean_weight=forming.clean_weight, beta=forming.beta,
-            )  # fmt: skip
-        if forming.masks is not None and forming.backups is None:
-            # The displacement of a base that is not ours is known only from a copy; a perturbation has one already.
-            forming.backups = self.cycle.backups_of(bucket)
-            self.cycle.restore(forming.backups, bucket.params)
-        if forming.clean_grads is not None:
-            for p, g in zip(bucket.params, grads, strict=True):
-                p.grad = g
-
-    def _finish(self, work: Work) -> None:
-        if not any(_is_skipped(forming) for _, _, forming in work):
+        previous = self._save_for_amplify(work)
+        gradients, histories = self._mix(work)
+        before = [p.grad for bucket, _, _ in work for p in bucket.params]
+        try:
+            for (bucket, _, _), grads in zip(work, gradients, strict=True):
+                for p, new in zip(bucket.params, grads, strict=True):
+                    p.grad = new
             self.base.step()
-            for p in [p for p in self.cycle.early if p in self.state]:
-                self.state[p].update(self.cycle.early.pop(p))
-            for bucket, _, forming in work:
-                if forming.masks is not None:
-                    bucket.op("amplify_", self.backend)(
-                        bucket.params, forming.backups, forming.masks, kappa=forming.kappa
-                    )
-        for bucket, _, forming in work:
-            if forming.noise is not None:
-                perturbations.scatter_bucket(self, bucket, forming.noise)
+        except BaseException:
+            for p, g in zip((p for bucket, _, _ in work for p in bucket.params), before, strict=True):
+                p.grad = g
+            raise
+        for kept, new in histories:
+            dtensor.local(kept).copy_(dtensor.local(new))
+        self.cycle.state.settle_deferred()
+        for (bucket, s, _), old in zip(work, previous, strict=True):
+            if s.masks is not None:
+                bucket.op("amplify_")(bucket.params, old, s.masks, kappa=s.numbers["kappa"])
+        self._draw(work)
+
+    def _mix(self, work: list[Prepared]) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
+        """The final gradients, in copies, and histories with their new values: a base that fails changes none."""
+        gradients: list[list[Tensor]] = []
+        histories: list[tuple[Tensor, Tensor]] = []
+        for bucket, s, _ in work:
+            history = None if s.history is None else [dtensor.local(h).clone() for h in s.history]
+            grads = s.grads
+            if self._mixing(bucket, s, grads, history) is not None:
+                grads = [g.clone() for g in grads]
+                self._mixing(bucket, s, grads, history).run()  # type: ignore[union-attr]
+            if history is not None:
+                histories += zip(s.history or (), history, strict=True)
+            gradients.append(grads)
+        return gradients, histories
+
+    def _save_for_amplify(self, work: list[Prepared]) -> list[list[Tensor] | None]:
+        """The displacement of a base that is not ours is known only from a copy; a perturbation has one already."""
+        previous: list[list[Tensor] | None] = []
+        for bucket, s, _ in work:
+            if s.masks is not None and not bucket.perturbed:
+                previous.append(self.cycle.weights.save(bucket))
+            else:
+                previous.append(s.store.backups)
+        return previous
+
+    def _draw(self, work: list[Prepared]) -> None:
+        """Rolling: the noise of the coming round."""
+        for bucket, s, _ in work:
+            if s.noise is not None:
+                noise_call(self.cycle, bucket, s.store, s.noise).run()
 
     # --- groups and state belong to the base -----------------------------------------------------
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: Group) -> None:
         """As torch's, on the base, which shares its groups."""
         if not self.__dict__.get("_ready"):
             return  # torch's constructor hands over the groups that the base has already
-        messages.refuse_unfinished(self, "add_param_group")
-        self._join_round(param_group)
+        self.cycle.require("add_param_group")
+        self.join_round(param_group)
         for key, value in self.defaults.items():
             param_group.setdefault(key, value)
         self.base.add_param_group(param_group)
-        try:
-            self._check_new_parameters()
-        except Exception:
-            self.param_groups.pop()
-            raise
+        self.check_added_group()
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's state_dict; ARWP's history is in its state."""
-        messages.refuse_unfinished(self, "state_dict")
+        """The base's state_dict, with ARWP's history and IRE's mask, whether the base keeps state or not."""
+        self.cycle.require("state_dict")
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         result = self.base.state_dict()
+        deferred = self.cycle.state.deferred
+        for k, p in enumerate(self.cycle.groups.params()):
+            if deferred.get(p):
+                result["state"][k] = {**result["state"].get(k, {}), **deferred[p]}
         for after in self._optimizer_state_dict_post_hooks.values():
             result = after(self, result) or result
         return result
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load into the base. Group keys of ours that the checkpoint lacks keep their values."""
-        state_dict = checkpoint.prepare(self, state_dict)
-        self.cycle.end_by_version()
-        self.base.load_state_dict(state_dict)
-        # torch casts every state tensor to its parameter's dtype; ours keep theirs, and so do the base's.
-        for p, saved in checkpoint.by_parameter(self, state_dict):
-            for name, value in saved.items():
-                loaded = self.state[p].get(name)
-                if isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
-                    self.state[p][name] = checkpoint.fit(name, value, p)
-        self.cycle.early.clear()
-        checkpoint.settle(self)
+        """Load into the base, all of it or nothing. Group keys of ours that the checkpoint lacks keep their values."""
+        self.cycle.require("load_state_dict")
+        loaded = self.read_checkpoint(state_dict)
+        own = {p: {k: v for k, v in entry.items() if k in OWN_KEYS} for p, entry in loaded.state.items()}
+        self.base.load_state_dict(_without_own_state(loaded.saved))
+        self.end_for_loading()
+        # torch casts every state tensor to its parameter's dtype; the base's keep theirs.
+        for p, entry in loaded.state.items():
+            for name, value in entry.items():
+                present = self.state[p].get(name) if p in self.state else None
+                if isinstance(present, Tensor) and isinstance(value, Tensor) and present.dtype != value.dtype:
+                    self.state[p][name] = value
+        self.cycle.state.deferred.clear()
+        self.cycle.state.deferred.update({p: entry for p, entry in own.items() if entry})
+        self.cycle.state.settle_deferred()
+        self.finish_loading()
+
+    def raw_state(self) -> dict[str, Any]:
+        state = super().raw_state()
+        state["flatkern"] |= {"base": self.base, "deferred": self.cycle.state.deferred}
+        return state
+
+    def set_fixed(self, fixed: dict[str, Any]) -> None:
+        self.base = fixed.pop("base")
+        deferred = fixed.pop("deferred", {})
+        super().set_fixed(fixed)
+        self.cycle.state.deferred.update(deferred)
 
 
-def _is_skipped(forming: Forming) -> bool:
-    return forming.found_inf is not None and bool(forming.found_inf)
+def _check_base(base: Any) -> None:
+    if not isinstance(base, torch.optim.Optimizer):
+        raise TypeError(f"Wrap: base_optimizer is {base!r}, but should be a torch.optim.Optimizer instance")
+    if isinstance(base, FlatOptimizer):
+        raise TypeError("Wrap: base_optimizer is flatkern's already; pass perturb= to it instead")
+    name = type(base).__name__
+    if name == "ZeroRedundancyOptimizer":
+        raise TypeError("Wrap: ZeroRedundancyOptimizer steps a shard of the parameters; use FSDP2 or a plain optimizer")
+    for parameter in inspect.signature(base.step).parameters.values():
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+            raise TypeError(
+                f"Wrap: base_optimizer is {name}, whose step() needs {parameter.name}, but Wrap has the final "
+                "gradient alone; wrap an optimizer whose step() takes no arguments"
+            )
+
+
+def _without_own_state(saved: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint as the base reads it: our state stays outside, since many bases create theirs in empty entries."""
+    state = {}
+    for key, entry in saved["state"].items():
+        rest = {k: v for k, v in entry.items() if k not in OWN_KEYS} if isinstance(entry, dict) else entry
+        if rest or not entry:
+            state[key] = rest
+    return {**saved, "state": state}

@@ -1,0 +1,205 @@
+"""Which parameters one op call serves, and the argument lists that repeat from step to step.
+
+Nothing here touches the values of a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Mapping
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dtensor
+from ..checks import check
+from ..dispatch import bind, layouts_of, resolve
+from ..ops import OPS
+from .groups import Group, Groups
+
+Read = Callable[[Group], Any]
+MAX_PARTITIONS = 256  # models whose set of gradients changes at random would otherwise collect them without bound
+
+
+class Bucket:
+    """Parameters of one device (sharded: of one group of ranks) that are treated alike, in the optimizer's order."""
+
+    def __init__(
+        self,
+        backend: str | None,
+        device: torch.device,
+        sharded: bool,
+        ranks: dtensor.Ranks,
+        split_vectors: bool,
+        perturbed: bool,
+        has_master: bool,
+    ) -> None:
+        self.backend = backend
+        self.device = device
+        self.sharded = sharded  # the parameters are DTensors, of which ops see the local parts
+        self.ranks = ranks  # who holds their other rows
+        self.split_vectors = split_vectors  # then a filter is divided among `ranks`, and its norm is a sum over them
+        self.perturbed = perturbed
+        self.has_master = has_master
+        self.params: list[Tensor] = []
+        self.index: list[int] = []  # position among all parameters, frozen ones included
+        self.groups: list[Group] = []
+        self.counts: list[int] = []  # parameters of each group
+        self.covers_all = False  # holds all of the optimizer's parameters
+        self.zeros: list[float] = []  # 0.0 and 1.0, once per parameter
+        self.ones: list[float] = []
+        self.offset: list[int] = []  # the row that is held first of each unsharded tensor
+        self.checked: dict[str, Any] = {}  # by op: layouts that were found right
+        self._columns: dict[str, tuple[list[Any], dict[str, list[Any]]]] = {}
+
+    def add(self, param: Tensor, group: Group, index: int) -> None:
+        if not self.groups or self.groups[-1] is not group:
+            self.groups.append(group)
+            self.counts.append(0)
+        self.counts[-1] += 1
+        self.params.append(param)
+        self.index.append(index)
+        self.zeros.append(0.0)
+        self.ones.append(1.0)
+        self.offset.append(dtensor.first_row(param) if self.ranks else 0)
+
+    def columns(self, name: str, reads: Mapping[str, Read]) -> dict[str, list[Any]]:
+        """Group values as ops take them: for each of `reads` a list with one entry per parameter.
+
+        They are kept under `name`, and the same lists are returned until a value has changed.
+        """
+        now = [[read(group) for group in self.groups] for read in reads.values()]
+        kept = self._columns.get(name)
+        if kept is None or kept[0] != now:
+            lists = ([v for v, n in zip(row, self.counts, strict=True) for _ in range(n)] for row in now)
+            kept = self._columns[name] = now, dict(zip(reads, lists, strict=True))
+        return kept[1]
+
+    def values(self, key: str, read: Read | None = None) -> list[Any]:
+        """float(group[key]), or `read(group)`, once per parameter."""
+        return self.columns(key, {key: read or (lambda group: float(group[key]))})[key]
+
+    def constant(self, value: Any) -> list[Any]:
+        """`value` once per parameter."""
+        return self.values(f"constant {value!r}", lambda _: value)
+
+    def select(self, values: list[Any]) -> list[Any]:
+        """Of one entry per parameter of the optimizer, those of this bucket."""
+        return values if self.covers_all else [values[i] for i in self.index]
+
+    def op(self, name: str) -> Callable[..., None]:
+        """The function that runs op `name` on this bucket's device."""
+        run = resolve(name, self.device.type, self.backend)
+        return dtensor.on_parts(run) if self.sharded else run
+
+    def versions(self) -> list[int]:
+        """Of the parameters; they change with every write."""
+        return [dtensor.version(p) for p in self.params] if self.sharded else [p._version for p in self.params]
+
+
+@dataclass
+class Call:
+    """One op call on a bucket, ready to run."""
+
+    bucket: Bucket
+    op: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    created: Collection[int] = ()  # positions whose state the call has created
+    done: bool = False
+
+    def run(self) -> None:
+        self.bucket.op(self.op)(*self.args, **self.kwargs)
+        self.done = True
+
+    def check(self) -> None:
+        """Refuse what the op would refuse, without writing.
+
+        Raises:
+            ValueError, TypeError, LayoutError: with the op's own message.
+        """
+        args = [dtensor.local_parts(a) if isinstance(a, list) else a for a in self.args]
+        layouts = layouts_of(args)
+        # What was right is right until a layout differs; the groups' numbers are checked when they change.
+        if layouts is None or layouts != self.bucket.checked.get(self.op):
+            check(OPS[self.op], bind(OPS[self.op], tuple(args), self.kwargs))
+            self.bucket.checked[self.op] = layouts
+
+    def on(self, params: list[Tensor]) -> None:
+        """The same call on other tensors, without clean copies; of an op that perturbs."""
+        self.bucket.op(self.op)(params, None, *self.args[2:], **self.kwargs)
+
+    @property
+    def progress(self) -> str:
+        """What tells how far a call came that was interrupted; see `dispatch.resolve`."""
+        return getattr(self.bucket.op(self.op), "progress", "versions")
+
+
+class Partition:
+    """The buckets of one set of parameters."""
+
+    def __init__(self, params: list[Tensor], buckets: list[Bucket], perturbed: Partition | None) -> None:
+        self.params = params
+        self.buckets = buckets
+        self.members = frozenset(map(id, params))
+        self.covers_perturbed = perturbed is None or perturbed.members <= self.members
+
+
+class Partitions:
+    """Partitions by what they cover. Holding the parameters keeps their ids from being reused."""
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+        self._found: dict[Hashable, list[Partition]] = {}
+        self._count = 0
+
+    def of(self, params: list[Tensor], perturbed: Partition | None, flags: Callable[[Group], Hashable]) -> Partition:
+        """The partition of `params`: split by place, `flags(group)`, masters, and membership in `perturbed`."""
+        groups = self._groups.listed()
+        # Models move and change dtype as a whole, so one parameter of a group speaks for it.
+        heads = [(id(g), flags(g), p.device, p.dtype) for g in groups for p in g["params"][:1]]
+        key = perturbed, *heads
+        for partition in self._found.get(key, ()):
+            if len(partition.params) == len(params) and all(map(is_, partition.params, params)):
+                return partition
+        if self._count >= MAX_PARTITIONS:
+            self.clear()
+        self._count += 1
+        partition = Partition(params, self._split(groups, params, perturbed, flags), perturbed)
+        self._found.setdefault(key, []).append(partition)
+        return partition
+
+    def clear(self) -> None:
+        self._found.clear()
+        self._count = 0
+
+    def _split(
+        self,
+        groups: list[Group],
+        params: list[Tensor],
+        perturbed: Partition | None,
+        flags: Callable[[Group], Hashable],
+    ) -> list[Bucket]:
+        setup = self._groups.setup
+        wanted = {id(p) for p in params}
+        members = perturbed.members if perturbed is not None else frozenset()
+        buckets: dict[Hashable, Bucket] = {}
+        index = 0
+        for group in groups:
+            for p in group["params"]:
+                if id(p) in wanted:
+                    ranks = dtensor.ranks_of(p)
+                    kind = (
+                        p.device, dtensor.is_sharded(p), ranks, bool(ranks) and p.dim() < 2,
+                        id(p) in members, setup.has_master(p),
+                    )  # fmt: skip
+                    key = *kind, flags(group)
+                    if key not in buckets:
+                        buckets[key] = Bucket(setup.backend, *kind)
+                    buckets[key].add(p, group, index)
+                index += 1
+        for bucket in buckets.values():
+            bucket.covers_all = len(bucket.params) == index
+        return list(buckets.values())

@@ -1,0 +1,42 @@
+"""Refusals and warnings that several parts share. Every function takes plain values, never an optimizer."""
+
+from __future__ import annotations
+
+import warnings
+
+
+def refuse_while_perturbed(call: str, way_back: str) -> None:
+    raise RuntimeError(f"{call}: the weights are perturbed; call {way_back} first")
+
+
+def refuse_while_suspended(call: str) -> None:
+    raise RuntimeError(f"{call}: inside clean() a perturbation is suspended; leave the with block first")
+
+
+def refuse_while_pending(call: str) -> None:
+    raise RuntimeError(
+        f"{call}: gradients of an unfinished step are pending; call step(), or release() to drop them, first"
+    )
+
+
+def warn_never_perturbed(optimizer: str, method: str, pattern: str) -> None:
+    warnings.warn(
+        f"{optimizer} has {method} but has not perturbed in its first 10 steps, "
+        f"so it is the plain base optimizer; the expected pattern is: {pattern}",
+        UserWarning,
+        stacklevel=5,
+    )
+
+
+def warn_rounded_away(method: str, moved: int, total: int) -> None:
+    """SAM's ascent on bfloat16 weights is often below half an ulp."""
+    warnings.warn(
+        f"{method} climbs on bfloat16 weights: {moved / total:.0%} of {total} weights moved; "
+        "for the rest the step is below half an ulp; float32 weights under autocast are perturbed fully",
+        UserWarning,
+        stacklevel=6,
+    )
+
+
+def warn_starts_empty(what: str) -> None:
+    warnings.warn(f"load_state_dict: the checkpoint has no {what}; it starts empty", UserWarning, stacklevel=6)

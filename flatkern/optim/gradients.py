@@ -1,0 +1,203 @@
+"""Which gradients wait, which are new, and what a step applies: pointers, no weights and no operations of ours."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dtensor
+
+Grads = list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Final:
+    """What a step applies: one entry per parameter in the optimizer's order, None where missing."""
+
+    perturbed: Grads  # of the perturbed pass, or of the only one
+    clean: Grads | None = None  # m-RWP's at the clean weights, already unscaled
+    rounds: int = 1  # whose sum `perturbed` is
+    at_perturbed_weights: bool = False  # then ARWP's history sees it
+    unscaled: bool = False  # a GradScaler's factor is off already
+
+    def has(self, k: int) -> bool:
+        """True if parameter `k` has a gradient of any pass."""
+        return self.perturbed[k] is not None or (self.clean is not None and self.clean[k] is not None)
+
+
+def gradients_of(params: list[Tensor]) -> Grads:
+    """`.grad` of every parameter. One with torch's negative bit is a view whose memory has the wrong sign, and kernels
+    read memory: it is replaced by what it means."""
+    grads = [p.grad for p in params]
+    if any([g is not None and g.is_neg() for g in grads]):  # a list takes half the time of a generator
+        for k, (p, g) in enumerate(zip(params, grads, strict=True)):
+            if g is not None and g.is_neg():
+                grads[k] = p.grad = g.resolve_neg()
+    return grads
+
+
+def clear(params: list[Tensor]) -> None:
+    for p in params:
+        p.grad = None
+
+
+class Ledger:
+    """The gradients between calls.
+
+    A gradient is *new* unless the last call used it up, which is told by the first one: the same tensor at the same
+    version. Sums of earlier rounds are set aside by restore(), and go back to `.grad` in the next perturb(), because
+    autograd, DDP and scalers accumulate and look nowhere else.
+    """
+
+    def __init__(self) -> None:
+        self.rounds = 0  # perturbed rounds that restore() completed
+        self.accumulated_grads: Grads = []  # the sum of their gradients, by parameter; empty without rounds
+        self.clean: Grads = []  # m-RWP's gradient at clean weights, by parameter; or empty
+        self.squares: dict[Tensor, Tensor] = {}  # mix="losses": what ARWP's history will take of the perturbed pass
+        self._returned_at: list[int | None] | None = None  # versions of the sum when it went back to `.grad`
+        self._last_used: tuple[Any, int] | None = None  # the first gradient that was used up: weak reference, version
+        self._zeroed_at: dict[Tensor, int] = {}  # versions of all gradients after they were zeroed in place
+
+    # --- new or used -----------------------------------------------------------------------------
+
+    def is_new(self, params: list[Tensor]) -> bool:
+        """True if `.grad` holds a gradient that the last call did not use up."""
+        for p in params:
+            if p.grad is not None:
+                return not self._is_last_used(p.grad) or self._was_written_since_zeroed(params)
+        self._last_used = None  # whatever comes next is new, even the same tensor put back by hand
+        return False
+
+    def _is_last_used(self, grad: Tensor) -> bool:
+        mark = self._last_used
+        return mark is not None and mark[0]() is grad and mark[1] == dtensor.version(grad)
+
+    def _was_written_since_zeroed(self, params: list[Tensor]) -> bool:
+        """Gradients that were zeroed in place stay: one written since is new, even if the first one is not."""
+        known = self._zeroed_at
+        return bool(known) and any(p.grad is not None and dtensor.version(p.grad) != known.get(p) for p in params)
+
+    def holds_zeros_only(self, params: list[Tensor]) -> bool:
+        """True if the gradients are tensors of the last step that somebody else has zeroed in place."""
+        first = next((p.grad for p in params if p.grad is not None), None)
+        known = first is not None and self._last_used is not None and self._last_used[0]() is first
+        return known and not any(bool(dtensor.local(p.grad).any()) for p in params if p.grad is not None)
+
+    def mark_used(self, params: list[Tensor]) -> None:
+        self._zeroed_at = {}
+        for p in params:
+            if p.grad is not None:
+                self._last_used = weakref.ref(p.grad), dtensor.version(p.grad)
+                return
+        self._last_used = None
+
+    def mark_zeroed(self, params: list[Tensor]) -> None:
+        """The gradients were zeroed by their optimizer: dropped, or in place."""
+        self.mark_used(params)
+        if self._last_used is not None:
+            self._zeroed_at = {p: dtensor.version(p.grad) for p in params if p.grad is not None}
+
+    def forget_used(self) -> None:
+        """Whatever is in `.grad` from now on is new."""
+        self._last_used = None
+
+    # --- rounds ----------------------------------------------------------------------------------
+
+    @property
+    def is_pending(self) -> bool:
+        """True if a step has begun that is not finished."""
+        return bool(self.rounds or self.clean or self.squares)
+
+    def has_new_since_perturb(self, params: list[Tensor]) -> bool:
+        """True if a backward has added to `.grad` since perturb()."""
+        if self._returned_at is None:
+            return self.is_new(params)
+        # Any parameter may be the one that this round has added to.
+        sums = zip(params, self.accumulated_grads, self._returned_at, strict=True)
+        return any(p.grad is not None and (p.grad is not s or dtensor.version(s) != v) for p, s, v in sums)
+
+    def sum_was_cleared(self, params: list[Tensor]) -> bool:
+        """True if somebody else has taken the sum of earlier rounds out of `.grad`."""
+        return self._returned_at is not None and any(True for _ in self._cleared(params))
+
+    def _cleared(self, params: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parameters whose `.grad` has lost its sum, with that sum.
+
+        Autograd adds to the sum in place, before DDP copies it into a bucket's view and puts that in `.grad`. Under
+        create_graph it adds out of place, and the result requires grad.
+        """
+        for p, s, v in zip(params, self.accumulated_grads, self._returned_at or (), strict=True):
+            g = p.grad
+            if s is not None and g is not s and dtensor.version(s) == v and not (g is not None and g.requires_grad):
+                yield p, s
+
+    def add_cleared_sum(self, params: list[Tensor]) -> None:
+        """Put the sum of earlier rounds back where somebody else has taken it out, with what was added since.
+
+        As autograd would have added it, so no bit depends on who cleared what.
+        """
+        for p, s in list(self._cleared(params)):
+            if p.grad is not None:
+                s.add_(p.grad)
+            p.grad = s
+
+    def set_aside(self, params: list[Tensor], counted: bool) -> None:
+        """The end of a round: its gradients join the sum, outside of `.grad`."""
+        if self._returned_at is not None:
+            self.add_cleared_sum(params)
+        self.accumulated_grads = self.take(params)
+        self._returned_at = None
+        self.rounds += counted
+
+    def give_back(self, params: list[Tensor]) -> None:
+        """The sum of earlier rounds returns to `.grad`."""
+        for p, g in zip(params, self.accumulated_grads, strict=True):
+            p.grad = g
+        self._returned_at = [None if g is None else dtensor.version(g) for g in self.accumulated_grads]
+        self.mark_used(params)
+
+    def show_sum(self, params: list[Tensor]) -> None:
+        """After a step that took the sum from outside of `.grad`: it is what others find there."""
+        for p, g in zip(params, self.accumulated_grads, strict=False):
+            if p.grad is None:
+                p.grad = g
+
+    def take(self, params: list[Tensor]) -> Grads:
+        """Empty `.grad` and return what was there: pointers, or copies of views that others overwrite (DDP's)."""
+        taken = gradients_of(params)
+        clear(params)
+        self._last_used = None
+        return [g.clone() if g is not None and g._is_view() else g for g in taken]
+
+    def drop_round(self, params: list[Tensor]) -> None:
+        """After an exception: this round's gradients are dropped, and what m-RWP waits with; earlier rounds stay."""
+        if self._returned_at is not None:
+            # Autograd may have added to the sum in place, and what it added cannot be taken out again.
+            sums = zip(self.accumulated_grads, self._returned_at, strict=True)
+            if any(s is not None and dtensor.version(s) != v for s, v in sums):
+                self.rounds = 0
+            self._returned_at = None
+        clear(params)
+        self._last_used = None
+        self.clean = []
+        if not self.rounds:
+            self.drop()
+
+    def drop(self) -> None:
+        """Forget what is pending."""
+        self.rounds = 0
+        self.accumulated_grads = []
+        self.clean = []
+        self.squares.clear()
+        self._returned_at = None
+
+
+def mean_is_over_ranks() -> bool:
+    """True if other ranks take the mean of gradients with this one."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

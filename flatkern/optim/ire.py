@@ -1,0 +1,122 @@
+"""IRE: when the mask is updated, from which gradients, and what an update op takes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import dtensor
+from ..dispatch import resolve
+from ..methods import IRE
+from ..selection import Shard, kth_smallest_magnitude, shards_of
+from .buckets import Bucket
+from .cycle import Cycle
+from .gradients import clear, gradients_of
+from .groups import Group
+from .layouts import like
+from .scalars import is_capturing
+
+
+class Mask:
+    """The mask of one optimizer; without an enhancement there is none, and every question is answered so.
+
+    Its bits are in the state, its age in steps is `group["mask_age"]`, None before the first update.
+    """
+
+    def __init__(self, enhancement: IRE | None) -> None:
+        self._enhancement = enhancement
+
+    def is_on(self, group: Group) -> bool:
+        """True if the steps of a group are amplified now."""
+        return self._enhancement is not None and group["enhance"] and group["mask_age"] is not None
+
+    def is_due(self, groups: list[Group]) -> bool:
+        if self._enhancement is None:
+            return False
+        age = groups[0]["mask_age"]
+        return age is None or age >= self._enhancement.interval
+
+    def masks_and_kappa(self, cycle: Cycle, bucket: Bucket) -> tuple[list[Tensor] | None, list[float]]:
+        """What an update takes, on a bucket whose groups agree on being amplified; (None, zeros) where they are not."""
+        if self._enhancement is None or not bucket.groups[0]["enhance"]:
+            return None, bucket.constant(0.0)
+        # Created at the first step even if unused: checkpoint loaders need the keys.
+        masks = cycle.state.masks(bucket.params)
+        if not self.is_on(bucket.groups[0]):
+            return None, bucket.constant(0.0)
+        return masks, bucket.values("kappa", lambda group: self._kappa(group, cycle.groups.default("lr")))
+
+    def _kappa(self, group: Group, default_lr: Any) -> float:
+        kappa = float(group["kappa"])
+        if not self._enhancement.kappa_follows_lr:  # type: ignore[union-attr]
+            return kappa
+        first = float(group.get("initial_lr", default_lr))
+        return kappa * float(group["lr"]) / first if first else 0.0
+
+    def count_step(self, cycle: Cycle, skips: list[Tensor]) -> None:
+        """The mask is a step older, unless the step was skipped. On a GPU the host does not wait to know.
+
+        Arguments:
+            skips: nonzero where a step is skipped.
+        """
+        if self._enhancement is None:
+            return
+        if not cycle.groups.setup.capturable and any(flag.is_cpu and bool(flag) for flag in skips):
+            return
+        for group in cycle.groups:
+            if group["mask_age"] is not None:
+                group["mask_age"] += 1
+
+    def update(self, cycle: Cycle, scaler: Any) -> None:
+        """Read `.grad`, set the masks, drop the gradients.
+
+        Raises:
+            RuntimeError: nothing has changed then.
+        """
+        if self._enhancement is None:
+            raise RuntimeError("update_mask: this optimizer has no enhancement; pass enhance=flatkern.IRE(kappa=...)")
+        cycle.require("update_mask")
+        if is_capturing():
+            raise RuntimeError(
+                "update_mask: a CUDA graph is being captured, and a mask needs the host; update it outside"
+            )
+        every = cycle.groups.params()
+        gradients_of(every)
+        params = [p for group in cycle.groups if group["enhance"] for p in group["params"] if p.requires_grad]
+        seen = [p for p in params if p.grad is not None]
+        if not seen:
+            raise RuntimeError(
+                "update_mask: no parameter has a gradient; run flatkern.sampled_label_loss(model(x)).backward() first"
+            )
+        grads = [like(p.grad, p) for p in seen]
+        backend, total = cycle.groups.setup.backend, sum(g.numel() for g in grads)
+        shards = shards_of(grads)
+        flat = min(max(int(total * (1 - self._enhancement.sharp_fraction)), 1), total)
+        threshold = kth_smallest_magnitude(shards, total, flat, backend)
+        if threshold is None:
+            if scaler is None or not scaler.is_enabled():
+                raise RuntimeError(
+                    "update_mask: a gradient is not finite, so the mask is kept; call zero_grad() and take another "
+                    "batch"
+                )
+        else:
+            self._write(cycle, params, seen, shards, threshold)
+            for group in cycle.groups:
+                group["mask_age"] = 0
+        clear(every)
+        cycle.gradients.mark_used([])
+
+    def _write(
+        self, cycle: Cycle, params: list[Tensor], seen: list[Tensor], shards: list[Shard], threshold: Tensor
+    ) -> None:
+        masks = dict(zip(params, cycle.state.masks(params), strict=True))
+        for shard in shards:
+            here = [dtensor.local(masks[seen[k]]) for k in shard.at]
+            pack = resolve("pack_mask_", shard.device.type, cycle.groups.setup.backend)
+            pack(here, shard.grads, threshold.to(shard.device))
+        reached = {id(p) for p in seen}
+        # What has no gradient has no mask; a parameter that is frozen now may have one from before.
+        for p, mask in cycle.state.existing("mask"):
+            if id(p) not in reached:
+                dtensor.local(mask).zero_()

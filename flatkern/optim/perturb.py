@@ -1,0 +1,498 @@
+"""The perturbations, one class each: what it needs in `.grad`, the point it moves to, the final gradient it forms.
+
+`perturbation_of` is the only place that asks which method it is. Everything else asks the class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dtensor
+from ..checks import LayoutError
+from ..dispatch import resolve
+from ..methods import ASAM, RWP, SAM
+from ..tables import history_length
+from ..values import check_uint32
+from .amp import Amp, check_can_unscale
+from .buckets import Bucket, Call, Partition
+from .cycle import Cycle
+from .errors import warn_rounded_away
+from .gradients import Final, Grads, clear, gradients_of, mean_is_over_ranks
+from .groups import Group
+from .scalars import Read, last_draw
+from .weights import CleanStore
+
+
+class NoPerturbation:
+    """The plain base optimizer, and what perturbations share."""
+
+    name = "None"
+    pattern = "loss.backward(); opt.step()"
+    closures = "one"  # what step(closure) takes, and how often it calls it; see closures.py
+    draws = False  # noise, so that groups have seed, stream and round
+    rolling = False  # the noise stays on between steps
+    refuses_perturb = "perturb: this optimizer has no perturbation; pass perturb=flatkern.RWP(), SAM() or ASAM()"
+    ascends = False  # along the gradient, which has to be there before perturb()
+    has_clean_pass = False  # a step needs a gradient at the clean weights, too
+    mixes = False  # and mixes it with the perturbed one in the update
+    accumulates = True  # all gradients of a step are taken at the same weights
+    launches = 1  # op calls of perturb() and step()
+
+    def check_group(self, group: Group, optimizer: str, capturable: bool) -> None:
+        """Refuse values of a group that do not go together."""
+
+    def is_described_by(self, saved: Group, group: Group) -> bool:
+        """True if a saved group's values mean what they mean in `group`; keys of another method have the same names."""
+        return True
+
+    def keeps_history(self, group: Group) -> bool:
+        """True if parameters of the group have ARWP's history."""
+        return False
+
+    def is_adaptive(self, p: Tensor) -> bool:
+        """True if the ascent of `p` is scaled by T_w = |w| + eta."""
+        return False
+
+    def loss_weight(self, groups: list[Group], perturbed: bool) -> float:
+        return 1.0
+
+    def check(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
+        """Refuse perturb(), before anything is written."""
+
+    def move(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
+        """CLEAN -> PERTURBED, and the gradients to where the next backward needs them."""
+        raise NotImplementedError
+
+    def end_round(self, cycle: Cycle, params: list[Tensor], counted: bool) -> None:
+        """restore() has put the clean weights back: keep this round's gradients.
+
+        Arguments:
+            counted: the round has a gradient.
+        """
+        if counted or cycle.gradients.rounds:
+            cycle.gradients.set_aside(params, counted)
+
+    def final(self, cycle: Cycle, params: list[Tensor], grads: Grads, amp: Amp) -> Final | None:
+        """The gradients of this step; None where a round without any leaves nothing to apply. Refuses; writes nothing.
+
+        Arguments:
+            grads: `.grad` of `params`.
+        """
+        ledger, perturbed = cycle.gradients, cycle.weights.partition is not None
+        if not perturbed and not ledger.rounds:
+            return Final(grads)
+        rounds = ledger.rounds + (perturbed and ledger.has_new_since_perturb(params))
+        if not rounds:
+            return None
+        if perturbed:
+            return Final(with_earlier_rounds(cycle, params, grads), rounds=rounds, at_perturbed_weights=True)
+        if ledger.is_new(params):
+            raise RuntimeError(
+                f"step: {self.name} has {rounds} finished rounds and a gradient at clean weights that "
+                "belongs to none; call perturb() for another round, or zero_grad()"
+            )
+        return Final(ledger.accumulated_grads, rounds=rounds, at_perturbed_weights=True)
+
+
+class RandomPerturbation(NoPerturbation):
+    """RWP and ARWP: Gaussian noise, and one gradient, taken there."""
+
+    pattern = "opt.perturb(); loss.backward(); opt.step()"
+    draws = True
+    refuses_perturb = ""
+    accumulates = False
+    launches = 2
+
+    def __init__(self, method: RWP) -> None:
+        self.name = type(method).__name__
+        self.lam = method.lam
+
+    def check_group(self, group: Group, optimizer: str, capturable: bool) -> None:
+        if (group["lam"] is None) != (self.lam is None):
+            raise ValueError(
+                f"{optimizer}: a group has lam={group['lam']!r} and the method lam={self.lam!r}; "
+                "lam may not mix None and a number"
+            )
+        for key in ("seed", "stream", "round"):
+            if not (capturable and isinstance(group[key], Tensor)):
+                check_uint32(optimizer, key, group[key])
+
+    def is_described_by(self, saved: Group, group: Group) -> bool:
+        return (
+            "sigma" in saved
+            and (saved["lam"] is None) == (group["lam"] is None)
+            and (saved["eta"] > 0) == (group["eta"] > 0)
+        )
+
+    def keeps_history(self, group: Group) -> bool:
+        return bool(group["eta"] > 0 and group["perturb"])
+
+    def check(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
+        if cycle.gradients.is_new(params) and not cycle.gradients.holds_zeros_only(params):
+            raise RuntimeError(
+                "perturb: there is a fresh gradient in .grad and RWP has one gradient, taken at the perturbed weights, "
+                "so it would be lost; call opt.zero_grad() if it is not wanted. "
+                f"The pattern is: {self.pattern}"
+            )
+        cycle.scalars.check_next_round()
+
+    def move(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
+        draw(cycle)
+        cycle.unscaled.scaler = scaler
+        self.set_clean_gradient(cycle, params)
+        if cycle.gradients.accumulated_grads:
+            cycle.gradients.give_back(params)
+        cycle.scalars.next_round()
+
+    def set_clean_gradient(self, cycle: Cycle, params: list[Tensor]) -> None:
+        """Keep the gradient at the clean weights, which came first. Here there is none, but for zeros."""
+        if cycle.gradients.is_new(params):
+            cycle.gradients.mark_zeroed(params)
+
+
+class RollingPerturbation(RandomPerturbation):
+    """RWP and ARWP whose noise stays on between steps; step() renews it."""
+
+    pattern = "opt.train(); loss.backward(); opt.step(); or opt.follow(model) once"
+    rolling = True
+    refuses_perturb = "perturb: the optimizer is rolling and perturbs in step(); use train(), eval() or follow(model)"
+    accumulates = True
+    launches = 1
+
+    def end_round(self, cycle: Cycle, params: list[Tensor], counted: bool) -> None:
+        """There are no rounds."""
+
+    def final(self, cycle: Cycle, params: list[Tensor], grads: Grads, amp: Amp) -> Final:
+        return Final(grads, at_perturbed_weights=cycle.weights.partition is not None)
+
+
+class MixedPerturbation(RandomPerturbation):
+    """m-RWP and m-ARWP: (1 - lam) of the gradient at the clean weights and lam of the perturbed one."""
+
+    pattern = "loss on A .backward(); opt.perturb(); loss on B .backward(); opt.step()"
+    closures = "clean and perturbed"
+    has_clean_pass = True
+    mixes = True
+
+    def loss_weight(self, groups: list[Group], perturbed: bool) -> float:
+        lam = {group["lam"] for group in groups}
+        if len(lam) > 1:
+            raise RuntimeError(f"loss_weight: groups have different lam {sorted(lam)}, so no single loss weight exists")
+        value = float(lam.pop())
+        return value if perturbed else 1.0 - value
+
+    def check(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
+        ledger = cycle.gradients
+        if ledger.rounds and cycle.unscaled.is_done and not ledger.clean:
+            raise RuntimeError(
+                "perturb: under a GradScaler m-RWP takes one noisy round before its clean pass, not several"
+            )
+        if ledger.clean and ledger.is_new(params):
+            raise RuntimeError("perturb: a second clean gradient, but m-RWP has one; call step() or zero_grad() first")
+        check_can_unscale(scaler, params)
+        cycle.scalars.check_next_round()
+
+    def set_clean_gradient(self, cycle: Cycle, params: list[Tensor]) -> None:
+        if cycle.gradients.is_new(params):
+            if cycle.unscaled.scaler is not None:
+                cycle.skip_if(cycle.unscaled.unscale(cycle.groups.listed()))
+            cycle.gradients.clean = cycle.gradients.take(params)
+
+    def end_round(self, cycle: Cycle, params: list[Tensor], counted: bool) -> None:
+        if counted and cycle.unscaled.scaler is not None and not cycle.gradients.clean:
+            cycle.skip_if(cycle.unscaled.unscale(cycle.groups.listed()))
+        super().end_round(cycle, params, counted)
+
+    def final(self, cycle: Cycle, params: list[Tensor], grads: Grads, amp: Amp) -> Final | None:
+        """The perturbed gradients and exactly one clean one, whichever pass came first."""
+        ledger, perturbed = cycle.gradients, cycle.weights.partition is not None
+        if not perturbed and not ledger.rounds and not ledger.clean:
+            return Final(grads)
+        rounds = ledger.rounds + (perturbed and ledger.has_new_since_perturb(params))
+        if not rounds and perturbed and not ledger.clean:
+            return None
+        new_clean = not perturbed and ledger.is_new(params)
+        self._check_passes(cycle, rounds, new_clean, amp)
+        if not new_clean:
+            noisy = with_earlier_rounds(cycle, params, grads) if perturbed else ledger.accumulated_grads
+            return Final(noisy, ledger.clean, rounds, True)
+        # restore() has unscaled the perturbed gradients; `.grad`, the clean one, still carries the scale.
+        clean = grads if amp.grad_scale is None else _times(grads, amp.grad_scale.reciprocal())
+        return Final(ledger.accumulated_grads, clean, rounds, True, unscaled=True)
+
+    def _check_passes(self, cycle: Cycle, rounds: int, new_clean: bool, amp: Amp) -> None:
+        perturbed, clean = cycle.weights.partition is not None, cycle.gradients.clean
+        if not rounds:
+            raise RuntimeError(
+                "step: m-RWP has a clean gradient but no perturbed one; run a backward between perturb() and step()"
+            )
+        if new_clean and clean:
+            raise RuntimeError("step: m-RWP has two clean gradients, but needs exactly one; zero_grad() drops the last")
+        if not new_clean and not clean:
+            first = "call restore(), " if perturbed else ""
+            raise RuntimeError(
+                f"step: m-RWP needs one clean gradient; {first}run a backward at the clean weights, then step()"
+            )
+        if amp.found_inf is not None and not cycle.unscaled.is_done:
+            raise RuntimeError(
+                'step: m-RWP with mix="gradients" under a GradScaler needs perturb(scaler=scaler), which unscales the '
+                "gradient that the scaler does not see in step()"
+            )
+
+
+class MixedLosses(MixedPerturbation):
+    """mix="losses": losses are weighted by lam, and autograd adds the gradients up in `.grad`."""
+
+    closures = "none"
+    mixes = False
+
+    def check(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
+        if any(group["eta"] > 0 for group in cycle.groups) and cycle.gradients.is_new(params):
+            raise RuntimeError(
+                'perturb: m-ARWP with mix="losses" must see the perturbed gradient alone; run the noisy pass first: '
+                "perturb(); backward; restore(); backward; step()"
+            )
+        cycle.scalars.check_next_round()
+
+    def set_clean_gradient(self, cycle: Cycle, params: list[Tensor]) -> None:
+        """It stays in `.grad`."""
+
+    def end_round(self, cycle: Cycle, params: list[Tensor], counted: bool) -> None:
+        if counted:
+            self._keep_squares(cycle)
+
+    def final(self, cycle: Cycle, params: list[Tensor], grads: Grads, amp: Amp) -> Final | None:
+        if amp.found_inf is not None and cycle.gradients.squares and cycle.unscaled.scaler is None:
+            raise RuntimeError(
+                'step: m-ARWP with mix="losses" under a GradScaler needs perturb(scaler=scaler), for the scale of '
+                "the perturbed gradient"
+            )
+        final = NoPerturbation.final(self, cycle, params, grads, amp)
+        if final is not None and final.at_perturbed_weights:
+            self._keep_squares(cycle)
+        return final
+
+    def _keep_squares(self, cycle: Cycle) -> None:
+        """The perturbed gradient is in `.grad` only now; keep what the history needs of it."""
+        for group in filter(self.keeps_history, cycle.groups):
+            params = [p for p in group["params"] if p.grad is not None]
+            wide = [dtensor.local(p.grad) for p in params if p.dim() >= 2]
+            norms = [g.new_empty(history_length(g), dtype=torch.float32) for g in wide]
+            if wide:
+                resolve("filter_norms_", wide[0].device.type, cycle.groups.setup.backend)(norms, wide)
+            rest = iter(norms)
+            scale = float(group["lam"]) * cycle.unscaled.loss_scale()
+            for p in params:
+                g = next(rest) if p.dim() >= 2 else dtensor.local(p.grad).float().flatten()
+                cycle.gradients.squares[p] = (g / scale).square() if group["lam"] else torch.zeros_like(g)
+
+
+class AscentPerturbation(NoPerturbation):
+    """SAM: up along the gradient, by rho in the norm over all perturbed parameters. Several rounds make mSAM."""
+
+    pattern = "loss.backward(); opt.perturb(); loss on the same batch .backward(); opt.step()"
+    closures = "twice each"
+    ascends = True
+    refuses_perturb = ""
+    accumulates = False
+    launches = 3
+
+    def __init__(self, method: SAM) -> None:
+        self.name = type(method).__name__
+
+    def is_described_by(self, saved: Group, group: Group) -> bool:
+        return "rho" in saved and ("eta" in saved) == ("eta" in group)
+
+    def eta(self, bucket: Bucket) -> list[float] | None:
+        """eta of T_w per parameter, -1 where T_w = 1; None where it is 1 everywhere."""
+        return None
+
+    def check(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
+        if not cycle.gradients.is_new(params):
+            raise RuntimeError(
+                f"perturb: {self.name} climbs along the gradient at the clean weights, but there is no "
+                f"fresh one in .grad; the pattern is: {self.pattern}"
+            )
+
+    def move(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
+        gradients_of(params)
+        partition = partition_of(cycle, [p for p in perturbable(cycle) if p.grad is not None])
+        norm = torch.zeros((), dtype=torch.float32, device=params[0].device)
+        if partition.buckets:
+            norm = laid_out(cycle, partition, lambda: self._ascend(cycle, partition))
+        cycle.ascent_norm = norm
+        cycle.skip_if([(~norm.isfinite()).float()])
+        if not cycle.warned_rounded_away:
+            cycle.warned_rounded_away = True
+            moved, total = cycle.weights.rounded_away()
+            if total:
+                warn_rounded_away(self.name, moved, total)
+        clear(params)
+        cycle.gradients.forget_used()
+        if cycle.gradients.accumulated_grads:
+            cycle.gradients.give_back(params)
+
+    def _ascend(self, cycle: Cycle, partition: Partition) -> Tensor:
+        """Move to the ascent point; returns the norm of the gradient, scaled by T_w for ASAM."""
+        stores = [cycle.weights.store(bucket) for bucket in partition.buckets]
+        parts = [self._norm(bucket, store) for bucket, store in zip(partition.buckets, stores, strict=True)]
+        norm = global_norm(parts)
+        calls = []
+        for bucket, store in zip(partition.buckets, stores, strict=True):
+            # Ascent of the objective that is minimised: with maximize=True that is descent.
+            rho = bucket.values("rho", lambda g: -float(g["rho"]) if g.get("maximize") else float(g["rho"]))
+            grads = [p.grad for p in bucket.params]
+            arguments = bucket.params, store.backups, store.masters, grads, norm.to(bucket.device)
+            eta = self.eta(bucket) or bucket.constant(-1.0)
+            calls.append(Call(bucket, "perturb_ascent_", arguments, {"rho": rho, "eta": eta}))
+        cycle.weights.perturb(partition, stores, calls)
+        return norm
+
+    def _norm(self, bucket: Bucket, store: CleanStore) -> tuple[dtensor.Ranks, Tensor]:
+        eta = self.eta(bucket)
+        weights = None if eta is None else store.masters or bucket.params
+        norm = torch.zeros((), dtype=torch.float32, device=bucket.device)
+        grads = [p.grad for p in bucket.params]
+        bucket.op("ascent_norm_")(norm, weights, grads, eta=eta or bucket.constant(-1.0))
+        return bucket.ranks, norm
+
+
+class AdaptiveAscent(AscentPerturbation):
+    """ASAM: the ascent is scaled by T_w = |w| + eta."""
+
+    def __init__(self, method: ASAM) -> None:
+        super().__init__(method)
+        self.all_tensors = method.all_tensors
+
+    def is_adaptive(self, p: Tensor) -> bool:
+        return self.all_tensors or p.dim() >= 2
+
+    def eta(self, bucket: Bucket) -> list[float] | None:
+        if not any(map(self.is_adaptive, bucket.params)):
+            return None
+        eta = bucket.values("eta")
+        return [e if self.is_adaptive(p) else -1.0 for e, p in zip(eta, bucket.params, strict=True)]
+
+
+def perturbation_of(method: RWP | SAM | None, where: str = "perturbation_of") -> NoPerturbation:
+    """The class behind a method.
+
+    Raises:
+        TypeError: it is none of ours.
+    """
+    if method is None:
+        return NoPerturbation()
+    if isinstance(method, ASAM):
+        return AdaptiveAscent(method)
+    if isinstance(method, SAM):
+        return AscentPerturbation(method)
+    if isinstance(method, RWP):
+        if method.rolling:
+            return RollingPerturbation(method)
+        if method.lam is None:
+            return RandomPerturbation(method)
+        return (MixedLosses if method.mix == "losses" else MixedPerturbation)(method)
+    raise TypeError(f"{where}: perturb is {method!r}, but should be flatkern.RWP, SAM or ASAM, or None")
+
+
+# --- what they are made of ------------------------------------------------------------------------
+
+
+def perturbable(cycle: Cycle, read: Read = None) -> list[Tensor]:
+    groups = cycle.groups.listed()
+    return [
+        p for g in groups if (g if read is None else read(g))["perturb"] for p in g["params"] if p.requires_grad
+    ]  # fmt: skip
+
+
+def partition_of(cycle: Cycle, params: list[Tensor]) -> Partition:
+    return cycle.partitions.of(params, None, lambda _: "perturb")
+
+
+def laid_out(cycle: Cycle, partition: Partition, call: Callable[[], Tensor]) -> Tensor:
+    """`call()`; where a memory format stands in its way everything follows the parameters, and it is called again."""
+    try:
+        return call()
+    except LayoutError:
+        cycle.weights.restore()  # another bucket may have moved
+        cycle.weights.lay_out(partition.buckets)
+        return call()
+
+
+def draw(cycle: Cycle, read: Read = None) -> None:
+    """CLEAN -> PERTURBED by the noise of the current round, which does not advance here."""
+    partition = partition_of(cycle, perturbable(cycle, read))
+    noise = cycle.scalars.noise(ahead=0)
+
+    def add_noise() -> Tensor:
+        stores = [cycle.weights.store(bucket) for bucket in partition.buckets]
+        pairs = zip(partition.buckets, stores, strict=True)
+        cycle.weights.perturb(partition, stores, [noise_call(cycle, b, s, noise, read) for b, s in pairs])
+        return noise
+
+    laid_out(cycle, partition, add_noise)
+
+
+def draw_again(cycle: Cycle) -> None:
+    """Rolling: the noise of the current round as it was drawn, if it was; a schedule may have moved sigma since."""
+    draw(cycle, last_draw)
+    cycle.scalars.note_draw(last_draw)
+
+
+def noise_call(cycle: Cycle, bucket: Bucket, store: CleanStore, noise: Tensor, read: Read = None) -> Call:
+    """perturb_gaussian_ on one bucket."""
+    sigma, sigmas = cycle.scalars.of(bucket, "sigma", read)
+    name = "eta" if read is None else "eta of the last draw"
+    eta = bucket.values(name, lambda g: float((g if read is None else read(g))["eta"]))
+    history = cycle.state.histories(bucket.params) if any(eta) else None
+    norms = _norms_of_the_whole(bucket, store.masters or bucket.params) if bucket.split_vectors else None
+    arguments = bucket.params, store.backups, store.masters, norms, history, sigmas, noise
+    scalars = {"sigma": sigma, "eta": eta, "index": bucket.index, "offset": bucket.offset}
+    return Call(bucket, "perturb_gaussian_", arguments, scalars)
+
+
+def _norms_of_the_whole(bucket: Bucket, weights: list[Tensor]) -> list[Tensor]:
+    """L2 norms of vectors of which every rank has a part; one sum over the ranks, a float per vector."""
+    norms = torch.empty(len(weights), dtype=torch.float32, device=bucket.device)
+    each = list(norms.split(1))
+    bucket.op("filter_norms_")(each, weights)
+    norms.copy_(dtensor.all_reduce_sum(norms.double().square(), bucket.ranks).sqrt())
+    return each
+
+
+def global_norm(norms: list[tuple[dtensor.Ranks, Tensor]]) -> Tensor:
+    """The norm over several buckets, on the device of the first; each is summed over the ranks that share it."""
+    first = norms[0][1]
+    if len(norms) == 1 and not norms[0][0]:
+        return first
+    shared: dict[dtensor.Ranks, list[Tensor]] = {}
+    for ranks, norm in norms:
+        shared.setdefault(ranks, []).append(norm.to(first.device).double().square())
+    squares = [dtensor.all_reduce_sum(torch.stack(each).sum(), ranks) for ranks, each in shared.items()]
+    return torch.stack(squares).sum().sqrt().float()
+
+
+def with_earlier_rounds(cycle: Cycle, params: list[Tensor], grads: Grads) -> Grads:
+    """`grads` with the sum of earlier rounds, which is in `.grad` unless somebody else has cleared it since."""
+    if not cycle.gradients.sum_was_cleared(params):
+        return grads
+    if mean_is_over_ranks():
+        # Earlier rounds ran unsynchronized, so that a sum kept by each rank would part the replicas.
+        raise RuntimeError(
+            "step: the sum of earlier rounds in .grad was cleared between the rounds, and with several ranks it cannot "
+            "be added afterwards; between rounds call opt.zero_grad(), which keeps it, not model.zero_grad(). "
+            "restore() gives the clean weights back"
+        )
+    cycle.gradients.add_cleared_sum(params)
+    return [p.grad for p in params]
+
+
+def _times(grads: Grads, factor: Tensor) -> Grads:
+    """Unscaled copies of gradients."""
+    present = [g for g in grads if g is not None]
+    parts = iter(torch._foreach_mul([dtensor.local(g) for g in present], factor))
+    return [None if g is None else dtensor.wrap_like(g, next(parts), g.shape) for g in grads]

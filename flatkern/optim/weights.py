@@ -1,0 +1,279 @@
+"""Where the clean weights are while perturbed ones are in the parameters, and every way back.
+
+The only caller of restore_. An optimizer that is collected while its parameters are perturbed leaves clean ones behind.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dtensor
+from ..checks import LayoutError
+from ..tables import same_layout
+from .buckets import Bucket, Call, Partition
+from .layouts import like
+from .scalars import is_capturing
+from .state import State
+
+# Weights that hold a perturbation now. Only a registry can tell an optimizer that another one has changed its
+# parameters; it is weak, so it keeps nothing alive.
+perturbing: weakref.WeakSet[Weights] = weakref.WeakSet()
+
+
+class CleanStore(NamedTuple):
+    """Where the clean weights of a bucket are: in one of the two, the other is None."""
+
+    backups: list[Tensor] | None
+    masters: list[Tensor] | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return self.masters if self.backups is None else self.backups  # type: ignore[return-value]
+
+
+@dataclass
+class Held:
+    """A perturbed bucket: its clean weights, and its parameters' versions after our write; while it runs, before."""
+
+    bucket: Bucket
+    clean: list[Tensor]
+    versions: list[int]
+    call: Call | None = None  # while it is written: by whom
+
+
+BITS = {4: torch.int32, 2: torch.int16}
+
+
+def _marks(call: Call) -> list[int]:
+    """The versions of what a call is about to write; of the first parameter alone where it writes all or nothing."""
+    bucket = call.bucket
+    return [dtensor.version(p) for p in bucket.params[:1]] if call.progress == "whole" else bucket.versions()
+
+
+def _written(held: Held) -> list[int]:
+    """The positions of the parameters that an interrupted call has written."""
+    call, count = held.call, len(held.bucket.params)
+    assert call is not None
+    if call.progress == "whole":
+        return list(range(count)) if _marks(call) != held.versions else []
+    if call.progress == "versions":
+        return [k for k, v in enumerate(held.bucket.versions()) if v != held.versions[k]]
+    if held.bucket.has_master:
+        return list(range(count))  # from a master a parameter is restored rightly in either case
+    # Kernels are launched one after another, and a copy is right only where its kernel has run. The same call on the
+    # copies gives what is in the parameters there, bit for bit, and nowhere else.
+    again = [c.clone() for c in held.clean]
+    call.on(again)
+    pairs = zip(dtensor.local_parts(held.bucket.params), again, strict=True)
+    return [k for k, (p, a) in enumerate(pairs) if torch.equal(*(t.view(BITS[t.element_size()]) for t in (p, a)))]
+
+
+class Weights:
+    """Which weights of one optimizer are perturbed."""
+
+    def __init__(self, state: State) -> None:
+        self.partition: Partition | None = None  # of the perturbed parameters; None: all weights are clean
+        self.suspended = False  # inside clean(): weights are clean, a perturbation waits
+        self.ever_perturbed = False
+        self.backups: dict[Tensor, Tensor] = {}  # scratch, kept for the optimizer's life
+        self._state = state
+        self._held: list[Held] = []
+        self._moving = False  # perturb() is writing: some weights are perturbed, some are not yet
+        self._backups_of: dict[Bucket, list[Tensor]] = {}
+
+    # --- where clean weights are -----------------------------------------------------------------
+
+    def store(self, bucket: Bucket) -> CleanStore:
+        """Where the clean weights of a bucket are, or will be."""
+        if bucket.has_master:
+            held = frozenset() if self.partition is None else self.partition.members
+            return CleanStore(None, self._state.masters(bucket.params, held, self._clean_copy))
+        return CleanStore(self.backups_of(bucket), None)
+
+    def backups_of(self, bucket: Bucket) -> list[Tensor]:
+        """Scratch for clean copies, laid out like the parameters."""
+        found = self._backups_of.get(bucket)
+        if found is None:
+            found = [self._backup(p) for p in bucket.params]
+            self._backups_of[bucket] = found
+        return found
+
+    def _backup(self, p: Tensor) -> Tensor:
+        saved, part = self.backups.get(p), dtensor.local(p)
+        if saved is None or saved.dtype != p.dtype or saved.device != part.device or not same_layout(saved, part):
+            with torch.inference_mode(False):  # it is written in every mode
+                new = torch.empty_like(part, memory_format=torch.preserve_format, requires_grad=False)
+            if saved is not None:
+                self._backups_of.clear()  # they would keep the old one alive
+                if saved.shape == part.shape:
+                    new.copy_(saved)  # it may hold the clean weights of a perturbation that is on
+            saved = self.backups[p] = new
+        return saved
+
+    def _clean_copy(self, p: Tensor) -> Tensor:
+        return next(c for h in self._held for q, c in zip(h.bucket.params, h.clean, strict=True) if q is p)
+
+    def lay_out(self, buckets: list[Bucket]) -> None:
+        """Give gradients, state and scratch of some buckets their parameters' memory format, once."""
+        for bucket in buckets:
+            self._state.lay_out(bucket.params)
+            for p in bucket.params:
+                if p.grad is not None:
+                    p.grad = like(p.grad, p)
+        self._backups_of.clear()
+
+    def check_alone(self, call: str, params: Iterable[Tensor]) -> None:
+        """Refuse parameters that another optimizer holds perturbed: it would put its clean weights over ours."""
+        others = [w for w in list(perturbing) if w is not self and w.partition is not None]
+        if others and any(id(p) in w.partition.members for w in others for p in params):  # type: ignore[union-attr]
+            raise RuntimeError(
+                f"{call}: another optimizer holds these parameters perturbed; call its restore(), eval() or step()"
+            )
+
+    # --- CLEAN -> PERTURBED ----------------------------------------------------------------------
+
+    def perturb(self, partition: Partition, stores: list[CleanStore], calls: list[Call]) -> None:
+        """Perturb the weights of `partition` by one call per bucket, each with its clean store.
+
+        The weights count as perturbed from before the first write, so that whatever interrupts it leaves weights that
+        are known: `undo()` and `restore()` put back what was written, and no more.
+        """
+        self._held = [Held(c.bucket, s.tensors, _marks(c), c) for c, s in zip(calls, stores, strict=True)]
+        self._moving = True
+        self.partition = partition
+        perturbing.add(self)
+        for call in calls:
+            call.run()
+        self._moving = False
+        self.redrawn(partition, stores)
+
+    def redrawn(self, partition: Partition, stores: list[CleanStore]) -> None:
+        """The weights of `partition` are perturbed now, by calls that have all returned."""
+        pairs = zip(partition.buckets, stores, strict=True)
+        self._held = [Held(bucket, store.tensors, bucket.versions()) for bucket, store in pairs]
+        self.partition = partition
+        self.ever_perturbed = True
+        for held in self._held:
+            self._state.note_masters(held.bucket)
+        perturbing.add(self)
+        torch.clear_autocast_cache()
+
+    # --- PERTURBED -> CLEAN ----------------------------------------------------------------------
+
+    def restore(self) -> None:
+        """Put every clean weight back that was overwritten. Where it was interrupted or failed it may be repeated."""
+        for held in self._held:
+            self._put(held.bucket, held.clean, _written(held) if self._moving else None)
+        self.left()
+
+    def restore_untouched(self) -> None:
+        """After an update that was interrupted: put clean weights back where it has not been."""
+        for held in self._held:
+            now = held.bucket.versions()
+            self._put(held.bucket, held.clean, [k for k, v in enumerate(now) if v == held.versions[k]])
+        self.left()
+
+    def left(self) -> None:
+        """All weights are clean now."""
+        if self.partition is not None:
+            self._moving = False
+            self.partition = None
+            self._held = []
+            perturbing.discard(self)
+        torch.clear_autocast_cache()
+
+    def restore_bucket(self, bucket: Bucket) -> CleanStore:
+        """Put back a part of what is perturbed, whose bookkeeping follows."""
+        store = self.store(bucket)
+        self._put(bucket, store.tensors)
+        return store
+
+    def save(self, bucket: Bucket) -> list[Tensor]:
+        """Copies of clean weights, for a difference that is taken after the step."""
+        backups = self.backups_of(bucket)
+        bucket.op("restore_")(backups, bucket.params)
+        return backups
+
+    def _put(self, bucket: Bucket, values: list[Tensor], which: list[int] | None = None) -> None:
+        """restore_ on a bucket, or on some of its parameters."""
+        params = bucket.params
+        if which is not None and len(which) < len(params):
+            params, values = [params[k] for k in which], [values[k] for k in which]
+        if not params:
+            return
+        try:
+            bucket.op("restore_")(params, values)
+        except (LayoutError, TypeError, ValueError):
+            # The model has changed memory format, dtype or device since.
+            with torch.no_grad():
+                for p, value in zip(params, values, strict=True):
+                    dtensor.local(p).copy_(dtensor.local(value))
+        self._state.note_masters(bucket)
+
+    @contextmanager
+    def clean(self) -> Iterator[None]:
+        """Exchange perturbed for clean weights and back; the perturbed values are kept, not drawn again."""
+        partition = self.partition
+        if partition is None or self.suspended:
+            yield
+            return
+        with torch.no_grad():
+            kept = [[p.detach().clone() for p in held.bucket.params] for held in self._held]
+            for held in self._held:
+                self._put(held.bucket, held.clean)
+            torch.clear_autocast_cache()
+        self.suspended = True
+        try:
+            yield
+        finally:
+            if self.partition is partition and self.suspended:
+                self.suspended = False
+                with torch.no_grad():
+                    for held, values in zip(self._held, kept, strict=True):
+                        self._put(held.bucket, values)
+                        held.versions = held.bucket.versions()
+                torch.clear_autocast_cache()
+
+    def end_keeping_external_writes(self) -> None:
+        """End a perturbation; parameters that others have written since keep what was written."""
+        if self.suspended:
+            self.suspended = False
+            self.left()
+        elif self._moving:
+            self.restore()
+        else:
+            self.restore_untouched()
+
+    def abandon(self) -> None:
+        """The optimizer is gone: leave clean weights behind.
+
+        Not inside a capture, which may be of anything: its graph would write these weights at every replay.
+        """
+        if not self.suspended and not is_capturing():
+            self.restore()
+        self.left()
+
+    def release(self) -> None:
+        """Free the scratch."""
+        self.backups.clear()
+        self._backups_of.clear()
+
+    def rounded_away(self) -> tuple[int, int]:
+        """Of the perturbed bfloat16 weights: how many differ from their clean value, and how many there are."""
+        moved = total = 0
+        for held in self._held:
+            if not any(group["rho"] > 0 for group in held.bucket.groups):
+                continue
+            pairs = zip(dtensor.local_parts(held.bucket.params), dtensor.local_parts(held.clean), strict=True)
+            for p, clean in pairs:
+                if p.dtype == torch.bfloat16:
+                    moved += int((p != clean.to(p.dtype)).sum())
+                    total += p.numel()
+        return moved, total
