@@ -185,11 +185,13 @@ def _native(name: str) -> Callable[..., Any] | None:
         return None
 
 
-def gather_state(state: Any, params: list[torch.Tensor], keys: tuple[str, ...]) -> list[list[torch.Tensor]] | None:
-    """For each key the list of `state[p][key]`; None if one of them is missing. Creates no entries."""
-    fast = _native("gather_state")
-    if fast is not None:
-        return fast(state, params, keys)  # type: ignore[no-any-return]
+def state_gatherer() -> Callable[[Any, list[torch.Tensor], tuple[str, ...]], list[list[torch.Tensor]] | None]:
+    """gather(state, params, keys): for each key the list of `state[p][key]`; None if one of them is missing. It creates
+    no entries."""
+    return _native("gather_state") or _gather_in_python
+
+
+def _gather_in_python(state: Any, params: list[torch.Tensor], keys: tuple[str, ...]) -> list[list[torch.Tensor]] | None:
     found = [state.get(p, {}) for p in params]
     lists = [[entry.get(key) for entry in found] for key in keys]
     return None if any(value is None for values in lists for value in values) else lists

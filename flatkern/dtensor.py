@@ -43,6 +43,8 @@ def version(t: Tensor) -> int:
 
     FSDP2 writes to the local part, and DTensor's own operations count in the wrapper only, so both are added.
     """
+    if type(t) in PLAIN:  # told here, because every step asks
+        return t._version
     return t._version + t._local_tensor._version if is_sharded(t) else t._version  # type: ignore[attr-defined]
 
 

@@ -13,12 +13,13 @@ from .fused import FusedOptimizer, require_unset
 from .groups import Group
 from .step import SharedArguments
 
-NUMBERS = {
+NUMBERS_ON_DEVICE = {
     "beta1": lambda group: float(group["betas"][0]),
     "beta2": lambda group: float(group["betas"][1]),
     "eps": lambda group: float(group["eps"]),
     "weight_decay": lambda group: float(group["weight_decay"]),
 }
+NUMBERS = {"lr": lambda group: float(group["lr"]), **NUMBERS_ON_DEVICE}
 
 
 class Adam(FusedOptimizer):
@@ -46,6 +47,7 @@ class Adam(FusedOptimizer):
     """
 
     state_keys = ("step", "exp_avg", "exp_avg_sq")
+    split_by = staticmethod(lambda group: bool(group["decoupled_weight_decay"]))
     flag_keys = (*FusedOptimizer.flag_keys, "maximize", "decoupled_weight_decay", "capturable")
 
     def __init__(
@@ -105,14 +107,11 @@ class Adam(FusedOptimizer):
         for key, value in zip(("beta1", "beta2"), group["betas"], strict=True):
             check_value(key, value)
 
-    def flags(self, group: Group) -> tuple[Any, ...]:
-        return (bool(group["decoupled_weight_decay"]),)
-
     def prepare(self, bucket: Bucket, shared: SharedArguments) -> Call:
-        (exp_avgs, exp_avg_sqs, steps), created = self.cycle.state.get(bucket, ("exp_avg", "exp_avg_sq", "step"))
+        numbers = {**bucket.columns("adam", NUMBERS if shared.lrs is None else NUMBERS_ON_DEVICE), **shared.numbers}
+        (exp_avgs, exp_avg_sqs, steps), _ = self.cycle.state.get(bucket, ("exp_avg", "exp_avg_sq", "step"))
         op = "adamw_update_" if bucket.groups[0]["decoupled_weight_decay"] else "adam_update_"
-        arguments = bucket.params, exp_avgs, exp_avg_sqs, steps, *shared.tensors()
-        return Call(bucket, op, arguments, {**bucket.columns("adam", NUMBERS), **shared.numbers}, created)
+        return Call(bucket, op, (bucket.params, exp_avgs, exp_avg_sqs, steps, *shared.tensors()), numbers)
 
 
 class AdamW(Adam):

@@ -17,19 +17,18 @@ class Amp:
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
-    @property
-    def is_on(self) -> bool:
-        """True inside `scaler.step(opt)`."""
-        return self.grad_scale is not None or self.found_inf is not None
-
     def factor(self, rounds: int, unscaled: bool, device: torch.device) -> Tensor | None:
-        """1 / (loss scale x rounds), 0-dim float32; None stands for 1."""
-        if self.grad_scale is None or unscaled:
-            if rounds == 1 and not unscaled:
-                return None
-            # Filled on the device, because a copy from the host would make it wait.
-            return torch.full((), 1.0 / rounds, dtype=torch.float32, device=device)
-        return (self.grad_scale.to(device=device, dtype=torch.float32).reshape(()) * rounds).reciprocal()
+        """1 / (loss scale x rounds), 0-dim float32; None stands for 1.
+
+        Arguments:
+            unscaled: the loss scale is off already.
+        """
+        if self.grad_scale is not None and not unscaled:
+            return (self.grad_scale.to(device=device, dtype=torch.float32).reshape(()) * rounds).reciprocal()
+        if rounds == 1 and not unscaled:
+            return None
+        # Filled on the device, because a copy from the host would make it wait.
+        return torch.full((), 1.0 / rounds, dtype=torch.float32, device=device)
 
     def skip(self, nonfinite: Tensor | None, device: torch.device) -> Tensor | None:
         """Nonzero where the step must be skipped; None without a scaler and without an ascent.
@@ -61,6 +60,11 @@ def amp_of(optimizer: Any) -> Amp:
             "not in restore()"
         )
     return Amp(scale, flag)
+
+
+def is_scaling(optimizer: Any) -> bool:
+    """True inside `scaler.step(optimizer)`."""
+    return getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None
 
 
 def forget(optimizer: Any) -> None:

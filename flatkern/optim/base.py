@@ -22,11 +22,12 @@ from ..methods import IRE, RWP, SAM
 from ..values import check_flag, check_value, is_number
 from . import amp, checkpoint, closures, follow
 from .buckets import Bucket, Call
-from .cycle import Cycle, Phase
+from .cycle import Cycle
 from .errors import warn_never_perturbed
 from .groups import Group, Groups, Setup
 from .ire import Mask
 from .perturb import NoPerturbation, draw_again, perturbation_of
+from .phase import Phase
 from .scalars import check_can_be_captured, check_group_can_be_captured, scalars_of
 from .step import Prepared, SharedArguments, Step, restore
 
@@ -42,7 +43,8 @@ class FlatOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     state_keys: tuple[str, ...] = ()  # what the base rule keeps per parameter
     flag_keys: tuple[str, ...] = ("perturb", "enhance")  # group values that are True or False
-    reads_lr = True
+    finishes = False  # `finish` has something to do
+    negates = True  # the gradient where a group says maximize; a base does it itself
     defers_state = False  # the state is a base's, which creates its own first
     setup: Setup
     cycle: Cycle
@@ -123,21 +125,17 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     # --- the rule --------------------------------------------------------------------------------
 
-    def flags(self, group: Group) -> tuple[Any, ...]:
+    @staticmethod
+    def split_by(group: Group) -> Any:
         """What splits parameters into different op calls, besides device and masters."""
-        return ()
+        return None
 
-    def sign(self, group: Group) -> float:
-        """maximize negates the gradient on its way in, as in torch."""
-        return -1.0 if group["maximize"] else 1.0
-
-    def prepare(self, bucket: Bucket, shared: SharedArguments) -> Call:
+    def prepare(self, bucket: Bucket, shared: SharedArguments) -> Call | None:
         """The call of one bucket. Creates state, and writes nothing."""
         raise NotImplementedError
 
-    def commit(self, work: list[Prepared]) -> None:
-        """Run the calls, and what else the rule needs."""
-        raise NotImplementedError
+    def finish(self, work: list[Prepared]) -> None:
+        """What follows the calls of all buckets."""
 
     # --- what is known ---------------------------------------------------------------------------
 
@@ -218,10 +216,16 @@ class FlatOptimizer(torch.optim.Optimizer):
         cycle.scalars.sync_groups("perturb")
         params = cycle.groups.params()
         cycle.weights.check_alone("perturb", params)
-        amp.check_not_unscaled(scaler, self)
+        if scaler is not None:
+            amp.check_not_unscaled(scaler, self)
         perturbation.check(cycle, params, scaler)
-        with cycle.undone_on_failure():
+        try:
             perturbation.move(cycle, params, scaler)
+        except BaseException:
+            cycle.undo()
+            raise
+        if cycle.state.created:
+            cycle.state.keep_created()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -259,7 +263,7 @@ class FlatOptimizer(torch.optim.Optimizer):
             if closure is None:
                 return self.step_without_closure()
             self.cycle.require("step")
-            return closures.step(self, closure, amp.amp_of(self))
+            return closures.step(self, closure, amp.is_scaling(self))
         except BaseException:
             amp.forget(self)
             raise
@@ -326,8 +330,12 @@ class FlatOptimizer(torch.optim.Optimizer):
             cycle.groups.check_changed()
             cycle.scalars.sync_groups("train")
             cycle.weights.check_alone("train", cycle.groups.params())
-            with cycle.undone_on_failure():
+            try:
                 draw_again(cycle)
+            except BaseException:
+                cycle.undo()
+                raise
+            cycle.state.keep_created()
         return None
 
     @torch.no_grad()

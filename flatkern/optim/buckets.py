@@ -5,7 +5,7 @@ Nothing here touches the values of a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -18,6 +18,7 @@ from ..checks import check
 from ..dispatch import bind, layouts_of, resolve
 from ..ops import OPS
 from .groups import Group, Groups
+from .layouts import like
 
 Read = Callable[[Group], Any]
 MAX_PARTITIONS = 256  # models whose set of gradients changes at random would otherwise collect them without bound
@@ -85,9 +86,16 @@ class Bucket:
         """`value` once per parameter."""
         return self.values(f"constant {value!r}", lambda _: value)
 
-    def select(self, values: list[Any]) -> list[Any]:
-        """Of one entry per parameter of the optimizer, those of this bucket."""
-        return values if self.covers_all else [values[i] for i in self.index]
+    def gradients(self, grads: list[Tensor | None], lay_out: bool) -> list[Tensor]:
+        """Of one gradient per parameter of the optimizer those of this bucket; zeros where one is missing.
+
+        Arguments:
+            lay_out: give them the parameters' memory format.
+        """
+        found: list[Any] = grads if self.covers_all else [grads[i] for i in self.index]
+        if not all([g is not None for g in found]):
+            found = [torch.zeros_like(p) if g is None else g for g, p in zip(found, self.params, strict=True)]
+        return [like(g, p) for g, p in zip(found, self.params, strict=True)] if lay_out else found
 
     def op(self, name: str) -> Callable[..., None]:
         """The function that runs op `name` on this bucket's device."""
@@ -107,11 +115,13 @@ class Call:
     op: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    created: Collection[int] = ()  # positions whose state the call has created
+    after: Callable[[], None] | None = None  # what is left to do when all calls of a step have run
     done: bool = False
 
     def run(self) -> None:
-        self.bucket.op(self.op)(*self.args, **self.kwargs)
+        bucket = self.bucket
+        run = resolve(self.op, bucket.device.type, bucket.backend)
+        (dtensor.on_parts(run) if bucket.sharded else run)(*self.args, **self.kwargs)
         self.done = True
 
     def check(self) -> None:
@@ -133,8 +143,15 @@ class Call:
 
     @property
     def progress(self) -> str:
-        """What tells how far a call came that was interrupted; see `dispatch.resolve`."""
-        return getattr(self.bucket.op(self.op), "progress", "versions")
+        """What tells how far the call came if it is interrupted; see `dispatch.resolve`."""
+        return getattr(resolve(self.op, self.bucket.device.type, self.bucket.backend), "progress", "versions")
+
+    def marks(self) -> list[int]:
+        """Versions of what the call is about to write; of the first parameter alone where it writes all or nothing."""
+        bucket = self.bucket
+        if getattr(resolve(self.op, bucket.device.type, bucket.backend), "progress", "versions") == "whole":
+            return [dtensor.version(bucket.params[0])] if bucket.sharded else [bucket.params[0]._version]
+        return bucket.versions()
 
 
 class Partition:
@@ -155,11 +172,16 @@ class Partitions:
         self._found: dict[Hashable, list[Partition]] = {}
         self._count = 0
 
-    def of(self, params: list[Tensor], perturbed: Partition | None, flags: Callable[[Group], Hashable]) -> Partition:
-        """The partition of `params`: split by place, `flags(group)`, masters, and membership in `perturbed`."""
-        groups = self._groups.listed()
+    def of(
+        self,
+        params: list[Tensor],
+        perturbed: Partition | None = None,
+        split_by: Callable[[Group], Hashable] | None = None,
+    ) -> Partition:
+        """The partition of `params`: split by place, `split_by(group)`, masters, and membership in `perturbed`."""
+        groups = self._groups.owner().param_groups  # type: ignore[union-attr]
         # Models move and change dtype as a whole, so one parameter of a group speaks for it.
-        heads = [(id(g), flags(g), p.device, p.dtype) for g in groups for p in g["params"][:1]]
+        heads = [(id(g), split_by(g) if split_by else None, p.device, p.dtype) for g in groups for p in g["params"][:1]]
         key = perturbed, *heads
         for partition in self._found.get(key, ()):
             if len(partition.params) == len(params) and all(map(is_, partition.params, params)):
@@ -167,7 +189,7 @@ class Partitions:
         if self._count >= MAX_PARTITIONS:
             self.clear()
         self._count += 1
-        partition = Partition(params, self._split(groups, params, perturbed, flags), perturbed)
+        partition = Partition(params, self._split(groups, params, perturbed, split_by), perturbed)
         self._found.setdefault(key, []).append(partition)
         return partition
 
@@ -180,7 +202,7 @@ class Partitions:
         groups: list[Group],
         params: list[Tensor],
         perturbed: Partition | None,
-        flags: Callable[[Group], Hashable],
+        split_by: Callable[[Group], Hashable] | None,
     ) -> list[Bucket]:
         setup = self._groups.setup
         wanted = {id(p) for p in params}
@@ -195,7 +217,7 @@ class Partitions:
                         p.device, dtensor.is_sharded(p), ranks, bool(ranks) and p.dim() < 2,
                         id(p) in members, setup.has_master(p),
                     )  # fmt: skip
-                    key = *kind, flags(group)
+                    key = *kind, split_by(group) if split_by else None
                     if key not in buckets:
                         buckets[key] = Bucket(setup.backend, *kind)
                     buckets[key].add(p, group, index)

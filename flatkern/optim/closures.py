@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import dtensor
-from .amp import Amp
 from .cycle import Cycle
 from .gradients import clear
 from .perturb import NoPerturbation
+from .phase import SUSPENDED
 
 Closure = Callable[[], Any]
 
@@ -30,10 +30,14 @@ class Passes(Protocol):
     def step_without_closure(self) -> None: ...
 
 
-def step(opt: Passes, closure: Closure | list[Closure], amp: Amp) -> Any:
-    """Run the closures and step; on every way out the weights are clean (rolling: after a failure)."""
+def step(opt: Passes, closure: Closure | list[Closure], scaled: bool) -> Any:
+    """Run the closures and step; on every way out the weights are clean (rolling: after a failure).
+
+    Arguments:
+        scaled: inside `scaler.step(opt)`.
+    """
     cycle, perturbation = opt.cycle, opt.perturbation
-    if amp.is_on:
+    if scaled:
         raise RuntimeError(
             "step: a closure together with a gradient scaler: the closure's gradients would be scaled after the scaler "
             "checked them; run the passes yourself (perturb(), backward, ...), then scaler.step(opt) without closure"
@@ -78,8 +82,7 @@ def abort_round(cycle: Cycle, rounds_before: int | None = None) -> None:
             clear(cycle.groups.params())
             cycle.drop_pending()
         return
-    if cycle.weights.suspended:
-        cycle.weights.suspended = False
+    if cycle.phase is SUSPENDED:
         cycle.weights.left()
     else:
         cycle.weights.restore()

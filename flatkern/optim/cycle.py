@@ -6,10 +6,6 @@ Parts are made once and never replaced: wrappers such as Lightning's run the opt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import Enum
-
 import torch
 from torch import Tensor
 
@@ -18,38 +14,10 @@ from .buckets import Partitions
 from .errors import refuse_while_pending, refuse_while_perturbed, refuse_while_suspended
 from .gradients import Ledger
 from .groups import Groups
+from .phase import BETWEEN_STEPS, SUSPENDED, TRANSITIONS, Phase
 from .scalars import OnHost
 from .state import State
 from .weights import Weights
-
-
-class Phase(Enum):
-    """What is in the parameters."""
-
-    CLEAN = "clean weights"
-    PERTURBED = "perturbed weights"
-    SUSPENDED = "clean weights inside clean(), and a perturbation that waits"
-
-
-CLEAN, PERTURBED, SUSPENDED = Phase
-# Call: the phase that it leads to from each; from the others it is refused.
-TRANSITIONS: dict[str, dict[Phase, Phase]] = {
-    "perturb": {CLEAN: PERTURBED},
-    "restore": {CLEAN: CLEAN, PERTURBED: CLEAN},
-    "step": {CLEAN: CLEAN, PERTURBED: CLEAN},
-    "rolling step": {CLEAN: PERTURBED, PERTURBED: PERTURBED},
-    "train": {CLEAN: PERTURBED, PERTURBED: PERTURBED, SUSPENDED: SUSPENDED},
-    "eval": {CLEAN: CLEAN, PERTURBED: CLEAN},
-    "clean": {CLEAN: CLEAN, PERTURBED: SUSPENDED, SUSPENDED: SUSPENDED},
-    "release": {CLEAN: CLEAN},
-    "update_mask": {CLEAN: CLEAN},
-    "add_param_group": {CLEAN: CLEAN},
-    "state_dict": {CLEAN: CLEAN},
-    "pickle or deepcopy": {CLEAN: CLEAN},
-    "load_state_dict": {CLEAN: CLEAN, PERTURBED: CLEAN, SUSPENDED: CLEAN},
-}
-# Calls that are refused while gradients of an unfinished step wait, too.
-BETWEEN_STEPS = frozenset(("update_mask", "add_param_group", "state_dict", "pickle or deepcopy"))
 
 
 class Cycle:
@@ -85,12 +53,12 @@ class Cycle:
 
     @property
     def phase(self) -> Phase:
-        weights = self.weights
-        return CLEAN if weights.partition is None else SUSPENDED if weights.suspended else PERTURBED
+        """What is in the parameters."""
+        return self.weights.phase
 
     def require(self, call: str) -> Phase:
         """Refuse `call` in a phase, or between gradients, that it may not meet; returns the phase."""
-        phase = self.phase
+        phase = self.weights.phase
         if phase not in TRANSITIONS["rolling step" if self.rolling and call == "step" else call]:
             if phase is SUSPENDED:
                 refuse_while_suspended(call)
@@ -101,17 +69,11 @@ class Cycle:
             refuse_while_pending(call)
         return phase
 
-    @contextmanager
-    def undone_on_failure(self) -> Iterator[None]:
-        """A call from clean weights that fails leaves clean weights, and no state that it has created."""
-        try:
-            yield
-        except BaseException:
-            if self.weights.partition is not None:
-                self.weights.restore()
-            self.state.undo_created()
-            raise
-        self.state.keep_created()
+    def undo(self) -> None:
+        """A call from clean weights has failed: clean weights, and none of the state that it has created."""
+        if self.weights.partition is not None:
+            self.weights.restore()
+        self.state.undo_created()
 
     def skip_if(self, flags: list[Tensor]) -> None:
         """Skip the coming step where one of `flags` (0-dim float32) is nonzero."""
@@ -123,4 +85,5 @@ class Cycle:
         """Forget the gradients of an unfinished step."""
         self.gradients.drop()
         self.nonfinite = None
-        self.unscaled.forget()
+        if self.unscaled.scaler is not None:
+            self.unscaled.forget()

@@ -34,9 +34,9 @@ def warn_rounded_away(method: str, moved: int, total: int) -> None:
         f"{method} climbs on bfloat16 weights: {moved / total:.0%} of {total} weights moved; "
         "for the rest the step is below half an ulp; float32 weights under autocast are perturbed fully",
         UserWarning,
-        stacklevel=6,
+        stacklevel=5,
     )
 
 
 def warn_starts_empty(what: str) -> None:
-    warnings.warn(f"load_state_dict: the checkpoint has no {what}; it starts empty", UserWarning, stacklevel=6)
+    warnings.warn(f"load_state_dict: the checkpoint has no {what}; it starts empty", UserWarning, stacklevel=7)

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
-from .cycle import Cycle, Phase
+from .cycle import Cycle
+from .phase import SUSPENDED
 
 
 class Switch(Protocol):
@@ -39,12 +40,12 @@ class _Follower:
 
     def forward(self, model: torch.nn.Module, *args: Any) -> None:
         opt = self.switch()
-        if opt is not None and opt.cycle.phase is not Phase.SUSPENDED:
+        if opt is not None and opt.cycle.phase is not SUSPENDED:
             opt.train(model.training)
 
     def state_dict(self, *args: Any) -> None:
         opt = self.switch()
-        if opt is not None and opt.cycle.phase is not Phase.SUSPENDED:
+        if opt is not None and opt.cycle.phase is not SUSPENDED:
             opt.eval()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import torch
 from ..values import check_value
 from .base import FlatOptimizer
 from .groups import Group, Setup
-from .step import Prepared
 
 WHY_REFUSED = {
     "amsgrad": "no kernel keeps the maximum of the second moments; pass amsgrad=False",
@@ -45,7 +44,3 @@ class FusedOptimizer(FlatOptimizer):
     def check_group(self, group: Group) -> None:
         super().check_group(group)
         require_unset(self.setup.name, differentiable=group["differentiable"])
-
-    def commit(self, work: list[Prepared]) -> None:
-        for _, _, call in work:
-            call.run()

@@ -68,19 +68,18 @@ class Ledger:
     def is_new(self, params: list[Tensor]) -> bool:
         """True if `.grad` holds a gradient that the last call did not use up."""
         for p in params:
-            if p.grad is not None:
-                return not self._is_last_used(p.grad) or self._was_written_since_zeroed(params)
+            grad = p.grad
+            if grad is not None:
+                mark = self._last_used
+                if mark is None or mark[0]() is not grad or mark[1] != dtensor.version(grad):
+                    return True
+                # Gradients that were zeroed in place stay: one written since is new, even if the first one is not.
+                known = self._zeroed_at
+                return bool(known) and any(
+                    p.grad is not None and dtensor.version(p.grad) != known.get(p) for p in params
+                )
         self._last_used = None  # whatever comes next is new, even the same tensor put back by hand
         return False
-
-    def _is_last_used(self, grad: Tensor) -> bool:
-        mark = self._last_used
-        return mark is not None and mark[0]() is grad and mark[1] == dtensor.version(grad)
-
-    def _was_written_since_zeroed(self, params: list[Tensor]) -> bool:
-        """Gradients that were zeroed in place stay: one written since is new, even if the first one is not."""
-        known = self._zeroed_at
-        return bool(known) and any(p.grad is not None and dtensor.version(p.grad) != known.get(p) for p in params)
 
     def holds_zeros_only(self, params: list[Tensor]) -> bool:
         """True if the gradients are tensors of the last step that somebody else has zeroed in place."""
@@ -91,8 +90,10 @@ class Ledger:
     def mark_used(self, params: list[Tensor]) -> None:
         self._zeroed_at = {}
         for p in params:
-            if p.grad is not None:
-                self._last_used = weakref.ref(p.grad), dtensor.version(p.grad)
+            grad = p.grad
+            if grad is not None:
+                version = grad._version if type(grad) in dtensor.PLAIN else dtensor.version(grad)
+                self._last_used = weakref.ref(grad), version
                 return
         self._last_used = None
 
@@ -170,7 +171,8 @@ class Ledger:
     def take(self, params: list[Tensor]) -> Grads:
         """Empty `.grad` and return what was there: pointers, or copies of views that others overwrite (DDP's)."""
         taken = gradients_of(params)
-        clear(params)
+        for p in params:
+            p.grad = None
         self._last_used = None
         return [g.clone() if g is not None and g._is_view() else g for g in taken]
 

@@ -74,17 +74,16 @@ class Groups:
 
     def params(self) -> list[Tensor]:
         """All parameters, frozen ones too, in the optimizer's order."""
-        return [p for group in self.listed() for p in group["params"]]
+        return [p for group in self.owner().param_groups for p in group["params"]]  # type: ignore[union-attr]
 
     def check_changed(self) -> None:
         """Check every value that has changed since the last call, before anything is written."""
-        checked = self._checked
-        for k, group in enumerate(self.listed()):
-            found = [
-                v if type(v) in PLAIN else self._seen(v) for key, v in group.items() if key not in UNCHECKED
-            ]  # a number that is written into a tensor is a change, too
+        owner, checked = self.owner(), self._checked
+        for k, group in enumerate(owner.param_groups):  # type: ignore[union-attr]
+            # A number that is written into a tensor is a change, too.
+            found = [v if type(v) in PLAIN else self._seen(v) for key, v in group.items() if key not in UNCHECKED]
             if checked.get(k) != found:
-                self.owner().check_group(group)  # type: ignore[union-attr]
+                owner.check_group(group)  # type: ignore[union-attr]
                 checked[k] = found
 
     def _seen(self, value: Any) -> Any:

@@ -26,6 +26,7 @@ class Mask:
 
     def __init__(self, enhancement: IRE | None) -> None:
         self._enhancement = enhancement
+        self.exists = enhancement is not None
 
     def is_on(self, group: Group) -> bool:
         """True if the steps of a group are amplified now."""
@@ -39,12 +40,12 @@ class Mask:
 
     def masks_and_kappa(self, cycle: Cycle, bucket: Bucket) -> tuple[list[Tensor] | None, list[float]]:
         """What an update takes, on a bucket whose groups agree on being amplified; (None, zeros) where they are not."""
-        if self._enhancement is None or not bucket.groups[0]["enhance"]:
-            return None, bucket.constant(0.0)
+        if not bucket.groups[0]["enhance"]:
+            return None, bucket.zeros
         # Created at the first step even if unused: checkpoint loaders need the keys.
         masks = cycle.state.masks(bucket.params)
         if not self.is_on(bucket.groups[0]):
-            return None, bucket.constant(0.0)
+            return None, bucket.zeros
         return masks, bucket.values("kappa", lambda group: self._kappa(group, cycle.groups.default("lr")))
 
     def _kappa(self, group: Group, default_lr: Any) -> float:
@@ -60,8 +61,6 @@ class Mask:
         Arguments:
             skips: nonzero where a step is skipped.
         """
-        if self._enhancement is None:
-            return
         if not cycle.groups.setup.capturable and any(flag.is_cpu and bool(flag) for flag in skips):
             return
         for group in cycle.groups:

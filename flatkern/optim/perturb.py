@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import dtensor
-from ..checks import LayoutError
 from ..dispatch import resolve
 from ..methods import ASAM, RWP, SAM
 from ..tables import history_length
@@ -21,7 +19,7 @@ from .amp import Amp, check_can_unscale
 from .buckets import Bucket, Call, Partition
 from .cycle import Cycle
 from .errors import warn_rounded_away
-from .gradients import Final, Grads, clear, gradients_of, mean_is_over_ranks
+from .gradients import Final, Grads, gradients_of, mean_is_over_ranks
 from .groups import Group
 from .scalars import Read, last_draw
 from .weights import CleanStore
@@ -31,6 +29,7 @@ class NoPerturbation:
     """The plain base optimizer, and what perturbations share."""
 
     name = "None"
+    moves = False  # the weights, in perturb()
     pattern = "loss.backward(); opt.step()"
     closures = "one"  # what step(closure) takes, and how often it calls it; see closures.py
     draws = False  # noise, so that groups have seed, stream and round
@@ -89,7 +88,8 @@ class NoPerturbation:
         if not rounds:
             return None
         if perturbed:
-            return Final(with_earlier_rounds(cycle, params, grads), rounds=rounds, at_perturbed_weights=True)
+            summed = with_earlier_rounds(cycle, params, grads) if ledger.rounds else grads
+            return Final(summed, rounds=rounds, at_perturbed_weights=True)
         if ledger.is_new(params):
             raise RuntimeError(
                 f"step: {self.name} has {rounds} finished rounds and a gradient at clean weights that "
@@ -102,6 +102,7 @@ class RandomPerturbation(NoPerturbation):
     """RWP and ARWP: Gaussian noise, and one gradient, taken there."""
 
     pattern = "opt.perturb(); loss.backward(); opt.step()"
+    moves = True
     draws = True
     refuses_perturb = ""
     accumulates = False
@@ -138,7 +139,6 @@ class RandomPerturbation(NoPerturbation):
                 "so it would be lost; call opt.zero_grad() if it is not wanted. "
                 f"The pattern is: {self.pattern}"
             )
-        cycle.scalars.check_next_round()
 
     def move(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
         draw(cycle)
@@ -193,8 +193,8 @@ class MixedPerturbation(RandomPerturbation):
             )
         if ledger.clean and ledger.is_new(params):
             raise RuntimeError("perturb: a second clean gradient, but m-RWP has one; call step() or zero_grad() first")
-        check_can_unscale(scaler, params)
-        cycle.scalars.check_next_round()
+        if scaler is not None:
+            check_can_unscale(scaler, params)
 
     def set_clean_gradient(self, cycle: Cycle, params: list[Tensor]) -> None:
         if cycle.gradients.is_new(params):
@@ -218,8 +218,11 @@ class MixedPerturbation(RandomPerturbation):
         new_clean = not perturbed and ledger.is_new(params)
         self._check_passes(cycle, rounds, new_clean, amp)
         if not new_clean:
-            noisy = with_earlier_rounds(cycle, params, grads) if perturbed else ledger.accumulated_grads
-            return Final(noisy, ledger.clean, rounds, True)
+            if not perturbed:
+                grads = ledger.accumulated_grads
+            elif ledger.rounds:
+                grads = with_earlier_rounds(cycle, params, grads)
+            return Final(grads, ledger.clean, rounds, True)
         # restore() has unscaled the perturbed gradients; `.grad`, the clean one, still carries the scale.
         clean = grads if amp.grad_scale is None else _times(grads, amp.grad_scale.reciprocal())
         return Final(ledger.accumulated_grads, clean, rounds, True, unscaled=True)
@@ -256,7 +259,6 @@ class MixedLosses(MixedPerturbation):
                 'perturb: m-ARWP with mix="losses" must see the perturbed gradient alone; run the noisy pass first: '
                 "perturb(); backward; restore(); backward; step()"
             )
-        cycle.scalars.check_next_round()
 
     def set_clean_gradient(self, cycle: Cycle, params: list[Tensor]) -> None:
         """It stays in `.grad`."""
@@ -291,11 +293,16 @@ class MixedLosses(MixedPerturbation):
                 cycle.gradients.squares[p] = (g / scale).square() if group["lam"] else torch.zeros_like(g)
 
 
+# Ascent of the objective that is minimised: with maximize=True that is descent.
+RHO = {"rho": lambda group: -float(group["rho"]) if group.get("maximize") else float(group["rho"])}
+
+
 class AscentPerturbation(NoPerturbation):
     """SAM: up along the gradient, by rho in the norm over all perturbed parameters. Several rounds make mSAM."""
 
     pattern = "loss.backward(); opt.perturb(); loss on the same batch .backward(); opt.step()"
     closures = "twice each"
+    moves = True
     ascends = True
     refuses_perturb = ""
     accumulates = False
@@ -307,9 +314,9 @@ class AscentPerturbation(NoPerturbation):
     def is_described_by(self, saved: Group, group: Group) -> bool:
         return "rho" in saved and ("eta" in saved) == ("eta" in group)
 
-    def eta(self, bucket: Bucket) -> list[float] | None:
-        """eta of T_w per parameter, -1 where T_w = 1; None where it is 1 everywhere."""
-        return None
+    def eta(self, bucket: Bucket) -> list[float]:
+        """eta of T_w per parameter, -1 where T_w = 1."""
+        return bucket.constant(-1.0)
 
     def check(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
         if not cycle.gradients.is_new(params):
@@ -320,10 +327,11 @@ class AscentPerturbation(NoPerturbation):
 
     def move(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
         gradients_of(params)
-        partition = partition_of(cycle, [p for p in perturbable(cycle) if p.grad is not None])
-        norm = torch.zeros((), dtype=torch.float32, device=params[0].device)
-        if partition.buckets:
-            norm = laid_out(cycle, partition, lambda: self._ascend(cycle, partition))
+        groups = cycle.groups.owner().param_groups  # type: ignore[union-attr]
+        climbing = [p for g in groups if g["perturb"] for p in g["params"] if p.requires_grad and p.grad is not None]
+        partition = cycle.partitions.of(climbing)
+        calls = cycle.weights.perturb(partition, lambda stores: self._calls(partition, stores))
+        norm = calls[0].args[-1] if calls else torch.zeros((), dtype=torch.float32, device=params[0].device)
         cycle.ascent_norm = norm
         cycle.skip_if([(~norm.isfinite()).float()])
         if not cycle.warned_rounded_away:
@@ -331,34 +339,33 @@ class AscentPerturbation(NoPerturbation):
             moved, total = cycle.weights.rounded_away()
             if total:
                 warn_rounded_away(self.name, moved, total)
-        clear(params)
+        for p in params:
+            p.grad = None
         cycle.gradients.forget_used()
         if cycle.gradients.accumulated_grads:
             cycle.gradients.give_back(params)
 
-    def _ascend(self, cycle: Cycle, partition: Partition) -> Tensor:
-        """Move to the ascent point; returns the norm of the gradient, scaled by T_w for ASAM."""
-        stores = [cycle.weights.store(bucket) for bucket in partition.buckets]
-        parts = [self._norm(bucket, store) for bucket, store in zip(partition.buckets, stores, strict=True)]
-        norm = global_norm(parts)
-        calls = []
+    def _calls(self, partition: Partition, stores: list[CleanStore]) -> list[Call]:
+        """perturb_ascent_ on every bucket, by the norm of the gradient over all of them, scaled by T_w for ASAM."""
+        norms, calls = [], []
         for bucket, store in zip(partition.buckets, stores, strict=True):
-            # Ascent of the objective that is minimised: with maximize=True that is descent.
-            rho = bucket.values("rho", lambda g: -float(g["rho"]) if g.get("maximize") else float(g["rho"]))
-            grads = [p.grad for p in bucket.params]
-            arguments = bucket.params, store.backups, store.masters, grads, norm.to(bucket.device)
-            eta = self.eta(bucket) or bucket.constant(-1.0)
-            calls.append(Call(bucket, "perturb_ascent_", arguments, {"rho": rho, "eta": eta}))
-        cycle.weights.perturb(partition, stores, calls)
-        return norm
-
-    def _norm(self, bucket: Bucket, store: CleanStore) -> tuple[dtensor.Ranks, Tensor]:
-        eta = self.eta(bucket)
-        weights = None if eta is None else store.masters or bucket.params
-        norm = torch.zeros((), dtype=torch.float32, device=bucket.device)
-        grads = [p.grad for p in bucket.params]
-        bucket.op("ascent_norm_")(norm, weights, grads, eta=eta or bucket.constant(-1.0))
-        return bucket.ranks, norm
+            eta, grads = self.eta(bucket), [p.grad for p in bucket.params]
+            norm = torch.zeros((), dtype=torch.float32, device=bucket.device)
+            weights = (store.masters or bucket.params) if any([e >= 0 for e in eta]) else None
+            bucket.op("ascent_norm_")(norm, weights, grads, eta=eta)
+            norms.append((bucket.ranks, norm))
+            calls.append(
+                Call(
+                    bucket,
+                    "perturb_ascent_",
+                    (bucket.params, *store, grads),
+                    {"rho": bucket.columns("rho", RHO)["rho"], "eta": eta},
+                )
+            )
+        total = global_norm(norms) if norms else None
+        for call in calls:
+            call.args += (total.to(call.bucket.device),)  # type: ignore[union-attr]
+        return calls
 
 
 class AdaptiveAscent(AscentPerturbation):
@@ -371,9 +378,7 @@ class AdaptiveAscent(AscentPerturbation):
     def is_adaptive(self, p: Tensor) -> bool:
         return self.all_tensors or p.dim() >= 2
 
-    def eta(self, bucket: Bucket) -> list[float] | None:
-        if not any(map(self.is_adaptive, bucket.params)):
-            return None
+    def eta(self, bucket: Bucket) -> list[float]:
         eta = bucket.values("eta")
         return [e if self.is_adaptive(p) else -1.0 for e, p in zip(eta, bucket.params, strict=True)]
 
@@ -402,39 +407,27 @@ def perturbation_of(method: RWP | SAM | None, where: str = "perturbation_of") ->
 # --- what they are made of ------------------------------------------------------------------------
 
 
-def perturbable(cycle: Cycle, read: Read = None) -> list[Tensor]:
-    groups = cycle.groups.listed()
-    return [
-        p for g in groups if (g if read is None else read(g))["perturb"] for p in g["params"] if p.requires_grad
-    ]  # fmt: skip
+NUMBERS = {"sigma": lambda group: float(group["sigma"]), "eta": lambda group: float(group["eta"])}
+NUMBERS_OF_LAST_DRAW = {
+    "sigma": lambda group: float(last_draw(group)["sigma"]),
+    "eta": lambda group: float(last_draw(group)["eta"]),
+}
 
 
-def partition_of(cycle: Cycle, params: list[Tensor]) -> Partition:
-    return cycle.partitions.of(params, None, lambda _: "perturb")
-
-
-def laid_out(cycle: Cycle, partition: Partition, call: Callable[[], Tensor]) -> Tensor:
-    """`call()`; where a memory format stands in its way everything follows the parameters, and it is called again."""
-    try:
-        return call()
-    except LayoutError:
-        cycle.weights.restore()  # another bucket may have moved
-        cycle.weights.lay_out(partition.buckets)
-        return call()
+def perturbed_partition(cycle: Cycle, read: Read = None) -> Partition:
+    """The parameters that the coming draw perturbs, in buckets."""
+    groups = cycle.groups.owner().param_groups  # type: ignore[union-attr]
+    on = [g for g in groups if (g if read is None else read(g))["perturb"]]
+    return cycle.partitions.of([p for g in on for p in g["params"] if p.requires_grad])
 
 
 def draw(cycle: Cycle, read: Read = None) -> None:
     """CLEAN -> PERTURBED by the noise of the current round, which does not advance here."""
-    partition = partition_of(cycle, perturbable(cycle, read))
-    noise = cycle.scalars.noise(ahead=0)
-
-    def add_noise() -> Tensor:
-        stores = [cycle.weights.store(bucket) for bucket in partition.buckets]
-        pairs = zip(partition.buckets, stores, strict=True)
-        cycle.weights.perturb(partition, stores, [noise_call(cycle, b, s, noise, read) for b, s in pairs])
-        return noise
-
-    laid_out(cycle, partition, add_noise)
+    partition = perturbed_partition(cycle, read)
+    noise, buckets = cycle.scalars.noise(ahead=0), partition.buckets
+    cycle.weights.perturb(
+        partition, lambda stores: [noise_call(cycle, b, s, noise, read) for b, s in zip(buckets, stores, strict=True)]
+    )
 
 
 def draw_again(cycle: Cycle) -> None:
@@ -445,14 +438,17 @@ def draw_again(cycle: Cycle) -> None:
 
 def noise_call(cycle: Cycle, bucket: Bucket, store: CleanStore, noise: Tensor, read: Read = None) -> Call:
     """perturb_gaussian_ on one bucket."""
-    sigma, sigmas = cycle.scalars.of(bucket, "sigma", read)
-    name = "eta" if read is None else "eta of the last draw"
-    eta = bucket.values(name, lambda g: float((g if read is None else read(g))["eta"]))
-    history = cycle.state.histories(bucket.params) if any(eta) else None
+    name, numbers = ("noise", NUMBERS) if read is None else ("noise of the last draw", NUMBERS_OF_LAST_DRAW)
+    sigmas = None
+    if cycle.groups.setup.capturable:
+        sigmas = cycle.scalars.on_device(bucket, "sigma", read)
+        lists = {"sigma": bucket.zeros, "eta": bucket.values(f"eta, {name}", numbers["eta"])}
+    else:
+        lists = bucket.columns(name, numbers)
+    history = cycle.state.histories(bucket.params) if any(lists["eta"]) else None
     norms = _norms_of_the_whole(bucket, store.masters or bucket.params) if bucket.split_vectors else None
-    arguments = bucket.params, store.backups, store.masters, norms, history, sigmas, noise
-    scalars = {"sigma": sigma, "eta": eta, "index": bucket.index, "offset": bucket.offset}
-    return Call(bucket, "perturb_gaussian_", arguments, scalars)
+    arguments = bucket.params, *store, norms, history, sigmas, noise
+    return Call(bucket, "perturb_gaussian_", arguments, {**lists, "index": bucket.index, "offset": bucket.offset})
 
 
 def _norms_of_the_whole(bucket: Bucket, weights: list[Tensor]) -> list[Tensor]:

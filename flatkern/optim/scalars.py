@@ -18,6 +18,8 @@ from .buckets import Bucket
 from .groups import Group, Groups
 
 KEYS = ("lr", "sigma")  # group values that kernels read on the device; a graph keeps all others as they were
+WORDS = ("seed", "stream", "round")
+LAST_ROUND = 2**32 - 1
 LAST_DRAW = "drawn"  # rolling: the group key of what the present noise was drawn with
 # Where a group's sigma, eta and perturb are read: in what this returns, or, without it, in the group itself.
 Read = Callable[[Group], Group] | None
@@ -56,35 +58,42 @@ class OnHost:
 
     def sync_groups(self, call: str) -> None:
         """Take over what was assigned to the groups since the last call."""
-        if is_capturing():
+        if torch.cuda.is_initialized() and is_capturing():
             raise RuntimeError(
                 f"{call}: a CUDA graph is being captured, which would repeat this learning rate and this noise; "
                 "use flatkern.SGD, Adam or AdamW with capturable=True"
             )
 
-    def of(self, bucket: Bucket, key: str, read: Read = None) -> tuple[list[float], Tensor | None]:
-        """A group value as ops take it: (numbers of the host, vector on the device), of which the second counts."""
-        if read is None:
-            return bucket.values(key), None
-        return bucket.values(f"{key} of the last draw", lambda group: float(read(group)[key])), None
+    def on_device(self, bucket: Bucket, key: str, read: Read = None) -> Tensor | None:
+        """A group value as a vector on the bucket's device; None where ops take numbers of the host."""
+        return None
 
     def host_value(self, group: Group, key: str) -> float | None:
         """A group value; None where the host would have to wait for it."""
         return float(group[key])
 
     def noise(self, ahead: int) -> Tensor:
-        """(seed, stream, round + ahead) of the coming draw: int64 (3,), on the host unless capturable."""
+        """(seed, stream, round + ahead) of the coming draw: int64 (3,), on the host unless capturable.
+
+        Raises:
+            ValueError: a word is out of range, or the round would be after this draw.
+        """
         seed, stream, round_ = self._common_key()
-        where = self._groups.setup.name
-        words = [check_uint32(where, "seed", seed), check_uint32(where, "stream", stream)]
-        return torch.tensor([*words, check_uint32(where, "round", round_ + ahead)], dtype=torch.int64)
+        words = [seed, stream, round_ + ahead]
+        # Compared as a whole first: three calls cost as much as the rest of the draw's bookkeeping.
+        if not all([type(word) is int and 0 <= word < LAST_ROUND for word in words]):
+            for key, word in zip(WORDS, words, strict=True):
+                check_uint32(self._groups.setup.name, key, word)
+            check_uint32(self._groups.setup.name, "round", words[2] + (1 - ahead))
+        return torch.tensor(words, dtype=torch.int64)
 
     def _common_key(self) -> tuple[Any, ...]:
         """(seed, stream, round) of all groups; the last may be a tensor."""
-        keys = {(g["seed"], g["stream"], g["round"]) for g in self._groups}
+        groups = self._groups.owner().param_groups  # type: ignore[union-attr]
+        keys = {(g["seed"], g["stream"], g["round"]) for g in groups}
         if len(keys) != 1:
-            for key in ("seed", "stream", "round"):
-                for value in (g[key] for g in self._groups if not isinstance(g[key], Tensor)):
+            for key in WORDS:
+                for value in (g[key] for g in groups if not isinstance(g[key], Tensor)):
                     check_uint32(self._groups.setup.name, key, value)
             raise ValueError(
                 f"{self._groups.setup.name}: groups differ in (seed, stream, round): {sorted(keys, key=str)}; an "
@@ -92,18 +101,13 @@ class OnHost:
             )
         return keys.pop()
 
-    def check_next_round(self) -> None:
-        """Refuse a draw after which there is no round left."""
-        for group in self._groups:
-            check_uint32(self._groups.setup.name, "round", group["round"] + 1)
-
     def next_round(self) -> None:
-        for group in self._groups:
+        for group in self._groups.owner().param_groups:  # type: ignore[union-attr]
             group["round"] += 1
 
     def note_draw(self, read: Read = None) -> None:
         """Rolling: keep what the noise was drawn with, because a schedule may move the groups' own values."""
-        for group in self._groups:
+        for group in self._groups.owner().param_groups:  # type: ignore[union-attr]
             used = group if read is None else read(group)
             group[LAST_DRAW] = {**{key: used[key] for key in ("sigma", "eta", "perturb")}, "round": group["round"]}
 
@@ -193,22 +197,19 @@ class OnDevice(OnHost):
                 del group[LAST_DRAW]
             group["round"] = self.round
 
-    def of(self, bucket: Bucket, key: str, read: Read = None) -> tuple[list[float], Tensor | None]:
+    def on_device(self, bucket: Bucket, key: str, read: Read = None) -> Tensor | None:
         values = [(group if read is None else read(group))[key] for group in bucket.groups]
         parts = [
             v.detach().reshape(()).to(bucket.device, torch.float64).expand(n)
             for v, n in zip(values, bucket.counts, strict=True)
         ]
-        return bucket.constant(0.0), parts[0] if len(parts) == 1 else torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def host_value(self, group: Group, key: str) -> float | None:
         return None if self._fits(group[key]) else float(group[key])
 
     def noise(self, ahead: int) -> Tensor:
         return self.words + self._one_round if ahead else self.words
-
-    def check_next_round(self) -> None:
-        """The host would have to wait for the round."""
 
     def next_round(self) -> None:
         """One for all groups."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -10,14 +12,15 @@ from ..methods import IRE, RWP, SAM
 from .buckets import Bucket, Call
 from .fused import FusedOptimizer, require_unset
 from .groups import Group
-from .step import Prepared, SharedArguments
+from .step import SharedArguments
 
-NUMBERS = {
+NUMBERS_ON_DEVICE = {
     "momentum": lambda group: float(group["momentum"]),
     "dampening": lambda group: float(group["dampening"]),
     "weight_decay": lambda group: float(group["weight_decay"]),
     "nesterov": lambda group: bool(group["nesterov"]),
 }
+NUMBERS = {"lr": lambda group: float(group["lr"]), **NUMBERS_ON_DEVICE}
 
 
 class SGD(FusedOptimizer):
@@ -54,6 +57,7 @@ class SGD(FusedOptimizer):
     """
 
     state_keys = ("momentum_buffer",)
+    split_by = staticmethod(lambda group: group["momentum"] != 0)
     flag_keys = (*FusedOptimizer.flag_keys, "nesterov", "maximize")
 
     def __init__(
@@ -99,28 +103,24 @@ class SGD(FusedOptimizer):
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
-    def flags(self, group: Group) -> tuple[Any, ...]:
-        return (group["momentum"] != 0,)
-
     def prepare(self, bucket: Bucket, shared: SharedArguments) -> Call:
-        numbers = {**bucket.columns("sgd", NUMBERS), **shared.numbers}
-        buffers: list[Tensor] | None = None
-        created: set[int] = set()
+        numbers = {**bucket.columns("sgd", NUMBERS if shared.lrs is None else NUMBERS_ON_DEVICE), **shared.numbers}
+        buffers, after = None, None
         if bucket.groups[0]["momentum"] != 0:
             (buffers,), created = self.cycle.state.get(bucket, ("momentum_buffer",))
-        if created:
-            # v <- d on the first step is v <- momentum 0 + (1 - 0) d.
-            numbers["dampening"] = [0.0 if k in created else d for k, d in enumerate(numbers["dampening"])]
-        return Call(bucket, "sgd_update_", (bucket.params, buffers, *shared.tensors()), numbers, created)
+            if created:
+                # v <- d on the first step is v <- momentum 0 + (1 - 0) d.
+                dampening = numbers["dampening"]
+                numbers["dampening"] = [0.0 if k in created else d for k, d in enumerate(dampening)]
+                if shared.found_inf is not None and any(dampening):
+                    after = partial(self._forget_skipped_first_step, bucket, created, shared.found_inf)
+        return Call(bucket, "sgd_update_", (bucket.params, buffers, *shared.tensors()), numbers, after)
 
-    def commit(self, work: list[Prepared]) -> None:
-        super().commit(work)
-        for bucket, shared, call in work:
-            dampened = (
-                call.created and shared.found_inf is not None and any(bucket.columns("sgd", NUMBERS)["dampening"])
-            )
-            if dampened and bool(shared.found_inf):
-                # A skipped first step is no first step: with dampening the next one must still be v <- d. Only here
-                # the host may wait for a GPU, once, and before any graph is captured.
-                for k in call.created:
-                    del self.state[bucket.params[k]]["momentum_buffer"]
+    def _forget_skipped_first_step(self, bucket: Bucket, created: Collection[int], found_inf: Tensor) -> None:
+        """A skipped first step is no first step: with dampening the next one must still be v <- d.
+
+        Only here the host may wait for a GPU, once, and before any graph is captured.
+        """
+        if bool(found_inf):
+            for k in created:
+                del self.state[bucket.params[k]]["momentum_buffer"]

@@ -5,19 +5,20 @@ Our own keys beside a base rule's are "master", "history" and "mask".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import dtensor
-from ..dispatch import gather_state
+from ..dispatch import state_gatherer
 from ..tables import history_length, mask_shape
 from .buckets import Bucket
 from .groups import Groups
 from .layouts import like
 
+NONE_CREATED: frozenset[int] = frozenset()
 OWN_KEYS = ("history", "mask")  # that any base can have; masters are of our own rules
 
 
@@ -33,17 +34,18 @@ class State:
         self._groups = groups
         self._defers = deferred
         self.deferred: dict[Tensor, dict[str, Any]] = {}
-        self._created: list[tuple[dict[str, Any], Tensor, str]] = []  # by the present call
+        self._gather = state_gatherer()
+        self.created: list[tuple[dict[str, Any], Tensor, str]] = []  # by the present call
         self._master_versions: dict[Tensor, int] = {}  # of parameters, when their master was last right
 
     # --- get or create ---------------------------------------------------------------------------
 
-    def get(self, bucket: Bucket, keys: tuple[str, ...]) -> tuple[list[list[Tensor]], set[int]]:
+    def get(self, bucket: Bucket, keys: tuple[str, ...]) -> tuple[list[list[Tensor]], Collection[int]]:
         """A rule's state: a list of tensors for each of `keys`, and the positions where it is new, and so zero."""
-        state = self._groups.state()
-        found = gather_state(state, bucket.params, keys)
+        state = self._groups.owner().state  # type: ignore[union-attr]
+        found = self._gather(state, bucket.params, keys)
         if found is not None:
-            return found, set()
+            return found, NONE_CREATED
         created = set()
         for k, p in enumerate(bucket.params):
             entry = state[p]
@@ -71,7 +73,7 @@ class State:
     def _own(
         self, params: list[Tensor], key: str, shape: Callable[[Tensor], int | tuple[int, ...]], dtype: torch.dtype
     ) -> list[Tensor]:
-        found = gather_state(self._groups.state(), params, (key,))
+        found = self._gather(self._groups.owner().state, params, (key,))  # type: ignore[union-attr]
         if found is not None:
             return found[0]
         result = []
@@ -134,8 +136,7 @@ class State:
 
     def note_masters(self, bucket: Bucket) -> None:
         """A master is right as long as its parameter is what we wrote."""
-        if bucket.has_master:
-            self._master_versions.update(zip(bucket.params, bucket.versions(), strict=True))
+        self._master_versions.update(zip(bucket.params, bucket.versions(), strict=True))
 
     def forget_masters(self) -> None:
         """Compare every master with its parameter at the next call."""
@@ -145,21 +146,21 @@ class State:
 
     def _create(self, p: Tensor, entry: dict[str, Any], key: str, value: Tensor) -> None:
         entry[key] = value
-        self._created.append((entry, p, key))
+        self.created.append((entry, p, key))
 
     def keep_created(self) -> None:
         """From here on the state that the present call has created is in use."""
-        self._created.clear()
+        self.created.clear()
 
     def undo_created(self) -> None:
         """The present call is refused: what it has created goes again."""
         state = self._groups.state()
-        for entry, p, key in self._created:
+        for entry, p, key in self.created:
             entry.pop(key, None)
             for store in (state, self.deferred):
                 if store.get(p) is entry and not entry:
                     del store[p]
-        self._created.clear()
+        self.created.clear()
 
     def lay_out(self, params: list[Tensor]) -> None:
         """Give what is walked together with `params` their memory format."""

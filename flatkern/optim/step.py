@@ -5,6 +5,7 @@ Nothing is written before the calls of all buckets are prepared, so a refused st
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -13,15 +14,23 @@ from torch import Tensor
 
 from .. import dtensor
 from ..checks import LayoutError
-from .amp import Amp
+from .amp import NO_AMP, Amp
 from .buckets import Bucket, Call, Partition
 from .cycle import Cycle
-from .gradients import Final, Grads, gradients_of
+from .gradients import Final, gradients_of
 from .groups import Group
 from .ire import Mask
-from .layouts import like
-from .perturb import NoPerturbation, draw, draw_again, global_norm, noise_call, partition_of, perturbable
+from .perturb import NoPerturbation, draw, draw_again, global_norm, noise_call, perturbed_partition
 from .weights import CleanStore
+
+IN_PLACE = CleanStore(None, None)
+# What the perturbed and the clean gradient are multiplied by; maximize negates both on their way in, as in torch.
+MIXED = {"grad_weight": lambda group: float(group["lam"]), "clean_weight": lambda group: 1.0 - float(group["lam"])}
+MIXED_SIGNED = {
+    "grad_weight": lambda group: -float(group["lam"]) if group["maximize"] else float(group["lam"]),
+    "clean_weight": lambda group: float(group["lam"]) - 1.0 if group["maximize"] else 1.0 - float(group["lam"]),
+}
+SIGNED = {"grad_weight": lambda group: -1.0 if group["maximize"] else 1.0, "clean_weight": lambda group: 0.0}
 
 
 @dataclass
@@ -33,7 +42,7 @@ class SharedArguments:
     grads: list[Tensor]
     clean_grads: list[Tensor] | None
     masks: list[Tensor] | None
-    lrs: Tensor | None
+    lrs: Tensor | None  # on the device; None where the rule reads numbers of the host
     sigmas: Tensor | None
     noise: Tensor | None  # rolling: of the coming round
     grad_scale: Tensor | None
@@ -54,27 +63,24 @@ class Prepared(NamedTuple):
 
     bucket: Bucket
     shared: SharedArguments
-    call: Call
+    call: Call | None
 
 
 class Rule(Protocol):
-    """A base rule. Ours are one fused call a bucket; Wrap restores, mixes, and calls its base."""
+    """A base rule: one call a bucket, and what is left when all of them have run."""
+
+    finishes: bool  # `finish` has something to do
+    negates: bool  # gradients are negated in our ops where a group says maximize; a base does it itself
 
     @property
-    def reads_lr(self) -> bool:
-        """True if its ops take learning rates."""
-
-    def flags(self, group: Group) -> tuple[Any, ...]:
+    def split_by(self) -> Callable[[Group], Hashable]:
         """What splits parameters into different op calls, besides device and masters."""
 
-    def sign(self, group: Group) -> float:
-        """-1 where gradients are negated on their way in."""
-
-    def prepare(self, bucket: Bucket, shared: SharedArguments) -> Call:
+    def prepare(self, bucket: Bucket, shared: SharedArguments) -> Call | None:
         """The call of one bucket. Creates state, and writes nothing."""
 
-    def commit(self, work: list[Prepared]) -> None:
-        """Run the calls, and what else the rule needs."""
+    def finish(self, work: list[Prepared]) -> None:
+        """What follows the calls."""
 
 
 @dataclass
@@ -86,6 +92,7 @@ class Step:
     mask: Mask
     cycle: Cycle
     amp: Amp
+    grad_norm: Tensor | None = None  # of the final gradient, before clipping
 
     def run(self) -> None:
         """Restore, form the final gradient, update; rolling: draw new noise.
@@ -95,17 +102,17 @@ class Step:
         """
         cycle = self.cycle
         params = cycle.groups.params()
-        grads = gradients_of(params)
-        final = self.perturbation.final(cycle, params, grads, self.amp)
+        final = self.perturbation.final(cycle, params, gradients_of(params), self.amp)
         if final is None:
             restore(self.perturbation, cycle)
         elif self.perturbation.rolling:
             self._run_rolling(params, final)
         else:
             self._update(params, final)
-            if final.clean is None:
-                cycle.gradients.show_sum(params)
-            cycle.drop_pending()
+            if self.perturbation.moves:
+                if final.clean is None and cycle.gradients.accumulated_grads:
+                    cycle.gradients.show_sum(params)
+                cycle.drop_pending()
         cycle.gradients.mark_used(params)
 
     def _run_rolling(self, params: list[Tensor], final: Final) -> None:
@@ -118,11 +125,11 @@ class Step:
             self._update(params, final)
             if not creates_state:
                 draw_again(cycle)
-        elif partition_of(cycle, perturbable(cycle)) is partition:
+        elif perturbed_partition(cycle) is partition:
             self._update(params, final, cycle.scalars.noise(ahead=1))
         else:
             # A group or a parameter was switched: one pass cannot serve two sets, so update, then perturb.
-            cycle.scalars.check_next_round()
+            cycle.scalars.noise(ahead=1)  # refuses where there is none
             self._update(params, final)
             cycle.scalars.next_round()
             draw(cycle)
@@ -136,11 +143,13 @@ class Step:
         Arguments:
             noise: rolling: the key of the coming round, which is drawn in the same pass.
         """
-        if not _none_missing(final.perturbed):
+        if not all([g is not None for g in final.perturbed]):  # a list takes half the time of a generator
             params = [p for k, p in enumerate(params) if final.has(k)]
-        flags, is_on = self.rule.flags, self.mask.is_on
-        cycle = self.cycle
-        partition = cycle.partitions.of(params, cycle.weights.partition, lambda g: (flags(g), is_on(g)))
+        cycle, split_by = self.cycle, self.rule.split_by
+        if self.mask.exists:
+            by_rule, is_on = split_by, self.mask.is_on
+            split_by = lambda group: (by_rule(group), is_on(group))  # noqa: E731
+        partition = cycle.partitions.of(params, cycle.weights.partition, split_by)
         try:
             self._commit(partition, self._prepare(partition, final, noise), noise)
         except LayoutError:
@@ -158,62 +167,64 @@ class Step:
             self._clip(buckets, shared, limit)
         work = [Prepared(b, s, self.rule.prepare(b, s)) for b, s in zip(buckets, shared, strict=True)]
         if len(work) > 1:
-            for _, _, call in work:
+            for call in (call for _, _, call in work if call is not None):
                 call.check()  # an op checks before it writes, but the last one would come after the first has written
         return work
 
     def _share(self, bucket: Bucket, final: Final, noise: Tensor | None, lay_out: bool) -> SharedArguments:
-        cycle, amp = self.cycle, self.amp
-        grads = _of_bucket(bucket, final.perturbed, lay_out)
-        clean_grads = None if final.clean is None else _of_bucket(bucket, final.clean, lay_out)
-        history, beta, eta = self._history(bucket, final)
-        draws = noise is not None and bucket.perturbed and not bucket.split_vectors
-        sigma, sigmas = cycle.scalars.of(bucket, "sigma") if draws else (bucket.zeros, None)
-        lr, lrs = cycle.scalars.of(bucket, "lr") if self.rule.reads_lr else (bucket.zeros, None)
-        masks, kappa = self.mask.masks_and_kappa(cycle, bucket)
-        grad_weight, clean_weight = self._weights_of(bucket, final)
-        in_place = not (bucket.perturbed or bucket.has_master)
-        return SharedArguments(
-            store=CleanStore(None, None) if in_place else cycle.weights.store(bucket),
-            history=history,
-            grads=grads,
-            clean_grads=clean_grads,
-            masks=masks,
-            lrs=lrs,
-            sigmas=sigmas,
-            noise=noise if draws else None,
-            grad_scale=amp.factor(final.rounds, final.unscaled, bucket.device),
+        cycle, amp, scalars = self.cycle, self.amp, self.cycle.scalars
+        shared = SharedArguments(
+            store=IN_PLACE,
+            history=None,
+            grads=bucket.gradients(final.perturbed, lay_out),
+            clean_grads=None if final.clean is None else bucket.gradients(final.clean, lay_out),
+            masks=None,
+            lrs=scalars.on_device(bucket, "lr") if cycle.groups.setup.capturable else None,
+            sigmas=None,
+            noise=None,
+            grad_scale=None,
             clip=None,
-            found_inf=amp.skip(cycle.nonfinite, bucket.device),
-            numbers={
-                "lr": lr, "grad_weight": grad_weight, "clean_weight": clean_weight, "kappa": kappa,
-                "beta": beta, "sigma": sigma, "eta": eta, "index": bucket.index, "offset": bucket.offset,
-            },
-        )  # fmt: skip
+            found_inf=None,
+            numbers=self._numbers(bucket, final),
+        )
+        if amp is not NO_AMP or cycle.nonfinite is not None or final.rounds != 1 or final.unscaled:
+            shared.grad_scale = amp.factor(final.rounds, final.unscaled, bucket.device)
+            shared.found_inf = amp.skip(cycle.nonfinite, bucket.device)
+        if self.perturbation.draws and any([group["eta"] for group in bucket.groups]):
+            self._share_history(bucket, final, shared)
+        if noise is not None and bucket.perturbed and not bucket.split_vectors:
+            shared.noise = noise
+            if cycle.groups.setup.capturable:
+                shared.sigmas = scalars.on_device(bucket, "sigma")
+            else:
+                shared.numbers["sigma"] = bucket.values("sigma")
+        if self.mask.exists:
+            shared.masks, shared.numbers["kappa"] = self.mask.masks_and_kappa(cycle, bucket)
+        if bucket.perturbed or bucket.has_master:
+            shared.store = cycle.weights.store(bucket)
+        return shared
 
-    def _history(self, bucket: Bucket, final: Final) -> tuple[list[Tensor] | None, list[float], list[float]]:
-        """ARWP's history with beta and eta; (None, zeros, zeros) where this step does not enter it."""
-        if not any([self.perturbation.keeps_history(group) for group in bucket.groups]):
-            return None, bucket.zeros, bucket.zeros
-        # Created at the first step even if unused: checkpoint loaders need the keys.
-        history = self.cycle.state.histories(bucket.params)
-        if not final.at_perturbed_weights or self.cycle.gradients.squares:
-            return None, bucket.zeros, bucket.zeros
-        return history, bucket.values("beta"), bucket.values("eta")
+    def _share_history(self, bucket: Bucket, final: Final, shared: SharedArguments) -> None:
+        """ARWP's history, where this step enters it."""
+        if any([self.perturbation.keeps_history(group) for group in bucket.groups]):
+            # Created at the first step even if unused: checkpoint loaders need the keys.
+            history = self.cycle.state.histories(bucket.params)
+            if final.at_perturbed_weights and not self.cycle.gradients.squares:
+                shared.history = history
+                shared.numbers |= {"beta": bucket.values("beta"), "eta": bucket.values("eta")}
 
-    def _weights_of(self, bucket: Bucket, final: Final) -> tuple[list[float], list[float]]:
-        """What the perturbed and the clean gradient are multiplied by; maximize negates them, as torch does."""
-        sign = self.rule.sign
+    def _numbers(self, bucket: Bucket, final: Final) -> dict[str, list[Any]]:
+        """What the perturbed and the clean gradient are multiplied by, and zeros for what this step may do without."""
+        zeros = bucket.zeros
+        negates = self.rule.negates and any([group["maximize"] for group in bucket.groups])
         if final.clean is not None:
-            of_lam = {
-                "grad_weight": lambda g: sign(g) * float(g["lam"]),
-                "clean_weight": lambda g: sign(g) * (1.0 - float(g["lam"])),
-            }
-            lists = bucket.columns("weights of two gradients", of_lam)
-            return lists["grad_weight"], lists["clean_weight"]
-        if any([group.get("maximize") for group in bucket.groups]):
-            return bucket.values("sign", sign), bucket.zeros
-        return bucket.ones, bucket.zeros
+            weights = bucket.columns("mixed, signed", MIXED_SIGNED) if negates else bucket.columns("mixed", MIXED)
+        elif negates:
+            weights = bucket.columns("signed", SIGNED)
+        else:
+            weights = {"grad_weight": bucket.ones, "clean_weight": zeros}
+        absent = {"kappa": zeros, "beta": zeros, "sigma": zeros, "eta": zeros}
+        return {**weights, **absent, "index": bucket.index, "offset": bucket.offset}
 
     def _clip(self, buckets: list[Bucket], shared: list[SharedArguments], limit: float) -> None:
         """max_grad_norm: scale the final gradient so that its norm over all parameters is at most that."""
@@ -227,36 +238,47 @@ class Step:
         clip = (limit / (total + 1e-6)).clamp(max=1.0)
         for bucket, s in zip(buckets, shared, strict=True):
             s.clip = clip.to(bucket.device)
-        self.cycle.grad_norm = total
+        self.grad_norm = total
 
     # --- commit ----------------------------------------------------------------------------------
 
     def _commit(self, partition: Partition, work: list[Prepared], noise: Tensor | None) -> None:
         """Write. Where it fails, all weights are clean afterwards, and the gradients wait as after restore()."""
         state = self.cycle.state
+        calls = [call for _, _, call in work if call is not None]
         try:
-            self.rule.commit(work)
-            for bucket, _, _ in work:
-                state.note_masters(bucket)
+            for call in calls:
+                call.run()
+            if self.rule.finishes:
+                self.rule.finish(work)
             self._finish(partition, work, noise)
         except BaseException as error:
-            if isinstance(error, (TypeError, ValueError)) and not any(call.done for _, _, call in work):
+            if isinstance(error, (TypeError, ValueError)) and not any(call.done for call in calls):
                 raise  # an op has checked its arguments, and nothing is written
             state.keep_created()
             self._leave_clean(noise)
             if isinstance(error, LayoutError):
                 raise RuntimeError("step: a memory format has changed during the step") from error
             raise
-        state.keep_created()
+        if state.created:
+            state.keep_created()
 
     def _finish(self, partition: Partition, work: list[Prepared], noise: Tensor | None) -> None:
         cycle, weights = self.cycle, self.cycle.weights
         perturbed = weights.partition
+        for bucket, _, call in work:
+            if bucket.has_master:
+                cycle.state.note_masters(bucket)
+            if call is not None and call.after is not None:
+                call.after()
         if not partition.covers_perturbed:
             self._restore_params_without_gradient(partition.members, noise)
-        self.mask.count_step(cycle, [s.found_inf for _, s, _ in work if s.found_inf is not None])
+        if self.mask.exists:
+            self.mask.count_step(cycle, [s.found_inf for _, s, _ in work if s.found_inf is not None])
         if cycle.gradients.squares:
             self._update_history_from_losses()
+        if self.grad_norm is not None:
+            cycle.grad_norm = self.grad_norm
         if noise is None or perturbed is None:
             weights.left()
             return
@@ -283,7 +305,7 @@ class Step:
         cycle, weights = self.cycle, self.cycle.weights
         assert weights.partition is not None
         missing = [p for b in weights.partition.buckets for p in b.params if id(p) not in updated]
-        for bucket in cycle.partitions.of(missing, weights.partition, lambda _: "without gradient").buckets:
+        for bucket in cycle.partitions.of(missing, weights.partition).buckets:
             store = weights.restore_bucket(bucket)
             if noise is not None:
                 noise_call(cycle, bucket, store, noise).run()
@@ -308,15 +330,3 @@ def restore(perturbation: NoPerturbation, cycle: Cycle) -> None:
     counted = cycle.gradients.has_new_since_perturb(params)
     cycle.weights.restore()
     perturbation.end_round(cycle, params, counted)
-
-
-def _none_missing(values: Grads) -> bool:
-    return all([v is not None for v in values])  # a list takes half the time of a generator
-
-
-def _of_bucket(bucket: Bucket, grads: Grads, lay_out: bool) -> list[Tensor]:
-    """The gradients of a bucket; zeros where one is missing."""
-    found: list[Any] = bucket.select(grads)
-    if not _none_missing(found):
-        found = [torch.zeros_like(p) if g is None else g for g, p in zip(found, bucket.params, strict=True)]
-    return [like(g, p) for g, p in zip(found, bucket.params, strict=True)] if lay_out else found

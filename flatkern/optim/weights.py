@@ -6,7 +6,7 @@ The only caller of restore_. An optimizer that is collected while its parameters
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from ..checks import LayoutError
 from ..tables import same_layout
 from .buckets import Bucket, Call, Partition
 from .layouts import like
+from .phase import CLEAN, PERTURBED, SUSPENDED
 from .scalars import is_capturing
 from .state import State
 
@@ -32,10 +33,6 @@ class CleanStore(NamedTuple):
 
     backups: list[Tensor] | None
     masters: list[Tensor] | None
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return self.masters if self.backups is None else self.backups  # type: ignore[return-value]
 
 
 @dataclass
@@ -51,18 +48,12 @@ class Held:
 BITS = {4: torch.int32, 2: torch.int16}
 
 
-def _marks(call: Call) -> list[int]:
-    """The versions of what a call is about to write; of the first parameter alone where it writes all or nothing."""
-    bucket = call.bucket
-    return [dtensor.version(p) for p in bucket.params[:1]] if call.progress == "whole" else bucket.versions()
-
-
 def _written(held: Held) -> list[int]:
     """The positions of the parameters that an interrupted call has written."""
     call, count = held.call, len(held.bucket.params)
     assert call is not None
     if call.progress == "whole":
-        return list(range(count)) if _marks(call) != held.versions else []
+        return list(range(count)) if call.marks() != held.versions else []
     if call.progress == "versions":
         return [k for k, v in enumerate(held.bucket.versions()) if v != held.versions[k]]
     if held.bucket.has_master:
@@ -80,29 +71,25 @@ class Weights:
 
     def __init__(self, state: State) -> None:
         self.partition: Partition | None = None  # of the perturbed parameters; None: all weights are clean
-        self.suspended = False  # inside clean(): weights are clean, a perturbation waits
+        self.phase = CLEAN
         self.ever_perturbed = False
         self.backups: dict[Tensor, Tensor] = {}  # scratch, kept for the optimizer's life
         self._state = state
         self._held: list[Held] = []
         self._moving = False  # perturb() is writing: some weights are perturbed, some are not yet
-        self._backups_of: dict[Bucket, list[Tensor]] = {}
+        self._stores: dict[Bucket, CleanStore] = {}  # of buckets without masters
 
     # --- where clean weights are -----------------------------------------------------------------
 
     def store(self, bucket: Bucket) -> CleanStore:
         """Where the clean weights of a bucket are, or will be."""
-        if bucket.has_master:
-            held = frozenset() if self.partition is None else self.partition.members
-            return CleanStore(None, self._state.masters(bucket.params, held, self._clean_copy))
-        return CleanStore(self.backups_of(bucket), None)
-
-    def backups_of(self, bucket: Bucket) -> list[Tensor]:
-        """Scratch for clean copies, laid out like the parameters."""
-        found = self._backups_of.get(bucket)
+        found = self._stores.get(bucket)
         if found is None:
-            found = [self._backup(p) for p in bucket.params]
-            self._backups_of[bucket] = found
+            if bucket.has_master:
+                held = frozenset() if self.partition is None else self.partition.members
+                return CleanStore(None, self._state.masters(bucket.params, held, self._clean_copy))
+            found = CleanStore([self._backup(p) for p in bucket.params], None)
+            self._stores[bucket] = found
         return found
 
     def _backup(self, p: Tensor) -> Tensor:
@@ -111,7 +98,7 @@ class Weights:
             with torch.inference_mode(False):  # it is written in every mode
                 new = torch.empty_like(part, memory_format=torch.preserve_format, requires_grad=False)
             if saved is not None:
-                self._backups_of.clear()  # they would keep the old one alive
+                self._stores.clear()  # they would keep the old one alive
                 if saved.shape == part.shape:
                     new.copy_(saved)  # it may hold the clean weights of a perturbation that is on
             saved = self.backups[p] = new
@@ -127,7 +114,7 @@ class Weights:
             for p in bucket.params:
                 if p.grad is not None:
                     p.grad = like(p.grad, p)
-        self._backups_of.clear()
+        self._stores.clear()
 
     def check_alone(self, call: str, params: Iterable[Tensor]) -> None:
         """Refuse parameters that another optimizer holds perturbed: it would put its clean weights over ours."""
@@ -139,29 +126,49 @@ class Weights:
 
     # --- CLEAN -> PERTURBED ----------------------------------------------------------------------
 
-    def perturb(self, partition: Partition, stores: list[CleanStore], calls: list[Call]) -> None:
-        """Perturb the weights of `partition` by one call per bucket, each with its clean store.
+    def perturb(self, partition: Partition, prepare: Callable[[list[CleanStore]], list[Call]]) -> list[Call]:
+        """Perturb the weights of `partition` by one call per bucket.
 
-        The weights count as perturbed from before the first write, so that whatever interrupts it leaves weights that
-        are known: `undo()` and `restore()` put back what was written, and no more.
+        Arguments:
+            prepare: makes the calls, given where each bucket's clean weights go.
+
+        Returns:
+            The calls, which have run.
         """
-        self._held = [Held(c.bucket, s.tensors, _marks(c), c) for c, s in zip(calls, stores, strict=True)]
+        try:
+            return self._run(partition, prepare)
+        except LayoutError:
+            # A memory format stands in the way of a bucket. Everything follows the parameters, once.
+            self.restore()
+            self.lay_out(partition.buckets)
+            return self._run(partition, prepare)
+
+    def _run(self, partition: Partition, prepare: Callable[[list[CleanStore]], list[Call]]) -> list[Call]:
+        stores = [self.store(bucket) for bucket in partition.buckets]
+        calls = prepare(stores)
+        # The weights count as perturbed from before the first write, so that whatever comes between leaves weights that
+        # are known: restore() puts back what was written, and no more.
+        self._held = [
+            Held(c.bucket, s.masters or s.backups or [], c.marks(), c) for c, s in zip(calls, stores, strict=True)
+        ]
         self._moving = True
-        self.partition = partition
+        self.partition, self.phase = partition, PERTURBED
         perturbing.add(self)
         for call in calls:
             call.run()
-        self._moving = False
         self.redrawn(partition, stores)
+        return calls
 
     def redrawn(self, partition: Partition, stores: list[CleanStore]) -> None:
         """The weights of `partition` are perturbed now, by calls that have all returned."""
         pairs = zip(partition.buckets, stores, strict=True)
-        self._held = [Held(bucket, store.tensors, bucket.versions()) for bucket, store in pairs]
-        self.partition = partition
+        self._held = [Held(b, s.masters or s.backups or [], b.versions()) for b, s in pairs]
+        self._moving = False
+        self.partition, self.phase = partition, PERTURBED
         self.ever_perturbed = True
-        for held in self._held:
-            self._state.note_masters(held.bucket)
+        for bucket in partition.buckets:
+            if bucket.has_master:
+                self._state.note_masters(bucket)
         perturbing.add(self)
         torch.clear_autocast_cache()
 
@@ -184,7 +191,7 @@ class Weights:
         """All weights are clean now."""
         if self.partition is not None:
             self._moving = False
-            self.partition = None
+            self.partition, self.phase = None, CLEAN
             self._held = []
             perturbing.discard(self)
         torch.clear_autocast_cache()
@@ -192,12 +199,12 @@ class Weights:
     def restore_bucket(self, bucket: Bucket) -> CleanStore:
         """Put back a part of what is perturbed, whose bookkeeping follows."""
         store = self.store(bucket)
-        self._put(bucket, store.tensors)
+        self._put(bucket, store.masters or store.backups or [])
         return store
 
     def save(self, bucket: Bucket) -> list[Tensor]:
         """Copies of clean weights, for a difference that is taken after the step."""
-        backups = self.backups_of(bucket)
+        backups = self.store(bucket).backups or []
         bucket.op("restore_")(backups, bucket.params)
         return backups
 
@@ -215,13 +222,14 @@ class Weights:
             with torch.no_grad():
                 for p, value in zip(params, values, strict=True):
                     dtensor.local(p).copy_(dtensor.local(value))
-        self._state.note_masters(bucket)
+        if bucket.has_master:
+            self._state.note_masters(bucket)
 
     @contextmanager
     def clean(self) -> Iterator[None]:
         """Exchange perturbed for clean weights and back; the perturbed values are kept, not drawn again."""
         partition = self.partition
-        if partition is None or self.suspended:
+        if self.phase is not PERTURBED:
             yield
             return
         with torch.no_grad():
@@ -229,12 +237,12 @@ class Weights:
             for held in self._held:
                 self._put(held.bucket, held.clean)
             torch.clear_autocast_cache()
-        self.suspended = True
+        self.phase = SUSPENDED
         try:
             yield
         finally:
-            if self.partition is partition and self.suspended:
-                self.suspended = False
+            if self.partition is partition and self.phase is SUSPENDED:
+                self.phase = PERTURBED
                 with torch.no_grad():
                     for held, values in zip(self._held, kept, strict=True):
                         self._put(held.bucket, values)
@@ -243,8 +251,7 @@ class Weights:
 
     def end_keeping_external_writes(self) -> None:
         """End a perturbation; parameters that others have written since keep what was written."""
-        if self.suspended:
-            self.suspended = False
+        if self.phase is SUSPENDED:
             self.left()
         elif self._moving:
             self.restore()
@@ -256,14 +263,14 @@ class Weights:
 
         Not inside a capture, which may be of anything: its graph would write these weights at every replay.
         """
-        if not self.suspended and not is_capturing():
+        if self.phase is PERTURBED and not is_capturing():
             self.restore()
         self.left()
 
     def release(self) -> None:
         """Free the scratch."""
         self.backups.clear()
-        self._backups_of.clear()
+        self._stores.clear()
 
     def rounded_away(self) -> tuple[int, int]:
         """Of the perturbed bfloat16 weights: how many differ from their clean value, and how many there are."""

@@ -41,7 +41,8 @@ class Wrap(FlatOptimizer):
     """
 
     defers_state = True
-    reads_lr = False
+    finishes = True
+    negates = False
 
     def __init__(
         self,
@@ -83,16 +84,12 @@ class Wrap(FlatOptimizer):
 
     # --- the rule --------------------------------------------------------------------------------
 
-    def sign(self, group: Group) -> float:
-        return 1.0  # the base negates the gradient itself
-
-    def prepare(self, bucket: Bucket, shared: SharedArguments) -> Call:
-        """The way back to clean weights; a copy onto themselves where they are clean."""
+    def prepare(self, bucket: Bucket, shared: SharedArguments) -> Call | None:
+        """The way back to clean weights; None where they are clean."""
         mixing = self._mixing(bucket, shared, shared.grads, shared.history)
         if mixing is not None:
             mixing.check()
-        clean = shared.store.backups if bucket.perturbed else bucket.params
-        return Call(bucket, "restore_", (bucket.params, clean), {})
+        return Call(bucket, "restore_", (bucket.params, shared.store.backups), {}) if bucket.perturbed else None
 
     def _mixing(self, bucket: Bucket, s: SharedArguments, grads: Any, history: Any) -> Call | None:
         """The call that forms the final gradient in `grads`; None where it is formed already."""
@@ -101,10 +98,8 @@ class Wrap(FlatOptimizer):
         numbers = {key: s.numbers[key] for key in ("grad_weight", "clean_weight", "beta")}
         return Call(bucket, "mix_gradients_", (grads, history, s.clean_grads, s.grad_scale, s.clip), numbers)
 
-    def commit(self, work: list[Prepared]) -> None:
-        for bucket, _, call in work:
-            if bucket.perturbed:
-                call.run()
+    def finish(self, work: list[Prepared]) -> None:
+        """Mix, let the base step, amplify, draw."""
         if any(s.found_inf is not None and bool(s.found_inf) for _, s, _ in work):
             self._draw(work)
             return
