@@ -122,6 +122,16 @@ def check_storage(where: str, t: Tensor, dtypes: Iterable[torch.dtype] = STORAGE
         raise LayoutError(f"{where} has gaps or overlaps in memory (strides {t.stride()}); call .contiguous()")
 
 
+def check_gradient(where: str, grad: Tensor, param: Tensor) -> None:
+    """Refuse a gradient that cannot be walked together with its parameter, but for its memory format."""
+    check_storage(where, grad)
+    if grad.shape != param.shape or grad.device != param.device:
+        raise ValueError(
+            f"{where} has shape {tuple(grad.shape)} on {grad.device}, but its parameter {tuple(param.shape)} on "
+            f"{param.device}; call zero_grad() and take another backward"
+        )
+
+
 def check_outer_filters(op: str, name: str, tensors: Sequence[Tensor], *, only_trained: bool = False) -> None:
     """Refuse tensors whose filters are not contiguous stretches of memory; `only_trained` as in `check_parameters`."""
     for k, t in enumerate(tensors):

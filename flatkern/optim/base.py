@@ -315,6 +315,8 @@ class FlatOptimizer(torch.optim.Optimizer):
             if ledger.has_new_since_perturb(params):
                 raise RuntimeError("zero_grad: earlier rounds are summed up in .grad; call step() or restore() first")
             return
+        if ledger.holds_sum_in_grad:  # of a step that has failed
+            ledger.set_aside(params, counted=False)
         super().zero_grad(set_to_none)
         ledger.mark_zeroed(params)
 

@@ -23,6 +23,7 @@ from .groups import Group, Groups, Setup
 from .layouts import like
 from .perturb import NoPerturbation
 from .scalars import as_numbers
+from .state import OWN_KEYS
 
 _METHOD_KEYS = ("sigma", "lam", "eta", "beta", "rho")  # that mean something else in another method
 Entry = dict[str, Any]
@@ -122,15 +123,22 @@ def _check_entry(k: int, p: Tensor, entry: Entry, state_keys: tuple[str, ...]) -
     missing = [key for key in state_keys if entry.get(key) is None]
     if missing and len(missing) < len(state_keys):
         raise ValueError(f"{where} has no {missing[0]}; it was saved in part, or by another optimizer")
-    for name in (*state_keys, "master"):
-        if name == "step" and name in entry:
-            _check_step(where, entry[name])
-        elif entry.get(name) is not None:
-            value = entry[name]
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                raise TypeError(f"{where}: {name} is {_kind(value)}, but should be a floating-point tensor")
-            if value.shape != p.shape:
-                raise ValueError(f"{where}: {name} has shape {tuple(value.shape)}, but should have {tuple(p.shape)}")
+    for name, value in entry.items():
+        if name == "step" and name in state_keys:
+            _check_step(where, value)
+        elif value is not None and name in (*state_keys, "master", "history", "mask"):
+            _check_tensor(f"{where}: {name}", value, None if name in OWN_KEYS else p.shape, name == "mask")
+
+
+def _check_tensor(where: str, value: Any, shape: torch.Size | None, is_mask: bool) -> None:
+    """Refuse what is no state. A history or mask of another shape is of another model, and is left out."""
+    kinds = "an uint8 tensor" if is_mask else "a floating-point tensor"
+    if not isinstance(value, Tensor) or (value.dtype != torch.uint8 if is_mask else not value.is_floating_point()):
+        raise TypeError(f"{where} is {_kind(value)}, but should be {kinds}")
+    if shape is not None and value.shape != shape:
+        raise ValueError(f"{where} has shape {tuple(value.shape)}, but should have {tuple(shape)}")
+    if not is_mask and not bool(dtensor.local(value).isfinite().all()):
+        raise ValueError(f"{where} is not finite; load an earlier checkpoint")
 
 
 def _check_step(where: str, value: Any) -> None:

@@ -155,12 +155,25 @@ class Ledger:
         self._returned_at = None
         self.rounds += counted
 
+    def keep_round(self, params: list[Tensor]) -> None:
+        """A step has failed: its round is finished, and the sum stays in `.grad`, so that the step can be repeated."""
+        counted = self.has_new_since_perturb(params)
+        self.accumulated_grads = [p.grad for p in params]
+        self._returned_at = [None if g is None else dtensor.version(g) for g in self.accumulated_grads]
+        self.rounds += counted
+        self.mark_used(params)
+
     def give_back(self, params: list[Tensor]) -> None:
         """The sum of earlier rounds returns to `.grad`."""
         for p, g in zip(params, self.accumulated_grads, strict=True):
             p.grad = g
         self._returned_at = [None if g is None else dtensor.version(g) for g in self.accumulated_grads]
         self.mark_used(params)
+
+    @property
+    def holds_sum_in_grad(self) -> bool:
+        """True if the sum of earlier rounds is in `.grad`."""
+        return self._returned_at is not None
 
     def show_sum(self, params: list[Tensor]) -> None:
         """After a step that took the sum from outside of `.grad`: it is what others find there."""

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import dtensor
+from ..checks import check_gradient
 from ..dispatch import resolve
 from ..methods import IRE
 from ..selection import Shard, kth_smallest_magnitude, shards_of
@@ -88,6 +89,8 @@ class Mask:
             raise RuntimeError(
                 "update_mask: no parameter has a gradient; run flatkern.sampled_label_loss(model(x)).backward() first"
             )
+        for k, p in enumerate(seen):
+            check_gradient(f"update_mask: grads[{k}]", dtensor.local(p.grad), dtensor.local(p))
         grads = [like(p.grad, p) for p in seen]
         backend, total = cycle.groups.setup.backend, sum(g.numel() for g in grads)
         shards = shards_of(grads)

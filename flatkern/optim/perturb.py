@@ -75,6 +75,10 @@ class NoPerturbation:
         if counted or cycle.gradients.rounds:
             cycle.gradients.set_aside(params, counted)
 
+    def keep_round(self, cycle: Cycle, params: list[Tensor]) -> None:
+        """A step has failed and left clean weights: this round's gradients stay where they are."""
+        cycle.gradients.keep_round(params)
+
     def final(self, cycle: Cycle, params: list[Tensor], grads: Grads, amp: Amp) -> Final | None:
         """The gradients of this step; None where a round without any leaves nothing to apply. Refuses; writes nothing.
 
@@ -90,7 +94,7 @@ class NoPerturbation:
         if perturbed:
             summed = with_earlier_rounds(cycle, params, grads) if ledger.rounds else grads
             return Final(summed, rounds=rounds, at_perturbed_weights=True)
-        if ledger.is_new(params):
+        if ledger.has_new_since_perturb(params) if ledger.holds_sum_in_grad else ledger.is_new(params):
             raise RuntimeError(
                 f"step: {self.name} has {rounds} finished rounds and a gradient at clean weights that "
                 "belongs to none; call perturb() for another round, or zero_grad()"
@@ -164,6 +168,9 @@ class RollingPerturbation(RandomPerturbation):
     launches = 1
 
     def end_round(self, cycle: Cycle, params: list[Tensor], counted: bool) -> None:
+        """There are no rounds."""
+
+    def keep_round(self, cycle: Cycle, params: list[Tensor]) -> None:
         """There are no rounds."""
 
     def final(self, cycle: Cycle, params: list[Tensor], grads: Grads, amp: Amp) -> Final:
@@ -266,6 +273,9 @@ class MixedLosses(MixedPerturbation):
     def end_round(self, cycle: Cycle, params: list[Tensor], counted: bool) -> None:
         if counted:
             self._keep_squares(cycle)
+
+    def keep_round(self, cycle: Cycle, params: list[Tensor]) -> None:
+        """The history will take its squares, which are kept already."""
 
     def final(self, cycle: Cycle, params: list[Tensor], grads: Grads, amp: Amp) -> Final | None:
         if amp.found_inf is not None and cycle.gradients.squares and cycle.unscaled.scaler is None:

@@ -78,13 +78,13 @@ class OnHost:
         Raises:
             ValueError: a word is out of range, or the round would be after this draw.
         """
-        seed, stream, round_ = self._common_key()
-        words = [seed, stream, round_ + ahead]
+        words = list(self._common_key())
         # Compared as a whole first: three calls cost as much as the rest of the draw's bookkeeping.
         if not all([type(word) is int and 0 <= word < LAST_ROUND for word in words]):
-            for key, word in zip(WORDS, words, strict=True):
-                check_uint32(self._groups.setup.name, key, word)
-            check_uint32(self._groups.setup.name, "round", words[2] + (1 - ahead))
+            where = self._groups.setup.name
+            words = [check_uint32(where, key, word) for key, word in zip(WORDS, words, strict=True)]
+            check_uint32(where, "round", words[2] + 1)
+        words[2] += ahead
         return torch.tensor(words, dtype=torch.int64)
 
     def _common_key(self) -> tuple[Any, ...]:

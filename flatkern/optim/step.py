@@ -243,7 +243,7 @@ class Step:
     # --- commit ----------------------------------------------------------------------------------
 
     def _commit(self, partition: Partition, work: list[Prepared], noise: Tensor | None) -> None:
-        """Write. Where it fails, all weights are clean afterwards, and the gradients wait as after restore()."""
+        """Write. Where it fails, all weights are clean afterwards, and the gradients wait as after a round."""
         state = self.cycle.state
         calls = [call for _, _, call in work if call is not None]
         try:
@@ -297,8 +297,7 @@ class Step:
             cycle.weights.restore()  # the update writes the copies, too, so that each is clean, old or new
             return
         cycle.weights.restore_untouched()
-        params = cycle.groups.params()
-        self.perturbation.end_round(cycle, params, cycle.gradients.has_new_since_perturb(params))
+        self.perturbation.keep_round(cycle, cycle.groups.params())
 
     def _restore_params_without_gradient(self, updated: frozenset[int], noise: Tensor | None) -> None:
         """Perturbed parameters without any gradient; rolling draws their next noise, too."""

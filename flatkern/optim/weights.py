@@ -146,6 +146,9 @@ class Weights:
     def _run(self, partition: Partition, prepare: Callable[[list[CleanStore]], list[Call]]) -> list[Call]:
         stores = [self.store(bucket) for bucket in partition.buckets]
         calls = prepare(stores)
+        if len(calls) > 1:
+            for call in calls:
+                call.check()  # an op checks before it writes, but the last one would come after the first has written
         # The weights count as perturbed from before the first write, so that whatever comes between leaves weights that
         # are known: restore() puts back what was written, and no more.
         self._held = [

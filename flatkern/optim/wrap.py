@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import dtensor
+from ..checks import check_gradient
 from ..methods import IRE, RWP, SAM
 from .base import FlatOptimizer
 from .buckets import Bucket, Call
@@ -56,11 +57,16 @@ class Wrap(FlatOptimizer):
         setup = Setup("Wrap", perturb, enhance, backend, max_grad_norm=max_grad_norm)
         own_defaults = self.set_up(setup)
         self.base = base_optimizer
-        for group in base_optimizer.param_groups:
-            for key, value in own_defaults.items():
-                group.setdefault(key, value)
-        super().__init__(base_optimizer.param_groups, {**base_optimizer.defaults, **own_defaults})
-        self.check_new_parameters()
+        added = [(group, key) for group in base_optimizer.param_groups for key in own_defaults if key not in group]
+        for group, key in added:
+            group[key] = own_defaults[key]
+        try:
+            super().__init__(base_optimizer.param_groups, {**base_optimizer.defaults, **own_defaults})
+            self.check_new_parameters()
+        except BaseException:
+            for group, key in added:
+                del group[key]
+            raise
 
     @property
     def param_groups(self) -> list[Group]:
@@ -86,9 +92,14 @@ class Wrap(FlatOptimizer):
 
     def prepare(self, bucket: Bucket, shared: SharedArguments) -> Call | None:
         """The way back to clean weights; None where they are clean."""
+        for k, p, g in zip(bucket.index, bucket.params, shared.grads, strict=True):
+            if g.shape != p.shape:
+                check_gradient(f"step: grads[{k}]", g, p)
         mixing = self._mixing(bucket, shared, shared.grads, shared.history)
         if mixing is not None:
             mixing.check()
+        if shared.masks is not None:
+            self._amplification(bucket, shared, self.cycle.weights.store(bucket).backups).check()
         return Call(bucket, "restore_", (bucket.params, shared.store.backups), {}) if bucket.perturbed else None
 
     def _mixing(self, bucket: Bucket, s: SharedArguments, grads: Any, history: Any) -> Call | None:
@@ -120,8 +131,11 @@ class Wrap(FlatOptimizer):
         self.cycle.state.settle_deferred()
         for (bucket, s, _), old in zip(work, previous, strict=True):
             if s.masks is not None:
-                bucket.op("amplify_")(bucket.params, old, s.masks, kappa=s.numbers["kappa"])
+                self._amplification(bucket, s, old).run()
         self._draw(work)
+
+    def _amplification(self, bucket: Bucket, s: SharedArguments, previous: list[Tensor] | None) -> Call:
+        return Call(bucket, "amplify_", (bucket.params, previous, s.masks), {"kappa": s.numbers["kappa"]})
 
     def _mix(self, work: list[Prepared]) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
         """The final gradients, in copies, and histories with their new values: a base that fails changes none."""
@@ -221,7 +235,10 @@ def _check_base(base: Any) -> None:
     if name == "ZeroRedundancyOptimizer":
         raise TypeError("Wrap: ZeroRedundancyOptimizer steps a shard of the parameters; use FSDP2 or a plain optimizer")
     for parameter in inspect.signature(base.step).parameters.values():
-        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+        if parameter.default is parameter.empty and parameter.kind not in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        ):
             raise TypeError(
                 f"Wrap: base_optimizer is {name}, whose step() needs {parameter.name}, but Wrap has the final "
                 "gradient alone; wrap an optimizer whose step() takes no arguments"
