@@ -7,6 +7,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -195,6 +196,16 @@ def _gather_in_python(state: Any, params: list[torch.Tensor], keys: tuple[str, .
     found = [state.get(p, {}) for p in params]
     lists = [[entry.get(key) for entry in found] for key in keys]
     return None if any(value is None for values in lists for value in values) else lists
+
+
+def item_comparer() -> Callable[[tuple[list[Any], ...], tuple[list[Any], ...]], bool]:
+    """same(lists, copies): whether each of some lists holds the very objects of its copy."""
+    return _native("same_items") or _compare_in_python
+
+
+def _compare_in_python(lists: tuple[list[Any], ...], copies: tuple[list[Any], ...]) -> bool:
+    pairs = list(zip(lists, copies, strict=True))
+    return all(len(a) == len(b) and all(map(is_, a, b)) for a, b in pairs)
 
 
 def layouts_of(args: Sequence[Any]) -> bytes | None:

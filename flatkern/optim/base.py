@@ -218,9 +218,10 @@ class FlatOptimizer(torch.optim.Optimizer):
         cycle.weights.check_alone("perturb", params)
         if scaler is not None:
             amp.check_not_unscaled(scaler, self)
-        perturbation.check(cycle, params, scaler)
+        new = cycle.gradients.is_new(params)
+        perturbation.check(cycle, params, new, scaler)
         try:
-            perturbation.move(cycle, params, scaler)
+            perturbation.move(cycle, params, new, scaler)
         except BaseException:
             cycle.undo()
             raise

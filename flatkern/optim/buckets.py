@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from operator import is_
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from .. import dtensor
 from ..checks import check
-from ..dispatch import bind, layouts_of, resolve
+from ..dispatch import bind, item_comparer, layouts_of, resolve
 from ..ops import OPS
 from .groups import Group, Groups
 from .layouts import like
@@ -170,6 +169,7 @@ class Partitions:
     def __init__(self, groups: Groups) -> None:
         self._groups = groups
         self._found: dict[Hashable, list[Partition]] = {}
+        self._same = item_comparer()
         self._count = 0
 
     def of(
@@ -184,7 +184,7 @@ class Partitions:
         heads = [(id(g), split_by(g) if split_by else None, p.device, p.dtype) for g in groups for p in g["params"][:1]]
         key = perturbed, *heads
         for partition in self._found.get(key, ()):
-            if len(partition.params) == len(params) and all(map(is_, partition.params, params)):
+            if self._same((partition.params,), (params,)):
                 return partition
         if self._count >= MAX_PARTITIONS:
             self.clear()

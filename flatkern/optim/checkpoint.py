@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -203,8 +204,8 @@ def assign(checkpoint: Checkpoint, cycle: Cycle) -> None:
         known = before.get(p, {})
         state[p] = {name: _into(known.get(name), value) for name, value in entry.items()}
     state.update(checkpoint.others)
-    for group, saved in zip(groups, checkpoint.saved["param_groups"], strict=True):
-        group.update({key: value for key, value in saved.items() if key != "params"})
+    values = [{key: v for key, v in saved.items() if key != "params"} for saved in checkpoint.saved["param_groups"]]
+    deque(map(dict.update, groups, values), maxlen=0)  # in one call of C code, so that no signal handler comes between
 
 
 def _into(known: Any, value: Any) -> Any:

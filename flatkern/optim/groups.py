@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +15,7 @@ from ..methods import IRE, RWP, SAM
 from ..values import is_number
 
 Group = dict[str, Any]
+PARAMS = itemgetter("params")
 PLAIN = frozenset((float, int, bool, str, type(None)))
 # What every step changes, or what no check depends on.
 UNCHECKED = frozenset(("params", "param_names", "round", "drawn", "mask_age"))
@@ -74,7 +77,7 @@ class Groups:
 
     def params(self) -> list[Tensor]:
         """All parameters, frozen ones too, in the optimizer's order."""
-        return [p for group in self.owner().param_groups for p in group["params"]]  # type: ignore[union-attr]
+        return list(chain.from_iterable(map(PARAMS, self.owner().param_groups)))  # type: ignore[union-attr]
 
     def check_changed(self) -> None:
         """Check every value that has changed since the last call, before anything is written."""

@@ -59,10 +59,14 @@ class NoPerturbation:
     def loss_weight(self, groups: list[Group], perturbed: bool) -> float:
         return 1.0
 
-    def check(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
-        """Refuse perturb(), before anything is written."""
+    def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
+        """Refuse perturb(), before anything is written.
 
-    def move(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
+        Arguments:
+            new: there is a gradient in `.grad` that the last call did not use up.
+        """
+
+    def move(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
         """CLEAN -> PERTURBED, and the gradients to where the next backward needs them."""
         raise NotImplementedError
 
@@ -136,26 +140,26 @@ class RandomPerturbation(NoPerturbation):
     def keeps_history(self, group: Group) -> bool:
         return bool(group["eta"] > 0 and group["perturb"])
 
-    def check(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
-        if cycle.gradients.is_new(params) and not cycle.gradients.holds_zeros_only(params):
+    def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
+        if new and not cycle.gradients.holds_zeros_only(params):
             raise RuntimeError(
                 "perturb: there is a fresh gradient in .grad and RWP has one gradient, taken at the perturbed weights, "
                 "so it would be lost; call opt.zero_grad() if it is not wanted. "
                 f"The pattern is: {self.pattern}"
             )
 
-    def move(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
+    def move(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
         draw(cycle)
         cycle.unscaled.scaler = scaler
-        self.set_clean_gradient(cycle, params)
+        if new:
+            self.keep_clean_gradient(cycle, params)
         if cycle.gradients.accumulated_grads:
             cycle.gradients.give_back(params)
         cycle.scalars.next_round()
 
-    def set_clean_gradient(self, cycle: Cycle, params: list[Tensor]) -> None:
+    def keep_clean_gradient(self, cycle: Cycle, params: list[Tensor]) -> None:
         """Keep the gradient at the clean weights, which came first. Here there is none, but for zeros."""
-        if cycle.gradients.is_new(params):
-            cycle.gradients.mark_zeroed(params)
+        cycle.gradients.mark_zeroed(params)
 
 
 class RollingPerturbation(RandomPerturbation):
@@ -192,22 +196,21 @@ class MixedPerturbation(RandomPerturbation):
         value = float(lam.pop())
         return value if perturbed else 1.0 - value
 
-    def check(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
+    def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
         ledger = cycle.gradients
         if ledger.rounds and cycle.unscaled.is_done and not ledger.clean:
             raise RuntimeError(
                 "perturb: under a GradScaler m-RWP takes one noisy round before its clean pass, not several"
             )
-        if ledger.clean and ledger.is_new(params):
+        if ledger.clean and new:
             raise RuntimeError("perturb: a second clean gradient, but m-RWP has one; call step() or zero_grad() first")
         if scaler is not None:
             check_can_unscale(scaler, params)
 
-    def set_clean_gradient(self, cycle: Cycle, params: list[Tensor]) -> None:
-        if cycle.gradients.is_new(params):
-            if cycle.unscaled.scaler is not None:
-                cycle.skip_if(cycle.unscaled.unscale(cycle.groups.listed()))
-            cycle.gradients.clean = cycle.gradients.take(params)
+    def keep_clean_gradient(self, cycle: Cycle, params: list[Tensor]) -> None:
+        if cycle.unscaled.scaler is not None:
+            cycle.skip_if(cycle.unscaled.unscale(cycle.groups.listed()))
+        cycle.gradients.clean = cycle.gradients.take(params)
 
     def end_round(self, cycle: Cycle, params: list[Tensor], counted: bool) -> None:
         if counted and cycle.unscaled.scaler is not None and not cycle.gradients.clean:
@@ -260,14 +263,14 @@ class MixedLosses(MixedPerturbation):
     closures = "none"
     mixes = False
 
-    def check(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
-        if any(group["eta"] > 0 for group in cycle.groups) and cycle.gradients.is_new(params):
+    def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
+        if any(group["eta"] > 0 for group in cycle.groups) and new:
             raise RuntimeError(
                 'perturb: m-ARWP with mix="losses" must see the perturbed gradient alone; run the noisy pass first: '
                 "perturb(); backward; restore(); backward; step()"
             )
 
-    def set_clean_gradient(self, cycle: Cycle, params: list[Tensor]) -> None:
+    def keep_clean_gradient(self, cycle: Cycle, params: list[Tensor]) -> None:
         """It stays in `.grad`."""
 
     def end_round(self, cycle: Cycle, params: list[Tensor], counted: bool) -> None:
@@ -328,19 +331,20 @@ class AscentPerturbation(NoPerturbation):
         """eta of T_w per parameter, -1 where T_w = 1."""
         return bucket.constant(-1.0)
 
-    def check(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
-        if not cycle.gradients.is_new(params):
+    def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
+        if not new:
             raise RuntimeError(
                 f"perturb: {self.name} climbs along the gradient at the clean weights, but there is no "
                 f"fresh one in .grad; the pattern is: {self.pattern}"
             )
 
-    def move(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
-        gradients_of(params)
+    def move(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
+        grads = gradients_of(params)
         groups = cycle.groups.owner().param_groups  # type: ignore[union-attr]
-        climbing = [p for g in groups if g["perturb"] for p in g["params"] if p.requires_grad and p.grad is not None]
-        partition = cycle.partitions.of(climbing)
-        calls = cycle.weights.perturb(partition, lambda stores: self._calls(partition, stores))
+        wanted = [group["perturb"] for group in groups for _ in group["params"]]
+        triples = zip(params, grads, wanted, strict=True)
+        partition = cycle.partitions.of([p for p, g, w in triples if w and g is not None and p.requires_grad])
+        calls = cycle.weights.perturb(partition, lambda stores, again: self._calls(partition, stores, grads, again))
         norm = calls[0].args[-1] if calls else torch.zeros((), dtype=torch.float32, device=params[0].device)
         cycle.ascent_norm = norm
         cycle.skip_if([(~norm.isfinite()).float()])
@@ -355,23 +359,16 @@ class AscentPerturbation(NoPerturbation):
         if cycle.gradients.accumulated_grads:
             cycle.gradients.give_back(params)
 
-    def _calls(self, partition: Partition, stores: list[CleanStore]) -> list[Call]:
+    def _calls(self, partition: Partition, stores: list[CleanStore], grads: Grads, lay_out: bool) -> list[Call]:
         """perturb_ascent_ on every bucket, by the norm of the gradient over all of them, scaled by T_w for ASAM."""
         norms, calls = [], []
         for bucket, store in zip(partition.buckets, stores, strict=True):
-            eta, grads = self.eta(bucket), [p.grad for p in bucket.params]
+            eta, rho, climbed = self.eta(bucket), bucket.columns("rho", RHO)["rho"], bucket.gradients(grads, lay_out)
             norm = torch.zeros((), dtype=torch.float32, device=bucket.device)
             weights = (store.masters or bucket.params) if any([e >= 0 for e in eta]) else None
-            bucket.op("ascent_norm_")(norm, weights, grads, eta=eta)
+            bucket.op("ascent_norm_")(norm, weights, climbed, eta=eta)
             norms.append((bucket.ranks, norm))
-            calls.append(
-                Call(
-                    bucket,
-                    "perturb_ascent_",
-                    (bucket.params, *store, grads),
-                    {"rho": bucket.columns("rho", RHO)["rho"], "eta": eta},
-                )
-            )
+            calls.append(Call(bucket, "perturb_ascent_", (bucket.params, *store, climbed), {"rho": rho, "eta": eta}))
         total = global_norm(norms) if norms else None
         for call in calls:
             call.args += (total.to(call.bucket.device),)  # type: ignore[union-attr]
@@ -436,7 +433,8 @@ def draw(cycle: Cycle, read: Read = None) -> None:
     partition = perturbed_partition(cycle, read)
     noise, buckets = cycle.scalars.noise(ahead=0), partition.buckets
     cycle.weights.perturb(
-        partition, lambda stores: [noise_call(cycle, b, s, noise, read) for b, s in zip(buckets, stores, strict=True)]
+        partition,
+        lambda stores, _: [noise_call(cycle, b, s, noise, read) for b, s in zip(buckets, stores, strict=True)],
     )
 
 

@@ -6,7 +6,9 @@ int64 one that all groups share. What the host must not wait for is read here on
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -102,8 +104,9 @@ class OnHost:
         return keys.pop()
 
     def next_round(self) -> None:
-        for group in self._groups.owner().param_groups:  # type: ignore[union-attr]
-            group["round"] += 1
+        groups = self._groups.owner().param_groups  # type: ignore[union-attr]
+        # In one call of C code, so that no signal handler finds groups in different rounds.
+        deque(map(dict.__setitem__, groups, repeat("round"), [group["round"] + 1 for group in groups]), maxlen=0)
 
     def note_draw(self, read: Read = None) -> None:
         """Rolling: keep what the noise was drawn with, because a schedule may move the groups' own values."""

@@ -35,6 +35,9 @@ class CleanStore(NamedTuple):
     masters: list[Tensor] | None
 
 
+Prepare = Callable[[list[CleanStore], bool], list[Call]]
+
+
 @dataclass
 class Held:
     """A perturbed bucket: its clean weights, and its parameters' versions after our write; while it runs, before."""
@@ -76,7 +79,6 @@ class Weights:
         self.backups: dict[Tensor, Tensor] = {}  # scratch, kept for the optimizer's life
         self._state = state
         self._held: list[Held] = []
-        self._moving = False  # perturb() is writing: some weights are perturbed, some are not yet
         self._stores: dict[Bucket, CleanStore] = {}  # of buckets without masters
 
     # --- where clean weights are -----------------------------------------------------------------
@@ -118,34 +120,37 @@ class Weights:
 
     def check_alone(self, call: str, params: Iterable[Tensor]) -> None:
         """Refuse parameters that another optimizer holds perturbed: it would put its clean weights over ours."""
+        if not len(perturbing):
+            return
         others = [w for w in list(perturbing) if w is not self and w.partition is not None]
-        if others and any(id(p) in w.partition.members for w in others for p in params):  # type: ignore[union-attr]
+        if any(id(p) in w.partition.members for w in others for p in params):  # type: ignore[union-attr]
             raise RuntimeError(
                 f"{call}: another optimizer holds these parameters perturbed; call its restore(), eval() or step()"
             )
 
     # --- CLEAN -> PERTURBED ----------------------------------------------------------------------
 
-    def perturb(self, partition: Partition, prepare: Callable[[list[CleanStore]], list[Call]]) -> list[Call]:
+    def perturb(self, partition: Partition, prepare: Prepare) -> list[Call]:
         """Perturb the weights of `partition` by one call per bucket.
 
         Arguments:
-            prepare: makes the calls, given where each bucket's clean weights go.
+            prepare: makes the calls, given where each bucket's clean weights go, and whether it is called again because
+                the parameters have another memory format.
 
         Returns:
             The calls, which have run.
         """
         try:
-            return self._run(partition, prepare)
+            return self._run(partition, prepare, again=False)
         except LayoutError:
             # A memory format stands in the way of a bucket. Everything follows the parameters, once.
             self.restore()
             self.lay_out(partition.buckets)
-            return self._run(partition, prepare)
+            return self._run(partition, prepare, again=True)
 
-    def _run(self, partition: Partition, prepare: Callable[[list[CleanStore]], list[Call]]) -> list[Call]:
+    def _run(self, partition: Partition, prepare: Prepare, again: bool) -> list[Call]:
         stores = [self.store(bucket) for bucket in partition.buckets]
-        calls = prepare(stores)
+        calls = prepare(stores, again)
         if len(calls) > 1:
             for call in calls:
                 call.check()  # an op checks before it writes, but the last one would come after the first has written
@@ -154,7 +159,6 @@ class Weights:
         self._held = [
             Held(c.bucket, s.masters or s.backups or [], c.marks(), c) for c, s in zip(calls, stores, strict=True)
         ]
-        self._moving = True
         self.partition, self.phase = partition, PERTURBED
         perturbing.add(self)
         for call in calls:
@@ -166,7 +170,6 @@ class Weights:
         """The weights of `partition` are perturbed now, by calls that have all returned."""
         pairs = zip(partition.buckets, stores, strict=True)
         self._held = [Held(b, s.masters or s.backups or [], b.versions()) for b, s in pairs]
-        self._moving = False
         self.partition, self.phase = partition, PERTURBED
         self.ever_perturbed = True
         for bucket in partition.buckets:
@@ -180,20 +183,22 @@ class Weights:
     def restore(self) -> None:
         """Put every clean weight back that was overwritten. Where it was interrupted or failed it may be repeated."""
         for held in self._held:
-            self._put(held.bucket, held.clean, _written(held) if self._moving else None)
+            self._put(held.bucket, held.clean, None if held.call is None else _written(held))
         self.left()
 
     def restore_untouched(self) -> None:
-        """After an update that was interrupted: put clean weights back where it has not been."""
+        """Put clean weights back where nothing else has been written: an interrupted update, or others."""
         for held in self._held:
-            now = held.bucket.versions()
-            self._put(held.bucket, held.clean, [k for k, v in enumerate(now) if v == held.versions[k]])
+            if held.call is None:
+                which = [k for k, v in enumerate(held.bucket.versions()) if v == held.versions[k]]
+            else:
+                which = _written(held)
+            self._put(held.bucket, held.clean, which)
         self.left()
 
     def left(self) -> None:
         """All weights are clean now."""
         if self.partition is not None:
-            self._moving = False
             self.partition, self.phase = None, CLEAN
             self._held = []
             perturbing.discard(self)
@@ -256,9 +261,7 @@ class Weights:
         """End a perturbation; parameters that others have written since keep what was written."""
         if self.phase is SUSPENDED:
             self.left()
-        elif self._moving:
-            self.restore()
-        else:
+        elif self.phase is PERTURBED:
             self.restore_untouched()
 
     def abandon(self) -> None:
