@@ -180,21 +180,26 @@ def check_parameters(where: str, params: Sequence[Tensor], *, only_trained: bool
     integers. They may share no memory either.
     """
     spans: dict[torch.device, list[tuple[int, int, int]]] = {}
+    first: dict[int, int] = {}
     for k, p in enumerate(params):
         if not only_trained or p.requires_grad:
             check_storage(f"{where}: params[{k}]", p)
+        if first.setdefault(id(p), k) != k:
+            raise _share_memory(where, first[id(p)], k)
         span = _span(p)
         if span is not None:
             spans.setdefault(p.device, []).append((*span, k))
     for on_device in spans.values():
         on_device.sort()
-        for (_, end, first), (start, _, second) in itertools.pairwise(on_device):
+        for (_, end, k), (start, _, other) in itertools.pairwise(on_device):
             if start < end:
-                first, second = sorted((first, second))
-                raise ValueError(
-                    f"{where}: params[{second}] shares memory with params[{first}]; "
-                    "pass every tensor once, without overlap"
-                )
+                raise _share_memory(where, *sorted((k, other)))
+
+
+def _share_memory(where: str, first: int, second: int) -> ValueError:
+    return ValueError(
+        f"{where}: params[{second}] shares memory with params[{first}]; pass every tensor once, without overlap"
+    )
 
 
 def _span(t: Tensor) -> tuple[int, int] | None:

@@ -23,10 +23,11 @@ from ..values import check_flag, check_value, is_number
 from . import amp, checkpoint, closures, follow
 from .buckets import Bucket, Call
 from .cycle import Cycle
+from .draw import draw_again
 from .errors import warn_never_perturbed
 from .groups import Group, Groups, Setup
 from .ire import Mask
-from .perturb import NoPerturbation, draw_again, perturbation_of
+from .perturb import NoPerturbation, perturbation_of
 from .phase import Phase
 from .scalars import check_can_be_captured, check_group_can_be_captured, scalars_of
 from .step import Prepared, SharedArguments, Step, restore

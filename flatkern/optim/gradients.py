@@ -48,6 +48,13 @@ def clear(params: list[Tensor]) -> None:
         p.grad = None
 
 
+def show_unscaled(params: list[Tensor], scaled: Grads, unscaled: Grads) -> None:
+    """After a step that unscaled copies: they are what others find in `.grad`, where the scaled ones still are."""
+    for p, old, new in zip(params, scaled, unscaled, strict=True):
+        if p.grad is old and new is not None:
+            p.grad = new
+
+
 class Ledger:
     """The gradients between calls.
 
@@ -131,12 +138,17 @@ class Ledger:
     def _cleared(self, params: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Parameters whose `.grad` has lost its sum, with that sum.
 
-        Autograd adds to the sum in place, before DDP copies it into a bucket's view and puts that in `.grad`. Under
-        create_graph it adds out of place, and the result requires grad.
+        Autograd adds to the sum in place. Then DDP may copy it into a bucket's view, which takes its place in `.grad`,
+        with those that this round did not reach. Under create_graph autograd adds out of place, and the result requires
+        grad.
         """
-        for p, s, v in zip(params, self.accumulated_grads, self._returned_at or (), strict=True):
+        triples = list(zip(params, self.accumulated_grads, self._returned_at or (), strict=True))
+        reached = any(s is not None and dtensor.version(s) != v for _, s, v in triples)
+        for p, s, v in triples:
             g = p.grad
-            if s is not None and g is not s and dtensor.version(s) == v and not (g is not None and g.requires_grad):
+            if s is None or g is s or dtensor.version(s) != v:
+                continue
+            if g is None or not (g.requires_grad or (reached and g._is_view())):
                 yield p, s
 
     def add_cleared_sum(self, params: list[Tensor]) -> None:

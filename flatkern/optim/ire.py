@@ -77,6 +77,7 @@ class Mask:
         if self._enhancement is None:
             raise RuntimeError("update_mask: this optimizer has no enhancement; pass enhance=flatkern.IRE(kappa=...)")
         cycle.require("update_mask")
+        cycle.groups.check_changed()
         if is_capturing():
             raise RuntimeError(
                 "update_mask: a CUDA graph is being captured, and a mask needs the host; update it outside"

@@ -104,7 +104,7 @@ class SGD(FusedOptimizer):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
     def prepare(self, bucket: Bucket, shared: SharedArguments) -> Call:
-        numbers = {**bucket.columns("sgd", NUMBERS if shared.lrs is None else NUMBERS_ON_DEVICE), **shared.numbers}
+        numbers = {**shared.numbers, **bucket.columns("sgd", NUMBERS if shared.lrs is None else NUMBERS_ON_DEVICE)}
         buffers, after = None, None
         if bucket.groups[0]["momentum"] != 0:
             (buffers,), created = self.cycle.state.get(bucket, ("momentum_buffer",))

@@ -17,10 +17,11 @@ from ..checks import LayoutError
 from .amp import NO_AMP, Amp
 from .buckets import Bucket, Call, Partition
 from .cycle import Cycle
-from .gradients import Final, gradients_of
+from .draw import draw, draw_again, noise_call, perturbed_partition
+from .gradients import Final, gradients_of, show_unscaled
 from .groups import Group
 from .ire import Mask
-from .perturb import NoPerturbation, draw, draw_again, global_norm, noise_call, perturbed_partition
+from .perturb import NoPerturbation, global_norm
 from .weights import CleanStore
 
 IN_PLACE = CleanStore(None, None)
@@ -102,13 +103,16 @@ class Step:
         """
         cycle = self.cycle
         params = cycle.groups.params()
-        final = self.perturbation.final(cycle, params, gradients_of(params), self.amp)
+        grads = gradients_of(params)
+        final = self.perturbation.final(cycle, params, grads, self.amp)
         if final is None:
             restore(self.perturbation, cycle)
         elif self.perturbation.rolling:
             self._run_rolling(params, final)
         else:
             self._update(params, final)
+            if final.unscaled and final.clean is not None:
+                show_unscaled(params, grads, final.clean)
             if self.perturbation.moves:
                 if final.clean is None and cycle.gradients.accumulated_grads:
                     cycle.gradients.show_sum(params)
@@ -119,6 +123,7 @@ class Step:
         cycle, weights = self.cycle, self.cycle.weights
         partition = weights.partition
         if partition is None:
+            weights.check_alone("step", params)
             # Distributed checkpointing creates the state by a step with lr 0, on weights that it wants unchanged.
             no_state = not cycle.groups.state()
             creates_state = no_state and all(cycle.scalars.host_value(g, "lr") == 0 for g in cycle.groups)
@@ -223,7 +228,7 @@ class Step:
             weights = bucket.columns("signed", SIGNED)
         else:
             weights = {"grad_weight": bucket.ones, "clean_weight": zeros}
-        absent = {"kappa": zeros, "beta": zeros, "sigma": zeros, "eta": zeros}
+        absent = {"lr": zeros, "kappa": zeros, "beta": zeros, "sigma": zeros, "eta": zeros}
         return {**weights, **absent, "index": bucket.index, "offset": bucket.offset}
 
     def _clip(self, buckets: list[Bucket], shared: list[SharedArguments], limit: float) -> None:

@@ -13,8 +13,8 @@ from ..checks import check_gradient
 from ..methods import IRE, RWP, SAM
 from .base import FlatOptimizer
 from .buckets import Bucket, Call
+from .draw import noise_call
 from .groups import Group, Setup
-from .perturb import noise_call
 from .state import OWN_KEYS
 from .step import Prepared, SharedArguments
 
@@ -206,6 +206,8 @@ class Wrap(FlatOptimizer):
         # torch casts every state tensor to its parameter's dtype; the base's keep theirs.
         for p, entry in loaded.state.items():
             for name, value in entry.items():
+                if name == "step":
+                    continue  # torch leaves it as it was saved
                 present = self.state[p].get(name) if p in self.state else None
                 if isinstance(present, Tensor) and isinstance(value, Tensor) and present.dtype != value.dtype:
                     self.state[p][name] = value
