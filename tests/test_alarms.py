@@ -4,6 +4,7 @@ The handler of an alarm raises at several moments of a call on a million weights
 same line by line, without a clock.
 """
 
+import gc
 import signal
 import threading
 import time
@@ -37,6 +38,7 @@ def raise_interrupted(*_):
 def interrupt(call, after):
     """Runs `call`, and has a signal handler raise in it; True if it did."""
     previous = signal.signal(signal.SIGALRM, raise_interrupted)
+    gc.disable()  # what restores the weights of a collected optimizer is not what is interrupted here
     try:
         signal.setitimer(signal.ITIMER_REAL, after)
         call()
@@ -46,6 +48,7 @@ def interrupt(call, after):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+        gc.enable()
         torch.set_grad_enabled(True)  # torch's no_grad() is Python, and may be interrupted while it is left
     return False
 

@@ -258,14 +258,6 @@ def test_restore_is_exact_for_any_bits(kind, dtype, backend):
 
 # --- G8: neutral ----------------------------------------------------------------------------------
 
-NEUTRAL = {
-    "RWP": {"sigma": 0.0},
-    "ARW": {"sigma": 0.0},
-    "rol": {"sigma": 0.0},
-    "SAM": {"rho": 0.0},
-    "ASA": {"rho": 0.0},
-}
-
 
 @pytest.mark.parametrize(
     ("backend", "base", "precision"), [case for case in CASES if case[2] != "fp16"], indirect=["backend"]
@@ -276,7 +268,8 @@ def test_neutral(name, base, precision, backend):
     dtype, masters = PRECISIONS[precision]
     method = METHODS[name]
     options = {"master_weights": True} if masters else {}
-    run = Training(method.make(**NEUTRAL[name.removeprefix("m")[:3]]), base, dtype, backend=backend, **options)
+    strength = "rho" if "rho" in method.make().defaults else "sigma"
+    run = Training(method.make(**{strength: 0.0}), base, dtype, backend=backend, **options)
     train(run, method.user)
     run.opt.eval()
     reference = Training(None, base, dtype, backend=backend, **options)

@@ -327,6 +327,10 @@ class AscentPerturbation(NoPerturbation):
     def is_described_by(self, saved: Group, group: Group) -> bool:
         return "rho" in saved and ("eta" in saved) == ("eta" in group)
 
+    def rho(self, bucket: Bucket) -> list[float]:
+        """The radius per parameter; negative ones descend."""
+        return bucket.columns("rho", RHO)["rho"]
+
     def eta(self, bucket: Bucket) -> list[float]:
         """eta of T_w per parameter, -1 where T_w = 1."""
         return bucket.constant(-1.0)
@@ -363,7 +367,7 @@ class AscentPerturbation(NoPerturbation):
         """perturb_ascent_ on every bucket, by the norm of the gradient over all of them, scaled by T_w for ASAM."""
         norms, calls = [], []
         for bucket, store in zip(partition.buckets, stores, strict=True):
-            eta, rho, climbed = self.eta(bucket), bucket.columns("rho", RHO)["rho"], bucket.gradients(grads, lay_out)
+            rho, eta, climbed = self.rho(bucket), self.eta(bucket), bucket.gradients(grads, lay_out)
             norm = torch.zeros((), dtype=torch.float32, device=bucket.device)
             weights = (store.masters or bucket.params) if any([e >= 0 for e in eta]) else None
             bucket.op("ascent_norm_")(norm, weights, climbed, eta=eta)
