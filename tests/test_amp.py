@@ -42,7 +42,7 @@ def test_scale_cancels(name, base, backend):
     assert runs[1].scaler.get_scale() == 2.0**10
 
 
-@pytest.mark.filterwarnings("ignore:.*climbs on bfloat16")
+@pytest.mark.filterwarnings("ignore:.*ascends on bfloat16")
 @pytest.mark.parametrize("name", USERS)
 def test_scale_cancels_with_masters(name, backend):
     runs = [make(name, backend, scaler, **HALF) for scaler in (None, make_scaler())]
@@ -172,7 +172,7 @@ OVERFLOWS = [
 ]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:.*climbs on bfloat16")
+@pytest.mark.filterwarnings("ignore:.*ascends on bfloat16")
 @pytest.mark.parametrize(
     ("backend", "name", "passes", "options"),
     backends(

@@ -212,7 +212,7 @@ FAILURES = backends(
 )
 
 
-@pytest.mark.filterwarnings("ignore:.*climbs on bfloat16")
+@pytest.mark.filterwarnings("ignore:.*ascends on bfloat16")
 @pytest.mark.parametrize(("backend", "name", "failing", "options", "error"), FAILURES, indirect=["backend"], ids=str)
 def test_closure_raises(name, failing, options, error, backend):
     """At any call: clean weights, nothing pending, and the step can be done again as if the failed one had not been."""

@@ -122,7 +122,7 @@ def calls(monkeypatch):
 
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("row", FLOORS)
-@pytest.mark.filterwarnings("ignore:.*climbs on")
+@pytest.mark.filterwarnings("ignore:.*ascends on")
 def test_launches(row, clip, calls):
     """As many op calls as stated, for one tensor and one group as for forty tensors in four groups."""
     method, own, *_ = FLOORS[row]

@@ -28,7 +28,7 @@ PRECISIONS = {
     "bf16 masters": (torch.bfloat16, True),
 }
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*climbs on bfloat16")
+pytestmark = pytest.mark.filterwarnings("ignore:.*ascends on bfloat16")
 
 # --- the table ------------------------------------------------------------------------------------
 

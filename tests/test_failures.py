@@ -22,7 +22,7 @@ options = pytest.mark.parametrize(
     indirect=["backend"],
     ids=str,
 )
-pytestmark = pytest.mark.filterwarnings("ignore:.*climbs on bfloat16")
+pytestmark = pytest.mark.filterwarnings("ignore:.*ascends on bfloat16")
 
 
 class Failing(torch.autograd.Function):

@@ -233,7 +233,7 @@ IN_EAGER = [(kind, "SGD", before, name, {})
                                        ("rolling", "eval", "train"))]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:.*climbs on bfloat16")
+@pytest.mark.filterwarnings("ignore:.*ascends on bfloat16")
 @pytest.mark.parametrize(
     ("backend", "kind", "rule", "before", "name", "own"),
     [*(("cpp", *row) for row in MOVES), *(("eager", *row) for row in IN_EAGER)],
@@ -300,7 +300,7 @@ def updated(make, call):
     return run.weights()
 
 
-@pytest.mark.filterwarnings("ignore:.*climbs on bfloat16")
+@pytest.mark.filterwarnings("ignore:.*ascends on bfloat16")
 @pytest.mark.parametrize(
     ("backend", "kind", "rule", "before", "own"),
     [*(("cpp", *row) for row in STEPS), *(("eager", *row) for row in STEPS_IN_EAGER)],

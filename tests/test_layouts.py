@@ -21,7 +21,7 @@ METHODS = {
 OWN = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 STEPS = 4
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*climbs on")
+pytestmark = pytest.mark.filterwarnings("ignore:.*ascends on")
 
 
 def sgd(params, method=None, **own):

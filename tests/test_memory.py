@@ -36,7 +36,7 @@ PRECISIONS = {"fp32": (torch.float32, {}), "bf16": (torch.bfloat16, {}),
               "masters": (torch.bfloat16, {"master_weights": True})}  # fmt: skip
 CASES = [(m, b, p) for m in METHODS for b in BASES for p in PRECISIONS if (b, p) != ("Wrap", "masters")]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*climbs on")
+pytestmark = pytest.mark.filterwarnings("ignore:.*ascends on")
 
 
 @pytest.fixture(autouse=True)

@@ -54,7 +54,7 @@ def test_steps(kind, base, backend):
     assert_same_run(last, other)
 
 
-@pytest.mark.filterwarnings("ignore:.*climbs on bfloat16")
+@pytest.mark.filterwarnings("ignore:.*ascends on bfloat16")
 @pytest.mark.parametrize("own", [{"masters": True}, {"max_grad_norm": 0.1}, {"enhance": IRE(1.0, 0.5)}], ids=str)
 @pytest.mark.parametrize("kind", ["plain", "ARWP", "m-RWP", "SAM", "rolling"])
 def test_options(kind, own, backend):

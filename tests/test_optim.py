@@ -365,7 +365,7 @@ def test_zeroed_gradients_are_not_fresh():
     sam = flatkern.SGD(params, perturb=flatkern.SAM())
     gradients(params, 0)
     sam.zero_grad(set_to_none=False)
-    with pytest.raises(RuntimeError, match=r"there is no fresh one in \.grad"):
+    with pytest.raises(RuntimeError, match=r"there is no new one in \.grad"):
         sam.perturb()
     rwp = flatkern.SGD(params, perturb=flatkern.RWP())
     gradients(params, 0)

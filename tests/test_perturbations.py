@@ -261,7 +261,7 @@ GRAVE = [{}, {"dtype": torch.bfloat16, "master_weights": True}, {"dtype": torch.
 CASES = backends([(name, options) for name in SOME for options in GRAVE], lambda name, options: not options)
 
 
-@pytest.mark.filterwarnings("ignore:.*climbs on bfloat16")
+@pytest.mark.filterwarnings("ignore:.*ascends on bfloat16")
 @pytest.mark.parametrize(("backend", "name", "options"), CASES, indirect=["backend"], ids=str)
 def test_collected_while_perturbed(name, options, backend):
     run = perturbed(name, backend, **options)
@@ -286,7 +286,7 @@ def test_second_optimizer_of_perturbed_weights(name, backend):
     flatkern.AdamW(run.net.parameters(), backend=backend)
 
 
-@pytest.mark.filterwarnings("ignore:.*climbs on bfloat16")
+@pytest.mark.filterwarnings("ignore:.*ascends on bfloat16")
 @pytest.mark.parametrize(("backend", "name", "options"), CASES, indirect=["backend"], ids=str)
 def test_clean(name, options, backend):
     """Clean inside, also when left by an exception; the same perturbed bits after, and the same step."""

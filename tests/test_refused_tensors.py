@@ -138,7 +138,7 @@ STATE = [  # method, rule, what came before, the call, the key, and what else th
 ]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:.*climbs on bfloat16")
+@pytest.mark.filterwarnings("ignore:.*ascends on bfloat16")
 @pytest.mark.parametrize(
     ("backend", "kind", "rule", "before", "name", "key", "own"), backends(STATE, in_sgd), indirect=["backend"], ids=str
 )

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 
 import flatkern
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*climbs on")
+pytestmark = pytest.mark.filterwarnings("ignore:.*ascends on")
 
 BATCHES = networks.batches(10)
 BEFORE, AFTER = 3, 2  # steps before and after the checkpoint

@@ -134,7 +134,7 @@ def test_a_copy_is_left_to_nobody(driver, monkeypatch):
 
 
 def test_no_warning_is_anybody_s():
-    """SAM climbs on bfloat16 weights, of which it says how many moved."""
+    """SAM ascends on bfloat16 weights, of which it says how many moved."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert jobs_of(make("SGD", "SAM", FEW, half=(torch.bfloat16,)))

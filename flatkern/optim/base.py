@@ -219,7 +219,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         cycle.weights.check_alone("perturb", params)
         if scaler is not None:
             amp.check_not_unscaled(scaler, self)
-        new = cycle.gradients.is_new(params)
+        new = cycle.gradients.was_given(params)
         perturbation.check(cycle, params, new, scaler)
         try:
             perturbation.move(cycle, params, new, scaler)

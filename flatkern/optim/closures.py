@@ -46,7 +46,7 @@ def step(opt: Passes, closure: Closure | list[Closure], scaled: bool) -> Any:
     if not closures or not all(callable(c) for c in closures):
         raise TypeError(f"step: closure is {closure!r}, but should be a callable or a list of them")
     params = cycle.groups.params()
-    new, perturbed = cycle.gradients.is_new(params), cycle.weights.partition is not None
+    new, perturbed = cycle.gradients.was_given(params), cycle.weights.partition is not None
     kind = "one" if new or perturbed else perturbation.closures
     _check_number(kind, closures)
     if kind == "none":
@@ -124,8 +124,8 @@ def _nothing_more(opt: Passes, closures: list[Closure], params: list[Tensor]) ->
             changed = p.grad is not known[0] or dtensor.version(known[0]) != known[1]
         if changed:
             raise RuntimeError(
-                "step: there were fresh gradients in .grad and the closure added to them or replaced them; "
-                "call zero_grad() before step(closure), or step() without a closure"
+                "step: there were gradients in .grad that no step has used, and the closure added to them or replaced "
+                "them; call zero_grad() before step(closure), or step() without a closure"
             )
     opt.step_without_closure()
     return loss

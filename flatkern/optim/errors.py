@@ -31,7 +31,7 @@ def warn_never_perturbed(optimizer: str, method: str, pattern: str) -> None:
 def warn_rounded_away(method: str, moved: int, total: int) -> None:
     """SAM's ascent on bfloat16 weights is often below half an ulp."""
     warnings.warn(
-        f"{method} climbs on bfloat16 weights: {moved / total:.0%} of {total} weights moved; "
+        f"{method} ascends on bfloat16 weights: {moved / total:.0%} of {total} weights moved; "
         "for the rest the step is below half an ulp; float32 weights under autocast are perturbed fully",
         UserWarning,
         stacklevel=5,

@@ -90,6 +90,19 @@ class Ledger:
         self._last_used = None  # whatever comes next is new, even the same tensor put back by hand
         return False
 
+    def was_given(self, params: list[Tensor]) -> bool:
+        """`is_new`, but that gradients of the last step which somebody else has zeroed in place are used ones.
+
+        On a GPU the host would have to wait to know, and they count as new.
+        """
+        if not self.is_new(params):
+            return False
+        first = next(p.grad for p in params if p.grad is not None)
+        if not (first.is_cpu and self.holds_zeros_only(params)):
+            return True
+        self.mark_zeroed(params)
+        return False
+
     def holds_zeros_only(self, params: list[Tensor]) -> bool:
         """True if the gradients are tensors of the last step that somebody else has zeroed in place."""
         first = next((p.grad for p in params if p.grad is not None), None)
@@ -138,9 +151,9 @@ class Ledger:
     def _cleared(self, params: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Parameters whose `.grad` has lost its sum, with that sum.
 
-        Autograd adds to the sum in place. Then DDP may copy it into a bucket's view, which takes its place in `.grad`,
-        with those that this round did not reach. Under create_graph autograd adds out of place, and the result requires
-        grad.
+        Autograd adds to the sum in place. Then DDP may copy it into a bucket's view, or others into a tensor of theirs,
+        which takes its place in `.grad`; with those that this round did not reach, where the copy is the sum. Under
+        create_graph autograd adds out of place, and the result requires grad.
         """
         triples = list(zip(params, self.accumulated_grads, self._returned_at or (), strict=True))
         reached = any(s is not None and dtensor.version(s) != v for _, s, v in triples)
@@ -148,7 +161,8 @@ class Ledger:
             g = p.grad
             if s is None or g is s or dtensor.version(s) != v:
                 continue
-            if g is None or not (g.requires_grad or (reached and g._is_view())):
+            copied = g is not None and reached and (g._is_view() or torch.equal(dtensor.local(g), dtensor.local(s)))
+            if g is None or not (g.requires_grad or copied):
                 yield p, s
 
     def add_cleared_sum(self, params: list[Tensor]) -> None:

@@ -143,8 +143,8 @@ class RandomPerturbation(NoPerturbation):
     def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
         if new and not cycle.gradients.holds_zeros_only(params):
             raise RuntimeError(
-                "perturb: there is a fresh gradient in .grad and RWP has one gradient, taken at the perturbed weights, "
-                "so it would be lost; call opt.zero_grad() if it is not wanted. "
+                "perturb: there is a gradient in .grad that no step has used, and RWP has one gradient, taken at the "
+                "perturbed weights, so it would be lost; call opt.zero_grad() if it is not wanted. "
                 f"The pattern is: {self.pattern}"
             )
 
@@ -338,8 +338,8 @@ class AscentPerturbation(NoPerturbation):
     def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
         if not new:
             raise RuntimeError(
-                f"perturb: {self.name} climbs along the gradient at the clean weights, but there is no "
-                f"fresh one in .grad; the pattern is: {self.pattern}"
+                f"perturb: {self.name} ascends along the gradient at the clean weights, but there is no new one in "
+                f".grad since the last step; the pattern is: {self.pattern}"
             )
 
     def move(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
@@ -367,12 +367,12 @@ class AscentPerturbation(NoPerturbation):
         """perturb_ascent_ on every bucket, by the norm of the gradient over all of them, scaled by T_w for ASAM."""
         norms, calls = [], []
         for bucket, store in zip(partition.buckets, stores, strict=True):
-            rho, eta, climbed = self.rho(bucket), self.eta(bucket), bucket.gradients(grads, lay_out)
+            rho, eta, ascended = self.rho(bucket), self.eta(bucket), bucket.gradients(grads, lay_out)
             norm = torch.zeros((), dtype=torch.float32, device=bucket.device)
             weights = (store.masters or bucket.params) if any([e >= 0 for e in eta]) else None
-            bucket.op("ascent_norm_")(norm, weights, climbed, eta=eta)
+            bucket.op("ascent_norm_")(norm, weights, ascended, eta=eta)
             norms.append((bucket.ranks, norm))
-            calls.append(Call(bucket, "perturb_ascent_", (bucket.params, *store, climbed), {"rho": rho, "eta": eta}))
+            calls.append(Call(bucket, "perturb_ascent_", (bucket.params, *store, ascended), {"rho": rho, "eta": eta}))
         total = global_norm(norms) if norms else None
         for call in calls:
             call.args += (total.to(call.bucket.device),)  # type: ignore[union-attr]
