@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class Final:
     rounds: int = 1  # whose sum `perturbed` is
     at_perturbed_weights: bool = False  # then ARWP's history sees it
     unscaled: bool = False  # a GradScaler's factor is off already
+    from_grad: bool = True  # `perturbed` is what is in `.grad`
 
     def has(self, k: int) -> bool:
         """True if parameter `k` has a gradient of any pass."""
@@ -41,6 +43,11 @@ def gradients_of(params: list[Tensor]) -> Grads:
                 p.grad = p.grad.resolve_neg()
         return [p.grad for p in params]
     return grads
+
+
+def resolved(grads: Grads) -> Grads:
+    """Gradients that waited outside of `.grad`, without the negative bit; see `gradients_of`."""
+    return [None if g is None else g.resolve_neg() for g in grads]
 
 
 def clear(params: list[Tensor]) -> None:
@@ -144,9 +151,11 @@ class Ledger:
         sums = zip(params, self.accumulated_grads, self._returned_at, strict=True)
         return any(p.grad is not None and (p.grad is not s or dtensor.version(s) != v) for p, s, v in sums)
 
-    def sum_was_cleared(self, params: list[Tensor]) -> bool:
+    def sum_was_cleared(self, params: list[Tensor], grads: Grads) -> bool:
         """True if somebody else has taken the sum of earlier rounds out of `.grad`."""
-        return self._returned_at is not None and any(True for _ in self._cleared(params))
+        if self._returned_at is None or all(map(is_, grads, self.accumulated_grads)):
+            return False
+        return any(True for _ in self._cleared(params))
 
     def _cleared(self, params: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Parameters whose `.grad` has lost its sum, with that sum.
@@ -177,9 +186,11 @@ class Ledger:
 
     def set_aside(self, params: list[Tensor], counted: bool) -> None:
         """The end of a round: its gradients join the sum, outside of `.grad`."""
-        if self._returned_at is not None:
+        grads = [p.grad for p in params]
+        if self.sum_was_cleared(params, grads):
             self.add_cleared_sum(params)
-        self.accumulated_grads = self.take(params)
+            grads = [p.grad for p in params]
+        self.accumulated_grads = self.take(params, grads)
         self._returned_at = None
         self.rounds += counted
 
@@ -209,13 +220,12 @@ class Ledger:
             if p.grad is None:
                 p.grad = g
 
-    def take(self, params: list[Tensor]) -> Grads:
-        """Empty `.grad` and return what was there: pointers, or copies of views that others overwrite (DDP's)."""
-        taken = gradients_of(params)
+    def take(self, params: list[Tensor], grads: Grads) -> Grads:
+        """Empty `.grad` of `grads`, and return them: pointers, or copies of views that others overwrite (DDP's)."""
         for p in params:
             p.grad = None
         self._last_used = None
-        return [g.clone() if g is not None and g._is_view() else g for g in taken]
+        return [g.clone() if g is not None and g._is_view() else g for g in grads]
 
     def drop_round(self, params: list[Tensor]) -> None:
         """After an exception: this round's gradients are dropped, and what m-RWP waits with; earlier rounds stay."""

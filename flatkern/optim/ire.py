@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import dtensor
@@ -91,7 +92,8 @@ class Mask:
                 "update_mask: no parameter has a gradient; run flatkern.sampled_label_loss(model(x)).backward() first"
             )
         for k, p in enumerate(seen):
-            check_gradient(f"update_mask: grads[{k}]", dtensor.local(p.grad), dtensor.local(p))
+            if p.grad.layout is not torch.strided:
+                check_gradient(f"update_mask: grads[{k}]", dtensor.local(p.grad), dtensor.local(p))
         grads = [like(p.grad, p) for p in seen]
         backend, total = cycle.groups.setup.backend, sum(g.numel() for g in grads)
         shards = shards_of(grads)
@@ -118,8 +120,8 @@ class Mask:
             here = [dtensor.local(masks[seen[k]]) for k in shard.at]
             pack = resolve("pack_mask_", shard.device.type, cycle.groups.setup.backend)
             pack(here, shard.grads, threshold.to(shard.device))
+        # What has no gradient has no mask; a parameter that is left out or frozen now may have one from before.
         reached = {id(p) for p in seen}
-        # What has no gradient has no mask; a parameter that is frozen now may have one from before.
-        for p, mask in cycle.state.existing("mask"):
-            if id(p) not in reached:
-                dtensor.local(mask).zero_()
+        others = (p for group in cycle.groups for p in group["params"] if p not in masks)
+        for mask in (*(masks[p] for p in params if id(p) not in reached), *cycle.state.existing("mask", others)):
+            dtensor.local(mask).zero_()

@@ -20,7 +20,7 @@ from .buckets import Bucket, Call, Partition
 from .cycle import Cycle
 from .draw import draw
 from .errors import warn_rounded_away
-from .gradients import Final, Grads, gradients_of, mean_is_over_ranks
+from .gradients import Final, Grads, gradients_of, mean_is_over_ranks, resolved
 from .groups import Group
 from .weights import CleanStore
 
@@ -103,7 +103,8 @@ class NoPerturbation:
                 f"step: {self.name} has {rounds} finished rounds and a gradient at clean weights that "
                 "belongs to none; call perturb() for another round, or zero_grad()"
             )
-        return Final(ledger.accumulated_grads, rounds=rounds, at_perturbed_weights=True)
+        summed = resolved(ledger.accumulated_grads)
+        return Final(summed, rounds=rounds, at_perturbed_weights=True, from_grad=False)
 
 
 class RandomPerturbation(NoPerturbation):
@@ -210,7 +211,7 @@ class MixedPerturbation(RandomPerturbation):
     def keep_clean_gradient(self, cycle: Cycle, params: list[Tensor]) -> None:
         if cycle.unscaled.scaler is not None:
             cycle.skip_if(cycle.unscaled.unscale(cycle.groups.listed()))
-        cycle.gradients.clean = cycle.gradients.take(params)
+        cycle.gradients.clean = cycle.gradients.take(params, gradients_of(params))
 
     def end_round(self, cycle: Cycle, params: list[Tensor], counted: bool) -> None:
         if counted and cycle.unscaled.scaler is not None and not cycle.gradients.clean:
@@ -229,13 +230,13 @@ class MixedPerturbation(RandomPerturbation):
         self._check_passes(cycle, rounds, new_clean, amp)
         if not new_clean:
             if not perturbed:
-                grads = ledger.accumulated_grads
+                grads = resolved(ledger.accumulated_grads)
             elif ledger.rounds:
                 grads = with_earlier_rounds(cycle, params, grads)
             return Final(grads, ledger.clean, rounds, True)
         # restore() has unscaled the perturbed gradients; `.grad`, the clean one, still carries the scale.
         clean = grads if amp.grad_scale is None else _times(grads, amp.grad_scale.reciprocal())
-        return Final(ledger.accumulated_grads, clean, rounds, True, unscaled=True)
+        return Final(resolved(ledger.accumulated_grads), clean, rounds, True, unscaled=True)
 
     def _check_passes(self, cycle: Cycle, rounds: int, new_clean: bool, amp: Amp) -> None:
         perturbed, clean = cycle.weights.partition is not None, cycle.gradients.clean
@@ -429,7 +430,7 @@ def global_norm(norms: list[tuple[dtensor.Ranks, Tensor]]) -> Tensor:
 
 def with_earlier_rounds(cycle: Cycle, params: list[Tensor], grads: Grads) -> Grads:
     """`grads` with the sum of earlier rounds, which is in `.grad` unless somebody else has cleared it since."""
-    if not cycle.gradients.sum_was_cleared(params):
+    if not cycle.gradients.sum_was_cleared(params, grads):
         return grads
     if mean_is_over_ranks():
         # Earlier rounds ran unsynchronized, so that a sum kept by each rank would part the replicas.

@@ -5,7 +5,7 @@ Our own keys beside a base rule's are "master", "history" and "mask".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -93,13 +93,13 @@ class State:
             return self.deferred.setdefault(p, {})
         return state[p]  # type: ignore[no-any-return]
 
-    def existing(self, key: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Our own state `key`, of the parameters that have it."""
+    def existing(self, key: str, params: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Our own state `key` of those of `params` that have it."""
         state = self._groups.state()
-        for p in self._groups.params():
+        for p in params:
             for entry in (state.get(p, {}), self.deferred.get(p, {})):
                 if key in entry:
-                    yield p, entry[key]
+                    yield entry[key]
 
     def settle_deferred(self) -> None:
         """What waited joins the state that the base has created by now."""

@@ -114,7 +114,7 @@ class Step:
             if final.unscaled and final.clean is not None:
                 show_unscaled(params, grads, final.clean)
             if self.perturbation.moves:
-                if final.clean is None and cycle.gradients.accumulated_grads:
+                if final.clean is None and not final.from_grad:
                     cycle.gradients.show_sum(params)
                 cycle.drop_pending()
         cycle.gradients.mark_used(params)
