@@ -58,6 +58,8 @@ class Cycle:
 
     def require(self, call: str) -> Phase:
         """Refuse `call` in a phase, or between gradients, that it may not meet; returns the phase."""
+        if self.weights.unfinished:
+            self.weights.restore()
         phase = self.weights.phase
         if phase not in TRANSITIONS["rolling step" if self.rolling and call == "step" else call]:
             if phase is SUSPENDED:
@@ -71,8 +73,7 @@ class Cycle:
 
     def undo(self) -> None:
         """A call from clean weights has failed: clean weights, and none of the state that it has created."""
-        if self.weights.partition is not None:
-            self.weights.restore()
+        self.weights.restore()
         self.state.undo_created()
 
     def skip_if(self, flags: list[Tensor]) -> None:

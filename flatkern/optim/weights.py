@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import dtensor
 from ..checks import LayoutError
 from ..tables import same_layout
-from .buckets import Bucket, Call, Partition
+from .buckets import MAX_PARTITIONS, Bucket, Call, Partition
 from .layouts import like
 from .phase import CLEAN, PERTURBED, SUSPENDED
 from .scalars import is_capturing
@@ -76,6 +76,9 @@ class Weights:
         self.partition: Partition | None = None  # of the perturbed parameters; None: all weights are clean
         self.phase = CLEAN
         self.ever_perturbed = False
+        self.unfinished = (
+            False  # some weights are perturbed and some are not: a call was interrupted, and its undoing too
+        )
         self.backups: dict[Tensor, Tensor] = {}  # scratch, kept for the optimizer's life
         self._state = state
         self._held: list[Held] = []
@@ -91,6 +94,8 @@ class Weights:
                 held = frozenset() if self.partition is None else self.partition.members
                 return CleanStore(None, self._state.masters(bucket.params, held, self._clean_copy))
             found = CleanStore([self._backup(p) for p in bucket.params], None)
+            if len(self._stores) >= MAX_PARTITIONS:
+                self._stores.clear()
             self._stores[bucket] = found
         return found
 
@@ -141,12 +146,16 @@ class Weights:
             The calls, which have run.
         """
         try:
-            return self._run(partition, prepare, again=False)
-        except LayoutError:
-            # A memory format stands in the way of a bucket. Everything follows the parameters, once.
+            try:
+                return self._run(partition, prepare, again=False)
+            except LayoutError:
+                # A memory format stands in the way of a bucket. Everything follows the parameters, once.
+                self.restore()
+                self.lay_out(partition.buckets)
+                return self._run(partition, prepare, again=True)
+        except BaseException:
             self.restore()
-            self.lay_out(partition.buckets)
-            return self._run(partition, prepare, again=True)
+            raise
 
     def _run(self, partition: Partition, prepare: Prepare, again: bool) -> list[Call]:
         stores = [self.store(bucket) for bucket in partition.buckets]
@@ -156,6 +165,7 @@ class Weights:
                 call.check()  # an op checks before it writes, but the last one would come after the first has written
         # The weights count as perturbed from before the first write, so that whatever comes between leaves weights that
         # are known: restore() puts back what was written, and no more.
+        self.unfinished = True
         self._held = [
             Held(c.bucket, s.masters or s.backups or [], c.marks(), c) for c, s in zip(calls, stores, strict=True)
         ]
@@ -170,6 +180,7 @@ class Weights:
         """The weights of `partition` are perturbed now, by calls that have all returned."""
         pairs = zip(partition.buckets, stores, strict=True)
         self._held = [Held(b, s.masters or s.backups or [], b.versions()) for b, s in pairs]
+        self.unfinished = False
         self.partition, self.phase = partition, PERTURBED
         self.ever_perturbed = True
         for bucket in partition.buckets:
@@ -201,6 +212,7 @@ class Weights:
         if self.partition is not None:
             self.partition, self.phase = None, CLEAN
             self._held = []
+            self.unfinished = False
             perturbing.discard(self)
         torch.clear_autocast_cache()
 
