@@ -320,6 +320,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         if ledger.holds_sum_in_grad:  # of a step that has failed
             ledger.set_aside(params, counted=False)
         super().zero_grad(set_to_none)
+        ledger.squares = {}
         ledger.mark_zeroed(params)
 
     # --- rolling ---------------------------------------------------------------------------------

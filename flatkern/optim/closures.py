@@ -87,6 +87,7 @@ def abort_round(cycle: Cycle, rounds_before: int | None = None) -> None:
     else:
         cycle.weights.restore()
     cycle.gradients.drop_round(cycle.groups.params())
+    cycle.drop_ascent()
     cycle.unscaled.scaler = None
     if not cycle.gradients.rounds:
         cycle.drop_pending()

@@ -46,6 +46,7 @@ class Cycle:
         self.weights = Weights(self.state)
         self.unscaled = Unscaled()
         self.nonfinite: Tensor | None = None  # nonzero: a gradient that the coming step depends on was not finite
+        self.before_ascent: tuple[Tensor | None] | None = None  # `nonfinite` before the last ascent
         self.ascent_norm: Tensor | None = None
         self.grad_norm: Tensor | None = None
         self.steps = 0
@@ -82,9 +83,13 @@ class Cycle:
             known = self.nonfinite
             self.nonfinite = flag if known is None else torch.maximum(known, flag.to(known.device))
 
+    def drop_ascent(self) -> None:
+        """A round has no gradient, so whether its ascent was finite does not matter."""
+        if self.before_ascent is not None:
+            (self.nonfinite,) = self.before_ascent
+
     def drop_pending(self) -> None:
         """Forget the gradients of an unfinished step."""
+        self.nonfinite = self.before_ascent = None
+        self.unscaled.forget()
         self.gradients.drop()
-        self.nonfinite = None
-        if self.unscaled.scaler is not None:
-            self.unscaled.forget()

@@ -19,6 +19,14 @@ def refuse_while_pending(call: str) -> None:
     )
 
 
+def refuse_lost_sum() -> None:
+    raise RuntimeError(
+        "step: .grad was cleared after this round had added its gradient to the sum of earlier rounds, and the two "
+        "cannot be parted again; drop the rounds by restore() and release(). Between rounds call opt.zero_grad(), "
+        "which keeps the sum, not model.zero_grad()"
+    )
+
+
 def warn_never_perturbed(optimizer: str, method: str, pattern: str) -> None:
     warnings.warn(
         f"{optimizer} has {method} but has not perturbed in its first 10 steps, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
 
@@ -26,6 +26,7 @@ class Final:
     at_perturbed_weights: bool = False  # then ARWP's history sees it
     unscaled: bool = False  # a GradScaler's factor is off already
     from_grad: bool = True  # `perturbed` is what is in `.grad`
+    squares: dict[Tensor, Tensor] = field(default_factory=dict)  # mix="losses": what ARWP's history takes
 
     def has(self, k: int) -> bool:
         """True if parameter `k` has a gradient of any pass."""
@@ -74,6 +75,7 @@ class Ledger:
         self.rounds = 0  # perturbed rounds that restore() completed
         self.accumulated_grads: Grads = []  # the sum of their gradients, by parameter; empty without rounds
         self.clean: Grads = []  # m-RWP's gradient at clean weights, by parameter; or empty
+        self.lost = False  # somebody else has cleared the sum when a round had added to it
         self.squares: dict[Tensor, Tensor] = {}  # mix="losses": what ARWP's history will take of the perturbed pass
         self._returned_at: list[int | None] | None = None  # versions of the sum when it went back to `.grad`
         self._last_used: tuple[Any, int] | None = None  # the first gradient that was used up: weak reference, version
@@ -85,7 +87,7 @@ class Ledger:
         """True if `.grad` holds a gradient that the last call did not use up."""
         for p in params:
             grad = p.grad
-            if grad is not None:
+            if grad is not None and p.requires_grad:  # a frozen parameter may keep an old one
                 mark = self._last_used
                 if mark is None or mark[0]() is not grad or mark[1] != dtensor.version(grad):
                     return True
@@ -104,7 +106,7 @@ class Ledger:
         """
         if not self.is_new(params):
             return False
-        first = next(p.grad for p in params if p.grad is not None)
+        first = next(p.grad for p in params if p.grad is not None and p.requires_grad)
         if not (first.is_cpu and self.holds_zeros_only(params)):
             return True
         self.mark_zeroed(params)
@@ -112,7 +114,7 @@ class Ledger:
 
     def holds_zeros_only(self, params: list[Tensor]) -> bool:
         """True if the gradients are tensors of the last step that somebody else has zeroed in place."""
-        first = next((p.grad for p in params if p.grad is not None), None)
+        first = next((p.grad for p in params if p.grad is not None and p.requires_grad), None)
         known = first is not None and self._last_used is not None and self._last_used[0]() is first
         return known and not any(bool(dtensor.local(p.grad).any()) for p in params if p.grad is not None)
 
@@ -120,7 +122,7 @@ class Ledger:
         self._zeroed_at = {}
         for p in params:
             grad = p.grad
-            if grad is not None:
+            if grad is not None and p.requires_grad:
                 version = grad._version if type(grad) in dtensor.PLAIN else dtensor.version(grad)
                 self._last_used = weakref.ref(grad), version
                 return
@@ -151,11 +153,23 @@ class Ledger:
         sums = zip(params, self.accumulated_grads, self._returned_at, strict=True)
         return any(p.grad is not None and (p.grad is not s or dtensor.version(s) != v) for p, s, v in sums)
 
-    def sum_was_cleared(self, params: list[Tensor], grads: Grads) -> bool:
-        """True if somebody else has taken the sum of earlier rounds out of `.grad`."""
-        if self._returned_at is None or all(map(is_, grads, self.accumulated_grads)):
-            return False
+    def sum_was_replaced(self, grads: Grads) -> bool:
+        """True if other tensors are where the sum of earlier rounds was put."""
+        return self._returned_at is not None and not all(map(is_, grads, self.accumulated_grads))
+
+    def sum_was_cleared(self, params: list[Tensor]) -> bool:
+        """True if somebody else has taken the sum of earlier rounds out of `.grad`, as it was."""
         return any(True for _ in self._cleared(params))
+
+    def sum_is_lost(self, params: list[Tensor]) -> bool:
+        """True if somebody else has taken it out after this round had added to it: nothing can part the two again."""
+        for p, s, v in zip(params, self.accumulated_grads, self._returned_at or (), strict=True):
+            g = p.grad
+            if s is None or g is s or dtensor.version(s) == v:
+                continue
+            if g is None or not (g.requires_grad or g._is_view() or torch.equal(dtensor.local(g), dtensor.local(s))):
+                return True
+        return False
 
     def _cleared(self, params: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Parameters whose `.grad` has lost its sum, with that sum.
@@ -187,12 +201,12 @@ class Ledger:
     def set_aside(self, params: list[Tensor], counted: bool) -> None:
         """The end of a round: its gradients join the sum, outside of `.grad`."""
         grads = [p.grad for p in params]
-        if self.sum_was_cleared(params, grads):
+        if self.sum_was_replaced(grads):
+            self.lost = self.sum_is_lost(params)
             self.add_cleared_sum(params)
             grads = [p.grad for p in params]
-        self.accumulated_grads = self.take(params, grads)
-        self._returned_at = None
-        self.rounds += counted
+        taken = self.take(params, grads)
+        self.accumulated_grads, self.rounds, self._returned_at = taken, self.rounds + counted, None
 
     def keep_round(self, params: list[Tensor]) -> None:
         """A step has failed: its round is finished, and the sum stays in `.grad`, so that the step can be repeated."""
@@ -204,9 +218,9 @@ class Ledger:
 
     def give_back(self, params: list[Tensor]) -> None:
         """The sum of earlier rounds returns to `.grad`."""
+        self._returned_at = [None if g is None else dtensor.version(g) for g in self.accumulated_grads]
         for p, g in zip(params, self.accumulated_grads, strict=True):
             p.grad = g
-        self._returned_at = [None if g is None else dtensor.version(g) for g in self.accumulated_grads]
         self.mark_used(params)
 
     @property
@@ -246,7 +260,8 @@ class Ledger:
         self.rounds = 0
         self.accumulated_grads = []
         self.clean = []
-        self.squares.clear()
+        self.squares = {}
+        self.lost = False
         self._returned_at = None
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .amp import Amp, check_can_unscale
 from .buckets import Bucket, Call, Partition
 from .cycle import Cycle
 from .draw import draw
-from .errors import warn_rounded_away
+from .errors import refuse_lost_sum, warn_rounded_away
 from .gradients import Final, Grads, gradients_of, mean_is_over_ranks, resolved
 from .groups import Group
 from .weights import CleanStore
@@ -78,6 +79,8 @@ class NoPerturbation:
         """
         if counted or cycle.gradients.rounds:
             cycle.gradients.set_aside(params, counted)
+        if not counted:
+            cycle.drop_ascent()
 
     def keep_round(self, cycle: Cycle, params: list[Tensor]) -> None:
         """A step has failed and left clean weights: this round's gradients stay where they are."""
@@ -103,6 +106,8 @@ class NoPerturbation:
                 f"step: {self.name} has {rounds} finished rounds and a gradient at clean weights that "
                 "belongs to none; call perturb() for another round, or zero_grad()"
             )
+        if ledger.lost:
+            refuse_lost_sum()
         summed = resolved(ledger.accumulated_grads)
         return Final(summed, rounds=rounds, at_perturbed_weights=True, from_grad=False)
 
@@ -228,6 +233,8 @@ class MixedPerturbation(RandomPerturbation):
             return None
         new_clean = not perturbed and ledger.is_new(params)
         self._check_passes(cycle, rounds, new_clean, amp)
+        if ledger.lost:
+            refuse_lost_sum()
         if not new_clean:
             if not perturbed:
                 grads = resolved(ledger.accumulated_grads)
@@ -276,10 +283,10 @@ class MixedLosses(MixedPerturbation):
 
     def end_round(self, cycle: Cycle, params: list[Tensor], counted: bool) -> None:
         if counted:
-            self._keep_squares(cycle)
+            cycle.gradients.squares = self._squares(cycle)
 
     def keep_round(self, cycle: Cycle, params: list[Tensor]) -> None:
-        """The history will take its squares, which are kept already."""
+        self.end_round(cycle, params, counted=True)
 
     def final(self, cycle: Cycle, params: list[Tensor], grads: Grads, amp: Amp) -> Final | None:
         if amp.found_inf is not None and cycle.gradients.squares and cycle.unscaled.scaler is None:
@@ -288,12 +295,13 @@ class MixedLosses(MixedPerturbation):
                 "the perturbed gradient"
             )
         final = NoPerturbation.final(self, cycle, params, grads, amp)
-        if final is not None and final.at_perturbed_weights:
-            self._keep_squares(cycle)
-        return final
+        if final is None:
+            return None
+        return replace(final, squares=self._squares(cycle) if final.at_perturbed_weights else cycle.gradients.squares)
 
-    def _keep_squares(self, cycle: Cycle) -> None:
-        """The perturbed gradient is in `.grad` only now; keep what the history needs of it."""
+    def _squares(self, cycle: Cycle) -> dict[Tensor, Tensor]:
+        """What the history needs of the perturbed gradient, which is in `.grad` only now."""
+        squares = {}
         for group in filter(self.keeps_history, cycle.groups):
             params = [p for p in group["params"] if p.grad is not None]
             wide = [dtensor.local(p.grad) for p in params if p.dim() >= 2]
@@ -304,7 +312,8 @@ class MixedLosses(MixedPerturbation):
             scale = float(group["lam"]) * cycle.unscaled.loss_scale()
             for p in params:
                 g = next(rest) if p.dim() >= 2 else dtensor.local(p.grad).float().flatten()
-                cycle.gradients.squares[p] = (g / scale).square() if group["lam"] else torch.zeros_like(g)
+                squares[p] = (g / scale).square() if group["lam"] else torch.zeros_like(g)
+        return squares
 
 
 # Ascent of the objective that is minimised: with maximize=True that is descent.
@@ -351,7 +360,7 @@ class AscentPerturbation(NoPerturbation):
         partition = cycle.partitions.of([p for p, g, w in triples if w and g is not None and p.requires_grad])
         calls = cycle.weights.perturb(partition, lambda stores, again: self._calls(partition, stores, grads, again))
         norm = calls[0].args[-1] if calls else torch.zeros((), dtype=torch.float32, device=params[0].device)
-        cycle.ascent_norm = norm
+        cycle.ascent_norm, cycle.before_ascent = norm, (cycle.nonfinite,)
         cycle.skip_if([(~norm.isfinite()).float()])
         if not cycle.warned_rounded_away:
             cycle.warned_rounded_away = True
@@ -430,7 +439,14 @@ def global_norm(norms: list[tuple[dtensor.Ranks, Tensor]]) -> Tensor:
 
 def with_earlier_rounds(cycle: Cycle, params: list[Tensor], grads: Grads) -> Grads:
     """`grads` with the sum of earlier rounds, which is in `.grad` unless somebody else has cleared it since."""
-    if not cycle.gradients.sum_was_cleared(params, grads):
+    ledger = cycle.gradients
+    if ledger.lost:
+        refuse_lost_sum()
+    if not ledger.sum_was_replaced(grads):
+        return grads
+    if ledger.sum_is_lost(params):
+        refuse_lost_sum()
+    if not ledger.sum_was_cleared(params):
         return grads
     if mean_is_over_ranks():
         # Earlier rounds ran unsynchronized, so that a sum kept by each rank would part the replicas.
@@ -439,7 +455,7 @@ def with_earlier_rounds(cycle: Cycle, params: list[Tensor], grads: Grads) -> Gra
             "be added afterwards; between rounds call opt.zero_grad(), which keeps it, not model.zero_grad(). "
             "restore() gives the clean weights back"
         )
-    cycle.gradients.add_cleared_sum(params)
+    ledger.add_cleared_sum(params)
     return [p.grad for p in params]
 
 

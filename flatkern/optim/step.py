@@ -22,7 +22,7 @@ from .gradients import Final, gradients_of, show_unscaled
 from .groups import Group
 from .ire import Mask
 from .perturb import NoPerturbation, global_norm
-from .weights import CleanStore
+from .weights import CleanStore, perturbing
 
 IN_PLACE = CleanStore(None, None)
 # What the perturbed and the clean gradient are multiplied by; maximize negates both on their way in, as in torch.
@@ -94,6 +94,7 @@ class Step:
     cycle: Cycle
     amp: Amp
     grad_norm: Tensor | None = None  # of the final gradient, before clipping
+    updated: bool = False  # every parameter that has a gradient has its new value
 
     def run(self) -> None:
         """Restore, form the final gradient, update; rolling: draw new noise.
@@ -103,6 +104,8 @@ class Step:
         """
         cycle = self.cycle
         params = cycle.groups.params()
+        if len(perturbing) > (cycle.weights.partition is not None):
+            cycle.weights.check_alone("step", params)
         grads = gradients_of(params)
         final = self.perturbation.final(cycle, params, grads, self.amp)
         if final is None:
@@ -123,7 +126,6 @@ class Step:
         cycle, weights = self.cycle, self.cycle.weights
         partition = weights.partition
         if partition is None:
-            weights.check_alone("step", params)
             # Distributed checkpointing creates the state by a step with lr 0, on weights that it wants unchanged.
             no_state = not cycle.groups.state()
             creates_state = no_state and all(cycle.scalars.host_value(g, "lr") == 0 for g in cycle.groups)
@@ -156,11 +158,11 @@ class Step:
             split_by = lambda group: (by_rule(group), is_on(group))  # noqa: E731
         partition = cycle.partitions.of(params, cycle.weights.partition, split_by)
         try:
-            self._commit(partition, self._prepare(partition, final, noise), noise)
+            self._commit(partition, self._prepare(partition, final, noise), final, noise)
         except LayoutError:
             # An op has refused, and nothing is written. Everything follows the parameters, once.
             cycle.weights.lay_out(partition.buckets)
-            self._commit(partition, self._prepare(partition, final, noise, lay_out=True), noise)
+            self._commit(partition, self._prepare(partition, final, noise, lay_out=True), final, noise)
 
     def _prepare(
         self, partition: Partition, final: Final, noise: Tensor | None, lay_out: bool = False
@@ -214,7 +216,7 @@ class Step:
         if any([self.perturbation.keeps_history(group) for group in bucket.groups]):
             # Created at the first step even if unused: checkpoint loaders need the keys.
             history = self.cycle.state.histories(bucket.params)
-            if final.at_perturbed_weights and not self.cycle.gradients.squares:
+            if final.at_perturbed_weights and not final.squares:
                 shared.history = history
                 shared.numbers |= {"beta": bucket.values("beta"), "eta": bucket.values("eta")}
 
@@ -247,7 +249,7 @@ class Step:
 
     # --- commit ----------------------------------------------------------------------------------
 
-    def _commit(self, partition: Partition, work: list[Prepared], noise: Tensor | None) -> None:
+    def _commit(self, partition: Partition, work: list[Prepared], final: Final, noise: Tensor | None) -> None:
         """Write. Where it fails, all weights are clean afterwards, and the gradients wait as after a round."""
         state = self.cycle.state
         calls = [call for _, _, call in work if call is not None]
@@ -256,7 +258,8 @@ class Step:
                 call.run()
             if self.rule.finishes:
                 self.rule.finish(work)
-            self._finish(partition, work, noise)
+            self.updated = True
+            self._finish(partition, work, final, noise)
         except BaseException as error:
             if isinstance(error, (TypeError, ValueError)) and not any(call.done for call in calls):
                 raise  # an op has checked its arguments, and nothing is written
@@ -268,7 +271,7 @@ class Step:
         if state.created:
             state.keep_created()
 
-    def _finish(self, partition: Partition, work: list[Prepared], noise: Tensor | None) -> None:
+    def _finish(self, partition: Partition, work: list[Prepared], final: Final, noise: Tensor | None) -> None:
         cycle, weights = self.cycle, self.cycle.weights
         perturbed = weights.partition
         for bucket, _, call in work:
@@ -280,8 +283,8 @@ class Step:
             self._restore_params_without_gradient(partition.members, noise)
         if self.mask.exists:
             self.mask.count_step(cycle, [s.found_inf for _, s, _ in work if s.found_inf is not None])
-        if cycle.gradients.squares:
-            self._update_history_from_losses()
+        if final.squares:
+            self._update_history_from_losses(final.squares)
         if self.grad_norm is not None:
             cycle.grad_norm = self.grad_norm
         if noise is None or perturbed is None:
@@ -301,8 +304,13 @@ class Step:
         if noise is not None:
             cycle.weights.restore()  # the update writes the copies, too, so that each is clean, old or new
             return
+        params = cycle.groups.params()
         cycle.weights.restore_untouched()
-        self.perturbation.keep_round(cycle, cycle.groups.params())
+        if self.updated:
+            cycle.drop_pending()
+            cycle.gradients.mark_used(params)
+        else:
+            self.perturbation.keep_round(cycle, params)
 
     def _restore_params_without_gradient(self, updated: frozenset[int], noise: Tensor | None) -> None:
         """Perturbed parameters without any gradient; rolling draws their next noise, too."""
@@ -314,7 +322,7 @@ class Step:
             if noise is not None:
                 noise_call(cycle, bucket, store, noise).run()
 
-    def _update_history_from_losses(self) -> None:
+    def _update_history_from_losses(self, squares: dict[Tensor, Tensor]) -> None:
         """mix="losses": F <- beta F + the squares that were taken from the perturbed gradient."""
         cycle = self.cycle
         for group in filter(self.perturbation.keeps_history, cycle.groups):
@@ -322,8 +330,8 @@ class Step:
             for p, history in zip(params, cycle.state.histories(params), strict=True):
                 part = dtensor.local(history)
                 new = part * float(group["beta"])
-                if p in cycle.gradients.squares:
-                    new += cycle.gradients.squares[p]
+                if p in squares:
+                    new += squares[p]
                 skip = self.amp.skip(cycle.nonfinite, part.device)
                 part.copy_(new if skip is None else torch.where(skip != 0, part, new))
 
