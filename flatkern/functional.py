@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .checks import check_outer_filters, check_parameters, check_storage
 from .dispatch import call
-from .methods import check_uint32
 from .tables import filters
+from .values import check_uint32
 
 
 def _run(op: str, device: torch.device, backend: str | None, *args: Any, **kwargs: Any) -> None:

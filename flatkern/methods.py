@@ -8,9 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .values import check_flag, check_value
-from .values import check_uint32 as check_uint32  # functional.py imports both from here
-from .values import is_number as is_number
+from .values import check_flag, check_uint32, check_value
 
 
 def _check_numbers(method: Any, *keys: str) -> None:

@@ -242,7 +242,7 @@ class MixedPerturbation(RandomPerturbation):
                 grads = with_earlier_rounds(cycle, params, grads)
             return Final(grads, ledger.clean, rounds, True)
         # restore() has unscaled the perturbed gradients; `.grad`, the clean one, still carries the scale.
-        clean = grads if amp.grad_scale is None else _times(grads, amp.grad_scale.reciprocal())
+        clean = grads if amp.grad_scale is None else unscaled_copies(grads, amp.grad_scale.reciprocal())
         return Final(resolved(ledger.accumulated_grads), clean, rounds, True, unscaled=True)
 
     def _check_passes(self, cycle: Cycle, rounds: int, new_clean: bool, amp: Amp) -> None:
@@ -459,8 +459,7 @@ def with_earlier_rounds(cycle: Cycle, params: list[Tensor], grads: Grads) -> Gra
     return [p.grad for p in params]
 
 
-def _times(grads: Grads, factor: Tensor) -> Grads:
-    """Unscaled copies of gradients."""
+def unscaled_copies(grads: Grads, factor: Tensor) -> Grads:
     copies = [dtensor.local(g).clone() for g in grads if g is not None]
     torch._foreach_mul_(copies, factor)
     parts = iter(copies)
