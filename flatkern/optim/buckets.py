@@ -85,14 +85,15 @@ class Bucket:
         """`value` once per parameter."""
         return self.values(f"constant {value!r}", lambda _: value)
 
-    def gradients(self, grads: list[Tensor | None], lay_out: bool) -> list[Tensor]:
+    def gradients(self, grads: list[Tensor | None], lay_out: bool, complete: bool = False) -> list[Tensor]:
         """Of one gradient per parameter of the optimizer those of this bucket; zeros where one is missing.
 
         Arguments:
             lay_out: give them the parameters' memory format.
+            complete: none is missing.
         """
         found: list[Any] = grads if self.covers_all else [grads[i] for i in self.index]
-        if not all([g is not None for g in found]):
+        if not (complete or all([g is not None for g in found])):
             found = [torch.zeros_like(p) if g is None else g for g, p in zip(found, self.params, strict=True)]
         return [like(g, p) for g, p in zip(found, self.params, strict=True)] if lay_out else found
 

@@ -37,13 +37,16 @@ def gradients_of(params: list[Tensor]) -> Grads:
     """`.grad` of every parameter. One with torch's negative bit is a view whose memory has the wrong sign, and kernels
     read memory: it is replaced by what it means."""
     grads = [p.grad for p in params]
-    present = grads if all([g is not None for g in grads]) else [g for g in grads if g is not None]
-    if any(map(Tensor.is_neg, present)):  # type: ignore[arg-type]
-        for p in params:
-            if p.grad is not None and p.grad.is_neg():
-                p.grad = p.grad.resolve_neg()
-        return [p.grad for p in params]
-    return grads
+    try:
+        negative = any(map(Tensor.is_neg, grads))  # type: ignore[arg-type]
+    except TypeError:  # one is None
+        negative = any([g is not None and g.is_neg() for g in grads])
+    if not negative:
+        return grads
+    for p in params:
+        if p.grad is not None and p.grad.is_neg():
+            p.grad = p.grad.resolve_neg()
+    return [p.grad for p in params]
 
 
 def resolved(grads: Grads) -> Grads:

@@ -94,6 +94,7 @@ class Step:
     cycle: Cycle
     amp: Amp
     grad_norm: Tensor | None = None  # of the final gradient, before clipping
+    complete: bool = False  # no parameter is without a gradient
     updated: bool = False  # every parameter that has a gradient has its new value
 
     def run(self) -> None:
@@ -150,7 +151,8 @@ class Step:
         Arguments:
             noise: rolling: the key of the coming round, which is drawn in the same pass.
         """
-        if not all([g is not None for g in final.perturbed]):  # a list takes half the time of a generator
+        self.complete = all([g is not None for g in final.perturbed])  # a list takes half the time of a generator
+        if not self.complete:
             params = [p for k, p in enumerate(params) if final.has(k)]
         cycle, split_by = self.cycle, self.rule.split_by
         if self.mask.exists:
@@ -183,7 +185,7 @@ class Step:
         shared = SharedArguments(
             store=IN_PLACE,
             history=None,
-            grads=bucket.gradients(final.perturbed, lay_out),
+            grads=bucket.gradients(final.perturbed, lay_out, self.complete),
             clean_grads=None if final.clean is None else bucket.gradients(final.clean, lay_out),
             masks=None,
             lrs=scalars.on_device(bucket, "lr") if cycle.groups.setup.capturable else None,
