@@ -66,6 +66,11 @@ def show_unscaled(params: list[Tensor], scaled: Grads, unscaled: Grads) -> None:
             p.grad = new
 
 
+def _is_copy(grad: Tensor, of: Tensor) -> bool:
+    a, b = dtensor.local(grad), dtensor.local(of)
+    return a.layout == b.layout == torch.strided and torch.equal(a, b)
+
+
 class Ledger:
     """The gradients between calls.
 
@@ -170,7 +175,7 @@ class Ledger:
             g = p.grad
             if s is None or g is s or dtensor.version(s) == v:
                 continue
-            if g is None or not (g.requires_grad or g._is_view() or torch.equal(dtensor.local(g), dtensor.local(s))):
+            if g is None or not (g.requires_grad or g._is_view() or _is_copy(g, s)):
                 return True
         return False
 
@@ -187,7 +192,7 @@ class Ledger:
             g = p.grad
             if s is None or g is s or dtensor.version(s) != v:
                 continue
-            copied = g is not None and reached and (g._is_view() or torch.equal(dtensor.local(g), dtensor.local(s)))
+            copied = g is not None and reached and (g._is_view() or _is_copy(g, s))
             if g is None or not (g.requires_grad or copied):
                 yield p, s
 
