@@ -52,6 +52,13 @@ def test_clearing_what_a_round_has_added_to_is_refused(backend):
     opt.restore()
     with pytest.raises(RuntimeError, match="cannot be parted again"):
         opt.step()
+    opt.perturb()  # a round whose sum is cleared untouched, and could be added again, does not make up for it
+    for p in params:
+        p.grad = None
+    add(params, 3.0)
+    opt.restore()
+    with pytest.raises(RuntimeError, match="cannot be parted again"):
+        opt.step()
     opt.release()
     opt.zero_grad()
     opt.perturb()

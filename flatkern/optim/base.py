@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -484,8 +483,7 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     def raw_state(self) -> dict[str, Any]:
         """torch's, and what stays fixed; the cycle starts anew in the copy."""
-        fixed = {field.name: getattr(self.setup, field.name) for field in fields(self.setup)}
-        return {**torch.optim.Optimizer.__getstate__(self), "flatkern": fixed}
+        return {**torch.optim.Optimizer.__getstate__(self), "flatkern": dict(vars(self.setup))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .. import dtensor
 from .cycle import Cycle
-from .gradients import clear
 from .perturb import NoPerturbation
 from .phase import SUSPENDED
 
@@ -65,8 +64,7 @@ def step(opt: Passes, closure: Closure | list[Closure], scaled: bool) -> Any:
         abort_round(cycle)
         cycle.drop_pending()
         # What a failed pass left behind is not a valid gradient.
-        clear(params)
-        cycle.gradients.forget_used()
+        cycle.gradients.clear(params)
         raise
 
 
@@ -79,7 +77,7 @@ def abort_round(cycle: Cycle, rounds_before: int | None = None) -> None:
     """
     if cycle.weights.partition is None:
         if rounds_before is not None and cycle.gradients.rounds > rounds_before:
-            clear(cycle.groups.params())
+            cycle.gradients.clear(cycle.groups.params())
             cycle.drop_pending()
         return
     if cycle.phase is SUSPENDED:
@@ -137,8 +135,7 @@ def _one(opt: Passes, closures: list[Closure], params: list[Tensor]) -> Any:
     cycle, perturbation = opt.cycle, opt.perturbation
     perturbed = cycle.weights.partition is not None
     if not (perturbed and cycle.gradients.rounds):
-        clear(params)
-        cycle.gradients.forget_used()
+        cycle.gradients.clear(params)
     if perturbation.draws and not perturbation.rolling and not perturbed:
         opt.perturb()
     return _one_more(opt, closures, params)
@@ -150,8 +147,7 @@ def _rounds(opt: Passes, closures: list[Closure], params: list[Tensor]) -> Any:
     for k, closure in enumerate(closures):
         if k:
             opt.restore()
-        clear(params)
-        opt.cycle.gradients.forget_used()
+        opt.cycle.gradients.clear(params)
         losses.append(_call(closure))
         opt.perturb()
         summed = {p: p.grad for p in params if p.grad is not None} if k else {}
@@ -169,8 +165,7 @@ def _rounds(opt: Passes, closures: list[Closure], params: list[Tensor]) -> Any:
 
 def _mixed(opt: Passes, closures: list[Closure], params: list[Tensor]) -> Any:
     """m-RWP: a clean and a perturbed pass."""
-    clear(params)
-    opt.cycle.gradients.forget_used()
+    opt.cycle.gradients.clear(params)
     loss = _call(closures[0])
     opt.perturb()
     _call(closures[-1])

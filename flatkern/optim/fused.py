@@ -26,13 +26,13 @@ def require_unset(name: str, **flags: bool) -> None:
 class FusedOptimizer(FlatOptimizer):
     """An optimizer whose base rule is one of our update ops."""
 
-    def start(self, params: Any, defaults: Group, **fixed: Any) -> None:
+    def start(self, params: Any, defaults: Group, *fixed: Any) -> None:
         """Construct on `params`.
 
         Arguments:
-            fixed: the fields of `Setup`, as the constructor was given them.
+            fixed: the fields of `Setup` after the name, in its order, as the constructor was given them.
         """
-        defaults |= self.set_up(Setup(type(self).__name__, **fixed))
+        defaults |= self.set_up(Setup(type(self).__name__, *fixed))
         for key in ("lr", "weight_decay"):
             check_value(key, defaults[key])  # torch checks defaults even where every group overrides them
         torch.optim.Optimizer.__init__(self, params, defaults)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
@@ -52,11 +51,6 @@ def gradients_of(params: list[Tensor]) -> Grads:
 def resolved(grads: Grads) -> Grads:
     """Gradients that waited outside of `.grad`, without the negative bit; see `gradients_of`."""
     return [None if g is None else g.resolve_neg() for g in grads]
-
-
-def clear(params: list[Tensor]) -> None:
-    for p in params:
-        p.grad = None
 
 
 def show_unscaled(params: list[Tensor], scaled: Grads, unscaled: Grads) -> None:
@@ -146,6 +140,12 @@ class Ledger:
         """Whatever is in `.grad` from now on is new."""
         self._last_used = None
 
+    def clear(self, params: list[Tensor]) -> None:
+        """Empty `.grad`; whatever comes there is new."""
+        for p in params:
+            p.grad = None
+        self._last_used = None
+
     # --- rounds ----------------------------------------------------------------------------------
 
     @property
@@ -167,41 +167,36 @@ class Ledger:
 
     def sum_was_cleared(self, params: list[Tensor]) -> bool:
         """True if somebody else has taken the sum of earlier rounds out of `.grad`, as it was."""
-        return any(True for _ in self._cleared(params))
+        return bool(self._taken_out(params, after_adding=False))
 
     def sum_is_lost(self, params: list[Tensor]) -> bool:
         """True if somebody else has taken it out after this round had added to it: nothing can part the two again."""
-        for p, s, v in zip(params, self.accumulated_grads, self._returned_at or (), strict=True):
-            g = p.grad
-            if s is None or g is s or dtensor.version(s) == v:
-                continue
-            if g is None or not (g.requires_grad or g._is_view() or _is_copy(g, s)):
-                return True
-        return False
+        return bool(self._taken_out(params, after_adding=True))
 
-    def _cleared(self, params: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Parameters whose `.grad` has lost its sum, with that sum.
+    def _taken_out(self, params: list[Tensor], after_adding: bool) -> list[tuple[Tensor, Tensor]]:
+        """Parameters whose `.grad` has lost its sum, with that sum; those that this round had added to, or the others.
 
         Autograd adds to the sum in place. Then DDP may copy it into a bucket's view, or others into a tensor of theirs,
         which takes its place in `.grad`; with those that this round did not reach, where the copy is the sum. Under
         create_graph autograd adds out of place, and the result requires grad.
         """
-        triples = list(zip(params, self.accumulated_grads, self._returned_at or (), strict=True))
-        reached = any(s is not None and dtensor.version(s) != v for _, s, v in triples)
-        for p, s, v in triples:
+        sums = zip(self.accumulated_grads, self._returned_at or (), strict=True)
+        added = [s is not None and dtensor.version(s) != v for s, v in sums]
+        reached, found = any(added), []
+        for p, s, was_added_to in zip(params, self.accumulated_grads, added, strict=True):
             g = p.grad
-            if s is None or g is s or dtensor.version(s) != v:
+            if s is None or g is s or was_added_to is not after_adding:
                 continue
-            copied = g is not None and reached and (g._is_view() or _is_copy(g, s))
-            if g is None or not (g.requires_grad or copied):
-                yield p, s
+            if g is None or not (g.requires_grad or (reached and (g._is_view() or _is_copy(g, s)))):
+                found.append((p, s))
+        return found
 
     def add_cleared_sum(self, params: list[Tensor]) -> None:
         """Put the sum of earlier rounds back where somebody else has taken it out, with what was added since.
 
         As autograd would have added it, so no bit depends on who cleared what.
         """
-        for p, s in list(self._cleared(params)):
+        for p, s in self._taken_out(params, after_adding=False):
             if p.grad is not None:
                 s.add_(p.grad)
             p.grad = s
@@ -210,7 +205,7 @@ class Ledger:
         """The end of a round: its gradients join the sum, outside of `.grad`."""
         grads = [p.grad for p in params]
         if self.sum_was_replaced(grads):
-            self.lost = self.sum_is_lost(params)
+            self.lost |= self.sum_is_lost(params)
             self.add_cleared_sum(params)
             grads = [p.grad for p in params]
         taken = self.take(params, grads)
@@ -220,16 +215,19 @@ class Ledger:
         """A step has failed: its round is finished, and the sum stays in `.grad`, so that the step can be repeated."""
         counted = self.has_new_since_perturb(params)
         self.accumulated_grads = [p.grad for p in params]
-        self._returned_at = [None if g is None else dtensor.version(g) for g in self.accumulated_grads]
+        self._note_returned()
         self.rounds += counted
         self.mark_used(params)
 
     def give_back(self, params: list[Tensor]) -> None:
         """The sum of earlier rounds returns to `.grad`."""
-        self._returned_at = [None if g is None else dtensor.version(g) for g in self.accumulated_grads]
+        self._note_returned()
         for p, g in zip(params, self.accumulated_grads, strict=True):
             p.grad = g
         self.mark_used(params)
+
+    def _note_returned(self) -> None:
+        self._returned_at = [None if g is None else dtensor.version(g) for g in self.accumulated_grads]
 
     @property
     def holds_sum_in_grad(self) -> bool:
@@ -244,9 +242,7 @@ class Ledger:
 
     def take(self, params: list[Tensor], grads: Grads) -> Grads:
         """Empty `.grad` of `grads`, and return them: pointers, or copies of views that others overwrite (DDP's)."""
-        for p in params:
-            p.grad = None
-        self._last_used = None
+        self.clear(params)
         return [g.clone() if g is not None and g._is_view() else g for g in grads]
 
     def drop_round(self, params: list[Tensor]) -> None:
@@ -257,8 +253,7 @@ class Ledger:
             if any(s is not None and dtensor.version(s) != v for s, v in sums):
                 self.rounds = 0
             self._returned_at = None
-        clear(params)
-        self._last_used = None
+        self.clear(params)
         self.clean = []
         if not self.rounds:
             self.drop()

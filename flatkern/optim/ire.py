@@ -14,7 +14,7 @@ from ..methods import IRE
 from ..selection import Shard, kth_smallest_magnitude, shards_of
 from .buckets import Bucket
 from .cycle import Cycle
-from .gradients import clear, gradients_of
+from .gradients import gradients_of
 from .groups import Group
 from .layouts import like
 from .scalars import is_capturing
@@ -109,8 +109,7 @@ class Mask:
             self._write(cycle, params, seen, shards, threshold)
             for group in cycle.groups:
                 group["mask_age"] = 0
-        clear(every)
-        cycle.gradients.mark_used([])
+        cycle.gradients.clear(every)
 
     def _write(
         self, cycle: Cycle, params: list[Tensor], seen: list[Tensor], shards: list[Shard], threshold: Tensor

@@ -101,7 +101,7 @@ class NoPerturbation:
         if perturbed:
             summed = with_earlier_rounds(cycle, params, grads) if ledger.rounds else grads
             return Final(summed, rounds=rounds, at_perturbed_weights=True)
-        if ledger.has_new_since_perturb(params) if ledger.holds_sum_in_grad else ledger.is_new(params):
+        if ledger.has_new_since_perturb(params):
             raise RuntimeError(
                 f"step: {self.name} has {rounds} finished rounds and a gradient at clean weights that "
                 "belongs to none; call perturb() for another round, or zero_grad()"
@@ -367,9 +367,7 @@ class AscentPerturbation(NoPerturbation):
             moved, total = cycle.weights.rounded_away()
             if total:
                 warn_rounded_away(self.name, moved, total)
-        for p in params:
-            p.grad = None
-        cycle.gradients.forget_used()
+        cycle.gradients.clear(params)
         if cycle.gradients.accumulated_grads:
             cycle.gradients.give_back(params)
 

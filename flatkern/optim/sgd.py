@@ -92,11 +92,7 @@ class SGD(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        self.start(
-            params, defaults,
-            method=perturb, enhancement=enhance, backend=backend, master_weights=master_weights,
-            max_grad_norm=max_grad_norm, capturable=capturable,
-        )  # fmt: skip
+        self.start(params, defaults, perturb, enhance, backend, master_weights, max_grad_norm, capturable)
 
     def check_group(self, group: Group) -> None:
         super().check_group(group)
