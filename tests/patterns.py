@@ -59,7 +59,21 @@ def make_optimizer(base, params, lr=0.05, weight_decay=0.01, **own):
     return getattr(flatkern, base)(params, lr=lr, weight_decay=weight_decay, **momentum, **own)
 
 
-class Training:
+class Scaled:
+    """The calls of an optimizer to which a GradScaler is given, or that it makes, if there is one."""
+
+    def perturb(self):
+        self.opt.perturb() if self.scaler is None else self.opt.perturb(scaler=self.scaler)
+
+    def step(self):
+        if self.scaler is None:
+            self.opt.step()
+        else:
+            self.scaler.step(self.opt)
+            self.scaler.update()
+
+
+class Training(Scaled):
     """A network, its optimizer, perhaps a GradScaler: what a pattern acts on."""
 
     def __init__(self, perturb=None, base="SGD", dtype=torch.float32, scaler=None, **own):
@@ -90,16 +104,6 @@ class Training:
             return self.backward(index)
 
         return call
-
-    def perturb(self):
-        self.opt.perturb() if self.scaler is None else self.opt.perturb(scaler=self.scaler)
-
-    def step(self):
-        if self.scaler is None:
-            self.opt.step()
-        else:
-            self.scaler.step(self.opt)
-            self.scaler.update()
 
     def weights(self):
         return [p.detach().clone() for p in self.net.parameters()]

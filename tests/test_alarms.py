@@ -4,13 +4,13 @@ The handler of an alarm raises at several moments of a call on a million weights
 same line by line, without a clock.
 """
 
-import gc
 import signal
 import threading
 import time
 
 import pytest
 import torch
+from interrupting import interrupt
 from patterns import same
 from torch.nn import Parameter
 
@@ -25,32 +25,6 @@ pytestmark = [
 ]
 SIZES = {"cpp": (600, 1000), "eager": (20, 1000)}  # of each parameter; a call takes some milliseconds
 MOMENTS = (0.05, 0.3, 0.5, 0.7, 0.95)  # of the time that the call takes undisturbed
-
-
-class Interrupted(BaseException):
-    """As KeyboardInterrupt, no Exception."""
-
-
-def raise_interrupted(*_):
-    raise Interrupted
-
-
-def interrupt(call, after):
-    """Runs `call`, and has a signal handler raise in it; True if it did."""
-    previous = signal.signal(signal.SIGALRM, raise_interrupted)
-    gc.disable()  # what restores the weights of a collected optimizer is not what is interrupted here
-    try:
-        signal.setitimer(signal.ITIMER_REAL, after)
-        call()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    except Interrupted:
-        return True
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-        gc.enable()
-        torch.set_grad_enabled(True)  # torch's no_grad() is Python, and may be interrupted while it is left
-    return False
 
 
 class Run:

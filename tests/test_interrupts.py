@@ -1,43 +1,17 @@
 """An exception that a signal's handler raises finds every tensor that is written with a new version."""
 
-import signal
 import time
 
 import cases
 import pytest
 import torch
 from conftest import live
+from interrupting import interrupt
 
 from flatkern.dispatch import resolve
 from flatkern.ops import OPS
 
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-
-
-class Interrupted(Exception):
-    pass
-
-
-@pytest.fixture
-def interrupted():
-    """A function: call something with an alarm set, whose handler raises; whether it did."""
-
-    def handler(*_):
-        raise Interrupted
-
-    def interrupted_(call, after):
-        try:
-            signal.setitimer(signal.ITIMER_REAL, after)
-            call()
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        except Interrupted:
-            return True
-        return False
-
-    before = signal.signal(signal.SIGALRM, handler)
-    yield interrupted_
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
 
 
 def seen_by_autograd(op):
@@ -69,7 +43,7 @@ LONG = {  # what is written, its value before, the other arguments; some ten mil
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_a_written_tensor_has_a_new_version_when_the_exception_arrives(name, interrupted):
+def test_a_written_tensor_has_a_new_version_when_the_exception_arrives(name):
     value, make, numbers = LONG[name]
     op, t = resolve(name, "cpu", live("cpp")), torch.empty(20_000_000)
     args = make(t)
@@ -84,7 +58,7 @@ def test_a_written_tensor_has_a_new_version_when_the_exception_arrives(name, int
     for _ in range(50):
         t.fill_(value)
         version = t._version
-        was_interrupted = interrupted(call, half)
+        was_interrupted = interrupt(call, half)
         is_written = t[-1].item() != value
         assert t._version - version == is_written
         if was_interrupted and is_written:

@@ -4,7 +4,7 @@ import copy
 import pickle
 
 import torch
-from patterns import same
+from patterns import Scaled, same
 from torch.nn import Parameter
 from unchanged import frozen, refused
 
@@ -30,7 +30,7 @@ def values(shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-class Run:
+class Run(Scaled):
     """Three parameters in two groups, the last two in a bucket of their own: SGD with and without momentum, Adam with
     and without decoupled decay, and for every rule float32 beside bfloat16 with masters.
     """
@@ -69,16 +69,6 @@ class Run:
         if getattr(self.opt.method, "mix", None) == "losses":
             loss = loss * self.opt.loss_weight
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-
-    def perturb(self):
-        self.opt.perturb() if self.scaler is None else self.opt.perturb(scaler=self.scaler)
-
-    def step(self):
-        if self.scaler is None:
-            self.opt.step()
-        else:
-            self.scaler.step(self.opt)
-            self.scaler.update()
 
     def run(self, words):
         for word in words.split():
