@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import dtensor
 from ..checks import check_backend, check_outer_filters, check_parameters
 from ..dispatch import resolve
-from ..methods import IRE, RWP, SAM
+from ..methods import IRE
 from ..values import check_flag, check_value, is_number
 from . import amp, checkpoint, closures, follow
 from .buckets import Bucket, Call
@@ -26,7 +26,8 @@ from .draw import draw_again
 from .errors import warn_never_perturbed
 from .groups import Group, Groups, Setup
 from .ire import Mask
-from .perturb import NoPerturbation, perturbation_of
+from .known import Known
+from .perturb import perturbation_of
 from .phase import Phase
 from .scalars import check_can_be_captured, check_group_can_be_captured, scalars_of
 from .step import Prepared, SharedArguments, Step, restore
@@ -34,7 +35,7 @@ from .step import Prepared, SharedArguments, Step, restore
 Closure = Callable[[], Any]
 
 
-class FlatOptimizer(torch.optim.Optimizer):
+class FlatOptimizer(Known):
     """Base of flatkern's optimizers; see `SGD`, `Adam`, `AdamW`, `Wrap`.
 
     The cycle is CLEAN -> perturb() -> PERTURBED -> restore() or step() -> CLEAN.
@@ -46,10 +47,6 @@ class FlatOptimizer(torch.optim.Optimizer):
     finishes = False  # `finish` has something to do
     negates = True  # the gradient where a group says maximize; a base does it itself
     defers_state = False  # the state is a base's, which creates its own first
-    setup: Setup
-    cycle: Cycle
-    perturbation: NoPerturbation
-    mask: Mask
 
     # --- construction ----------------------------------------------------------------------------
 
@@ -136,56 +133,6 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     def finish(self, work: list[Prepared]) -> None:
         """What follows the calls of all buckets."""
-
-    # --- what is known ---------------------------------------------------------------------------
-
-    @property
-    def method(self) -> RWP | SAM | None:
-        return self.setup.method
-
-    @property
-    def enhancement(self) -> IRE | None:
-        return self.setup.enhancement
-
-    @property
-    def backend(self) -> str | None:
-        return self.setup.backend
-
-    @property
-    def capturable(self) -> bool:
-        return self.setup.capturable
-
-    @property
-    def master_weights(self) -> bool:
-        return self.setup.master_weights
-
-    @property
-    def max_grad_norm(self) -> float | None:
-        return self.setup.max_grad_norm
-
-    @property
-    def rolling(self) -> bool:
-        return self.perturbation.rolling
-
-    @property
-    def is_perturbed(self) -> bool:
-        """True while the parameters hold perturbed weights."""
-        return self.cycle.phase is Phase.PERTURBED
-
-    @property
-    def ascent_norm(self) -> Tensor | None:
-        """SAM/ASAM: norm of the last ascent gradient (scaled by T_w for ASAM); 0-dim float32 on the device."""
-        return self.cycle.ascent_norm
-
-    @property
-    def grad_norm(self) -> Tensor | None:
-        """With `max_grad_norm`: norm of the last final gradient before clipping; 0-dim float32 on the device."""
-        return self.cycle.grad_norm
-
-    @property
-    def loss_weight(self) -> float:
-        """mix="losses": what the next loss is to be multiplied by, 1 - lam at clean weights, lam at perturbed ones."""
-        return self.perturbation.loss_weight(self.param_groups, self.is_perturbed)
 
     # --- the cycle -------------------------------------------------------------------------------
 

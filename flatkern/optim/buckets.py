@@ -226,3 +226,15 @@ class Partitions:
         for bucket in buckets.values():
             bucket.covers_all = len(bucket.params) == index
         return list(buckets.values())
+
+
+def global_norm(norms: list[tuple[dtensor.Ranks, Tensor]]) -> Tensor:
+    """The norm over several buckets, on the device of the first; each is summed over the ranks that share it."""
+    first = norms[0][1]
+    if len(norms) == 1 and not norms[0][0]:
+        return first
+    shared: dict[dtensor.Ranks, list[Tensor]] = {}
+    for ranks, norm in norms:
+        shared.setdefault(ranks, []).append(norm.to(first.device).double().square())
+    squares = [dtensor.all_reduce_sum(torch.stack(each).sum(), ranks) for ranks, each in shared.items()]
+    return torch.stack(squares).sum().sqrt().float()

@@ -22,7 +22,7 @@ from .cycle import Cycle
 from .errors import warn_starts_empty
 from .groups import Group, Groups, Setup
 from .layouts import like
-from .perturb import NoPerturbation
+from .perturbation import NoPerturbation
 from .scalars import LAST_DRAW, as_numbers
 from .state import OWN_KEYS
 

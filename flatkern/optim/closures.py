@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import dtensor
 from .cycle import Cycle
-from .perturb import NoPerturbation
+from .perturbation import NoPerturbation
 from .phase import SUSPENDED
 
 Closure = Callable[[], Any]

@@ -15,13 +15,13 @@ from torch import Tensor
 from .. import dtensor
 from ..checks import LayoutError
 from .amp import NO_AMP, Amp
-from .buckets import Bucket, Call, Partition
+from .buckets import Bucket, Call, Partition, global_norm
 from .cycle import Cycle
 from .draw import draw, draw_again, noise_call, perturbed_partition
 from .gradients import Final, gradients_of, show_unscaled
 from .groups import Group
 from .ire import Mask
-from .perturb import NoPerturbation, global_norm
+from .perturbation import NoPerturbation
 from .weights import CleanStore, perturbing
 
 IN_PLACE = CleanStore(None, None)
