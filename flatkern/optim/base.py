@@ -76,7 +76,7 @@ class FlatOptimizer(Known):
     def own_defaults(self) -> Group:
         """The group values that the method and the enhancement bring."""
         method, enhancement = self.setup.method, self.setup.enhancement
-        defaults = {} if method is None else {**method.defaults, "perturb": True}
+        defaults = {} if method is None else {**method.defaults, "perturb": True, "writes": "keep"}
         return defaults if enhancement is None else {**defaults, **enhancement.defaults}
 
     def check_new_parameters(self) -> None:
@@ -114,6 +114,8 @@ class FlatOptimizer(Known):
                 check_flag(name, key, value)
             elif (self.checks_key(key) and not (key == "lam" and value is None)) or is_number(value):
                 check_value(key, value, name)
+        if group.get("writes", "keep") not in ("keep", "drop"):
+            raise ValueError(f'{name}: writes is {group["writes"]!r}, but should be "keep" or "drop"')
         self.perturbation.check_group(group, name, capturable)
 
     def checks_key(self, key: str) -> bool:
@@ -248,7 +250,13 @@ class FlatOptimizer(Known):
 
     @contextmanager
     def clean(self) -> Iterator[None]:
-        """Clean weights inside, whatever the mode; outside everything is as before, bit for bit."""
+        """Clean weights inside, whatever the mode, for others to read and to write.
+
+        Outside everything is as before, bit for bit, around what others have written inside by any means, `p.data`
+        too: noise is drawn again, of the same round; an ascent keeps its bits where nobody wrote, and its difference
+        elsewhere. Inside, `train()` and `eval()` of a rolling optimizer do nothing, `state_dict()` is as on clean
+        weights, and `perturb()`, `restore()`, `step()`, `add_param_group()` and `load_state_dict()` raise.
+        """
         self.cycle.require("clean")
         with self.cycle.weights.clean():
             yield
@@ -295,7 +303,8 @@ class FlatOptimizer(Known):
         if not self.perturbation.rolling:
             self.restore()
         elif self.cycle.require("eval") is Phase.PERTURBED:
-            self.cycle.weights.restore()
+            self.cycle.gradients.note_noisy(self.cycle.groups.params())
+            self.cycle.weights.restore_checked()
 
     def follow(self, model: torch.nn.Module) -> follow.Handles:
         """Rolling: noise on in the model's training forwards, clean weights in eval forwards and `state_dict()`.
@@ -311,6 +320,17 @@ class FlatOptimizer(Known):
                 "follow: only a rolling optimizer can follow a model; pass perturb=flatkern.RWP(rolling=True)"
             )
         return follow.follow(self.cycle.groups.owner, model)
+
+    def refresh_masters(self) -> None:
+        """`master_weights=True`: take over what others have written to `p.data` of half-precision parameters.
+
+        Such writes move no version, so that nothing else tells; other writes are seen without it.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+        """
+        self.cycle.require("refresh_masters")
+        self.cycle.state.forget_masters()
 
     def release(self) -> None:
         """Free the scratch (saved copies); pending rounds are dropped. The next `perturb()` allocates again.
@@ -416,7 +436,7 @@ class FlatOptimizer(Known):
         return checkpoint.read(state_dict, self.cycle, self.perturbation, self.own_defaults(), self.state_keys)
 
     def end_for_loading(self) -> None:
-        self.cycle.weights.end_keeping_external_writes()
+        self.cycle.weights.restore()
         self.cycle.drop_pending()
 
     def finish_loading(self) -> None:

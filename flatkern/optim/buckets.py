@@ -45,6 +45,7 @@ class Bucket:
         self.has_master = has_master
         self.params: list[Tensor] = []
         self.index: list[int] = []  # position among all parameters, frozen ones included
+        self.dtypes: list[torch.dtype] = []
         self.groups: list[Group] = []
         self.counts: list[int] = []  # parameters of each group
         self.covers_all = False  # holds all of the optimizer's parameters
@@ -60,6 +61,7 @@ class Bucket:
             self.counts.append(0)
         self.counts[-1] += 1
         self.params.append(param)
+        self.dtypes.append(param.dtype)
         self.index.append(index)
         self.zeros.append(0.0)
         self.ones.append(1.0)
@@ -106,6 +108,15 @@ class Bucket:
         """Of the parameters; they change with every write."""
         return [dtensor.version(p) for p in self.params] if self.sharded else [p._version for p in self.params]
 
+    def name(self, k: int) -> str:
+        """What a message calls parameter `k`."""
+        p = self.params[k]
+        for group in self.groups:
+            for q, name in zip(group["params"], group.get("param_names") or (), strict=False):
+                if q is p:
+                    return f"params[{self.index[k]}] ({name})"
+        return f"params[{self.index[k]}]"
+
 
 @dataclass
 class Call:
@@ -136,6 +147,10 @@ class Call:
         if layouts is None or layouts != self.bucket.checked.get(self.op):
             check(OPS[self.op], bind(OPS[self.op], tuple(args), self.kwargs))
             self.bucket.checked[self.op] = layouts
+
+    def with_clean(self, backups: list[Tensor] | None, masters: list[Tensor] | None) -> Call:
+        """The same call with clean weights elsewhere; of an op that perturbs."""
+        return Call(self.bucket, self.op, (self.args[0], backups, masters, *self.args[3:]), self.kwargs)
 
     def on(self, params: list[Tensor]) -> None:
         """The same call on other tensors, without clean copies; of an op that perturbs."""

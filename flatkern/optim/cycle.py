@@ -26,12 +26,15 @@ class Cycle:
     | call               | CLEAN                       | PERTURBED                 | SUSPENDED |
     | ------------------ | --------------------------- | ------------------------- | --------- |
     | perturb()          | -> PERTURBED                | refused                   | refused   |
-    | restore(), eval()  | nothing                     | -> CLEAN, counts a round  | refused   |
+    | restore()          | nothing                     | -> CLEAN, counts a round  | refused   |
     | step()             | update                      | -> CLEAN, update          | refused   |
     | step(), rolling    | update, -> PERTURBED        | update, new noise         | refused   |
     | train(), rolling   | -> PERTURBED                | nothing                   | nothing   |
+    | eval(), rolling    | nothing                     | -> CLEAN                  | nothing   |
     | clean()            | nothing                     | -> SUSPENDED, and back    | nothing   |
-    | state_dict() and others | between steps          | refused                   | refused   |
+    | state_dict(), pickle | between steps             | refused                   | between steps |
+    | load_state_dict()  | loads                       | -> CLEAN, loads           | refused   |
+    | add_param_group(), update_mask() | between steps | refused                   | refused   |
 
     `TRANSITIONS` is the same as data.
     """
@@ -74,7 +77,7 @@ class Cycle:
 
     def undo(self) -> None:
         """A call from clean weights has failed: clean weights, and none of the state that it has created."""
-        self.weights.restore()
+        self.weights.put_back()
         self.state.undo_created()
 
     def skip_if(self, flags: list[Tensor]) -> None:

@@ -27,6 +27,35 @@ def refuse_lost_sum() -> None:
     )
 
 
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def refuse_lost_write(names: list[str]) -> None:
+    raise RuntimeError(
+        f"step: others have written to {_listed(names)} since it was perturbed, and the clean weights would undo "
+        "that; write inside `with opt.clean():`, or call restore() (rolling: eval()) before the write. Where a forward "
+        'writes, as that of Embedding(max_norm=...), set the group key writes="drop": such a write then goes with the '
+        "perturbation. Now restore() or eval() keeps what was written"
+    )
+
+
+def refuse_unseen_write(names: list[str]) -> None:
+    raise RuntimeError(
+        f"eval: {_listed(names)} holds other values than were drawn, so others have written to its .data; the "
+        "perturbation has ended, and what was written stays. Write inside `with opt.clean():`"
+    )
+
+
+def warn_left_as_written(names: list[str]) -> None:
+    warnings.warn(
+        f"others have written to {_listed(names)} since it was perturbed; an ascent cannot be taken out of that, so it "
+        "stays as it is; write inside `with opt.clean():`",
+        UserWarning,
+        stacklevel=5,
+    )
+
+
 def warn_never_perturbed(optimizer: str, method: str, pattern: str) -> None:
     warnings.warn(
         f"{optimizer} has {method} but has not perturbed in its first 10 steps, "

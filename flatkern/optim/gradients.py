@@ -80,6 +80,7 @@ class Ledger:
         self.lost = False  # somebody else has cleared the sum when a round had added to it
         self.squares: dict[Tensor, Tensor] = {}  # mix="losses": what ARWP's history will take of the perturbed pass
         self._returned_at: list[int | None] | None = None  # versions of the sum when it went back to `.grad`
+        self._noisy: Any = None  # rolling: the first gradient of a pass whose noise eval() has taken away since; weakly
         self._last_used: tuple[Any, int] | None = None  # the first gradient that was used up: weak reference, version
         self._zeroed_at: dict[Tensor, int] = {}  # versions of all gradients after they were zeroed in place
 
@@ -120,8 +121,19 @@ class Ledger:
         known = first is not None and self._last_used is not None and self._last_used[0]() is first
         return known and not any(bool(dtensor.local(p.grad).any()) for p in params if p.grad is not None)
 
+    def note_noisy(self, params: list[Tensor]) -> None:
+        """Rolling: the noise goes, and a new gradient in `.grad` was taken under it."""
+        if self.is_new(params):
+            first = next(p.grad for p in params if p.grad is not None and p.requires_grad)
+            self._noisy = weakref.ref(first)
+
+    def is_noisy(self, params: list[Tensor]) -> bool:
+        """True if `.grad` holds the gradient that `note_noisy` saw; it may have been clipped or unscaled since."""
+        first = next((p.grad for p in params if p.grad is not None and p.requires_grad), None)
+        return first is not None and self._noisy is not None and self._noisy() is first
+
     def mark_used(self, params: list[Tensor]) -> None:
-        self._zeroed_at = {}
+        self._zeroed_at, self._noisy = {}, None
         for p in params:
             grad = p.grad
             if grad is not None and p.requires_grad:
@@ -138,7 +150,7 @@ class Ledger:
 
     def forget_used(self) -> None:
         """Whatever is in `.grad` from now on is new."""
-        self._last_used = None
+        self._last_used = self._noisy = None
 
     def clear(self, params: list[Tensor]) -> None:
         """Empty `.grad`; whatever comes there is new."""

@@ -21,14 +21,15 @@ TRANSITIONS: dict[str, dict[Phase, Phase]] = {
     "step": {CLEAN: CLEAN, PERTURBED: CLEAN},
     "rolling step": {CLEAN: PERTURBED, PERTURBED: PERTURBED},
     "train": {CLEAN: PERTURBED, PERTURBED: PERTURBED, SUSPENDED: SUSPENDED},
-    "eval": {CLEAN: CLEAN, PERTURBED: CLEAN},
+    "eval": {CLEAN: CLEAN, PERTURBED: CLEAN, SUSPENDED: SUSPENDED},
     "clean": {CLEAN: CLEAN, PERTURBED: SUSPENDED, SUSPENDED: SUSPENDED},
     "release": {CLEAN: CLEAN},
     "update_mask": {CLEAN: CLEAN},
     "add_param_group": {CLEAN: CLEAN},
-    "state_dict": {CLEAN: CLEAN},
-    "pickle or deepcopy": {CLEAN: CLEAN},
-    "load_state_dict": {CLEAN: CLEAN, PERTURBED: CLEAN, SUSPENDED: CLEAN},
+    "refresh_masters": {CLEAN: CLEAN, SUSPENDED: SUSPENDED},
+    "state_dict": {CLEAN: CLEAN, SUSPENDED: SUSPENDED},
+    "pickle or deepcopy": {CLEAN: CLEAN, SUSPENDED: SUSPENDED},
+    "load_state_dict": {CLEAN: CLEAN, PERTURBED: CLEAN},
 }
 # Calls that are refused while gradients of an unfinished step wait, too.
 BETWEEN_STEPS = frozenset(("update_mask", "add_param_group", "state_dict", "pickle or deepcopy"))

@@ -15,6 +15,7 @@ from .. import dtensor
 from ..dispatch import state_gatherer
 from ..tables import history_length, mask_shape
 from .buckets import Bucket
+from .external_writes import take_over
 from .groups import Groups
 from .layouts import like
 
@@ -110,7 +111,7 @@ class State:
     # --- float32 masters -------------------------------------------------------------------------
 
     def masters(self, params: list[Tensor], held: Container[int], clean: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """The float32 weights behind `params`, made anew where somebody else has written the parameter.
+        """The float32 weights behind `params`; where somebody else has written an element, it is the parameter's.
 
         Arguments:
             held: ids of parameters that hold a perturbation, and so differ from their master by right.
@@ -128,15 +129,13 @@ class State:
                     master = dtensor.wrap_like(p, part, p.shape)
                 self._create(p, entry, "master", master)
             elif versions.get(p) != dtensor.version(p) and id(p) not in held:
-                part, own = dtensor.local(p), dtensor.local(master)
-                if not torch.equal(own.to(p.dtype), part):
-                    own.copy_(part)
+                take_over(dtensor.local(master), dtensor.local(p))
             result.append(master)
         return result
 
-    def note_masters(self, bucket: Bucket) -> None:
-        """A master is right as long as its parameter is what we wrote."""
-        self._master_versions.update(zip(bucket.params, bucket.versions(), strict=True))
+    def note_masters(self, params: list[Tensor], versions: list[int]) -> None:
+        """A master is right as long as its parameter is what we wrote, so as long as it has this version."""
+        self._master_versions.update(zip(params, versions, strict=True))
 
     def forget_masters(self) -> None:
         """Compare every master with its parameter at the next call."""

@@ -6,7 +6,7 @@ Nothing is written before the calls of all buckets are prepared, so a refused st
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from .amp import NO_AMP, Amp
 from .buckets import Bucket, Call, Partition, global_norm
 from .cycle import Cycle
 from .draw import draw, draw_again, noise_call, perturbed_partition
+from .external_writes import REPEATABLE
 from .gradients import Final, gradients_of, show_unscaled
 from .groups import Group
 from .ire import Mask
@@ -25,6 +26,7 @@ from .perturbation import NoPerturbation
 from .weights import CleanStore, perturbing
 
 IN_PLACE = CleanStore(None, None)
+DRAWN_WITH = ("sigma", "eta", "index", "offset")
 # What the perturbed and the clean gradient are multiplied by; maximize negates both on their way in, as in torch.
 MIXED = {"grad_weight": lambda group: float(group["lam"]), "clean_weight": lambda group: 1.0 - float(group["lam"])}
 MIXED_SIGNED = {
@@ -57,6 +59,11 @@ class SharedArguments:
             *self.store, self.history, self.grads, self.clean_grads, self.masks,
             self.lrs, self.sigmas, self.noise, self.grad_scale, self.clip, self.found_inf,
         )  # fmt: skip
+
+    def draw(self, bucket: Bucket) -> Call:
+        """Rolling: the draw of the coming round by itself, as the update makes it in the same pass."""
+        arguments = bucket.params, *self.store, None, self.history, self.sigmas, self.noise
+        return Call(bucket, REPEATABLE, arguments, {key: self.numbers[key] for key in DRAWN_WITH})
 
 
 class Prepared(NamedTuple):
@@ -107,6 +114,8 @@ class Step:
         params = cycle.groups.params()
         if len(perturbing) > (cycle.weights.partition is not None):
             cycle.weights.check_alone("step", params)
+        if cycle.weights.partition is not None:
+            cycle.weights.check_writes()
         grads = gradients_of(params)
         final = self.perturbation.final(cycle, params, grads, self.amp)
         if final is None:
@@ -126,7 +135,8 @@ class Step:
     def _run_rolling(self, params: list[Tensor], final: Final) -> None:
         cycle, weights = self.cycle, self.cycle.weights
         partition = weights.partition
-        if partition is None:
+        of_this_round = partition is None and cycle.gradients.is_noisy(params)  # eval() came after the backward
+        if partition is None and not of_this_round:
             # Distributed checkpointing creates the state by a step with lr 0, on weights that it wants unchanged.
             no_state = not cycle.groups.state()
             creates_state = no_state and all(cycle.scalars.host_value(g, "lr") == 0 for g in cycle.groups)
@@ -136,9 +146,9 @@ class Step:
         elif perturbed_partition(cycle) is partition:
             self._update(params, final, cycle.scalars.noise(ahead=1))
         else:
-            # A group or a parameter was switched: one pass cannot serve two sets, so update, then perturb.
+            # A group or a parameter was switched, and one pass cannot serve two sets; or the weights are clean already.
             cycle.scalars.noise(ahead=1)  # refuses where there is none
-            self._update(params, final)
+            self._update(params, replace(final, at_perturbed_weights=True))
             cycle.scalars.next_round()
             draw(cycle)
             cycle.scalars.note_draw()
@@ -278,11 +288,12 @@ class Step:
         perturbed = weights.partition
         for bucket, _, call in work:
             if bucket.has_master:
-                cycle.state.note_masters(bucket)
+                cycle.state.note_masters(bucket.params, bucket.versions())
             if call is not None and call.after is not None:
                 call.after()
+        perturbed_by = [(b, s.store, s.draw(b)) for b, s, _ in work if s.noise is not None]
         if not partition.covers_perturbed:
-            self._restore_params_without_gradient(partition.members, noise)
+            perturbed_by += self._restore_params_without_gradient(partition.members, noise)
         if self.mask.exists:
             self.mask.count_step(cycle, [s.found_inf for _, s, _ in work if s.found_inf is not None])
         if final.squares:
@@ -293,18 +304,17 @@ class Step:
             weights.left()
             return
         # The norm of a vector that is divided among ranks is known only when all of them have updated it.
-        for bucket in (b for b, _, _ in work if b.perturbed and b.split_vectors):
-            noise_call(cycle, bucket, weights.store(bucket), noise).run()
+        perturbed_by += [self._draw(b, s.store, noise) for b, s, _ in work if b.perturbed and b.split_vectors]
         cycle.scalars.next_round()
         cycle.scalars.note_draw()
-        weights.redrawn(perturbed, [weights.store(bucket) for bucket in perturbed.buckets])
+        weights.perturbed_by(perturbed, perturbed_by)
 
     def _leave_clean(self, noise: Tensor | None) -> None:
         cycle = self.cycle
         if cycle.weights.partition is None:
             return
         if noise is not None:
-            cycle.weights.restore()  # the update writes the copies, too, so that each is clean, old or new
+            cycle.weights.put_back()  # the update writes the copies, too, so that each is clean, old or new
             return
         params = cycle.groups.params()
         cycle.weights.restore_untouched()
@@ -314,15 +324,21 @@ class Step:
         else:
             self.perturbation.keep_round(cycle, params)
 
-    def _restore_params_without_gradient(self, updated: frozenset[int], noise: Tensor | None) -> None:
-        """Perturbed parameters without any gradient; rolling draws their next noise, too."""
+    def _draw(self, bucket: Bucket, store: CleanStore, noise: Tensor) -> tuple[Bucket, CleanStore, Call]:
+        call = noise_call(self.cycle, bucket, store, noise)
+        call.run()
+        return bucket, store, call
+
+    def _restore_params_without_gradient(
+        self, updated: frozenset[int], noise: Tensor | None
+    ) -> list[tuple[Bucket, CleanStore, Call]]:
+        """Perturbed parameters without any gradient; rolling draws their next noise, too, and returns by what."""
         cycle, weights = self.cycle, self.cycle.weights
         assert weights.partition is not None
         missing = [p for b in weights.partition.buckets for p in b.params if id(p) not in updated]
-        for bucket in cycle.partitions.of(missing, weights.partition).buckets:
-            store = weights.restore_bucket(bucket)
-            if noise is not None:
-                noise_call(cycle, bucket, store, noise).run()
+        buckets = cycle.partitions.of(missing, weights.partition).buckets
+        stores = [weights.restore_bucket(bucket) for bucket in buckets]
+        return [] if noise is None else [self._draw(b, s, noise) for b, s in zip(buckets, stores, strict=True)]
 
     def _update_history_from_losses(self, squares: dict[Tensor, Tensor]) -> None:
         """mix="losses": F <- beta F + the squares that were taken from the perturbed gradient."""

@@ -18,6 +18,16 @@ from .. import dtensor
 from ..checks import LayoutError
 from ..tables import same_layout
 from .buckets import MAX_PARTITIONS, Bucket, Call, Partition
+from .errors import refuse_lost_write, refuse_unseen_write, warn_left_as_written
+from .external_writes import (
+    REPEATABLE,
+    ascent_kept,
+    differ_from_draw,
+    draw_again,
+    end_element_by_element,
+    is_as_drawn,
+    take_over,
+)
 from .layouts import like
 from .phase import CLEAN, PERTURBED, SUSPENDED
 from .scalars import is_capturing
@@ -45,10 +55,9 @@ class Held:
     bucket: Bucket
     clean: list[Tensor]
     versions: list[int]
-    call: Call | None = None  # while it is written: by whom
-
-
-BITS = {4: torch.int32, 2: torch.int16}
+    call: Call | None = None  # that perturbed it; None where it cannot be repeated
+    running: bool = False
+    ours: bool = False  # nobody else has written: its clean weights are put back without a look
 
 
 def _written(held: Held) -> list[int]:
@@ -65,8 +74,15 @@ def _written(held: Held) -> list[int]:
     # copies gives what is in the parameters there, bit for bit, and nowhere else.
     again = [c.clone() for c in held.clean]
     call.on(again)
-    pairs = zip(dtensor.local_parts(held.bucket.params), again, strict=True)
-    return [k for k, (p, a) in enumerate(pairs) if torch.equal(*(t.view(BITS[t.element_size()]) for t in (p, a)))]
+    return [k for k, (p, a) in enumerate(zip(held.bucket.params, again, strict=True)) if is_as_drawn(p, a)]
+
+
+@torch.no_grad()
+def _copy(into: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Copies, whatever the dtype, device and layout; not where others have put a tensor of another shape."""
+    for p, value in zip(map(dtensor.local, into), map(dtensor.local, values), strict=True):
+        if p.shape == value.shape:
+            p.copy_(value)
 
 
 class Weights:
@@ -82,6 +98,8 @@ class Weights:
         self.backups: dict[Tensor, Tensor] = {}  # scratch, kept for the optimizer's life
         self._state = state
         self._held: list[Held] = []
+        self._dropping: set[Tensor] = set()  # parameters whose foreign writes go with the perturbation
+        self._looks = 0  # at values, by a rolling eval()
         self._stores: dict[Bucket, CleanStore] = {}  # of buckets without masters
 
     # --- where clean weights are -----------------------------------------------------------------
@@ -150,11 +168,11 @@ class Weights:
                 return self._run(partition, prepare, again=False)
             except LayoutError:
                 # A memory format stands in the way of a bucket. Everything follows the parameters, once.
-                self.restore()
+                self.put_back()
                 self.lay_out(partition.buckets)
                 return self._run(partition, prepare, again=True)
         except BaseException:
-            self.restore()
+            self.put_back()
             raise
 
     def _run(self, partition: Partition, prepare: Prepare, again: bool) -> list[Call]:
@@ -163,47 +181,146 @@ class Weights:
         if len(calls) > 1:
             for call in calls:
                 call.check()  # an op checks before it writes, but the last one would come after the first has written
+        self._execute(partition, calls, stores)
+        return calls
+
+    def _execute(self, partition: Partition, calls: list[Call], stores: list[CleanStore]) -> None:
         # The weights count as perturbed from before the first write, so that whatever comes between leaves weights that
         # are known: restore() puts back what was written, and no more.
         self.unfinished = True
         self._held = [
-            Held(c.bucket, s.masters or s.backups or [], c.marks(), c) for c, s in zip(calls, stores, strict=True)
+            Held(c.bucket, s.masters or s.backups or [], c.marks(), c, running=True)
+            for c, s in zip(calls, stores, strict=True)
         ]
         self.partition, self.phase = partition, PERTURBED
         perturbing.add(self)
         for call in calls:
             call.run()
-        self.redrawn(partition, stores)
-        return calls
+        self.perturbed_by(partition, [(c.bucket, s, c) for c, s in zip(calls, stores, strict=True)])
 
-    def redrawn(self, partition: Partition, stores: list[CleanStore]) -> None:
-        """The weights of `partition` are perturbed now, by calls that have all returned."""
-        pairs = zip(partition.buckets, stores, strict=True)
-        self._held = [Held(b, s.masters or s.backups or [], b.versions()) for b, s in pairs]
+    def perturbed_by(self, partition: Partition, parts: Iterable[tuple[Bucket, CleanStore, Call | None]]) -> None:
+        """The weights of `partition` are perturbed now: buckets, their clean weights, and calls that have returned."""
+        self._held = [
+            Held(b, s.masters or s.backups or [], b.versions(), c if c is not None and c.op == REPEATABLE else None)
+            for b, s, c in parts
+        ]
         self.unfinished = False
         self.partition, self.phase = partition, PERTURBED
         self.ever_perturbed = True
-        for bucket in partition.buckets:
-            if bucket.has_master:
-                self._state.note_masters(bucket)
+        for held in self._held:
+            if held.bucket.has_master:
+                self._state.note_masters(held.bucket.params, held.versions)
         perturbing.add(self)
         torch.clear_autocast_cache()
+
+    # --- what others write -----------------------------------------------------------------------
+
+    def drop_writes(self, params: Iterable[Tensor]) -> None:
+        """What others write to these parameters while they are perturbed goes with the perturbation."""
+        self._dropping.update(params)
+
+    def _moved(self, held: Held) -> list[int]:
+        """Positions that others have written since, without those whose writes are dropped."""
+        now, bucket = held.bucket.versions(), held.bucket
+        if held.ours or now == held.versions:
+            return []
+        drops = bucket.values("drops writes", lambda group: group["writes"] == "drop")
+        return [
+            k
+            for k, (p, a, b) in enumerate(zip(bucket.params, now, held.versions, strict=True))
+            if a != b and not drops[k] and p not in self._dropping
+        ]
+
+    def check_writes(self) -> None:
+        """Refuse a step that would undo what others wrote. A write that changed nothing is none.
+
+        Raises:
+            RuntimeError: nothing has changed.
+        """
+        for held in self._held:
+            if held.bucket.versions() != held.versions:
+                moved = self._moved(held)
+                if held.call is not None:
+                    moved = [
+                        k for k in moved
+                        if not is_as_drawn(held.bucket.params[k], draw_again(held.call, held.clean, [k])[0])
+                    ]  # fmt: skip
+                if moved:
+                    refuse_lost_write([held.bucket.name(k) for k in moved])
+                held.versions = held.bucket.versions()
 
     # --- PERTURBED -> CLEAN ----------------------------------------------------------------------
 
     def restore(self) -> None:
-        """Put every clean weight back that was overwritten. Where it was interrupted or failed it may be repeated."""
-        for held in self._held:
-            self._put(held.bucket, held.clean, None if held.call is None else _written(held))
+        """Put every clean weight back that was overwritten, and keep what others wrote since.
+
+        Where a parameter's version has moved, elements that are as drawn become clean, and all others stay. An ascent
+        cannot be drawn again; such a parameter stays as it is, with a warning. Where it was interrupted or failed it
+        may be repeated.
+        """
+        left = [name for held in self._held for name in self._end(held)]
         self.left()
+        if left:
+            warn_left_as_written(left)
+
+    def _end(self, held: Held) -> list[str]:
+        """Clean weights in one bucket; returns the names of parameters that stay as others wrote them."""
+        bucket = held.bucket
+        moved = [] if held.running else self._moved(held)
+        if not moved:
+            self._put(bucket, held.clean, _written(held) if held.running else None)
+            held.ours = True  # what has changed since, we have
+            return []
+        self._put(bucket, held.clean, [k for k in range(len(bucket.params)) if k not in set(moved)])
+        if held.call is None:
+            return [bucket.name(k) for k in moved]
+        for k in moved:
+            noisy = draw_again(held.call, held.clean, [k])[0]
+            end_element_by_element(bucket.params[k], held.clean[k], noisy, bucket.has_master)
+            if bucket.has_master:
+                self._state.note_masters([bucket.params[k]], [dtensor.version(bucket.params[k])])
+        return []
+
+    def put_back(self) -> None:
+        """Put every clean weight back; nobody else can have written since."""
+        for held in self._held:
+            held.ours = True
+        self.restore()
+
+    def restore_checked(self) -> None:
+        """`restore`, after a look at values: a write to `p.data` moves no version.
+
+        Raises:
+            RuntimeError: a parameter holds what was not drawn. The perturbation has ended, and what was written stays.
+        """
+        written = []
+        if not is_capturing():
+            for held in self._held:
+                if held.call is not None and not held.running:
+                    written += [held.bucket.name(k) for k in self._differing(held)]
+            self._looks += 1
+        if written:
+            for held in self._held:
+                held.versions = [-1] * len(held.versions)  # every element is compared
+        self.restore()
+        if written:
+            refuse_unseen_write(written)
+
+    def _differing(self, held: Held) -> list[int]:
+        """Positions whose values are not as drawn, though their version has not moved."""
+        params, now = held.bucket.params, held.bucket.versions()
+        call = held.call
+        assert call is not None
+        differing = differ_from_draw(call, params, held.clean, self._looks)
+        return [k for k in differing if now[k] == held.versions[k] and params[k] not in self._dropping]
 
     def restore_untouched(self) -> None:
-        """Put clean weights back where nothing else has been written: an interrupted update, or others."""
+        """Put clean weights back where an interrupted update has not written new ones."""
         for held in self._held:
-            if held.call is None:
-                which = [k for k, v in enumerate(held.bucket.versions()) if v == held.versions[k]]
-            else:
+            if held.running:
                 which = _written(held)
+            else:
+                which = [k for k, v in enumerate(held.bucket.versions()) if v == held.versions[k]]
             self._put(held.bucket, held.clean, which)
         self.left()
 
@@ -238,43 +355,87 @@ class Weights:
         try:
             bucket.op("restore_")(params, values)
         except (LayoutError, TypeError, ValueError):
-            # The model has changed memory format, dtype or device since.
-            with torch.no_grad():
-                for p, value in zip(params, values, strict=True):
-                    dtensor.local(p).copy_(dtensor.local(value))
+            _copy(params, values)  # the model has changed memory format, dtype or device since
         if bucket.has_master:
-            self._state.note_masters(bucket)
+            self._state.note_masters(params, list(map(dtensor.version, params)))
+
+    # --- clean weights for a while ---------------------------------------------------------------
 
     @contextmanager
     def clean(self) -> Iterator[None]:
-        """Exchange perturbed for clean weights and back; the perturbed values are kept, not drawn again."""
-        partition = self.partition
+        """Clean weights inside, which others may write by any means; then the perturbation is put on what is there.
+
+        Noise is drawn again, of the same round. An ascent cannot be: its perturbed values are kept.
+        """
         if self.phase is not PERTURBED:
             yield
+            if self.phase is CLEAN:
+                self._state.forget_masters()  # others may have written to p.data, which moves no version
             return
         with torch.no_grad():
-            kept = [[p.detach().clone() for p in held.bucket.params] for held in self._held]
-            for held in self._held:
-                self._put(held.bucket, held.clean)
-            torch.clear_autocast_cache()
-        self.phase = SUSPENDED
+            kept = self._suspend()
         try:
             yield
         finally:
-            if self.partition is partition and self.phase is SUSPENDED:
-                self.phase = PERTURBED
+            if self.phase is SUSPENDED:
                 with torch.no_grad():
-                    for held, values in zip(self._held, kept, strict=True):
-                        self._put(held.bucket, values)
-                        held.versions = held.bucket.versions()
-                torch.clear_autocast_cache()
+                    self._resume(kept)
 
-    def end_keeping_external_writes(self) -> None:
-        """End a perturbation; parameters that others have written since keep what was written."""
-        if self.phase is SUSPENDED:
-            self.left()
-        elif self.phase is PERTURBED:
-            self.restore_untouched()
+    def _suspend(self) -> list[list[Tensor | None]]:
+        """PERTURBED -> SUSPENDED; returns the perturbed values of an ascent, None where they stay as they are."""
+        kept: list[list[Tensor | None]] = []
+        left: list[str] = []
+        self.unfinished = True
+        for held in self._held:
+            if held.call is None:
+                moved = set(self._moved(held))
+                params = enumerate(dtensor.local_parts(held.bucket.params))
+                kept.append([None if k in moved else p.clone() for k, p in params])
+            left += self._end(held)
+        self.unfinished = False
+        self.phase = SUSPENDED
+        torch.clear_autocast_cache()
+        if left:
+            warn_left_as_written(left)
+        return kept
+
+    def _resume(self, kept: list[list[Tensor | None]]) -> None:
+        """SUSPENDED -> PERTURBED, around the weights that are there now."""
+        try:
+            for held in (h for h in self._held if h.bucket.has_master):
+                for p, master in zip(held.bucket.params, held.clean, strict=True):
+                    take_over(dtensor.local(master), dtensor.local(p))
+            ascents = [held for held in self._held if held.call is None]
+            perturbed = [
+                [ascent_kept(*each) for each in zip(held.bucket.params, values, held.clean, strict=True)]
+                for held, values in zip(ascents, kept, strict=True)
+            ]
+            stores = [self.store(held.bucket) for held in self._held]
+        except BaseException:
+            self.left()  # what is there are clean weights
+            raise
+        try:
+            self._perturb_again(perturbed, stores)
+        except BaseException:
+            self.put_back()
+            raise
+
+    def _perturb_again(self, perturbed: list[list[Tensor]], stores: list[CleanStore]) -> None:
+        """Draw again, or put back the perturbed values of an ascent; a method does one of the two everywhere."""
+        partition, parts = self.partition, list(zip(self._held, stores, strict=True))
+        assert partition is not None
+        if not perturbed:
+            self._execute(partition, [h.call.with_clean(*s) for h, s in parts if h.call is not None], stores)
+            return
+        self.unfinished = True
+        for held, store in parts:
+            held.clean = store.masters or store.backups or []
+            if store.backups is not None:
+                _copy(store.backups, held.bucket.params)
+            held.ours = True
+        for (held, _), values in zip(parts, perturbed, strict=True):
+            _copy(held.bucket.params, values)
+        self.perturbed_by(partition, [(held.bucket, store, None) for held, store in parts])
 
     def abandon(self) -> None:
         """The optimizer is gone: leave clean weights behind.

@@ -13,7 +13,6 @@ from ..checks import check_gradient
 from ..methods import IRE, RWP, SAM
 from .base import FlatOptimizer
 from .buckets import Bucket, Call
-from .draw import noise_call
 from .groups import Group, Setup
 from .state import OWN_KEYS
 from .step import Prepared, SharedArguments
@@ -166,7 +165,7 @@ class Wrap(FlatOptimizer):
         """Rolling: the noise of the coming round."""
         for bucket, s, _ in work:
             if s.noise is not None:
-                noise_call(self.cycle, bucket, s.store, s.noise).run()
+                s.draw(bucket).run()
 
     # --- groups and state belong to the base -----------------------------------------------------
 
