@@ -72,6 +72,32 @@ def test_a_replayed_step_moves_on(rule, method, monkeypatch):
         assert all(map(torch.equal, graph.tensors(), before))  # with the sigma that the replay drew with
 
 
+@pytest.mark.parametrize("method", ["RWP", "rolling ARWP"])
+def test_noise_is_told_from_what_others_write(method, monkeypatch):
+    """By the key and the sigmas of the last draw, whether a replay made it or a call, and not by those of the next."""
+    run = Run("SGD", method, True, schedule=False, columns=64)
+    params, tape = list(run.net.parameters()), Tape(monkeypatch)
+    run.step()
+    with tape:
+        run.step()
+    run.step()
+    tape.replay()
+    if run.opt.rolling:
+        for group in run.opt.param_groups:
+            group["sigma"].fill_(0.5)
+    else:
+        run.opt.zero_grad()
+        run.opt.perturb()
+    noisy = [p.detach().clone() for p in params]
+    with run.opt.clean():
+        clean = [p.detach().clone() for p in params]
+    assert all(map(torch.equal, params, noisy)) and not torch.equal(noisy[0], clean[0])
+    with torch.no_grad():
+        params[0][0, 2] = clean[0][0, 2] = 7.0
+    run.opt.eval()
+    assert all(map(torch.equal, params, clean))
+
+
 def test_a_tape_repeats_what_is_baked(monkeypatch):
     """The test above has teeth: without capturable a replay draws the same noise, at the old learning rate."""
     graph, python = Run("SGD", "RWP", False), Run("SGD", "RWP", False)

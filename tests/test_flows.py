@@ -13,8 +13,7 @@ import torch.distributed.checkpoint as dcp
 from patterns import bits, same
 from torch import nn
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, parametrizations, parametrize, prune
-from torch.nn.utils import vector_to_parameters
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 from unchanged import refused
 
@@ -161,7 +160,9 @@ SEEN = {
     "one element": one_element,
     "fill": fill,
     "detach": lambda run: run.net.body.weight.detach().zero_(),
-    "foreach": lambda run: torch._foreach_copy_([p.detach() for p in run.params], [torch.ones_like(p) for p in run.params]),
+    "foreach": lambda run: torch._foreach_copy_(
+        [p.detach() for p in run.params], [torch.ones_like(p) for p in run.params]
+    ),
     "parametrization": parametrized,
     "parametrization, original": lambda run: parametrized(run, leave=False),
     "parametrization, assigned": assigned,
@@ -211,7 +212,7 @@ def adapter_merged(run):
 
 
 def vector(run):
-    vector_to_parameters(torch.linspace(-1, 1, sum(p.numel() for p in run.params)), run.params)
+    nn.utils.vector_to_parameters(torch.linspace(-1, 1, sum(p.numel() for p in run.params)), run.params)
 
 
 # By means that move no version: a rolling eval() notices them.
@@ -283,8 +284,8 @@ NOTHING = {
     "shared memory": lambda run: run.net.share_memory(),
     "train and eval": lambda run: run.net.eval().train(),
     "switched": switched,
-    "clipped": lambda run: clip_grad_norm_(run.params, 0.1),
-    "as a vector": lambda run: parameters_to_vector(run.params).mul_(2),
+    "clipped": lambda run: nn.utils.clip_grad_norm_(run.params, 0.1),
+    "as a vector": lambda run: nn.utils.parameters_to_vector(run.params).mul_(2),
     "functional_call": called,
     "no_grad forward": lambda run: torch.no_grad()(run.net)(X),
     "inference": lambda run: torch.inference_mode()(run.net)(X),

@@ -71,7 +71,7 @@ def parts(model):
 
 
 def wrapped_under_noise():
-    """Its construction sends rank 0's weights to all, which are their own: the step is not refused, the end is clean."""
+    """Its construction sends rank 0's weights to all, whose own they are: no step is refused, and the end is clean."""
     for method in ("RWP", "m-RWP", "rolling"):
         model = network()
         clean = parts(model)

@@ -152,3 +152,8 @@ def gradients_of_both_passes(views):
 @pytest.mark.parametrize("views", [False, True], ids=["", "bucket views"])
 def test_two_ranks_do_what_one_process_does_with_both_batches(two, views):
     two.call(gradients_of_both_passes, views)
+
+
+@pytest.mark.parametrize("method", ["RWP, a noise per rank", "m-RWP", "m-ARWP", "rolling", "SAM", "ASAM"])
+def test_replicas_are_equal_after_many_steps(two, method):
+    two.call(trained, "SGD", method, True, 200)

@@ -128,6 +128,7 @@ class Call:
     kwargs: dict[str, Any]
     after: Callable[[], None] | None = None  # what is left to do when all calls of a step have run
     done: bool = False
+    drawn_with: Callable[[], tuple[Any, Any]] | None = None  # of a draw: its sigmas and its key, where graphs move them
 
     def run(self) -> None:
         bucket = self.bucket
@@ -149,8 +150,14 @@ class Call:
             self.bucket.checked[self.op] = layouts
 
     def with_clean(self, backups: list[Tensor] | None, masters: list[Tensor] | None) -> Call:
-        """The same call with clean weights elsewhere; of an op that perturbs."""
-        return Call(self.bucket, self.op, (self.args[0], backups, masters, *self.args[3:]), self.kwargs)
+        """The same draw with clean weights elsewhere."""
+        arguments = self.args[0], backups, masters, *self.repeated()
+        return Call(self.bucket, self.op, arguments, self.kwargs, drawn_with=self.drawn_with)
+
+    def repeated(self) -> tuple[Any, ...]:
+        """The arguments behind the clean weights with which it gives what is in the weights now: replays of a captured
+        graph, which no Python sees, draw other rounds."""
+        return self.args[3:] if self.drawn_with is None else (*self.args[3:5], *self.drawn_with())
 
     def on(self, params: list[Tensor]) -> None:
         """The same call on other tensors, without clean copies; of an op that perturbs."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,10 @@ def noise_call(cycle: Cycle, bucket: Bucket, store: CleanStore, noise: Tensor, r
     history = cycle.state.histories(bucket.params) if any(lists["eta"]) else None
     norms = _norms_of_the_whole(bucket, store.masters or bucket.params) if bucket.split_vectors else None
     arguments = bucket.params, *store, norms, history, sigmas, noise
-    return Call(bucket, "perturb_gaussian_", arguments, {**lists, "index": bucket.index, "offset": bucket.offset})
+    call = Call(bucket, "perturb_gaussian_", arguments, {**lists, "index": bucket.index, "offset": bucket.offset})
+    if sigmas is not None:
+        call.drawn_with = partial(cycle.scalars.drawn_with, bucket, cycle.rolling)
+    return call
 
 
 def _norms_of_the_whole(bucket: Bucket, weights: list[Tensor]) -> list[Tensor]:

@@ -44,7 +44,7 @@ def draw_again(
         rows: (first, count) for each of them; None: all.
     """
     bucket, numbers = call.bucket, call.kwargs
-    norms, history, sigmas, noise = call.args[3:]
+    norms, history, sigmas, noise = call.repeated()
     rows = rows or [ALL_ROWS] * len(at)
     # Copies, which are aligned as whole tensors are, so that the same kernels serve.
     sources = [_rows(dtensor.local(clean[k]), r).clone() for k, r in zip(at, rows, strict=True)]

@@ -103,6 +103,10 @@ class OnHost:
             )
         return keys.pop()
 
+    def drawn_with(self, bucket: Bucket, rolling: bool) -> tuple[Tensor | None, Tensor]:
+        """Numbers of the host are what a call has kept."""
+        raise NotImplementedError
+
     def next_round(self) -> None:
         groups = self._groups.owner().param_groups  # type: ignore[union-attr]
         # In one call of C code, so that no signal handler finds groups in different rounds.
@@ -213,6 +217,12 @@ class OnDevice(OnHost):
 
     def noise(self, ahead: int) -> Tensor:
         return self.words + self._one_round if ahead else self.words
+
+    def drawn_with(self, bucket: Bucket, rolling: bool) -> tuple[Tensor | None, Tensor]:
+        """The sigmas and the key of the noise that is in the weights, after replays too."""
+        if rolling:
+            return self.on_device(bucket, "sigma", last_draw), self.words
+        return self.on_device(bucket, "sigma"), self.words - self._one_round  # perturb() ends with the next round's key
 
     def next_round(self) -> None:
         """One for all groups."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -52,6 +53,7 @@ class SharedArguments:
     clip: Tensor | None
     found_inf: Tensor | None
     numbers: dict[str, list[Any]]
+    drawn_with: Callable[[], tuple[Any, Any]] | None = None  # see Call
 
     def tensors(self) -> tuple[Any, ...]:
         """The positional arguments that follow a rule's own state."""
@@ -63,7 +65,8 @@ class SharedArguments:
     def draw(self, bucket: Bucket) -> Call:
         """Rolling: the draw of the coming round by itself, as the update makes it in the same pass."""
         arguments = bucket.params, *self.store, None, self.history, self.sigmas, self.noise
-        return Call(bucket, REPEATABLE, arguments, {key: self.numbers[key] for key in DRAWN_WITH})
+        numbers = {key: self.numbers[key] for key in DRAWN_WITH}
+        return Call(bucket, REPEATABLE, arguments, numbers, drawn_with=self.drawn_with)
 
 
 class Prepared(NamedTuple):
@@ -215,6 +218,7 @@ class Step:
             shared.noise = noise
             if cycle.groups.setup.capturable:
                 shared.sigmas = scalars.on_device(bucket, "sigma")
+                shared.drawn_with = partial(scalars.drawn_with, bucket, rolling=True)
             else:
                 shared.numbers["sigma"] = bucket.values("sigma")
         if self.mask.exists:
