@@ -4,13 +4,12 @@ checkpoints, conversions, other optimizers. What they write is kept or refused, 
 
 import contextlib
 import copy
-import gc
 import warnings
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from patterns import bits, same
+from patterns import backends, bits, same
 from torch import nn
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -47,6 +46,14 @@ class Network(nn.Module):
     def forward(self, x):
         x = self.conv(x.to(self.unused.dtype).view(-1, 1, 1, 5)).flatten(1)
         return self.head(torch.tanh(self.body(x)))
+
+
+def rows(*names, among):
+    """Every backend runs one method; the code around is the same, and eager noise is slow."""
+    return pytest.mark.parametrize(
+        ("backend", "method", *names), backends(among, lambda method, *_: method == "followed"),
+        indirect=["backend"], ids=str,
+    )  # fmt: skip
 
 
 def weights_of(params):
@@ -181,7 +188,7 @@ def ended(run, found):
 
 
 @pytest.mark.filterwarnings("ignore:others have written", "ignore:.*ascends on bfloat16")
-@pytest.mark.parametrize(("method", "flow", "own"), SEEN_ROWS, ids=str)
+@rows("flow", "own", among=SEEN_ROWS)
 def test_what_moves_a_version_is_refused_by_a_step_and_kept_by_a_way_back(method, flow, own, backend):
     run = Run(method, backend, **own)
     run.perturb()
@@ -228,8 +235,7 @@ UNSEEN = {
 }
 
 
-@pytest.mark.parametrize("flow", UNSEEN)
-@pytest.mark.parametrize("method", ["rolling", "followed"])
+@rows("flow", among=[(m, f) for m in ("rolling", "followed") for f in UNSEEN])
 def test_what_moves_no_version_is_noticed_by_a_rolling_eval_and_kept(method, flow, backend):
     run = Run(method, backend)
     run.perturb()
@@ -241,8 +247,7 @@ def test_what_moves_no_version_is_noticed_by_a_rolling_eval_and_kept(method, flo
     run.stays(run.kept(found))
 
 
-@pytest.mark.parametrize("flow", [*SEEN, *UNSEEN])
-@pytest.mark.parametrize("method", METHODS)
+@rows("flow", among=[(m, f) for m in METHODS for f in (*SEEN, *UNSEEN)])
 def test_anything_may_be_written_inside_clean(method, flow, backend):
     run = Run(method, backend)
     run.perturb()
@@ -297,9 +302,7 @@ NOTHING = {
 TOLD_BY_VALUES = ("parametrized", "own value")
 
 
-@pytest.mark.parametrize(
-    ("method", "flow"), [(m, f) for m in METHODS for f in NOTHING if m != "SAM" or f not in TOLD_BY_VALUES]
-)
+@rows("flow", among=[(m, f) for m in METHODS for f in NOTHING if m != "SAM" or f not in TOLD_BY_VALUES])
 def test_what_writes_nothing_raises_no_alarm(method, flow, backend):
     run = Run(method, backend)
     for end in ("eval", "step", "clean"):
@@ -325,7 +328,7 @@ CONVERSIONS = {
 @pytest.mark.filterwarnings("ignore:others have written", "ignore:.*ascends on bfloat16")
 @pytest.mark.parametrize("end", ["eval", "step", "collected", "clean"])
 @pytest.mark.parametrize("conversion", CONVERSIONS)
-@pytest.mark.parametrize(("method", "own"), [(m, own) for m in METHODS for own in ({}, HALF)], ids=str)
+@rows("own", among=[(m, own) for m in METHODS for own in ({}, HALF)])
 def test_a_model_is_converted_and_perhaps_written(method, own, conversion, end, backend):
     """What comes back is converted from the most exact weights that there are: from masters, where there are some."""
     for writes in (False, True):
@@ -347,7 +350,6 @@ def test_a_model_is_converted_and_perhaps_written(method, own, conversion, end, 
                 run.opt.step()
         if end == "collected":
             del run.opt
-            gc.collect()
         else:
             run.opt.eval()
         expected = [e.to(f.dtype) for e, f in zip(exact, found, strict=True)]
@@ -423,7 +425,7 @@ def trained(run, steps, swaps=False):
 
 
 @pytest.mark.filterwarnings("ignore:.*ascends on bfloat16")
-@pytest.mark.parametrize(("method", "own"), [(m, own) for m in METHODS for own in ({}, HALF)], ids=str)
+@rows("own", among=[(m, own) for m in METHODS for own in ({}, HALF)])
 def test_averages_are_swapped_in_and_out_inside_clean(method, own, backend):
     """The trajectory is the one without, bit for bit, masters included."""
     assert same(trained(Run(method, backend, **own), 3, swaps=True), trained(Run(method, backend, **own), 3))
@@ -437,7 +439,7 @@ def test_averages_that_are_swapped_in_under_noise_are_noticed(backend):
     run.stays([torch.full_like(p, 0.5) for p in run.params])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@rows(among=METHODS)
 def test_an_average_of_what_is_inside_clean_is_one_of_clean_weights(method, backend):
     run = Run(method, backend)
     average = AveragedModel(run.net)
@@ -452,7 +454,7 @@ def test_an_average_of_what_is_inside_clean_is_one_of_clean_weights(method, back
 
 @pytest.mark.filterwarnings("ignore:others have written", "ignore:.*ascends on bfloat16")
 @pytest.mark.parametrize("first", ["model", "optimizer"])
-@pytest.mark.parametrize(("method", "own"), [(m, own) for m in METHODS for own in ({}, HALF)], ids=str)
+@rows("own", among=[(m, own) for m in METHODS for own in ({}, HALF)])
 def test_a_rollback_in_the_middle_is_as_a_new_start(method, own, first, backend):
     """After a loss of NaN: the last good checkpoint, and on."""
     run = Run(method, backend, **own)
@@ -475,7 +477,7 @@ def test_a_rollback_in_the_middle_is_as_a_new_start(method, own, first, backend)
     assert same(trained(run, 3), trained(fresh, 3))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@rows(among=METHODS)
 def test_a_phase_of_another_optimizer(method, backend):
     """eval() or restore() before it; the old optimizer changes nothing any more, not when it is collected either."""
     run = Run(method, backend)
@@ -491,11 +493,10 @@ def test_a_phase_of_another_optimizer(method, backend):
     run.opt.eval()
     assert same(run.now(), found) and not same(found, run.clean)
     del run.opt
-    gc.collect()
     assert same(run.now(), found)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@rows(among=METHODS)
 def test_freezing_in_the_middle(method, backend):
     """As LoRA does: what is frozen under noise or an ascent is clean, and stays as it is when all others move."""
     run = Run(method, backend)
@@ -519,7 +520,7 @@ def test_freezing_in_the_middle(method, backend):
     assert not same(run.now()[3:5], run.clean[3:5])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@rows(among=METHODS)
 def test_a_distributed_checkpoint_is_loaded_into_perturbed_weights(method, backend, tmp_path):
     """In place, into the tensors of a state dict, and by set_model_state_dict."""
     run = Run(method, backend)
