@@ -12,6 +12,7 @@ import cases
 import circle
 import numpy as np
 import pytest
+import test_foreign_writes
 import test_mask
 import torch
 from capturing import TRAINED
@@ -415,3 +416,19 @@ def test_an_optimizer_runs_on_it(method):
         results.append([p.detach().clone() for p in model.parameters()])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", test_foreign_writes.PRECISIONS)
+def test_a_draw_can_be_repeated(precision):
+    """On some rows, too: what others wrote to perturbed weights is told from the noise so, and nothing else is."""
+    run = test_foreign_writes.Run("rolling ARWP", precision, "triton")
+    run.into_perturbed()
+    for _ in range(3):
+        run.opt.train()
+        run.opt.eval()
+    run.opt.train()
+    with run.opt.clean():
+        clean = run.values()
+    spots = test_foreign_writes.write(run.params)
+    run.opt.eval()
+    assert test_foreign_writes.same(run.values(), test_foreign_writes.expected(clean, spots))
