@@ -69,10 +69,10 @@ def sgd(model, perturb, **options):
     return flatkern.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, perturb=perturb, **options)
 
 
-def one_step(model, opt, step, parts=1, weigh=True, scaler=None, rank=None):
+def one_step(model, opt, step, parts=1, weigh=True, scaler=None, rank=None, set_to_none=True):
     """What a user writes; `parts` micro-batches, of which the last alone is synchronised."""
     rank = dist.get_rank() if rank is None else rank
-    opt.zero_grad()
+    opt.zero_grad(set_to_none)
     opt.perturb()
     for part in range(parts):
         x, y = batch(step, rank, part)
@@ -180,7 +180,7 @@ def trained(group, options):
     assert opt.loss_weight == pytest.approx(
         world * LAM / (world // 2) if rank % 2 else world * (1 - LAM) / (world - world // 2)
     )
-    train(model, opt, 5, parts=parts)
+    train(model, opt, 5, parts=parts, set_to_none=options.get("set_to_none", True))
     weights, history = oracle(by_parity(world), streams, eta, parts, 5)
     compare_with(model.parameters(), weights)
     if eta:
@@ -196,6 +196,7 @@ CASES = {
     "m-ARWP": {"eta": ETA},
     "m-ARWP, bucket views": {"eta": ETA, "views": True},
     "m-ARWP, accumulation": {"eta": ETA, "parts": 3},
+    "m-ARWP, gradients zeroed in place": {"eta": ETA, "parts": 2, "views": True, "set_to_none": False},
     "m-ARWP, accumulation and bucket views, a noise per rank": {"eta": ETA, "parts": 2, "views": True, "streams": True},
 }
 
