@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 import gc
 import io
 import pickle
@@ -12,22 +11,35 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import live
+from parallel_training import (
+    ETA,
+    LAM,
+    batch,
+    by_parity,
+    compare_with,
+    equal_replicas,
+    fsdp,
+    histories,
+    mesh,
+    method,
+    network,
+    on_the_first,
+    one_step,
+    oracle,
+    parallel,
+    sent,
+    sgd,
+    train,
+    whole,
+)  # fmt: skip
 from ranks import Ranks
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
 from unchanged import refused
 
 import flatkern
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
-
-SIGMA, LAM, ETA, BETA, SEED = 0.1, 0.3, 2.0, 0.9, 7
-LR, MOMENTUM = 0.1, 0.9
-method = functools.partial(flatkern.RWP, SIGMA, lam=LAM, beta=BETA, seed=SEED, mix="ranks")
 
 
 @pytest.fixture(scope="module")
@@ -36,138 +48,6 @@ def worlds():
     ranks = Ranks(4)
     yield lambda world, *args: ranks.call(on_the_first, world, *args)[:world]
     ranks.close()
-
-
-def on_the_first(world, function, *args):
-    group = group_of(world)
-    return function(group, *args) if dist.get_rank() < world else None
-
-
-@functools.cache
-def group_of(world):
-    return dist.new_group(range(world)) if world < 4 else None
-
-
-def network(seed=0):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return torch.nn.Sequential(
-            torch.nn.Linear(9, 13), torch.nn.Tanh(), torch.nn.LayerNorm(13), torch.nn.Linear(13, 3)
-        )  # fmt: skip
-
-
-def batch(step, rank, part=0):
-    generator = torch.Generator().manual_seed(1000 * step + 10 * rank + part)
-    return torch.randn(6, 9, generator=generator), torch.randint(3, (6,), generator=generator)
-
-
-def parallel(group, seed=0, dtype=torch.float32, **options):
-    return DistributedDataParallel(network(seed).to(dtype), process_group=group, **options)
-
-
-def sgd(model, perturb, **options):
-    return flatkern.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, perturb=perturb, **options)
-
-
-def one_step(model, opt, step, parts=1, weigh=True, scaler=None, rank=None, set_to_none=True):
-    """What a user writes; `parts` micro-batches, of which the last alone is synchronised."""
-    rank = dist.get_rank() if rank is None else rank
-    opt.zero_grad(set_to_none)
-    opt.perturb()
-    for part in range(parts):
-        x, y = batch(step, rank, part)
-        last = part == parts - 1
-        with contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
-            loss = cross_entropy(model(x), y) * (opt.loss_weight if weigh else 1.0) / parts
-            (loss if scaler is None else scaler.scale(loss)).backward()
-    if scaler is None:
-        opt.step()
-    else:
-        scaler.step(opt)
-        scaler.update()
-
-
-def train(model, opt, steps, start=0, **options):
-    for step in range(start, start + steps):
-        one_step(model, opt, step, **options)
-
-
-def whole(t):
-    return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
-
-
-def histories(opt):
-    return [opt.state[p]["history"] for p in opt.param_groups[0]["params"]]
-
-
-def equal_replicas(tensors, group=None):
-    for k, t in enumerate(tensors):
-        t = t.detach().contiguous()
-        found = [torch.empty_like(t) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(found, t, group=group)
-        assert all(torch.equal(found[0], other) for other in found), f"tensor {k}"
-
-
-# What all ranks together do, in one process and in float64.
-
-
-def rows_of(t):
-    return t.reshape(t.shape[0], -1) if t.dim() >= 2 else t.reshape(-1, 1)
-
-
-def oracle(roles, streams, eta, parts, steps):
-    """Weights and histories; `roles[r]` is True where rank r is noisy."""
-    model = network().double()
-    params = list(model.parameters())
-    velocity = [torch.zeros_like(p) for p in params]
-    history = [torch.zeros(len(rows_of(p)), dtype=torch.float64) for p in params]
-
-    def gradient(step, rank, weights):
-        with torch.no_grad():
-            for p, w in zip(params, weights, strict=True):
-                p.copy_(w)
-        loss = 0
-        for part in range(parts):
-            x, y = batch(step, rank, part)
-            loss = loss + cross_entropy(model(x.double()), y) / parts
-        return torch.autograd.grad(loss, params)
-
-    for step in range(steps):
-        clean = [p.detach().clone() for p in params]
-        final = [torch.zeros_like(p) for p in params]
-        squares = [torch.zeros_like(h) for h in history]
-        for rank, is_noisy in enumerate(roles):
-            weights = clean
-            if is_noisy:
-                narrow = [w.float() for w in clean]
-                drawn = [w.clone() for w in narrow]
-                flatkern.perturb_(drawn, SIGMA, seed=SEED, round=step, stream=streams[rank], backend="eager")
-                weights = []
-                for w, n, d, h in zip(clean, narrow, drawn, history, strict=True):
-                    e = rows_of(d.double() - n.double()) / (1 + eta * h[:, None]).sqrt()
-                    weights.append(w + e.view_as(w))
-            share = LAM / sum(roles) if is_noisy else (1 - LAM) / (len(roles) - sum(roles))
-            for k, g in enumerate(gradient(step, rank, weights)):
-                final[k] += share * g
-                if is_noisy:
-                    squares[k] += rows_of(g).square().sum(1) / sum(roles)
-        with torch.no_grad():
-            for k, p in enumerate(params):
-                velocity[k] = MOMENTUM * velocity[k] + final[k]
-                p.copy_(clean[k] - LR * velocity[k])
-                if eta:
-                    history[k] = BETA * history[k] + squares[k]
-    return [p.detach() for p in params], history
-
-
-def by_parity(world):
-    return [rank % 2 == 1 for rank in range(world)]
-
-
-def compare_with(got, want):
-    """A float32 run of a few steps: every weight is rounded some ten times, to 6e-8 of values up to 1."""
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(whole(a).double(), b, rtol=1e-5, atol=1e-6)
 
 
 def trained(group, options):
@@ -180,8 +60,9 @@ def trained(group, options):
     assert opt.loss_weight == pytest.approx(
         world * LAM / (world // 2) if rank % 2 else world * (1 - LAM) / (world - world // 2)
     )
-    train(model, opt, 5, parts=parts, set_to_none=options.get("set_to_none", True))
-    weights, history = oracle(by_parity(world), streams, eta, parts, 5)
+    rounds = options.get("rounds", False)
+    train(model, opt, 5, parts=parts, set_to_none=options.get("set_to_none", True), rounds=rounds)
+    weights, history = oracle(by_parity(world), streams, eta, parts, 5, rounds)
     compare_with(model.parameters(), weights)
     if eta:
         compare_with(histories(opt), history)
@@ -196,6 +77,8 @@ CASES = {
     "m-ARWP": {"eta": ETA},
     "m-ARWP, bucket views": {"eta": ETA, "views": True},
     "m-ARWP, accumulation": {"eta": ETA, "parts": 3},
+    "m-ARWP, rounds": {"eta": ETA, "parts": 2, "rounds": True},
+    "m-ARWP, rounds, bucket views": {"eta": ETA, "parts": 3, "rounds": True, "views": True},
     "m-ARWP, gradients zeroed in place": {"eta": ETA, "parts": 2, "views": True, "set_to_none": False},
     "m-ARWP, accumulation and bucket views, a noise per rank": {"eta": ETA, "parts": 2, "views": True, "streams": True},
 }
@@ -203,8 +86,12 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_ranks_do_what_one_process_does(worlds, backend, world, case):
-    worlds(world, trained, {**CASES[case], "backend": backend})
+def test_ranks_do_what_one_process_does(worlds, world, case):
+    worlds(world, trained, {**CASES[case], "backend": live("cpp")})
+
+
+def test_ranks_do_what_one_process_does_in_eager(worlds):
+    worlds(3, trained, {"eta": ETA, "parts": 2, "streams": True, "backend": "eager"})
 
 
 # Replicas.
@@ -326,38 +213,6 @@ def test_every_way_to_a_step_is_the_same(worlds):
 
 
 # Communication.
-
-
-def sent(group, eta):
-    """Bytes of DDP's buckets, and of every other all-reduce, in a third step."""
-    buckets, others, reduce = [], [], dist.all_reduce
-    model = parallel(group)
-
-    def hook(state, bucket):
-        buckets.append(bucket.buffer().numel() * bucket.buffer().element_size())
-        future = reduce(bucket.buffer().div_(dist.get_world_size(group)), group=group, async_op=True).get_future()
-        return future.then(lambda f: f.value()[0])
-
-    def counted(t, *args, **kwargs):
-        others.append(t.numel() * t.element_size())
-        return reduce(t, *args, **kwargs)
-
-    model.register_comm_hook(None, hook)
-    opt = sgd(model, None if eta is None else method(group=group, eta=eta))
-    dist.all_reduce = counted
-    try:
-        for step in range(3):
-            buckets.clear()
-            others.clear()
-            opt.zero_grad()
-            if eta is not None:
-                opt.perturb()
-            x, y = batch(step, dist.get_rank())
-            (opt.loss_weight * cross_entropy(model(x), y)).backward()
-            opt.step()
-    finally:
-        dist.all_reduce = reduce
-    return buckets, others
 
 
 def test_nothing_more_is_sent_than_by_plain_ddp(worlds):
@@ -492,7 +347,7 @@ def halves(_):
     rank = dist.get_rank()
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     group = groups[rank // 2]
-    model = DistributedDataParallel(network(), process_group=group)
+    model = parallel(group)
     opt = sgd(model, method(group=group, eta=ETA))
     for step in range(3):
         one_step(model, opt, step, rank=rank % 2)
@@ -506,17 +361,6 @@ def test_parity_counts_within_the_group(worlds):
     worlds(4, halves)
 
 
-@functools.cache
-def mesh(*shape):
-    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-
-
-def fsdp(*shape):
-    model = network()
-    fully_shard(model[0], mesh=mesh(*shape))
-    return fully_shard(model, mesh=mesh(*shape))
-
-
 def hybrid(_, backend, give_group):
     """Ranks 0 and 1 have one replica, 2 and 3 the noisy one."""
     model = fsdp(2, 2)
@@ -525,7 +369,13 @@ def hybrid(_, backend, give_group):
     train(model, opt, 5)
     weights, _ = oracle([False, False, True, True], [0] * 4, 0.0, 1, 5)
     compare_with(model.parameters(), weights)
-    equal_replicas([whole(p) for p in model.parameters()])
+    trained = [whole(p) for p in model.parameters()]
+    equal_replicas(trained)
+    opt.perturb()
+    moved = any(not torch.equal(whole(p), t) for p, t in zip(model.parameters(), trained, strict=True))
+    assert moved is (dist.get_rank() >= 2)
+    opt.restore()
+    assert all(torch.equal(whole(p), t) for p, t in zip(model.parameters(), trained, strict=True))
 
 
 def test_hybrid_sharding_goes_by_the_replica(worlds, backend):
@@ -592,7 +442,7 @@ def warned(group):
         warnings.simplefilter("always")
         train(model, opt, 3, weigh=False)
         assert [str(w.message) for w in seen if "loss_weight was not read" in str(w.message)], seen
-        assert len(seen) == 1 and seen[0].filename == __file__
+        assert len(seen) == 1 and seen[0].filename.endswith("parallel_training.py")
     for views in (False, True):
         model = parallel(group, gradient_as_bucket_view=views)
         opt = sgd(model, method(group=group, eta=ETA))
