@@ -434,6 +434,15 @@ def test_one_process_is_refused():
         sgd(network(), method())
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [({"mix": "ranks"}, "give lam"), ({"lam": 0.5, "group": 1}, 'mix="gradients" has none; pass group=None')],
+)
+def test_arguments_that_do_not_go_together_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        flatkern.RWP(**arguments)
+
+
 def warned(group):
     """Losses that were not weighted, and a mean that was taken too early, are told once."""
     model = parallel(group)
