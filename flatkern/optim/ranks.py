@@ -125,7 +125,7 @@ class OwnGradients:
         self._cycle = cycle
         self._hooks: dict[Tensor, Any] = {}  # with the handle that removes it
         self._watched: frozenset[Tensor] = frozenset()  # whose gradients the present round needs
-        self._last: dict[Tensor, tuple[Any, int]] = {}  # the gradient that was seen: weak reference, version
+        self._last: dict[Tensor, tuple[Any, int] | None] = {}  # the gradient that was seen: weak reference, version
         self._warned = False
         weakref.finalize(self, _remove, self._hooks).atexit = False
 
@@ -154,18 +154,15 @@ class OwnGradients:
             resolve("filter_norms_", g.device.type, cycle.groups.setup.backend)([own[p]], [g])
         else:
             own[p] = g.to(torch.float32, copy=True).flatten()
-        self._last[p] = weakref.ref(grad), grad._version
+        # Views of a bucket count the writes to all of its parameters, so that their versions tell nothing.
+        self._last[p] = None if grad._is_view() else (weakref.ref(grad), grad._version)
 
     def _check_own(self, p: Tensor, grad: Tensor) -> None:
-        """Autograd adds in place, once. Other writes since the last backward are DDP's, or somebody's.
-
-        Bucket views are not looked at, because a bucket counts the writes to all of its parameters.
-        """
-        known, version = self._last[p]
-        last = known()
-        if self._warned or grad.requires_grad or (last is not None and last is grad and grad._is_view()):
+        """Autograd adds in place, once. Other writes since the last backward are DDP's, or somebody's."""
+        known = self._last[p]
+        if self._warned or known is None or grad.requires_grad:
             return
-        if last is not grad or grad._version != version + 1:
+        if known[0]() is not grad or grad._version != known[1] + 1:
             self._warned = True
             warnings.warn(
                 'm-ARWP with mix="ranks": gradients were written between two backward passes of a step, as DDP does '
