@@ -45,8 +45,8 @@ def cost(opt: FlatOptimizer) -> Cost:
     """Count bytes, op calls and memory of one step of `opt`, from shapes and dtypes alone; of sharded
     parameters what is on this rank.
 
-    Counted: perturb (read w, write the clean copy, write w'), the norm and ascent reads of SAM, the
-    update (read clean w, gradients, moments; write w, moments), IRE's mask. mSAM's further rounds, autograd's
+    Counted: perturb (read w, write the clean copy, write w'; nothing on clean ranks), the norm and ascent reads of
+    SAM, the update (read clean w, gradients, moments; write w, moments), IRE's mask. mSAM's further rounds, autograd's
     accumulation and `Wrap`'s base step are not counted.
     """
     perturbation, enhancement = opt.perturbation, opt.setup.enhancement
@@ -76,6 +76,10 @@ def cost(opt: FlatOptimizer) -> Cost:
                 bytes_moved += mask + round((4 * n * item + mask) / enhancement.interval)
             if opt.setup.method is None or not group["perturb"]:
                 continue
+            if perturbation.keeps_history(group):
+                state_bytes += 4 * history_length(p)
+            if perturbation.is_clean_rank:
+                continue
             clean_copy = 0 if master else n * item
             scratch_bytes += clean_copy
             bytes_moved += clean_copy if perturbation.rolling else n * (weight + item) + clean_copy
@@ -84,7 +88,5 @@ def cost(opt: FlatOptimizer) -> Cost:
             if perturbation.mixes:
                 bytes_moved += n * item
                 scratch_bytes += n * item
-            if perturbation.keeps_history(group):
-                state_bytes += 4 * history_length(p)
-    launches = perturbation.launches + (opt.setup.max_grad_norm is not None)
+    launches = perturbation.launches - perturbation.is_clean_rank + (opt.setup.max_grad_norm is not None)
     return Cost(parameters, bytes_moved, base_bytes, launches, state_bytes, scratch_bytes)

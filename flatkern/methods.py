@@ -5,7 +5,7 @@ Any value may be overridden per parameter group under the same key, and changed 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from .values import check_flag, check_uint32, check_value
@@ -42,12 +42,23 @@ class RWP:
         rolling: the noise stays on between steps and `step()` renews it in the same pass over
             memory, for trainers that call nothing but `step()`. Excludes `lam`.
         mix: "gradients" mixes in the update's registers; "losses" expects every loss multiplied by
-            `opt.loss_weight`, so that autograd adds the gradients up.
-        group: process group of mix="ranks", which this version does not have yet.
+            `opt.loss_weight`, so that autograd adds the gradients up. "ranks" is the papers' parallel form, at the
+            speed of ordinary training: of W >= 2 ranks the W // 2 odd ones are noisy, the others clean, and each runs
+            `opt.perturb(); (opt.loss_weight * loss).backward(); opt.step()` on data of its own. On clean ranks
+            `perturb()` moves nothing. `loss_weight` is W lam / noisy or W (1 - lam) / clean, so that DDP's mean is
+            (1 - lam) of the clean ranks' mean gradient and lam of the noisy ones'. Nothing else is sent; m-ARWP, whose
+            F_f takes the mean of the squares of each noisy rank's own gradient (all micro-batches of the step), sends
+            4 bytes a filter and an element of vectors. All noisy ranks draw the same noise unless `stream` differs.
+            Under accumulation every backward but the last runs in `no_sync()`.
+        group: process group of mix="ranks", that over which DDP takes the mean; None for all ranks. FSDP2's hybrid
+            sharding brings its own, that of the mesh's replicate dimension (m-RWP only, eta=0). A copy of the method
+            keeps the group; pickled, it is left out, and all ranks take its place.
 
     Raises:
-        ValueError: a value out of range, or `rolling` together with `lam`.
+        ValueError: a value out of range, or `rolling` together with `lam`, or mix="losses" or "ranks" without it.
         TypeError: a value of another type.
+        An optimizer with mix="ranks" refuses to be made where torch.distributed is not initialized, in a group of one
+        rank or that this rank is not in, and on a one-dimensional FSDP2 mesh.
 
     Sources: Li et al. 2022 (arXiv:2211.11489); Li et al. 2024 (arXiv:2404.00357), eqs. 5, 8, 14, with
     the released code's power -1/2 and per-filter sums.
@@ -66,24 +77,41 @@ class RWP:
     def __post_init__(self) -> None:
         _check_numbers(self, "sigma", "eta", "beta")
         _set(self, "rolling", check_flag("RWP", "rolling", self.rolling))
+        if self.rolling and self.mix == "ranks":
+            raise ValueError(
+                'RWP: rolling=True excludes mix="ranks", whose steps begin with perturb(); use one of them'
+            )
         if self.lam is not None:
             _check_numbers(self, "lam")
             if self.rolling:
                 raise ValueError("RWP: rolling=True excludes lam: a rolling step has one gradient; pass lam=None")
         for name in ("seed", "stream"):
             _set(self, name, check_uint32("RWP", name, getattr(self, name)))
-        if self.mix == "ranks":
-            raise NotImplementedError('RWP: mix="ranks" is not in this version yet; use "gradients" or "losses"')
-        if self.mix not in ("gradients", "losses"):
-            raise ValueError(f'RWP: mix is {self.mix!r}, but should be "gradients" or "losses"')
+        if self.mix not in ("gradients", "losses", "ranks"):
+            raise ValueError(f'RWP: mix is {self.mix!r}, but should be "gradients", "losses" or "ranks"')
         if self.mix == "losses" and self.lam is None:
             raise ValueError('RWP: mix="losses" mixes two losses; give lam, the weight of the perturbed one')
+        if self.mix == "ranks" and self.lam is None:
+            raise ValueError('RWP: mix="ranks" mixes clean and noisy ranks; give lam, the weight of the noisy ones')
+        if self.group is not None and self.mix != "ranks":
+            raise ValueError(f'RWP: group is given, but mix="{self.mix}" has none; pass group=None, or mix="ranks"')
 
     @property
     def defaults(self) -> dict[str, Any]:
         """What enters the parameter groups."""
         keys = ("sigma", "lam", "eta", "beta", "seed", "stream")
-        return {k: v for k, v in asdict(self).items() if k in keys} | {"round": 0}
+        return {k: getattr(self, k) for k in keys} | {"round": 0}
+
+    # A process group can be neither copied nor pickled. A copy of what never changes may be the same.
+
+    def __copy__(self) -> RWP:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> RWP:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "group": None}
 
 
 @dataclass(frozen=True)

@@ -220,6 +220,7 @@ class Rehearsal:
                 p.grad = zeros(tuple(p.shape), p.dtype, aligned)
             else:
                 p.grad.zero_()
+            self.opt.perturbation.saw_gradient(p)
 
     def step(self, unscaled: bool) -> None:
         """As GradScaler does it; torch's hooks of steps are not for this one."""

@@ -66,5 +66,9 @@ class Known(torch.optim.Optimizer):
 
     @property
     def loss_weight(self) -> float:
-        """mix="losses": what the next loss is to be multiplied by, 1 - lam at clean weights, lam at perturbed ones."""
+        """What the next loss is to be multiplied by, where that mixes the gradients; 1.0 elsewhere.
+
+        mix="losses": 1 - lam at clean weights, lam at perturbed ones. mix="ranks", of W ranks: W lam / noisy on noisy
+        ranks, W (1 - lam) / clean on clean ones, at any time.
+        """
         return self.perturbation.loss_weight(self.param_groups, self.is_perturbed)

@@ -29,10 +29,7 @@ class MixedPerturbation(RandomPerturbation):
     mixes = True
 
     def loss_weight(self, groups: list[Group], perturbed: bool) -> float:
-        lam = {group["lam"] for group in groups}
-        if len(lam) > 1:
-            raise RuntimeError(f"loss_weight: groups have different lam {sorted(lam)}, so no single loss weight exists")
-        value = float(lam.pop())
+        value = common_lam(groups)
         return value if perturbed else 1.0 - value
 
     def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
@@ -147,6 +144,14 @@ class MixedLosses(MixedPerturbation):
                 g = next(rest) if p.dim() >= 2 else dtensor.local(p.grad).float().flatten()
                 squares[p] = (g / scale).square() if group["lam"] else torch.zeros_like(g)
         return squares
+
+
+def common_lam(groups: list[Group]) -> float:
+    """The one lam of all groups, which the loss is weighted by."""
+    lam = {group["lam"] for group in groups}
+    if len(lam) > 1:
+        raise RuntimeError(f"loss_weight: groups have different lam {sorted(lam)}, so no single loss weight exists")
+    return float(lam.pop())
 
 
 def unscaled_copies(grads: Grads, factor: Tensor) -> Grads:

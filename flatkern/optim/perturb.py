@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..methods import ASAM, RWP, SAM
 from .mrwp import MixedLosses, MixedPerturbation
 from .perturbation import NoPerturbation
+from .ranks import ParallelPerturbation
 from .rwp import RandomPerturbation, RollingPerturbation
 from .sam import AdaptiveAscent, AscentPerturbation
 
@@ -26,5 +27,7 @@ def perturbation_of(method: RWP | SAM | None, where: str = "perturbation_of") ->
             return RollingPerturbation(method)
         if method.lam is None:
             return RandomPerturbation(method)
+        if method.mix == "ranks":
+            return ParallelPerturbation(method, where)
         return (MixedLosses if method.mix == "losses" else MixedPerturbation)(method)
     raise TypeError(f"{where}: perturb is {method!r}, but should be flatkern.RWP, SAM or ASAM, or None")

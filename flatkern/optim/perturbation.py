@@ -28,6 +28,7 @@ class NoPerturbation:
     mixes = False  # and mixes it with the perturbed one in the update
     accumulates = True  # all gradients of a step are taken at the same weights
     launches = 1  # op calls of perturb() and step()
+    is_clean_rank = False  # perturb() moves nothing here, because other ranks are noisy
 
     def check_group(self, group: Group, optimizer: str, capturable: bool) -> None:
         """Refuse values of a group that do not go together."""
@@ -46,6 +47,9 @@ class NoPerturbation:
 
     def loss_weight(self, groups: list[Group], perturbed: bool) -> float:
         return 1.0
+
+    def saw_gradient(self, p: Tensor) -> None:
+        """A backward has added to `p.grad`, and no other rank has yet; what a hook of `p` does."""
 
     def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
         """Refuse perturb(), before anything is written.

@@ -14,6 +14,7 @@ from .draw import draw
 from .gradients import Final, Grads
 from .groups import Group
 from .perturbation import NoPerturbation
+from .scalars import Read
 
 
 class RandomPerturbation(NoPerturbation):
@@ -25,6 +26,7 @@ class RandomPerturbation(NoPerturbation):
     refuses_perturb = ""
     accumulates = False
     launches = 2
+    read: Read = None  # a group's values for the draw
 
     def __init__(self, method: RWP) -> None:
         self.name = type(method).__name__
@@ -59,7 +61,7 @@ class RandomPerturbation(NoPerturbation):
             )
 
     def move(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
-        draw(cycle)
+        draw(cycle, self.read)
         cycle.unscaled.scaler = scaler
         if new:
             self.keep_clean_gradient(cycle, params)

@@ -297,7 +297,7 @@ class Step:
         if self.mask.exists:
             self.mask.count_step(cycle, [s.found_inf for _, s, _ in work if s.found_inf is not None])
         if final.squares:
-            self._update_history_from_losses(final.squares)
+            self._update_history(final.squares, partition.members)
         if self.grad_norm is not None:
             cycle.grad_norm = self.grad_norm
         if noise is None or perturbed is None:
@@ -340,11 +340,11 @@ class Step:
         stores = [weights.restore_bucket(bucket) for bucket in buckets]
         return [] if noise is None else [self._draw(b, s, noise) for b, s in zip(buckets, stores, strict=True)]
 
-    def _update_history_from_losses(self, squares: dict[Tensor, Tensor]) -> None:
-        """mix="losses": F <- beta F + the squares that were taken from the perturbed gradient."""
+    def _update_history(self, squares: dict[Tensor, Tensor], updated: frozenset[int]) -> None:
+        """mix="losses" and "ranks": F <- beta F + the squares that were taken from the perturbed gradient."""
         cycle = self.cycle
         for group in filter(self.perturbation.keeps_history, cycle.groups):
-            params = [p for p in group["params"] if p.grad is not None]
+            params = [p for p in group["params"] if id(p) in updated]
             for p, history in zip(params, cycle.state.histories(params), strict=True):
                 part = dtensor.local(history)
                 new = part * float(group["beta"])
