@@ -269,6 +269,8 @@ class Weights:
                         held.versions = held.bucket.versions()
                 torch.clear_autocast_cache()
 
+    def drop_writes(self, params: Iterable[Tensor]) -> None: ...
+
     def end_keeping_external_writes(self) -> None:
         """End a perturbation; parameters that others have written since keep what was written."""
         if self.phase is SUSPENDED:
