@@ -31,6 +31,7 @@ from .perturb import perturbation_of
 from .phase import Phase
 from .scalars import check_can_be_captured, check_group_can_be_captured, scalars_of
 from .step import Prepared, SharedArguments, Step, restore
+from .tracing import untraced
 
 Closure = Callable[[], Any]
 
@@ -138,6 +139,7 @@ class FlatOptimizer(Known):
 
     # --- the cycle -------------------------------------------------------------------------------
 
+    @untraced
     @torch.no_grad()
     def perturb(self, scaler: Any = None) -> None:
         """Move the weights to the perturbed point; the gradient of the next backward is taken there.
@@ -177,6 +179,7 @@ class FlatOptimizer(Known):
         if cycle.state.created:
             cycle.state.keep_created()
 
+    @untraced
     @torch.no_grad()
     def restore(self) -> None:
         """Put the clean weights back, bit for bit, and count one round if it has a gradient.
@@ -191,6 +194,7 @@ class FlatOptimizer(Known):
         if self.cycle.require("restore") is Phase.PERTURBED:
             restore(self.perturbation, self.cycle)
 
+    @untraced
     @torch.no_grad()
     def step(self, closure: Closure | list[Closure] | None = None) -> Any:
         """Restore, form the final gradient, and apply the base rule, in one pass.
@@ -222,6 +226,8 @@ class FlatOptimizer(Known):
         """step() without torch's step hooks, which fire once around the whole."""
         cycle = self.cycle
         cycle.require("step")
+        if cycle.rolling:
+            cycle.followers.check_step(cycle.steps)
         cycle.groups.check_changed()
         cycle.scalars.sync_groups("step")
         try:
@@ -261,6 +267,7 @@ class FlatOptimizer(Known):
         with self.cycle.weights.clean():
             yield
 
+    @untraced
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's, and the zeroed gradients do not count as new ones.
 
@@ -279,12 +286,14 @@ class FlatOptimizer(Known):
 
     # --- rolling ---------------------------------------------------------------------------------
 
+    @untraced
     @torch.no_grad()
     def train(self, mode: bool = True) -> None:
         """Rolling: apply the noise of the current round (idempotent; draws nothing new). Otherwise nothing."""
         if not mode:
             return self.eval()
         cycle = self.cycle
+        cycle.followers.switched = True
         if self.perturbation.rolling and cycle.require("train") is Phase.CLEAN:
             cycle.groups.check_changed()
             cycle.scalars.sync_groups("train")
@@ -297,9 +306,11 @@ class FlatOptimizer(Known):
             cycle.state.keep_created()
         return None
 
+    @untraced
     @torch.no_grad()
     def eval(self) -> None:
         """Rolling: clean weights (idempotent; the trajectory does not change). Otherwise as `restore()`."""
+        self.cycle.followers.switched = True
         if not self.perturbation.rolling:
             self.restore()
         elif self.cycle.require("eval") is Phase.PERTURBED:
@@ -307,19 +318,29 @@ class FlatOptimizer(Known):
             self.cycle.weights.restore_checked()
 
     def follow(self, model: torch.nn.Module) -> follow.Handles:
-        """Rolling: noise on in the model's training forwards, clean weights in eval forwards and `state_dict()`.
+        """Rolling: noise on in the model's training forwards, clean weights in eval forwards, checkpoints and copies.
 
-        Registers a forward pre-hook and a state-dict pre-hook; returns a handle with `remove()`.
-        The documented way for trainers that call only `step()`: Hugging Face, Lightning, Accelerate, timm.
+        The documented way for trainers that call only `step()`: Hugging Face, Lightning, Accelerate, timm. A forward
+        pre-hook calls `train()` or `eval()` after `model.training`; before the model or a part of it is read by
+        `state_dict()`, written by `load_state_dict()`, copied by `copy.deepcopy` or pickled, `eval()` is called, and so
+        by this optimizer's own `state_dict()`. None of it changes the trajectory, and copies are followed by no
+        optimizer. Not seen are reads of the parameters themselves, such as the updates of an average: make them inside
+        `with opt.clean():`. A model may be compiled before or after; into hooks of torch's own classes (a `Sequential`)
+        and of parts of a compiled model Dynamo traces, so that `fullgraph=True` needs `follow(compiled)` there.
+
+        Returns:
+            A handle with `remove()`.
 
         Raises:
             RuntimeError: the optimizer is not rolling.
+            ValueError, TypeError: the model holds none of the optimizer's parameters, or is no module. A step raises
+                RuntimeError where it does not hold them any more.
         """
         if not self.perturbation.rolling:
             raise RuntimeError(
                 "follow: only a rolling optimizer can follow a model; pass perturb=flatkern.RWP(rolling=True)"
             )
-        return follow.follow(self.cycle.groups.owner, model)
+        return follow.follow(self.cycle, model)
 
     def refresh_masters(self) -> None:
         """`master_weights=True`: take over what others have written to `p.data` of half-precision parameters.
@@ -346,10 +367,12 @@ class FlatOptimizer(Known):
     # --- enhancement -----------------------------------------------------------------------------
 
     @property
+    @untraced
     def mask_due(self) -> bool:
         """IRE: True when the mask has served its steps, or there is none yet, and `update_mask()` should follow."""
         return self.mask.is_due(self.param_groups)
 
+    @untraced
     @torch.no_grad()
     def update_mask(self, scaler: Any = None) -> None:
         """IRE: set the mask from the gradients in `.grad`, and drop them.
@@ -406,10 +429,16 @@ class FlatOptimizer(Known):
         """Base state, masters and ARWP's history, in torch's format; no scratch.
 
         Raises:
-            RuntimeError: the weights are perturbed, or rounds are pending.
+            RuntimeError: the weights are perturbed and nothing follows a model, or rounds are pending.
         """
-        self.cycle.require("state_dict")
+        self.begin_saving()
         return super().state_dict()
+
+    def begin_saving(self) -> None:
+        """A checkpoint may name the optimizer before the model: both are clean where it follows one."""
+        if self.cycle.followers.models:
+            follow.end_noise(self)
+        self.cycle.require("state_dict")
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .amp import Unscaled
 from .buckets import Partitions
 from .errors import refuse_while_pending, refuse_while_perturbed, refuse_while_suspended
+from .followers import Followers
 from .gradients import Ledger
 from .groups import Groups
 from .phase import BETWEEN_STEPS, SUSPENDED, TRANSITIONS, Phase
@@ -48,6 +49,7 @@ class Cycle:
         self.state = State(groups, deferred_state)
         self.weights = Weights(self.state)
         self.unscaled = Unscaled()
+        self.followers = Followers(groups)
         self.nonfinite: Tensor | None = None  # nonzero: a gradient that the coming step depends on was not finite
         self.before_ascent: tuple[Tensor | None] | None = None  # `nonfinite` before the last ascent
         self.ascent_norm: Tensor | None = None

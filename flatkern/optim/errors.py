@@ -61,8 +61,46 @@ def warn_never_perturbed(optimizer: str, method: str, pattern: str) -> None:
         f"{optimizer} has {method} but has not perturbed in its first 10 steps, "
         f"so it is the plain base optimizer; the expected pattern is: {pattern}",
         UserWarning,
-        stacklevel=5,
+        stacklevel=8,
     )
+
+
+def refuse_lost_model(model: str) -> None:
+    raise RuntimeError(
+        f"step: the followed {model} holds none of the optimizer's parameters any more, so that its forwards have no "
+        "noise: something has replaced them (DeepSpeed's ZeRO does, as do fully_shard() and "
+        "load_state_dict(assign=True)); make the optimizer on the parameters that the model has now and follow() then, "
+        "or remove() the handle"
+    )
+
+
+def warn_never_followed(steps: int) -> None:
+    _warn_at_step(
+        f"step: {steps} steps of a rolling optimizer, which leave the noise on in evaluations and checkpoints: nothing "
+        "follows a model, and neither train() nor eval() was called; call opt.follow(model) once"
+    )
+
+
+def warn_no_followed_forward(model: str, steps: int) -> None:
+    _warn_at_step(
+        f"step: {steps} steps, but no forward of the followed {model} ran (Lightning calls training_step(), other "
+        "loops call a part of the model), so that the noise stays on in evaluations; follow the module whose forward "
+        "runs, or call opt.train() and opt.eval(). If it was compiled and had run before follow(), the graph may know "
+        "nothing of it: call torch.compiler.reset() once"
+    )
+
+
+def warn_always_in_eval_mode(model: str, steps: int) -> None:
+    _warn_at_step(
+        f"step: the followed {model} was in eval mode in the forwards of the last {steps} steps, so that there was no "
+        "noise: these were steps of the base optimizer; call model.train() for training (and eval() on the parts that "
+        "should stay in eval mode)"
+    )
+
+
+def _warn_at_step(message: str) -> None:
+    """Name the line that calls step(), from within `Followers.check_step`."""
+    warnings.warn(message, UserWarning, stacklevel=10)
 
 
 def warn_rounded_away(method: str, moved: int, total: int) -> None:
@@ -71,7 +109,7 @@ def warn_rounded_away(method: str, moved: int, total: int) -> None:
         f"{method} ascends on bfloat16 weights: {moved / total:.0%} of {total} weights moved; "
         "for the rest the step is below half an ulp; float32 weights under autocast are perturbed fully",
         UserWarning,
-        stacklevel=5,
+        stacklevel=7,
     )
 
 

@@ -11,6 +11,7 @@ from .groups import Setup
 from .ire import Mask
 from .perturbation import NoPerturbation
 from .phase import Phase
+from .tracing import untraced
 
 
 class Known(torch.optim.Optimizer):
@@ -65,6 +66,7 @@ class Known(torch.optim.Optimizer):
         return self.cycle.grad_norm
 
     @property
+    @untraced
     def loss_weight(self) -> float:
         """What the next loss is to be multiplied by, where that mixes the gradients; 1.0 elsewhere.
 

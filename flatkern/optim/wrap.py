@@ -182,7 +182,7 @@ class Wrap(FlatOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state_dict, with ARWP's history and IRE's mask, whether the base keeps state or not."""
-        self.cycle.require("state_dict")
+        self.begin_saving()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         result = self.base.state_dict()
