@@ -5,7 +5,7 @@ Any value may be overridden per parameter group under the same key, and changed 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .values import check_flag, check_uint32, check_value
@@ -14,6 +14,11 @@ from .values import check_flag, check_uint32, check_value
 def _check_numbers(method: Any, *keys: str) -> None:
     for key in keys:
         check_value(key, getattr(method, key), type(method).__name__, tensors=False)
+
+
+def _check_rounds(method: Any) -> None:
+    if method.rounds not in ("mean", "sum"):
+        raise ValueError(f'{type(method).__name__}: rounds is {method.rounds!r}, but should be "mean" or "sum"')
 
 
 def _set(method: Any, name: str, value: Any) -> None:
@@ -44,9 +49,20 @@ class RWP:
         mix: "gradients" mixes in the update's registers; "losses" expects every loss multiplied by
             `opt.loss_weight`, so that autograd adds the gradients up.
         group: process group of mix="ranks", which this version does not have yet.
+        rounds: what the gradients of several passes before one step make together. "mean": rounds that `restore()`
+            separates are averaged. "sum": every loss is divided by the number of the step's backward passes already, as
+            Hugging Face's Trainer, Accelerate and Lightning divide those of micro-batches. Rounds are then summed up,
+            and m-RWP, whose n1 clean and n2 noisy passes are all divided by n1 + n2, makes means of its two sums:
+
+                g = (1 - lam) (n1 + n2) / n1  sum_A grad L / (n1 + n2)  +  lam (n1 + n2) / n2  sum_B grad L / (n1 + n2)
+
+            n1 and n2 are counted, or `opt.passes = (n1, n2)` says them. ARWP's history sees the mean of the noisy passes
+            either way. Under DDP the last noisy backward synchronizes, and m-RWP's last clean one; the others may run in
+            `no_sync()`. A rolling step has no rounds, and both are the same.
 
     Raises:
-        ValueError: a value out of range, or `rolling` together with `lam`.
+        ValueError: a value out of range, `rolling` together with `lam`, or rounds="sum" together with another mix than
+            "gradients", where the loss weights take its place.
         TypeError: a value of another type.
 
     Sources: Li et al. 2022 (arXiv:2211.11489); Li et al. 2024 (arXiv:2404.00357), eqs. 5, 8, 14, with
@@ -62,9 +78,11 @@ class RWP:
     rolling: bool = False
     mix: str = "gradients"
     group: Any = None
+    rounds: str = "mean"
 
     def __post_init__(self) -> None:
         _check_numbers(self, "sigma", "eta", "beta")
+        _check_rounds(self)
         _set(self, "rolling", check_flag("RWP", "rolling", self.rolling))
         if self.lam is not None:
             _check_numbers(self, "lam")
@@ -78,6 +96,11 @@ class RWP:
             raise ValueError(f'RWP: mix is {self.mix!r}, but should be "gradients" or "losses"')
         if self.mix == "losses" and self.lam is None:
             raise ValueError('RWP: mix="losses" mixes two losses; give lam, the weight of the perturbed one')
+        if self.rounds == "sum" and self.mix != "gradients":
+            raise ValueError(
+                f'RWP: rounds="sum" is for mix="gradients", but mix is {self.mix!r}, where every loss is multiplied by '
+                'opt.loss_weight; divide that by the number of passes, and pass rounds="mean"'
+            )
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -95,18 +118,26 @@ class SAM:
 
     Arguments:
         rho: radius of the ascent step, in the L2 norm over all perturbed parameters.
+        rounds: "mean" divides the sum over the shards by their number. "sum" leaves it as it is, for losses that are
+            divided by the number of shards already, as Hugging Face's Trainer, Accelerate and Lightning divide those of
+            micro-batches; the ascent does not depend on a loss's scale. Under DDP the last perturbed backward
+            synchronizes, and all others may run in `no_sync()`.
+
+                g = sum over shards j of grad (L_j / m)(w + e_j),    e_j = rho a_j / ||a_j||_2,    a_j = grad (L_j / m)(w)
 
     Raises:
-        ValueError: rho negative or not finite.
+        ValueError: rho negative or not finite; rounds neither "mean" nor "sum".
         TypeError: rho is not a number.
 
     Sources: Foret et al. 2021 (arXiv:2010.01412), eq. 2; mSAM: Behdin et al. 2023 (arXiv:2302.09693).
     """
 
     rho: float = 0.05
+    rounds: str = field(default="mean", kw_only=True)  # behind the fields of classes that derive from this one
 
     def __post_init__(self) -> None:
         _check_numbers(self, "rho")
+        _check_rounds(self)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -125,9 +156,10 @@ class ASAM(SAM):
         eta: floor of T_w, so that zero weights move too.
         all_tensors: T_w = |w| + eta for biases and norms too; by default tensors of rank < 2 have
             T_w = 1. `ASAM(eta=0, all_tensors=True)` is the widespread element-wise variant.
+        rounds: as SAM's.
 
     Raises:
-        ValueError: rho or eta negative or not finite.
+        ValueError: rho or eta negative or not finite; rounds neither "mean" nor "sum".
         TypeError: a value of another type.
 
     Source: Kwon et al. 2021 (arXiv:2102.11600), eqs. 4 and 6.
@@ -139,6 +171,7 @@ class ASAM(SAM):
 
     def __post_init__(self) -> None:
         _check_numbers(self, "rho", "eta")
+        _check_rounds(self)
         _set(self, "all_tensors", check_flag("ASAM", "all_tensors", self.all_tensors))
 
     @property

@@ -118,6 +118,7 @@ TORCH_PRIVATE = {
     "_BatchNorm": "the class of all BatchNorm layers",
     "_C": "torch's module of C functions",
     "_buffers": "a module's own; running statistics are exchanged there",
+    "_current_graph_task_id": "tells one backward pass from the next, as torch.autograd.graph does",
     "_get_scale_async": "a GradScaler's scale, without waiting for the device",
     "_increment_version": "autograd has to be told of raw writes",
     "_is_view": "DDP's bucket views are overwritten by the next backward",

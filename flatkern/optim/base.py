@@ -96,7 +96,13 @@ class FlatOptimizer(Known):
         for group in self.param_groups:
             self.check_group(group)
         self.cycle.scalars.sync_groups(name)
+        self.watch_passes()
         self._ready = True
+
+    def watch_passes(self) -> None:
+        """Count backward passes, for a method that weighs by their number."""
+        if self.perturbation.counts:
+            self.cycle.passes.watch(self.cycle.groups.params())
 
     def check_group(self, group: Group) -> None:
         """Refuse a group with a value that a step cannot use.
@@ -148,7 +154,8 @@ class FlatOptimizer(Known):
 
         Arguments:
             scaler: the torch.amp.GradScaler in use; m-RWP with mix="gradients" needs it to unscale
-                and inf-check the clean gradient.
+                and inf-check the clean gradient. SAM and ASAM tell it of an ascent that is not finite, so that
+                `scaler.update()` lowers the scale; without it such a step is skipped, and the scale stays.
 
         Raises:
             RuntimeError: already perturbed; rolling; no method; RWP with a new gradient, which would be
@@ -438,6 +445,7 @@ class FlatOptimizer(Known):
         if fixed is not None:
             self.set_fixed(dict(fixed))
         torch.optim.Optimizer.__setstate__(self, state)
+        self.watch_passes()
 
     def set_fixed(self, fixed: dict[str, Any]) -> None:
         self.make_parts(Setup(**fixed))
