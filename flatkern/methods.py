@@ -52,13 +52,13 @@ class RWP:
         rounds: what the gradients of several passes before one step make together. "mean": rounds that `restore()`
             separates are averaged. "sum": every loss is divided by the number of the step's backward passes already, as
             Hugging Face's Trainer, Accelerate and Lightning divide those of micro-batches. Rounds are then summed up,
-            and m-RWP, whose n1 clean and n2 noisy passes are all divided by n1 + n2, makes means of its two sums:
+            and m-RWP, whose n1 clean and n2 noisy losses are all divided by n1 + n2, mixes the means of both kinds:
 
-                g = (1 - lam) (n1 + n2) / n1  sum_A grad L / (n1 + n2)  +  lam (n1 + n2) / n2  sum_B grad L / (n1 + n2)
+                g = (1 - lam) (n1 + n2) / n1  sum grad L_A / (n1 + n2)  +  lam (n1 + n2) / n2  sum grad L_B / (n1 + n2)
 
-            n1 and n2 are counted, or `opt.passes = (n1, n2)` says them. ARWP's history sees the mean of the noisy passes
-            either way. Under DDP the last noisy backward synchronizes, and m-RWP's last clean one; the others may run in
-            `no_sync()`. A rolling step has no rounds, and both are the same.
+            n1 and n2 are counted, or `opt.passes = (n1, n2)` says them. ARWP's history sees the mean over the noisy
+            passes either way. Under DDP the last noisy backward synchronizes, and m-RWP's last clean one; the others
+            may run in `no_sync()`. A rolling step has no rounds, and both are the same.
 
     Raises:
         ValueError: a value out of range, `rolling` together with `lam`, or rounds="sum" together with another mix than
@@ -118,12 +118,12 @@ class SAM:
 
     Arguments:
         rho: radius of the ascent step, in the L2 norm over all perturbed parameters.
-        rounds: "mean" divides the sum over the shards by their number. "sum" leaves it as it is, for losses that are
-            divided by the number of shards already, as Hugging Face's Trainer, Accelerate and Lightning divide those of
-            micro-batches; the ascent does not depend on a loss's scale. Under DDP the last perturbed backward
-            synchronizes, and all others may run in `no_sync()`.
+        rounds: "mean" divides the sum over the shards by their number m. "sum" leaves it as it is, for losses that are
+            divided by m already, as Hugging Face's Trainer, Accelerate and Lightning divide those of micro-batches (an
+            ascent does not depend on the loss's scale). Under DDP the last perturbed backward synchronizes, and all
+            others may run in `no_sync()`.
 
-                g = sum over shards j of grad (L_j / m)(w + e_j),    e_j = rho a_j / ||a_j||_2,    a_j = grad (L_j / m)(w)
+                a_j = grad (L_j / m)(w),    e_j = rho a_j / (||a_j||_2 + 1e-12),    g = sum_j grad (L_j / m)(w + e_j)
 
     Raises:
         ValueError: rho negative or not finite; rounds neither "mean" nor "sum".

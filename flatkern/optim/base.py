@@ -30,6 +30,7 @@ from .known import Known
 from .perturb import perturbation_of
 from .phase import Phase
 from .scalars import check_can_be_captured, check_group_can_be_captured, scalars_of
+from .sharding import check_sharding
 from .step import Prepared, SharedArguments, Step, restore
 
 Closure = Callable[[], Any]
@@ -82,6 +83,7 @@ class FlatOptimizer(Known):
     def check_new_parameters(self) -> None:
         """Refuse parameters that no kernel can walk, that repeat, or that another optimizer holds perturbed."""
         name, params = self.setup.name, self.cycle.groups.params()
+        check_sharding(self.setup, params)
         parts = [dtensor.local(p) for p in params]
         check_parameters(name, parts, only_trained=True)
         if self.setup.method is not None or self.setup.enhancement is not None:

@@ -126,10 +126,9 @@ class Passes:
         if not clean or not noisy:
             which = "noisy" if clean else "clean"
             raise RuntimeError(
-                f'step: m-RWP with rounds="sum" weighs by numbers of passes, but how many {which} ones there were cannot '
-                "be counted (sharded parameters, reentrant checkpointing, no parameter in every pass, gradients that are "
-                "assigned or written between two passes); set opt.passes = (n1, n2), of clean and of noisy passes, "
-                "before step()"
+                f'step: m-RWP with rounds="sum" weighs by numbers of passes, but the {which} ones cannot be counted '
+                "(sharded parameters, reentrant checkpointing, no parameter in every pass, gradients that are assigned "
+                "or written between two passes); set opt.passes = (n1, n2), of clean and of noisy passes, before step()"
             )
         return clean, noisy
 

@@ -45,7 +45,7 @@ def ascent_norm_(norm, params, grads, *, eta) -> None:
 
         norm <- || T_w g ||_2,    T_w = |w| + eta, or 1 where eta < 0
 
-    `params` are the clean weights (masters where there are some); absent when every eta < 0. Finite unless a gradient, a
+    `params` are the clean weights (masters where there are some); absent when every eta < 0. Finite unless a gradient,
     T_w g or the norm itself is beyond float32.
 
     Foret et al. 2021, eq. 2; adaptive form: Kwon et al. 2021, eq. 4.
