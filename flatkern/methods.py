@@ -5,7 +5,7 @@ Any value may be overridden per parameter group under the same key, and changed 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .values import check_flag, check_uint32, check_value
@@ -14,6 +14,11 @@ from .values import check_flag, check_uint32, check_value
 def _check_numbers(method: Any, *keys: str) -> None:
     for key in keys:
         check_value(key, getattr(method, key), type(method).__name__, tensors=False)
+
+
+def _check_rounds(method: Any) -> None:
+    if method.rounds not in ("mean", "sum"):
+        raise ValueError(f'{type(method).__name__}: rounds is {method.rounds!r}, but should be "mean" or "sum"')
 
 
 def _set(method: Any, name: str, value: Any) -> None:
@@ -53,9 +58,20 @@ class RWP:
         group: process group of mix="ranks", that over which DDP takes the mean; None for all ranks. FSDP2's hybrid
             sharding brings its own, that of the mesh's replicate dimension (m-RWP only, eta=0). A copy of the method
             keeps the group; pickled, it is left out, and all ranks take its place.
+        rounds: what the gradients of several passes before one step make together. "mean": rounds that `restore()`
+            separates are averaged. "sum": every loss is divided by the number of the step's backward passes already, as
+            Hugging Face's Trainer, Accelerate and Lightning divide those of micro-batches. Rounds are then summed up,
+            and m-RWP, whose n1 clean and n2 noisy losses are all divided by n1 + n2, mixes the means of both kinds:
+
+                g = (1 - lam) (n1 + n2) / n1  sum grad L_A / (n1 + n2)  +  lam (n1 + n2) / n2  sum grad L_B / (n1 + n2)
+
+            n1 and n2 are counted, or `opt.passes = (n1, n2)` says them. ARWP's history sees the mean over the noisy
+            passes either way. Under DDP the last noisy backward synchronizes, and m-RWP's last clean one; the others
+            may run in `no_sync()`. A rolling step has no rounds, and both are the same.
 
     Raises:
-        ValueError: a value out of range, or `rolling` together with `lam`, or mix="losses" or "ranks" without it.
+        ValueError: a value out of range, `rolling` together with `lam`, mix="losses" or "ranks" without it, or
+            rounds="sum" together with another mix than "gradients", where the loss weights take its place.
         TypeError: a value of another type.
         An optimizer with mix="ranks" refuses to be made where torch.distributed is not initialized, in a group of one
         rank or that this rank is not in, and on a one-dimensional FSDP2 mesh.
@@ -73,9 +89,11 @@ class RWP:
     rolling: bool = False
     mix: str = "gradients"
     group: Any = None
+    rounds: str = "mean"
 
     def __post_init__(self) -> None:
         _check_numbers(self, "sigma", "eta", "beta")
+        _check_rounds(self)
         _set(self, "rolling", check_flag("RWP", "rolling", self.rolling))
         if self.rolling and self.mix == "ranks":
             raise ValueError(
@@ -95,6 +113,11 @@ class RWP:
             raise ValueError('RWP: mix="ranks" mixes clean and noisy ranks; give lam, the weight of the noisy ones')
         if self.group is not None and self.mix != "ranks":
             raise ValueError(f'RWP: group is given, but mix="{self.mix}" has none; pass group=None, or mix="ranks"')
+        if self.rounds == "sum" and self.mix != "gradients":
+            raise ValueError(
+                f'RWP: rounds="sum" is for mix="gradients", but mix is {self.mix!r}, where every loss is multiplied by '
+                'opt.loss_weight; divide that by the number of passes, and pass rounds="mean"'
+            )
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -123,18 +146,26 @@ class SAM:
 
     Arguments:
         rho: radius of the ascent step, in the L2 norm over all perturbed parameters.
+        rounds: "mean" divides the sum over the shards by their number m. "sum" leaves it as it is, for losses that are
+            divided by m already, as Hugging Face's Trainer, Accelerate and Lightning divide those of micro-batches (an
+            ascent does not depend on the loss's scale). Under DDP the last perturbed backward synchronizes, and all
+            others may run in `no_sync()`.
+
+                a_j = grad (L_j / m)(w),    e_j = rho a_j / (||a_j||_2 + 1e-12),    g = sum_j grad (L_j / m)(w + e_j)
 
     Raises:
-        ValueError: rho negative or not finite.
+        ValueError: rho negative or not finite; rounds neither "mean" nor "sum".
         TypeError: rho is not a number.
 
     Sources: Foret et al. 2021 (arXiv:2010.01412), eq. 2; mSAM: Behdin et al. 2023 (arXiv:2302.09693).
     """
 
     rho: float = 0.05
+    rounds: str = field(default="mean", kw_only=True)  # behind the fields of classes that derive from this one
 
     def __post_init__(self) -> None:
         _check_numbers(self, "rho")
+        _check_rounds(self)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -153,9 +184,10 @@ class ASAM(SAM):
         eta: floor of T_w, so that zero weights move too.
         all_tensors: T_w = |w| + eta for biases and norms too; by default tensors of rank < 2 have
             T_w = 1. `ASAM(eta=0, all_tensors=True)` is the widespread element-wise variant.
+        rounds: as SAM's.
 
     Raises:
-        ValueError: rho or eta negative or not finite.
+        ValueError: rho or eta negative or not finite; rounds neither "mean" nor "sum".
         TypeError: a value of another type.
 
     Source: Kwon et al. 2021 (arXiv:2102.11600), eqs. 4 and 6.
@@ -167,6 +199,7 @@ class ASAM(SAM):
 
     def __post_init__(self) -> None:
         _check_numbers(self, "rho", "eta")
+        _check_rounds(self)
         _set(self, "all_tensors", check_flag("ASAM", "all_tensors", self.all_tensors))
 
     @property

@@ -156,6 +156,17 @@ def test_a_norm_is_a_tree_over_its_row():
             assert norms[0].item() == np.sqrt(tree[0]), shape
 
 
+@pytest.mark.parametrize("largest", [1e30, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["ascent_norm_", "gradient_norm_"])
+def test_norms_of_large_gradients(name, largest):
+    """As finite as the gradients are; infinity and NaN stay."""
+    op = OPS[name]
+    case = cases.enlarge_gradients(make(op, SHAPES, "float32", ""), largest)
+    want = run(op, "eager", copy.deepcopy(case))
+    assert want["norm"].isfinite() or not abs(largest) < 1e38
+    assert_within(op, run(op, "triton", copy.deepcopy(case)), want)
+
+
 @pytest.mark.parametrize("words", ["", "masters history offset"])
 def test_norms_measured_inside_are_those_of_filter_norms(words):
     op = OPS["perturb_gaussian_"]

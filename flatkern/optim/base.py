@@ -30,6 +30,7 @@ from .known import Known
 from .perturb import perturbation_of
 from .phase import Phase
 from .scalars import check_can_be_captured, check_group_can_be_captured, scalars_of
+from .sharding import check_sharding
 from .step import Prepared, SharedArguments, Step, restore
 from .tracing import untraced
 
@@ -83,6 +84,7 @@ class FlatOptimizer(Known):
     def check_new_parameters(self) -> None:
         """Refuse parameters that no kernel can walk, that repeat, or that another optimizer holds perturbed."""
         name, params = self.setup.name, self.cycle.groups.params()
+        check_sharding(self.setup, params)
         parts = [dtensor.local(p) for p in params]
         check_parameters(name, parts, only_trained=True)
         if self.setup.method is not None or self.setup.enhancement is not None:
@@ -97,7 +99,13 @@ class FlatOptimizer(Known):
         for group in self.param_groups:
             self.check_group(group)
         self.cycle.scalars.sync_groups(name)
+        self.watch_passes()
         self._ready = True
+
+    def watch_passes(self) -> None:
+        """Count backward passes, for a method that weighs by their number."""
+        if self.perturbation.counts:
+            self.cycle.passes.watch(self.cycle.groups.params())
 
     def check_group(self, group: Group) -> None:
         """Refuse a group with a value that a step cannot use.
@@ -152,7 +160,8 @@ class FlatOptimizer(Known):
 
         Arguments:
             scaler: the torch.amp.GradScaler in use; m-RWP with mix="gradients" needs it to unscale
-                and inf-check the clean gradient.
+                and inf-check the clean gradient. SAM and ASAM tell it of an ascent that is not finite, so that
+                `scaler.update()` lowers the scale; without it such a step is skipped, and the scale stays.
 
         Raises:
             RuntimeError: already perturbed; rolling; no method; RWP with a new gradient, which would be
@@ -487,6 +496,7 @@ class FlatOptimizer(Known):
         if fixed is not None:
             self.set_fixed(dict(fixed))
         torch.optim.Optimizer.__setstate__(self, state)
+        self.watch_passes()
 
     def set_fixed(self, fixed: dict[str, Any]) -> None:
         self.make_parts(Setup(**fixed))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..methods import ASAM, RWP, SAM
-from .mrwp import MixedLosses, MixedPerturbation
+from .mrwp import MixedLosses, MixedPerturbation, MixedSums
 from .perturbation import NoPerturbation
 from .ranks import ParallelPerturbation
 from .rwp import RandomPerturbation, RollingPerturbation
@@ -29,5 +29,7 @@ def perturbation_of(method: RWP | SAM | None, where: str = "perturbation_of") ->
             return RandomPerturbation(method)
         if method.mix == "ranks":
             return ParallelPerturbation(method, where)
+        if method.rounds == "sum":
+            return MixedSums(method)
         return (MixedLosses if method.mix == "losses" else MixedPerturbation)(method)
     raise TypeError(f"{where}: perturb is {method!r}, but should be flatkern.RWP, SAM or ASAM, or None")

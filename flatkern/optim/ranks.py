@@ -281,7 +281,7 @@ class ParallelPerturbation(RandomPerturbation):
     def _with_history(self, cycle: Cycle) -> list[Tensor]:
         return [p for g in filter(self.keeps_history, cycle.groups) for p in g["params"] if p.requires_grad]
 
-    def _squares(self, cycle: Cycle, params: list[Tensor], rounds: int, amp: Amp) -> dict[Tensor, Tensor]:
+    def _squares(self, cycle: Cycle, params: list[Tensor], rounds: float, amp: Amp) -> dict[Tensor, Tensor]:
         """The mean over the noisy ranks of the squares of their own gradients, with every factor of the loss off.
 
         All of `params`, with a gradient here or not, so that the ranks send equally much: 4 bytes a filter or element

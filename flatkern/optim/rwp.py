@@ -31,6 +31,7 @@ class RandomPerturbation(NoPerturbation):
     def __init__(self, method: RWP) -> None:
         self.name = type(method).__name__
         self.lam = method.lam
+        self.sums = method.rounds == "sum"
 
     def check_group(self, group: Group, optimizer: str, capturable: bool) -> None:
         if (group["lam"] is None) != (self.lam is None):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..methods import ASAM, SAM
+from .amp import record
 from .buckets import Bucket, Call, Partition, global_norm
 from .cycle import Cycle
 from .errors import warn_rounded_away
@@ -33,6 +34,7 @@ class AscentPerturbation(NoPerturbation):
 
     def __init__(self, method: SAM) -> None:
         self.name = type(method).__name__
+        self.sums = method.rounds == "sum"
 
     def is_described_by(self, saved: Group, group: Group) -> bool:
         return "rho" in saved and ("eta" in saved) == ("eta" in group)
@@ -61,7 +63,8 @@ class AscentPerturbation(NoPerturbation):
         calls = cycle.weights.perturb(partition, lambda stores, again: self._calls(partition, stores, grads, again))
         norm = calls[0].args[-1] if calls else torch.zeros((), dtype=torch.float32, device=params[0].device)
         cycle.ascent_norm, cycle.before_ascent = norm, (cycle.nonfinite,)
-        cycle.skip_if([(~norm.isfinite()).float()])
+        nonfinite = norm.mul(0).ne_(0)  # 0 times what is not finite is not a number
+        cycle.skip_if([nonfinite])
         if not cycle.warned_rounded_away:
             cycle.warned_rounded_away = True
             moved, total = cycle.weights.rounded_away()
@@ -70,6 +73,8 @@ class AscentPerturbation(NoPerturbation):
         cycle.gradients.clear(params)
         if cycle.gradients.accumulated_grads:
             cycle.gradients.give_back(params)
+        if scaler is not None:
+            record(scaler, nonfinite)
 
     def _calls(self, partition: Partition, stores: list[CleanStore], grads: Grads, lay_out: bool) -> list[Call]:
         """perturb_ascent_ on every bucket, by the norm of the gradient over all of them, scaled by T_w for ASAM."""

@@ -238,6 +238,9 @@ class Step:
         negates = self.rule.negates and any([group["maximize"] for group in bucket.groups])
         if final.clean is not None:
             weights = bucket.columns("mixed, signed", MIXED_SIGNED) if negates else bucket.columns("mixed", MIXED)
+            if final.clean_rounds != 1:
+                name, read, by = "clean", (MIXED_SIGNED if negates else MIXED)["clean_weight"], final.clean_rounds
+                weights = weights | bucket.columns(name, {"clean_weight": lambda group: read(group) / by})
         elif negates:
             weights = bucket.columns("signed", SIGNED)
         else:
@@ -294,8 +297,11 @@ class Step:
         perturbed_by = [(b, s.store, s.draw(b)) for b, s, _ in work if s.noise is not None]
         if not partition.covers_perturbed:
             perturbed_by += self._restore_params_without_gradient(partition.members, noise)
+        skips = [s.found_inf for _, s, _ in work if s.found_inf is not None]
+        if skips or cycle.groups.setup.capturable:
+            cycle.count_skip(skips[0] if skips else None)
         if self.mask.exists:
-            self.mask.count_step(cycle, [s.found_inf for _, s, _ in work if s.found_inf is not None])
+            self.mask.count_step(cycle, skips)
         if final.squares:
             self._update_history(final.squares, partition.members)
         if self.grad_norm is not None:
