@@ -273,7 +273,7 @@ class ParallelPerturbation(RandomPerturbation):
                 f'{self._where}: mix="ranks", but opt.loss_weight was not read before the first step, so the losses '
                 f"were not multiplied by it, and the mix is not lam's; the pattern is: {self.pattern}",
                 UserWarning,
-                stacklevel=8,
+                stacklevel=10,
             )
         watched = self._with_history(cycle)
         return final if not watched else replace(final, squares=self._squares(cycle, watched, final.rounds, amp))
