@@ -51,6 +51,7 @@ class Cycle:
         self.grad_norm: Tensor | None = None
         self.steps = 0
         self.warned_rounded_away = False
+        self.warned_unnamed = False
 
     @property
     def phase(self) -> Phase:

@@ -46,5 +46,35 @@ def warn_rounded_away(method: str, moved: int, total: int) -> None:
     )
 
 
+def warn_unnamed(method: str) -> None:
+    """ASAM's authors scale norm layers' weights, and without names nobody knows them from biases."""
+    warnings.warn(
+        f"{method} scales the ascent of every parameter whose name contains 'weight', but the names are unknown, so "
+        "that norm layers' weights are taken for biases: it scales tensors of two and more dimensions only; pass "
+        "model.named_parameters() to the optimizer, or call opt.name_parameters(model)",
+        UserWarning,
+        stacklevel=10,
+    )
+
+
+def warn_never_masked(optimizer: str) -> None:
+    warnings.warn(
+        f"{optimizer} has IRE, but its mask was not updated in the first 10 steps, so it is the plain base optimizer; "
+        "the expected pattern is: if opt.mask_due: flatkern.sampled_label_loss(model(x)).backward(); opt.update_mask()",
+        UserWarning,
+        stacklevel=5,
+    )
+
+
+def warn_keys_of_the_base(keys: list[str]) -> None:
+    """They may as well have been meant for us."""
+    ours = ", ".join(f"perturb_{key}" for key in keys)
+    warnings.warn(
+        f"Wrap: the base's groups have {', '.join(keys)}, so these are the base's values; ours are {ours}",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
 def warn_starts_empty(what: str) -> None:
     warnings.warn(f"load_state_dict: the checkpoint has no {what}; it starts empty", UserWarning, stacklevel=7)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..methods import ASAM, RWP, SAM
+from ..methods import RWP, SAM
 from .mrwp import MixedLosses, MixedPerturbation
 from .perturbation import NoPerturbation
 from .rwp import RandomPerturbation, RollingPerturbation
-from .sam import AdaptiveAscent, AscentPerturbation
+from .sam import AscentPerturbation
 
 
 def perturbation_of(method: RWP | SAM | None, where: str = "perturbation_of") -> NoPerturbation:
@@ -17,8 +17,6 @@ def perturbation_of(method: RWP | SAM | None, where: str = "perturbation_of") ->
     """
     if method is None:
         return NoPerturbation()
-    if isinstance(method, ASAM):
-        return AdaptiveAscent(method)
     if isinstance(method, SAM):
         return AscentPerturbation(method)
     if isinstance(method, RWP):
