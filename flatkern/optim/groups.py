@@ -24,6 +24,11 @@ PREFIX = "perturb_"
 UNCHECKED = frozenset(("params", "param_names", *_COUNTERS, *(PREFIX + key for key in _COUNTERS)))
 
 
+def own_key(group: Group, name: str) -> str:
+    """Under which key a group of any optimizer has our value of that name, if it has one."""
+    return PREFIX + name if PREFIX + name in group else name
+
+
 class OwnValues(MutableMapping[str, Any]):
     """A group of Wrap's base as our parts read and write it, each value under our name for it.
 
