@@ -53,7 +53,7 @@ def warn_unnamed(method: str) -> None:
         "that norm layers' weights are taken for biases: it scales tensors of two and more dimensions only; pass "
         "model.named_parameters() to the optimizer, or call opt.name_parameters(model)",
         UserWarning,
-        stacklevel=10,
+        stacklevel=11,
     )
 
 

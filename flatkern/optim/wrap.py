@@ -124,7 +124,11 @@ class Wrap(FlatOptimizer):
     @torch.no_grad()
     def train(self, mode: bool = True) -> None:
         """As the fused optimizers', after `base.train()`, where the base has modes."""
-        if mode:
+        if mode and hasattr(self.base, "train"):
+            self.cycle.require("train")
+            if self.perturbation.rolling:  # what super() will refuse is refused before the base has moved
+                self.cycle.groups.check_changed()
+                self.cycle.weights.check_alone("train", self.cycle.groups.params())
             self._switch_base("train")
         super().train(mode)
 
