@@ -62,7 +62,7 @@ def warn_never_masked(optimizer: str) -> None:
         f"{optimizer} has IRE, but its mask was not updated in the first 10 steps, so it is the plain base optimizer; "
         "the expected pattern is: if opt.mask_due: flatkern.sampled_label_loss(model(x)).backward(); opt.update_mask()",
         UserWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
 
 
