@@ -107,15 +107,7 @@ class Mask:
         gradients_of(every)
         params = [p for group in cycle.groups if group["enhance"] for p in group["params"] if p.requires_grad]
         seen = [p for p in params if p.grad is not None]
-        if not seen:
-            raise RuntimeError(
-                "update_mask: no parameter has a gradient; run flatkern.sampled_label_loss(model(x)).backward() first"
-            )
-        if not cycle.gradients.was_given(every):
-            raise RuntimeError(
-                "update_mask: the gradients in .grad are those of the last step, or zeros, and the mask needs new "
-                "ones; call opt.zero_grad(), then flatkern.sampled_label_loss(model(x)).backward(), then update_mask()"
-            )
+        _check_new(cycle, every, seen)
         fraction = _common(cycle.groups.listed(), "sharp_fraction", "update_mask")
         for k, p in enumerate(seen):
             if p.grad.layout is not torch.strided:
@@ -150,6 +142,21 @@ class Mask:
         others = (p for group in cycle.groups for p in group["params"] if p not in masks)
         for mask in (*(masks[p] for p in params if id(p) not in reached), *cycle.state.existing("mask", others)):
             dtensor.local(mask).zero_()
+
+
+def _check_new(cycle: Cycle, every: list[Tensor], seen: list[Tensor]) -> None:
+    """Refuse the gradients of the last step, which are in `.grad` until somebody zeroes them."""
+    if not seen:
+        raise RuntimeError(
+            "update_mask: no parameter has a gradient; run flatkern.sampled_label_loss(model(x)).backward() first"
+        )
+    # Values are asked, too, except of shards: those of one rank may be zeros, and the others would wait for it.
+    ledger = cycle.gradients
+    if not (ledger.is_new(every) if any(map(dtensor.is_sharded, seen)) else ledger.was_given(every)):
+        raise RuntimeError(
+            "update_mask: the gradients in .grad are those of the last step, or zeros, and the mask needs new ones; "
+            "call opt.zero_grad(), then flatkern.sampled_label_loss(model(x)).backward(), then update_mask()"
+        )
 
 
 def _common(groups: list[Group], key: str, where: str) -> float:
