@@ -85,7 +85,7 @@ class AscentPerturbation(NoPerturbation):
 
     def move(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
         grads = gradients_of(params)
-        groups = cycle.groups.owner().own_groups  # type: ignore[union-attr]
+        groups = cycle.groups.owner().param_groups  # type: ignore[union-attr]
         wanted = [group["perturb"] for group in groups for _ in group["params"]]
         triples = zip(params, grads, wanted, strict=True)
         partition = cycle.partitions.of([p for p, g, w in triples if w and g is not None and p.requires_grad])
