@@ -153,6 +153,8 @@ class SAM:
 
                 a_j = grad (L_j / m)(w),    e_j = rho a_j / (||a_j||_2 + 1e-12),    g = sum_j grad (L_j / m)(w + e_j)
 
+    Group keys: `rho`; `adaptive`, False, with True the group climbs by T_w = |w| + `eta` as in `ASAM`; `eta`, 0.
+
     Raises:
         ValueError: rho negative or not finite; rounds neither "mean" nor "sum".
         TypeError: rho is not a number.
@@ -170,27 +172,33 @@ class SAM:
     @property
     def defaults(self) -> dict[str, Any]:
         """What enters the parameter groups."""
-        return {"rho": self.rho}
+        return {"rho": self.rho, "eta": 0.0, "adaptive": False, "ascent": "SAM"}
 
 
 @dataclass(frozen=True)
 class ASAM(SAM):
     """Adaptive SAM: the ascent is scaled by the weights, so it does not change with their scale.
 
-        e = rho T_w^2 a / (||T_w a||_2 + 1e-12),    T_w = |w| + eta
+        e = rho T_w^2 a / (||T_w a||_2 + 1e-12),    T_w = |w| + eta    where adaptive, else T_w = 1
+
+    By its authors' rule every parameter whose name contains "weight" is adaptive, norm layers' included, and no other.
+    Names come from `model.named_parameters()`, passed to the optimizer in place of `parameters()`, or from
+    `opt.name_parameters(model)`. Without names tensors of rank >= 2 are adaptive, and a warning says so.
 
     Arguments:
         rho: radius of the ascent step in the scaled norm (about 10 times SAM's).
         eta: floor of T_w, so that zero weights move too.
-        all_tensors: T_w = |w| + eta for biases and norms too; by default tensors of rank < 2 have
-            T_w = 1. `ASAM(eta=0, all_tensors=True)` is the widespread element-wise variant.
+        all_tensors: every parameter is adaptive. `ASAM(eta=0, all_tensors=True)` is the widespread element-wise
+            variant (davda54/sam, adaptive=True).
         rounds: as SAM's.
+
+    Group keys: `rho`, `eta`; `adaptive`: True or False for the whole group, None for the rule.
 
     Raises:
         ValueError: rho or eta negative or not finite; rounds neither "mean" nor "sum".
         TypeError: a value of another type.
 
-    Source: Kwon et al. 2021 (arXiv:2102.11600), eqs. 4 and 6.
+    Sources: Kwon et al. 2021 (arXiv:2102.11600), eqs. 4 and 6; the rule: the authors' code (SamsungLabs/ASAM, asam.py).
     """
 
     rho: float = 0.5
@@ -205,7 +213,7 @@ class ASAM(SAM):
     @property
     def defaults(self) -> dict[str, Any]:
         """What enters the parameter groups."""
-        return {"rho": self.rho, "eta": self.eta}
+        return {"rho": self.rho, "eta": self.eta, "adaptive": True if self.all_tensors else None, "ascent": "ASAM"}
 
 
 @dataclass(frozen=True)
@@ -227,7 +235,10 @@ class IRE:
         kappa: by how much the step is lengthened where the mask is set; 0 is the base optimizer.
         sharp_fraction: the fraction of coordinates that is not amplified, in (0, 1).
         interval: steps that a mask serves.
-        kappa_follows_lr: kappa shrinks with the learning rate, kappa lr / initial lr.
+        kappa_follows_lr: kappa shrinks with the learning rate, kappa min(1, lr / the largest lr of the group so far),
+            so that it is whole while the learning rate warms up, and never more than `kappa`.
+
+    Group keys: `kappa`, `enhance`; `sharp_fraction` and `mask_interval`, which have to be the same in all groups.
 
     Raises:
         ValueError: a value out of range.
@@ -251,4 +262,6 @@ class IRE:
     @property
     def defaults(self) -> dict[str, Any]:
         """What enters the parameter groups; `mask_age` counts the steps since the mask was updated."""
-        return {"kappa": self.kappa, "enhance": True, "mask_age": None}
+        values = {"kappa": self.kappa, "sharp_fraction": self.sharp_fraction, "mask_interval": self.interval}
+        following = {"largest_lr": 0.0} if self.kappa_follows_lr else {}
+        return {**values, "enhance": True, "mask_age": None, **following}

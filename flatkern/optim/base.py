@@ -19,11 +19,11 @@ from ..checks import check_backend, check_outer_filters, check_parameters
 from ..dispatch import resolve
 from ..methods import IRE
 from ..values import check_flag, check_value, is_number
-from . import amp, checkpoint, closures, follow
+from . import amp, checkpoint, closures, follow, names
 from .buckets import Bucket, Call
 from .cycle import Cycle
 from .draw import draw_again
-from .errors import warn_never_perturbed
+from .errors import warn_never_masked, warn_never_perturbed
 from .groups import Group, Groups, Setup
 from .ire import Mask
 from .known import Known
@@ -98,6 +98,7 @@ class FlatOptimizer(Known):
             check_can_be_captured(self.cycle.groups)
         for group in self.param_groups:
             self.check_group(group)
+        self.mask.check_common(self.own_groups, name)
         self.cycle.scalars.sync_groups(name)
         self.watch_passes()
         self._ready = True
@@ -121,11 +122,12 @@ class FlatOptimizer(Known):
                 continue  # it was checked when it was set from a number; now the host would have to wait
             if key in self.flag_keys:
                 check_flag(name, key, value)
-            elif (self.checks_key(key) and not (key == "lam" and value is None)) or is_number(value):
+            elif self.checks_key(key) and not (key == "lam" and value is None):
                 check_value(key, value, name)
         if group.get("writes", "keep") not in ("keep", "drop"):
             raise ValueError(f'{name}: writes is {group["writes"]!r}, but should be "keep" or "drop"')
         self.perturbation.check_group(group, name, capturable)
+        self.mask.check_group(group, name)
 
     def checks_key(self, key: str) -> bool:
         """True if a group's `key` means what it means here, so that its value must be a number in range."""
@@ -245,8 +247,11 @@ class FlatOptimizer(Known):
             cycle.state.undo_created()
             raise
         cycle.steps += 1
-        if cycle.steps == 10 and self.setup.method is not None and not cycle.weights.ever_perturbed:
-            warn_never_perturbed(self.setup.name, self.perturbation.name, self.perturbation.pattern)
+        if cycle.steps == 10:
+            if self.setup.method is not None and not cycle.weights.ever_perturbed:
+                warn_never_perturbed(self.setup.name, self.perturbation.name, self.perturbation.pattern)
+            if self.mask.is_missed(self.own_groups):
+                warn_never_masked(self.setup.name)
 
     @contextmanager
     def perturbed(self, scaler: Any = None) -> Iterator[None]:
@@ -379,7 +384,7 @@ class FlatOptimizer(Known):
     @untraced
     def mask_due(self) -> bool:
         """IRE: True when the mask has served its steps, or there is none yet, and `update_mask()` should follow."""
-        return self.mask.is_due(self.param_groups)
+        return self.mask.is_due(self.own_groups)
 
     @untraced
     @torch.no_grad()
@@ -392,16 +397,16 @@ class FlatOptimizer(Known):
                 flatkern.sampled_label_loss(model(x)).backward()
                 opt.update_mask()
 
-        On clean weights, with no gradients of a step pending. Only the order of the gradients counts, so a loss scale
-        does not matter. Reads the gradients three or four times; a parameter without one, or a frozen one, gets a mask
-        of zeros.
+        On clean weights, with no gradients of a step pending, and with new gradients: those that the last step has
+        used are refused. Only the order of the gradients counts, so a loss scale does not matter. Reads the gradients
+        three or four times; a parameter without one, or a frozen one, gets a mask of zeros.
 
         Arguments:
             scaler: the GradScaler in use: gradients that are not finite then leave the mask as it is, in silence.
 
         Raises:
-            RuntimeError: no enhancement; perturbed weights; no gradient; a gradient that is not finite. Nothing has
-                changed then.
+            RuntimeError: no enhancement; perturbed weights; no new gradient; a gradient that is not finite.
+            ValueError: groups differ in `sharp_fraction`. Nothing has changed then.
         """
         try:
             self.mask.update(self.cycle, scaler)
@@ -409,6 +414,21 @@ class FlatOptimizer(Known):
             self.cycle.state.undo_created()
             raise
         self.cycle.state.keep_created()
+
+    # --- groups ----------------------------------------------------------------------------------
+
+    def name_parameters(self, model: torch.nn.Module) -> None:
+        """Take the parameters' names from a model, for ASAM's rule; the same as passing `model.named_parameters()`.
+
+        They are kept in `group["param_names"]`, where torch has them, so that a checkpoint holds them too; parameters
+        that are not in the model keep theirs. A group that is added later is named by the same models.
+
+        Raises:
+            TypeError: `model` is no torch.nn.Module.
+            ValueError: it has none of the optimizer's parameters. Nothing has changed then.
+        """
+        names.take_from(self.param_groups, model)
+        self.cycle.groups.named_by.append(weakref.ref(model))
 
     # --- state -----------------------------------------------------------------------------------
 
@@ -423,9 +443,11 @@ class FlatOptimizer(Known):
             self.check_added_group()
 
     def join_round(self, param_group: Group) -> None:
-        """A group that joins during training draws the round of the others."""
+        """A group that joins during training draws the round of the others, and has names if they have."""
+        groups = self.cycle.groups
         if self.perturbation.draws:
-            param_group.setdefault("round", self.param_groups[0]["round"])
+            groups.own(param_group).setdefault("round", self.own_groups[0]["round"])
+        names.join(self.param_groups, param_group, groups.named_by)
 
     def check_added_group(self) -> None:
         try:

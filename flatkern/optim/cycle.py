@@ -59,6 +59,7 @@ class Cycle:
         self.skipped_steps: Tensor | None = None  # 0-dim int64; None: no step could have been skipped
         self.steps = 0
         self.warned_rounded_away = False
+        self.warned_unnamed = False
 
     @property
     def phase(self) -> Phase:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+from operator import attrgetter
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,6 +26,11 @@ class Known(torch.optim.Optimizer):
     cycle: Cycle
     perturbation: NoPerturbation
     mask: Mask
+
+    # The groups with our values under our names, and those names as keys. Wrap shares its groups with a base, and has
+    # others; here both are found without a Python call, because every step asks several times.
+    own_groups: Any = property(attrgetter("param_groups"))
+    keys_of: Any = staticmethod(repeat)
 
     @property
     def method(self) -> RWP | SAM | None:
@@ -86,7 +95,7 @@ class Known(torch.optim.Optimizer):
         mix="losses": 1 - lam at clean weights, lam at perturbed ones. mix="ranks", of W ranks: W lam / noisy on noisy
         ranks, W (1 - lam) / clean on clean ones, at any time.
         """
-        return self.perturbation.loss_weight(self.param_groups, self.is_perturbed)
+        return self.perturbation.loss_weight(self.own_groups, self.is_perturbed)
 
     @property
     def passes(self) -> Pair | None:

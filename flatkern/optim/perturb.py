@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ..methods import ASAM, RWP, SAM
+from ..methods import RWP, SAM
 from .mrwp import MixedLosses, MixedPerturbation, MixedSums
 from .perturbation import NoPerturbation
 from .ranks import ParallelPerturbation
 from .rwp import RandomPerturbation, RollingPerturbation
-from .sam import AdaptiveAscent, AscentPerturbation
+from .sam import AscentPerturbation
 
 
 def perturbation_of(method: RWP | SAM | None, where: str = "perturbation_of") -> NoPerturbation:
@@ -18,8 +18,6 @@ def perturbation_of(method: RWP | SAM | None, where: str = "perturbation_of") ->
     """
     if method is None:
         return NoPerturbation()
-    if isinstance(method, ASAM):
-        return AdaptiveAscent(method)
     if isinstance(method, SAM):
         return AscentPerturbation(method)
     if isinstance(method, RWP):

@@ -43,8 +43,8 @@ class NoPerturbation:
         """True if parameters of the group have ARWP's history."""
         return False
 
-    def is_adaptive(self, p: Tensor) -> bool:
-        """True if the ascent of `p` is scaled by T_w = |w| + eta."""
+    def is_adaptive(self, group: Group, p: Tensor, name: str) -> bool:
+        """True if the ascent of `p` is scaled by T_w = |w| + eta; `name` is "" where nobody has told it."""
         return False
 
     def loss_weight(self, groups: list[Group], perturbed: bool) -> float:

@@ -5,7 +5,6 @@ What a rank is, and what noisy ranks see of their own gradients before DDP takes
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from ..methods import RWP
 from ..tables import history_length
 from .amp import Amp
 from .cycle import Cycle
+from .errors import warn
 from .gradients import Final, Grads
 from .groups import Group
 from .layouts import like
@@ -164,12 +164,10 @@ class OwnGradients:
             return
         if known[0]() is not grad or grad._version != known[1] + 1:
             self._warned = True
-            warnings.warn(
+            warn(
                 'm-ARWP with mix="ranks": gradients were written between two backward passes of a step, as DDP does '
                 "when it takes their mean, so that the history sees other ranks' gradients too; run every backward of "
-                "a step but the last in model.no_sync()",
-                UserWarning,
-                stacklevel=3,
+                "a step but the last in model.no_sync()"
             )
 
 
@@ -269,11 +267,9 @@ class ParallelPerturbation(RandomPerturbation):
             return final
         if self._weight is None and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f'{self._where}: mix="ranks", but opt.loss_weight was not read before the first step, so the losses '
-                f"were not multiplied by it, and the mix is not lam's; the pattern is: {self.pattern}",
-                UserWarning,
-                stacklevel=10,
+                f"were not multiplied by it, and the mix is not lam's; the pattern is: {self.pattern}"
             )
         watched = self._with_history(cycle)
         return final if not watched else replace(final, squares=self._squares(cycle, watched, final.rounds, amp))

@@ -45,7 +45,7 @@ class RandomPerturbation(NoPerturbation):
 
     def is_described_by(self, saved: Group, group: Group) -> bool:
         return (
-            "sigma" in saved
+            {"sigma", "lam", "eta"} <= set(saved)
             and (saved["lam"] is None) == (group["lam"] is None)
             and (saved["eta"] > 0) == (group["eta"] > 0)
         )
