@@ -223,8 +223,8 @@ class Calls:
 RWP = flatkern.RWP(sigma=0.01, lam=0.5)
 LIMITS = [  # the method, which call of a step: calls, and borders between files
     ("plain", None, "step", 34, 22),
-    ("m-RWP", RWP, "perturb", 35, 22),
-    ("SAM", flatkern.SAM(), "perturb", 35, 23),
+    ("m-RWP", RWP, "perturb", 34, 22),
+    ("SAM", flatkern.SAM(), "perturb", 34, 22),
     ("m-RWP", RWP, "step", 40, 30),
     ("SAM", flatkern.SAM(), "step", 40, 30),
     ("rolling", flatkern.RWP(sigma=0.01, rolling=True), "step", 44, 33),
