@@ -16,7 +16,7 @@ from ..tables import same_layout
 from .buckets import Bucket, Call
 
 REPEATABLE = "perturb_gaussian_"  # of the same clean weights it makes the same perturbed ones
-BITS = {4: torch.int32, 2: torch.int16}
+BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # a model may be converted meanwhile
 SAMPLE = 1024  # elements of a tensor that a look at values takes, and at least one row
 ALL_ROWS = (0, -1)
 
@@ -91,7 +91,7 @@ def end_element_by_element(p: Tensor, clean: Tensor, noisy: Tensor, is_master: b
     if part.shape != value.shape:
         return  # others have put another tensor there
     as_drawn = same_bits(part, noisy.to(part))
-    if part.element_size() == 4 or 4 * int(as_drawn.sum()) >= part.numel():
+    if part.element_size() >= 4 or 4 * int(as_drawn.sum()) >= part.numel():
         part.copy_(torch.where(as_drawn, value.to(part), part))
     if is_master:
         take_over(value, part)

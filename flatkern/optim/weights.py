@@ -124,8 +124,10 @@ class Weights:
                 new = torch.empty_like(part, memory_format=torch.preserve_format, requires_grad=False)
             if saved is not None:
                 self._stores.clear()  # they would keep the old one alive
-                if saved.shape == part.shape:
-                    new.copy_(saved)  # it may hold the clean weights of a perturbation that is on
+            elif self.partition is not None and id(p) in self.partition.members:
+                saved = dtensor.local(self._clean_copy(p))  # a master: the model has become float32 since
+            if saved is not None and saved.shape == part.shape:
+                new.copy_(saved)  # it may hold the clean weights of a perturbation that is on
             saved = self.backups[p] = new
         return saved
 
