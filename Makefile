@@ -123,6 +123,7 @@ demo: build ## every method on handwritten digits: accuracy, time, passes over m
 
 bench: build ## microbenchmarks against PyTorch; results go to bench/results
 	@env -u OMP_NUM_THREADS $(IMPORTS) $(PY) bench/run.py $(ARGS)
+	@$(if $(ARGS),,$(IMPORTS) $(PY) bench/parallel.py)
 
 # To compile is the first stage of `gpu`, so that it counts. `exec`, so that make's SIGTERM reaches it.
 gpu: $(if $(NO_VENV),,$(VENV)/.editable) ## all checks and races that need a GPU, in BUDGET seconds (DRY=1: without one)

@@ -38,6 +38,7 @@ def untouched_optimizer(
     perturb = None
     if method.rho and method.floor is not None:
         perturb = flatkern.ASAM(rho=method.rho, eta=method.floor)
+        params = [(f"{k}.{'weight' if p.dim() >= 2 else 'bias'}", p) for k, p in enumerate(params)]  # as the baselines
     elif method.rho:
         perturb = flatkern.SAM(rho=method.rho)
     elif method.sigma:

@@ -7,7 +7,7 @@
 
 A marked block starts with the line `<!-- bench: NAME -->` and ends with `<!-- /bench -->`; --names lists
 the names. The text between is a function of the JSON alone, so a test can compare the two. The block "gpu" is
-bench/gpu/report.py's.
+bench/gpu/report.py's, and "ranks" is made of the file of bench/parallel.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bench import results as files
 from bench.tables import tables
 
 BLOCK = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
-ELSEWHERE = "gpu"  # the block that is made of other files
+ELSEWHERE = {"gpu", "ranks"}  # the blocks that are made of other files than bench/run.py's
 
 
 def markdown(results: dict) -> str:
@@ -41,15 +41,16 @@ def markdown(results: dict) -> str:
 
 
 def embed(text: str, results: dict) -> str:
-    """The document with its marked blocks rewritten; the GPUs' stays.
+    """The document with its marked blocks rewritten; those of other files stay.
 
     Raises:
         KeyError: a block names a table that the results do not have.
     """
     known = {table.name: table.markdown() for table in tables(results)}
+    others = known.keys() and known.keys() <= ELSEWHERE  # all other blocks are bench/run.py's
 
     def block(match: re.Match) -> str:
-        if match[2] == ELSEWHERE:
+        if match[2] not in known and (others or match[2] in ELSEWHERE):
             return match[0]
         if match[2] not in known:
             raise KeyError(f"no table {match[2]!r} in the results; there are {', '.join(known)}")

@@ -142,8 +142,9 @@ def document(
     threads: int,
     seconds: float,
     busy: float = 0.0,
+    command: str = "python bench/run.py",
 ) -> dict:
-    """The whole file; `busy` is the load before the first race.
+    """The whole file; `busy` is the load before the first race, `command` what was run, without its arguments.
 
     Where there is no git, FLATKERN_COMMIT names the commit.
     """
@@ -156,7 +157,7 @@ def document(
             "project": "flatkern",
             "branch": git("rev-parse", "--abbrev-ref", "HEAD") or "(unknown)",
         },
-        "command": "python bench/run.py " + shlex.join(sys.argv[1:]),
+        "command": f"{command} {shlex.join(sys.argv[1:])}",
         "seconds": round(seconds, 1),
         "benchmarks": benchmarks,
         "failures": failures,

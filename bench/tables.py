@@ -40,7 +40,7 @@ def tables(results: dict) -> list[Table]:
     """Everything that a result file has to show."""
     found = list(method_tables(results))
     found += [dtype_table(results, model) for model in values(pick(results, "dtypes"), "model")]
-    found += [call_table(results), copy_table(results), failure_table(results)]
+    found += [call_table(results), copy_table(results), rank_table(results), failure_table(results)]
     return [table for table in found if table.rows]
 
 
@@ -246,6 +246,33 @@ def copy_table(results: dict) -> Table:
             small = MODELS[model].small
             cells += [duration(median(b))] + ([NOTHING if small else f"{rate:.0f}"] if rate else [])
         table.rows.append([MODELS[model].title, *cells])
+    return table
+
+
+def rank_table(results: dict) -> Table:
+    """bench/parallel.py: steps of a training under DDP."""
+    rows = pick(results, "ranks")
+    header = ["method", "passes of a rank", "step", "of plain DDP", "sent by a rank", "of plain DDP"]
+    table = Table("ranks", "A training step under DDP, forward and backward included", header)
+    for b in rows:
+        info = b["extra_info"]
+        table.rows.append(
+            [
+                b["params"]["title"],
+                str(info["passes"]),
+                duration(median(b)),
+                f"{info['times_plain']:.2f}x",
+                f"{info['bytes_sent'] / 1e6:.3f} MB",
+                f"{info['bytes_times_plain']:.3f}x",
+            ]
+        )
+    if rows:
+        machine, (world, batch) = results["machine_info"], (rows[0]["params"][k] for k in ("world", "batch"))
+        table.note = (
+            f"Medians of {rows[0]['stats']['rounds']} interleaved steps; four convolutions, {batch} images a pass; "
+            f"{world} processes of one thread on {machine['processor']}, gloo; torch {machine['torch']}; "
+            f"{results['datetime'][:10]}."
+        )
     return table
 
 

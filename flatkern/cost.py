@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import dtensor
+from .optim.names import names_of
 from .tables import history_length, mask_shape
 
 if TYPE_CHECKING:
@@ -45,15 +46,15 @@ def cost(opt: FlatOptimizer) -> Cost:
     """Count bytes, op calls and memory of one step of `opt`, from shapes and dtypes alone; of sharded
     parameters what is on this rank.
 
-    Counted: perturb (read w, write the clean copy, write w'), the norm and ascent reads of SAM, the
-    update (read clean w, gradients, moments; write w, moments), IRE's mask. mSAM's further rounds, autograd's
+    Counted: perturb (read w, write the clean copy, write w'; nothing on clean ranks), the norm and ascent reads of
+    SAM, the update (read clean w, gradients, moments; write w, moments), IRE's mask. mSAM's further rounds, autograd's
     accumulation and `Wrap`'s base step are not counted.
     """
     perturbation, enhancement = opt.perturbation, opt.setup.enhancement
     parameters = bytes_moved = base_bytes = state_bytes = scratch_bytes = 0
-    for group in opt.param_groups:
+    for group in opt.own_groups:
         moments = 2 if "betas" in group else int(group.get("momentum", 0) != 0)
-        for p in group["params"]:
+        for p, name in zip(group["params"], names_of(group), strict=True):
             if not p.requires_grad:
                 continue
             master = opt.setup.has_master(p)
@@ -73,18 +74,20 @@ def cost(opt: FlatOptimizer) -> Cost:
                 mask = math.prod(mask_shape(p))
                 state_bytes += mask
                 # The step reads the mask; its update reads the gradient four times and writes the mask.
-                bytes_moved += mask + round((4 * n * item + mask) / enhancement.interval)
+                bytes_moved += mask + round((4 * n * item + mask) / group["mask_interval"])
             if opt.setup.method is None or not group["perturb"]:
+                continue
+            if perturbation.keeps_history(group):
+                state_bytes += 4 * history_length(p)
+            if perturbation.is_clean_rank:
                 continue
             clean_copy = 0 if master else n * item
             scratch_bytes += clean_copy
             bytes_moved += clean_copy if perturbation.rolling else n * (weight + item) + clean_copy
             if perturbation.ascends:
-                bytes_moved += n * (2 * item + (weight if perturbation.is_adaptive(p) else 0))
+                bytes_moved += n * (2 * item + (weight if perturbation.is_adaptive(group, p, name) else 0))
             if perturbation.mixes:
                 bytes_moved += n * item
                 scratch_bytes += n * item
-            if perturbation.keeps_history(group):
-                state_bytes += 4 * history_length(p)
-    launches = perturbation.launches + (opt.setup.max_grad_norm is not None)
+    launches = perturbation.launches - perturbation.is_clean_rank + (opt.setup.max_grad_norm is not None)
     return Cost(parameters, bytes_moved, base_bytes, launches, state_bytes, scratch_bytes)

@@ -150,7 +150,7 @@ def train(
     """
     method, model = METHODS[name], make_network(seed)
     opt = flatkern.SGD(
-        model.parameters(),
+        model.named_parameters(),  # ASAM asks for the names
         lr=hyper["lr"],
         momentum=MOMENTUM,
         weight_decay=hyper["weight_decay"],

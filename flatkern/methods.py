@@ -5,7 +5,7 @@ Any value may be overridden per parameter group under the same key, and changed 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .values import check_flag, check_uint32, check_value
@@ -14,6 +14,11 @@ from .values import check_flag, check_uint32, check_value
 def _check_numbers(method: Any, *keys: str) -> None:
     for key in keys:
         check_value(key, getattr(method, key), type(method).__name__, tensors=False)
+
+
+def _check_rounds(method: Any) -> None:
+    if method.rounds not in ("mean", "sum"):
+        raise ValueError(f'{type(method).__name__}: rounds is {method.rounds!r}, but should be "mean" or "sum"')
 
 
 def _set(method: Any, name: str, value: Any) -> None:
@@ -42,12 +47,34 @@ class RWP:
         rolling: the noise stays on between steps and `step()` renews it in the same pass over
             memory, for trainers that call nothing but `step()`. Excludes `lam`.
         mix: "gradients" mixes in the update's registers; "losses" expects every loss multiplied by
-            `opt.loss_weight`, so that autograd adds the gradients up.
-        group: process group of mix="ranks", which this version does not have yet.
+            `opt.loss_weight`, so that autograd adds the gradients up. "ranks" is the papers' parallel form, at the
+            speed of ordinary training: of W >= 2 ranks the W // 2 odd ones are noisy, the others clean, and each runs
+            `opt.perturb(); (opt.loss_weight * loss).backward(); opt.step()` on data of its own. On clean ranks
+            `perturb()` moves nothing. `loss_weight` is W lam / noisy or W (1 - lam) / clean, so that DDP's mean is
+            (1 - lam) of the clean ranks' mean gradient and lam of the noisy ones'. Nothing else is sent; m-ARWP, whose
+            F_f takes the mean of the squares of each noisy rank's own gradient (all micro-batches of the step), sends
+            4 bytes a filter and an element of vectors. All noisy ranks draw the same noise unless `stream` differs.
+            Under accumulation every backward but the last runs in `no_sync()`.
+        group: process group of mix="ranks", that over which DDP takes the mean; None for all ranks. FSDP2's hybrid
+            sharding brings its own, that of the mesh's replicate dimension (m-RWP only, eta=0). A copy of the method
+            keeps the group; pickled, it is left out, and all ranks take its place.
+        rounds: what the gradients of several passes before one step make together. "mean": rounds that `restore()`
+            separates are averaged. "sum": every loss is divided by the number of the step's backward passes already, as
+            Hugging Face's Trainer, Accelerate and Lightning divide those of micro-batches. Rounds are then summed up,
+            and m-RWP, whose n1 clean and n2 noisy losses are all divided by n1 + n2, mixes the means of both kinds:
+
+                g = (1 - lam) (n1 + n2) / n1  sum grad L_A / (n1 + n2)  +  lam (n1 + n2) / n2  sum grad L_B / (n1 + n2)
+
+            n1 and n2 are counted, or `opt.passes = (n1, n2)` says them. ARWP's history sees the mean over the noisy
+            passes either way. Under DDP the last noisy backward synchronizes, and m-RWP's last clean one; the others
+            may run in `no_sync()`. A rolling step has no rounds, and both are the same.
 
     Raises:
-        ValueError: a value out of range, or `rolling` together with `lam`.
+        ValueError: a value out of range, `rolling` together with `lam`, mix="losses" or "ranks" without it, or
+            rounds="sum" together with another mix than "gradients", where the loss weights take its place.
         TypeError: a value of another type.
+        An optimizer with mix="ranks" refuses to be made where torch.distributed is not initialized, in a group of one
+        rank or that this rank is not in, and on a one-dimensional FSDP2 mesh.
 
     Sources: Li et al. 2022 (arXiv:2211.11489); Li et al. 2024 (arXiv:2404.00357), eqs. 5, 8, 14, with
     the released code's power -1/2 and per-filter sums.
@@ -62,28 +89,52 @@ class RWP:
     rolling: bool = False
     mix: str = "gradients"
     group: Any = None
+    rounds: str = "mean"
 
     def __post_init__(self) -> None:
         _check_numbers(self, "sigma", "eta", "beta")
+        _check_rounds(self)
         _set(self, "rolling", check_flag("RWP", "rolling", self.rolling))
+        if self.rolling and self.mix == "ranks":
+            raise ValueError(
+                'RWP: rolling=True excludes mix="ranks", whose steps begin with perturb(); use one of them'
+            )
         if self.lam is not None:
             _check_numbers(self, "lam")
             if self.rolling:
                 raise ValueError("RWP: rolling=True excludes lam: a rolling step has one gradient; pass lam=None")
         for name in ("seed", "stream"):
             _set(self, name, check_uint32("RWP", name, getattr(self, name)))
-        if self.mix == "ranks":
-            raise NotImplementedError('RWP: mix="ranks" is not in this version yet; use "gradients" or "losses"')
-        if self.mix not in ("gradients", "losses"):
-            raise ValueError(f'RWP: mix is {self.mix!r}, but should be "gradients" or "losses"')
+        if self.mix not in ("gradients", "losses", "ranks"):
+            raise ValueError(f'RWP: mix is {self.mix!r}, but should be "gradients", "losses" or "ranks"')
         if self.mix == "losses" and self.lam is None:
             raise ValueError('RWP: mix="losses" mixes two losses; give lam, the weight of the perturbed one')
+        if self.mix == "ranks" and self.lam is None:
+            raise ValueError('RWP: mix="ranks" mixes clean and noisy ranks; give lam, the weight of the noisy ones')
+        if self.group is not None and self.mix != "ranks":
+            raise ValueError(f'RWP: group is given, but mix="{self.mix}" has none; pass group=None, or mix="ranks"')
+        if self.rounds == "sum" and self.mix != "gradients":
+            raise ValueError(
+                f'RWP: rounds="sum" is for mix="gradients", but mix is {self.mix!r}, where every loss is multiplied by '
+                'opt.loss_weight; divide that by the number of passes, and pass rounds="mean"'
+            )
 
     @property
     def defaults(self) -> dict[str, Any]:
         """What enters the parameter groups."""
         keys = ("sigma", "lam", "eta", "beta", "seed", "stream")
-        return {k: v for k, v in asdict(self).items() if k in keys} | {"round": 0}
+        return {k: getattr(self, k) for k in keys} | {"round": 0}
+
+    # A process group can be neither copied nor pickled. A copy of what never changes may be the same.
+
+    def __copy__(self) -> RWP:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> RWP:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "group": None}
 
 
 @dataclass(frozen=True)
@@ -95,42 +146,59 @@ class SAM:
 
     Arguments:
         rho: radius of the ascent step, in the L2 norm over all perturbed parameters.
+        rounds: "mean" divides the sum over the shards by their number m. "sum" leaves it as it is, for losses that are
+            divided by m already, as Hugging Face's Trainer, Accelerate and Lightning divide those of micro-batches (an
+            ascent does not depend on the loss's scale). Under DDP the last perturbed backward synchronizes, and all
+            others may run in `no_sync()`.
+
+                a_j = grad (L_j / m)(w),    e_j = rho a_j / (||a_j||_2 + 1e-12),    g = sum_j grad (L_j / m)(w + e_j)
+
+    Group keys: `rho`; `adaptive`, False, with True the group climbs by T_w = |w| + `eta` as in `ASAM`; `eta`, 0.
 
     Raises:
-        ValueError: rho negative or not finite.
+        ValueError: rho negative or not finite; rounds neither "mean" nor "sum".
         TypeError: rho is not a number.
 
     Sources: Foret et al. 2021 (arXiv:2010.01412), eq. 2; mSAM: Behdin et al. 2023 (arXiv:2302.09693).
     """
 
     rho: float = 0.05
+    rounds: str = field(default="mean", kw_only=True)  # behind the fields of classes that derive from this one
 
     def __post_init__(self) -> None:
         _check_numbers(self, "rho")
+        _check_rounds(self)
 
     @property
     def defaults(self) -> dict[str, Any]:
         """What enters the parameter groups."""
-        return {"rho": self.rho}
+        return {"rho": self.rho, "eta": 0.0, "adaptive": False, "ascent": "SAM"}
 
 
 @dataclass(frozen=True)
 class ASAM(SAM):
     """Adaptive SAM: the ascent is scaled by the weights, so it does not change with their scale.
 
-        e = rho T_w^2 a / (||T_w a||_2 + 1e-12),    T_w = |w| + eta
+        e = rho T_w^2 a / (||T_w a||_2 + 1e-12),    T_w = |w| + eta    where adaptive, else T_w = 1
+
+    By its authors' rule every parameter whose name contains "weight" is adaptive, norm layers' included, and no other.
+    Names come from `model.named_parameters()`, passed to the optimizer in place of `parameters()`, or from
+    `opt.name_parameters(model)`. Without names tensors of rank >= 2 are adaptive, and a warning says so.
 
     Arguments:
         rho: radius of the ascent step in the scaled norm (about 10 times SAM's).
         eta: floor of T_w, so that zero weights move too.
-        all_tensors: T_w = |w| + eta for biases and norms too; by default tensors of rank < 2 have
-            T_w = 1. `ASAM(eta=0, all_tensors=True)` is the widespread element-wise variant.
+        all_tensors: every parameter is adaptive. `ASAM(eta=0, all_tensors=True)` is the widespread element-wise
+            variant (davda54/sam, adaptive=True).
+        rounds: as SAM's.
+
+    Group keys: `rho`, `eta`; `adaptive`: True or False for the whole group, None for the rule.
 
     Raises:
-        ValueError: rho or eta negative or not finite.
+        ValueError: rho or eta negative or not finite; rounds neither "mean" nor "sum".
         TypeError: a value of another type.
 
-    Source: Kwon et al. 2021 (arXiv:2102.11600), eqs. 4 and 6.
+    Sources: Kwon et al. 2021 (arXiv:2102.11600), eqs. 4 and 6; the rule: the authors' code (SamsungLabs/ASAM, asam.py).
     """
 
     rho: float = 0.5
@@ -139,12 +207,13 @@ class ASAM(SAM):
 
     def __post_init__(self) -> None:
         _check_numbers(self, "rho", "eta")
+        _check_rounds(self)
         _set(self, "all_tensors", check_flag("ASAM", "all_tensors", self.all_tensors))
 
     @property
     def defaults(self) -> dict[str, Any]:
         """What enters the parameter groups."""
-        return {"rho": self.rho, "eta": self.eta}
+        return {"rho": self.rho, "eta": self.eta, "adaptive": True if self.all_tensors else None, "ascent": "ASAM"}
 
 
 @dataclass(frozen=True)
@@ -166,7 +235,10 @@ class IRE:
         kappa: by how much the step is lengthened where the mask is set; 0 is the base optimizer.
         sharp_fraction: the fraction of coordinates that is not amplified, in (0, 1).
         interval: steps that a mask serves.
-        kappa_follows_lr: kappa shrinks with the learning rate, kappa lr / initial lr.
+        kappa_follows_lr: kappa shrinks with the learning rate, kappa min(1, lr / the largest lr of the group so far),
+            so that it is whole while the learning rate warms up, and never more than `kappa`.
+
+    Group keys: `kappa`, `enhance`; `sharp_fraction` and `mask_interval`, which have to be the same in all groups.
 
     Raises:
         ValueError: a value out of range.
@@ -190,4 +262,6 @@ class IRE:
     @property
     def defaults(self) -> dict[str, Any]:
         """What enters the parameter groups; `mask_age` counts the steps since the mask was updated."""
-        return {"kappa": self.kappa, "enhance": True, "mask_age": None}
+        values = {"kappa": self.kappa, "sharp_fraction": self.sharp_fraction, "mask_interval": self.interval}
+        following = {"largest_lr": 0.0} if self.kappa_follows_lr else {}
+        return {**values, "enhance": True, "mask_age": None, **following}

@@ -17,6 +17,7 @@ from .dispatch import RECORDED, compiled_module
 from .jobs import Job, Shard, recording
 from .optim import amp
 from .optim.base import FlatOptimizer
+from .optim.names import names_of
 
 # State that is made anew in the form that it always has; all other state has the dtype that a checkpoint gave it.
 OF_ONE_FORM = ("step", "history", "mask")
@@ -86,14 +87,18 @@ class StandIns:
 
     def _group(self, group: dict[str, Any], real: Any, state: Any) -> dict[str, Any]:
         found: dict[Any, Tensor] = {}
-        for p in group["params"]:
+        names = names_of(group)
+        for p, name in zip(group["params"], names, strict=True):
             if self.device is None or dtensor.local(p).device == self.device:
-                self._add(p, real.get(p, {}), found, state)
+                self._add(p, "weight" in name, real.get(p, {}), found, state)
         # What a rolling draw was made with is drawn anew.
-        rest = {k: self._value(v) for k, v in group.items() if k not in ("params", "param_names", "drawn")}
+        anew = ("params", "param_names", "drawn", "perturb_drawn")
+        rest = {k: self._value(v) for k, v in group.items() if k not in anew}
+        if any(names):
+            rest["param_names"] = ["weight" if is_weight else "other" for _, is_weight in found]
         return {"params": list(found.values()), **rest}
 
-    def _add(self, p: Tensor, state_of_p: dict[str, Any], found: dict[Any, Tensor], state: Any) -> None:
+    def _add(self, p: Tensor, is_weight: bool, state_of_p: Any, found: dict[Any, Tensor], state: Any) -> None:
         part, ranks = dtensor.local(p), dtensor.ranks_of(p)
         shape = self.shape_of(part)
         # Vectors may be cut inside of an eight.
@@ -104,7 +109,7 @@ class StandIns:
             if isinstance(value, Tensor) and name not in OF_ONE_FORM and dtensor.local(value).shape == part.shape
         ]
         gets_aligned = p.grad is None or is_aligned(p.grad)
-        alike = shape, part.dtype, is_aligned(p), p.requires_grad, gets_aligned, shard, *beside
+        alike = (shape, part.dtype, is_aligned(p), p.requires_grad, gets_aligned, shard, *beside), is_weight
         if alike in found:
             return
         q = found[alike] = torch.nn.Parameter(zeros(shape, part.dtype, is_aligned(p)), p.requires_grad)
@@ -150,9 +155,9 @@ class Rehearsal:
         if opt.enhancement is None:
             self.train()
             return
-        if opt.param_groups[0]["mask_age"] is None:
+        if opt.own_groups[0]["mask_age"] is None:
             self.train()  # the first mask may come late
-        if any(group["enhance"] and any(p in self.gradients for p in group["params"]) for group in opt.param_groups):
+        if any(group["enhance"] and any(p in self.gradients for p in group["params"]) for group in opt.own_groups):
             opt.eval()
             self.backward()
             opt.update_mask()
@@ -176,7 +181,7 @@ class Rehearsal:
         perturbation = self.opt.perturbation
         if not perturbation.has_clean_pass:
             found = [(False, False), (False, True)]
-        elif not perturbation.mixes and any(map(perturbation.keeps_history, self.opt.param_groups)):
+        elif not perturbation.mixes and any(map(perturbation.keeps_history, self.opt.own_groups)):
             return [(False, True)]
         else:
             found = [(True, False), (True, True), (False, True)]
@@ -220,6 +225,7 @@ class Rehearsal:
                 p.grad = zeros(tuple(p.shape), p.dtype, aligned)
             else:
                 p.grad.zero_()
+            self.opt.perturbation.saw_gradient(p)
 
     def step(self, unscaled: bool) -> None:
         """As GradScaler does it; torch's hooks of steps are not for this one."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
+from .optim.groups import Group, own_key
 from .values import check_value, is_number
 
 
@@ -42,48 +47,116 @@ def cosine_increase(start: float, increase: float, total_steps: int) -> Callable
     return value
 
 
-class PerturbationScheduler:
+class PerturbationScheduler(LRScheduler):
     """Sets a group key such as "sigma" or "rho" from a function of the step number; in place where it is a tensor.
 
         scheduler = PerturbationScheduler(opt, "sigma", cosine_increase(0.001, 10, total_steps))
         ...; opt.step(); scheduler.step()
 
+    A torch.optim.lr_scheduler.LRScheduler, for code that takes no other, such as `SequentialLR`, `ChainedScheduler`,
+    Lightning and Hugging Face's Trainer; but it changes no lr and leaves `initial_lr` to those that do.
+
+    The constructor sets the value of step 0, every `step()` the next one, and the optimizer uses it from its next call
+    that perturbs. A rolling one draws the noise of the next forward in `opt.step()`: with `scheduler.step()` after
+    `opt.step()`, as usual, the first draw with a new value is that of the following `opt.step()`; with
+    `scheduler.step()` before `opt.step()` it is this one's.
+
     Arguments:
         optimizer: one of flatkern's.
-        key: the group key to set in every group.
+        key: the group key to set in every group; for `Wrap` our value of that name, also where its key is
+            `perturb_<name>`.
         schedule: step number -> value.
+        last_epoch: the step number before the one to start from.
+
+    State: the step number; the schedule is the code's.
 
     Raises:
-        ValueError: a group has no such key; a value out of range for a tensor, which nobody checks later.
+        ValueError: a group has no such key; a value out of range for a tensor, which nobody checks later. Numbers are
+            checked by the next call of the optimizer.
+        TypeError: `optimizer` is no torch.optim.Optimizer.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, key: str, schedule: Callable[[int], float]) -> None:
+    def __init__(self, optimizer: Optimizer, key: str, schedule: Callable[[int], float], last_epoch: int = -1) -> None:
+        # LRScheduler's own constructor would fix `initial_lr`, and count the optimizer's steps to warn of the order.
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"PerturbationScheduler: optimizer is {type(optimizer).__name__}, but should be a torch.optim.Optimizer"
+            )
         for k, group in enumerate(optimizer.param_groups):
-            if key not in group:
+            if own_key(group, key) not in group:
                 raise ValueError(
                     f"PerturbationScheduler: group {k} has no {key!r}; the optimizer's method does not use it"
                 )
-        self.optimizer, self.key, self.schedule = optimizer, key, schedule
-        self.last_step = 0
+        self._optimizer, self.key, self.schedule = optimizer, key, schedule
+        self._initial_lrs: list[tuple[Group, Any]] = []
+        self.last_epoch = last_epoch
+        self._initial_step()
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer."""
+        caller = inspect.currentframe().f_back  # type: ignore[union-attr]
+        if caller is not None and caller.f_code is SequentialLR.__init__.__code__:
+            self._keep_lrs(**{key: caller.f_locals[key] for key in ("optimizer", "schedulers", "milestones")})
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, value: Optimizer) -> None:
+        self._optimizer = value
+
+    def _keep_lrs(self, optimizer: Any, schedulers: Any, milestones: Any) -> None:
+        """SequentialLR sets every lr back to `initial_lr`. Where all its schedulers are ours, no lr is theirs to set:
+        the present lr is the initial one until the first of them has begun.
+        """
+        ours = all(isinstance(s, PerturbationScheduler) and s._optimizer is optimizer for s in schedulers)
+        if not ours or self is not schedulers[-1] or self._initial_lrs or len(milestones) != len(schedulers) - 1:
+            return
+        kept = [(group, group.get("initial_lr")) for group in optimizer.param_groups if "lr" in group]
+        for group, _ in kept:
+            group["initial_lr"] = group["lr"]
+        for scheduler in schedulers:
+            scheduler._initial_lrs = kept
+
+    def _initial_step(self) -> None:
+        for group, initial_lr in self._initial_lrs:
+            group.pop("initial_lr", None)
+            if initial_lr is not None:
+                group["initial_lr"] = initial_lr
+        self._initial_lrs.clear()
+        self._step_count = 0
+        self.step()
+
+    def step(self, epoch: int | None = None) -> None:
+        """Advance by one optimizer step, or go to step `epoch`."""
+        self._step_count += 1
+        self._update_lr(epoch)
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        """What torch's schedulers call each other by."""
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         self._set()
 
     def _set(self) -> None:
-        value = self.schedule(self.last_step)
-        for group in self.optimizer.param_groups:
-            if isinstance(group[self.key], torch.Tensor):
-                check_value(self.key, value, "PerturbationScheduler")
-                group[self.key].fill_(value)  # in place, where a captured graph reads it
+        value = self.schedule(self.last_epoch)
+        for group in self._optimizer.param_groups:
+            key = own_key(group, self.key)
+            if isinstance(group[key], torch.Tensor):
+                check_value(key, value, "PerturbationScheduler")
+                group[key].fill_(value)  # in place, where a captured graph reads it
             else:
-                group[self.key] = value
+                group[key] = value
 
-    def step(self) -> None:
-        """Advance by one optimizer step."""
-        self.last_step += 1
-        self._set()
+    def get_last_lr(self) -> list[Any]:
+        """The learning rates of the groups, which others set; copies where they are tensors."""
+        lrs = [group["lr"] for group in self._optimizer.param_groups]
+        return [lr.clone() if isinstance(lr, torch.Tensor) else lr for lr in lrs]
 
-    def state_dict(self) -> dict[str, int]:
-        return {"last_step": self.last_step}
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_epoch": self.last_epoch, "_step_count": self._step_count}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.last_step = state["last_step"]
-        self._set()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to the saved step; {"last_step": n} of version 0.1 does, too."""
+        self.last_epoch = state["last_step"] if "last_step" in state else state["last_epoch"]
+        self._step_count = state.get("_step_count", self.last_epoch + 1)
+        if self.last_epoch >= 0:  # in a SequentialLR one whose turn has not come is at -1
+            self._set()

@@ -61,7 +61,7 @@ def is_number(value: Any) -> bool:
 
 
 def check_value(key: str, value: Any, where: str | None = None, *, tensors: bool = True) -> None:
-    """Refuse a value that is out of `key`'s range; keys without a range pass.
+    """Refuse a value that is out of `key`'s range; keys without a range pass. `perturb_<key>` has the range of `<key>`.
 
     With `tensors`, as in parameter groups, a tensor of one element is a number. Its value is read, so the host waits
     for a device.
@@ -70,9 +70,10 @@ def check_value(key: str, value: Any, where: str | None = None, *, tensors: bool
         TypeError: not a number.
         ValueError: a number out of range, infinite or NaN; or a tensor of more than one element.
     """
-    if key not in RANGES:
+    wanted = RANGES.get(key) or RANGES.get(key.removeprefix("perturb_"))
+    if wanted is None:
         return
-    wanted, at = RANGES[key], f"{where}: " if where else ""
+    at = f"{where}: " if where else ""
     is_tensor = tensors and isinstance(value, torch.Tensor)
     if is_tensor and value.numel() != 1:
         raise ValueError(f"Tensor {key} must be 1-element")  # as torch says it

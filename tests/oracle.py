@@ -253,9 +253,9 @@ class Oracle:
     # SAM, ASAM, mSAM: g = mean over shards of grad L(w + e), e = rho T^2 a / ||T a||, a = grad L(w) of that shard.
 
     def metric(self, name, w):
-        """T: the identity (SAM), |w| + t_eta (ASAM; below rank 2 only with all_tensors)."""
+        """T: the identity (SAM); ASAM: |w| + t_eta where the name contains "weight", or everywhere with all_tensors."""
         options = self.options[name]
-        adaptive = "t_eta" in options and (w.ndim > 1 or options.get("all_tensors"))
+        adaptive = "t_eta" in options and ("weight" in name or options.get("all_tensors"))
         return np.abs(w) + options["t_eta"] if adaptive else np.ones_like(w)
 
     def ascent(self, a):

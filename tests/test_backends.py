@@ -148,6 +148,26 @@ def test_a_norm_is_within_its_bound_where_sums_are_worst(op, backend):
     assert_within(op, got, want)
 
 
+@pytest.mark.parametrize("largest", [1e30, -3e38, float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    "op, backend, words",
+    [v for v in VARIANTS if v[0].name in ("ascent_norm_", "gradient_norm_") and "specials" not in v[2]],
+    ids=name_of,
+)
+def test_norms_of_large_gradients(op, backend, words, largest, set_isa, native):
+    """As finite as the gradients are; infinity and NaN stay."""
+    live(backend)
+    case = cases.enlarge_gradients(make(op, ALL_WALKS, "float32", words), largest)
+    want = run(op, "eager", copy.deepcopy(case))
+    if words == "":
+        exact = torch.cat([g.double().flatten() for g in case["grads"]]).norm()
+        assert torch.allclose(want["norm"].double(), exact, rtol=1e-6, equal_nan=True)
+    assert want["norm"].isfinite() or not abs(largest) < 1e38
+    for isa in native.isas():
+        set_isa(isa)
+        assert_within(op, run(op, backend, copy.deepcopy(case)), want)
+
+
 @pytest.mark.parametrize("op", OPS.values(), ids=name_of)
 def test_autograd_sees_what_is_written(backend, op):
     """Versions of weights, gradients and outputs move where they are written, and only there."""

@@ -157,7 +157,7 @@ def said(call):
     """The message without the name of who says it."""
     with pytest.raises((TypeError, ValueError)) as caught:
         call()
-    return type(caught.value), re.sub(r"^\w+: ", "", str(caught.value))
+    return type(caught.value), re.sub(r"^\w+: ", "", str(caught.value)).replace("perturb_", "")
 
 
 @pytest.mark.parametrize(("method", "key", "bad"), NUMBERS, ids=str)
@@ -167,7 +167,9 @@ def test_one_text(method, key, bad):
     own = {"enhance" if method is IRE else "perturb": good}
     texts = {"method": said(lambda: method(**({"kappa": 1.0} if method is IRE else {}) | {key: bad}))}
     for rule in (SGD, AdamW, Wrap):
-        for where, text in texts_of(lambda groups, rule=rule: with_base(rule, groups, own), key, bad, own).items():
+        in_base = f"perturb_{key}" if rule is Wrap else key
+        build = lambda groups, rule=rule: with_base(rule, groups, own)  # noqa: E731
+        for where, text in texts_of(build, key, bad, own, in_base).items():
             texts[f"{rule.__name__}: {where}"] = text
     assert len(set(texts.values())) == 1, texts
 
@@ -176,9 +178,9 @@ def with_base(rule, groups, own):
     return rule(torch.optim.SGD(groups, lr=0.1) if rule is Wrap else groups, **own)
 
 
-def texts_of(build, key, bad, own):
-    """What each call says that meets the value in a group."""
-    texts = {"group": said(lambda: build([{"params": [matrix()]}, {"params": [matrix()], key: bad}]))}
+def texts_of(build, key, bad, own, in_base=None):
+    """What each call says that meets the value in a group; `in_base` is the key in a group that is wrapped later."""
+    texts = {"group": said(lambda: build([{"params": [matrix()]}, {"params": [matrix()], in_base or key: bad}]))}
     opt = build([matrix()])
     texts["new group"] = said(lambda: opt.add_param_group({"params": [matrix()], key: bad}))
     if key != "eta":  # an eta that is not ours makes it another method, whose values are left where they are

@@ -243,19 +243,6 @@ def test_a_step_too_small_for_bfloat16_is_amplified_before_it_rounds(backend):
     assert torch.equal(p.detach(), torch.full_like(p, 1 - 8 * 2.0**-10))
 
 
-def test_kappa_follows_the_learning_rate(backend):
-    p = torch.nn.Parameter(torch.zeros(4))
-    opt = flatkern.SGD([p], lr=0.5, enhance=flatkern.IRE(2.0, kappa_follows_lr=True), backend=backend)
-    p.grad = torch.ones(4)
-    opt.update_mask()
-    for lr, kappa in ((0.5, 2.0), (0.125, 0.5)):
-        opt.param_groups[0]["lr"] = lr
-        before = p.detach().clone()
-        p.grad = torch.ones(4)
-        opt.step()
-        assert torch.equal(p.detach(), before - lr * (1 + kappa))
-
-
 def test_age_and_mask_resume(backend, tmp_path):
     """Save in the middle of a mask's life, load into a new optimizer, continue: bit for bit."""
 

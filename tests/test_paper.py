@@ -230,6 +230,13 @@ class ScaledOnce(oracle.Oracle):
         return {name: e / self.metric(name, self.weights[name]) for name, e in super().ascent(a).items()}
 
 
+class ScaledByRank(oracle.Oracle):
+    """ASAM that takes norm layers' weights for biases, and every matrix for a weight."""
+
+    def metric(self, name, w):
+        return np.abs(w) + self.options[name]["t_eta"] if w.ndim > 1 else np.ones_like(w)
+
+
 class ShardsSummed(oracle.Oracle):
     @staticmethod
     def mean(passes):
@@ -265,6 +272,7 @@ TEETH = [
     (NormOfEachTensor, "SAM"),
     (NormOfUnperturbedToo, "SAM"),
     (ScaledOnce, "ASAM"),
+    (ScaledByRank, "ASAM"),
     (ShardsSummed, "mSAM 3 shards"),
     (MissingLeftOutOfTheMean, "RWP 3 rounds"),
     (MissingIsZero, "plain"),

@@ -42,9 +42,10 @@ def test_readme_names_only_what_exists():
 def test_readme_tables_are_the_committed_results(monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT)])  # behind everything: only bench/ is looked for there
     render = importlib.import_module("bench.render")
-    results = json.loads((ROOT / "bench/results/cpu.json").read_text())
     assert render.BLOCK.search(README), "the README has no benchmark table"
-    assert render.embed(README, results) == README
+    for name in ("cpu", "parallel"):
+        results = json.loads((ROOT / f"bench/results/{name}.json").read_text())
+        assert render.embed(README, results) == README, name
 
 
 def test_every_method_and_base_is_in_the_readme():

@@ -80,6 +80,8 @@ def test_values(rule, case):
     """The second group's, in a constructor; what a wrapped base has is left as it is."""
     error, message, own = NEW_VALUES[case]
     params = [matrix(), matrix()]
+    if rule == "Wrap":  # in its base's groups our names are the base's, but for the flags
+        own = {key if key in ("perturb", "enhance") else f"perturb_{key}": value for key, value in own.items()}
     groups = [{"params": params[:1]}, {"params": params[1:], **own}]
     base = torch.optim.SGD(groups, lr=0.1) if rule == "Wrap" else None
     with refused(error, message, params, base):

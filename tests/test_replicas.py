@@ -122,6 +122,60 @@ def test_shards_of_msam_are_reduced_once(two, views):
     two.call(trained, "SGD", "SAM", views, 6, 3)
 
 
+def divided_losses(name, views, synchronised, base="SGD"):
+    """Micro-batches whose losses are divided by their number: two ranks do what one process does with both batches."""
+    rank = dist.get_rank()
+    method = {
+        "m-ARWP": flatkern.RWP(0.05, lam=0.3, eta=2.0, rounds="sum"),
+        "SAM": flatkern.SAM(0.1, rounds="sum"),
+    }[name]
+    ends = []
+    for parallel in (True, False):
+        model = network()
+        if parallel:
+            model = DistributedDataParallel(model, gradient_as_bucket_view=views)
+        opt = BASES[base](model.parameters(), perturb=method)
+
+        def backward(k, last=False, model=model, parallel=parallel):
+            lone = parallel and not (synchronised or last)
+            with model.no_sync() if lone else contextlib.nullcontext():
+                for r in [rank] if parallel else [0, 1]:
+                    x, y = data(k, r)
+                    loss = torch.nn.functional.cross_entropy(model(x), y)
+                    (loss / 3 if parallel else loss / 6).backward()
+
+        for step in range(2):
+            if name == "SAM":  # the ascent of every rank is its own, so that one process cannot follow
+                for k in range(3):
+                    backward(4 * step + k)
+                    opt.perturb()
+                    backward(4 * step + k, last=k == 2)
+                    if k < 2:
+                        opt.restore()
+            else:
+                if not parallel:  # a pass is one backward for each rank here
+                    opt.passes = (2, 1)
+                backward(4 * step)
+                backward(4 * step + 1, last=True)
+                opt.perturb()
+                backward(4 * step + 2, last=True)
+            opt.step()
+            opt.zero_grad()
+        if parallel:
+            equal_replicas(model.parameters())
+        ends.append([p.detach().clone() for p in model.parameters()])
+    if name != "SAM":
+        for a, b in zip(*ends, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("views", [False, True], ids=["", "bucket views"])
+@pytest.mark.parametrize(("name", "synchronised"), [("m-ARWP", False), ("m-ARWP", True), ("SAM", False)])
+def test_divided_losses(two, name, synchronised, views):
+    """rounds="sum": passes are counted under DDP, whether each is synchronized or the last of its kind only."""
+    two.call(divided_losses, name, views, synchronised)
+
+
 def gradients_of_both_passes(views):
     """m-RWP keeps the clean gradient while the second backward fills the same bucket."""
     rank = dist.get_rank()

@@ -311,17 +311,19 @@ def test_follow_a_submodule_in_checkpoints(backend):
 
 
 def test_followed_model_is_copied_and_pickled(backend):
-    """A copy is followed by nobody: its forwards leave its weights, and those of the model, alone."""
+    """A copy is clean and followed by nobody: its forwards leave its weights, and those of the model, alone."""
     run = rolling("rolling", backend, steps=1)
     run.opt.follow(run.net)
     run.loss(20)
-    noisy = run.weights()
+    noisy, clean = run.weights(), run.clean_weights()
     copies = [copy.deepcopy(run.net), pickle.loads(pickle.dumps(run.net))]
+    assert not run.opt.is_perturbed
+    run.loss(20)
     for net in copies:
-        assert same(net.parameters(), noisy)
+        assert same(net.parameters(), clean)
         for training in (True, False):
             net.train(training)(20)
-            assert same(net.parameters(), noisy)
+            assert same(net.parameters(), clean)
         net.state_dict()
     assert run.opt.is_perturbed
     assert same(run.weights(), noisy)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, ExponentialLR, LinearLR, LRScheduler, SequentialLR
 
 import flatkern
 from flatkern import RWP, SAM, SGD
@@ -124,3 +125,163 @@ def test_beside_a_torch_scheduler():
     lr.step()
     assert opt.param_groups[0]["sigma"] == 0.2
     assert opt.param_groups[0]["lr"] == 0.0
+
+
+# --- as torch's own schedulers ---------------------------------------------------------------------
+
+
+def stepped(opt, *schedulers):
+    for p in (p for group in opt.param_groups for p in group["params"]):
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    for scheduler in schedulers:
+        scheduler.step()
+
+
+def sigma_of(opt):
+    values = {float(group["sigma"]) for group in opt.param_groups}
+    assert len(values) == 1
+    return values.pop()
+
+
+@pytest.mark.filterwarnings("error")
+def test_it_is_torchs_class_and_no_schedule_of_lr():
+    opt = make(RWP(), groups=2)
+    opt.param_groups[1]["lr"] = torch.tensor(0.25)
+    scheduler = PerturbationScheduler(opt, "sigma", lambda t: 0.1 * (t + 1))
+    assert isinstance(scheduler, LRScheduler) and scheduler.optimizer is opt and scheduler.last_epoch == 0
+    scheduler.step()  # before opt.step() too, without a word
+    stepped(opt, scheduler)
+    assert scheduler.get_last_lr() == [0.0, 0.25] and scheduler.get_last_lr()[1] is not opt.param_groups[1]["lr"]
+    assert all("initial_lr" not in group for group in opt.param_groups)
+    opt.param_groups[0]["lr"] = 0.5
+    later = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 1.0 / (t + 1))
+    assert later.base_lrs == [0.5, 0.25]
+    scheduler.step(7)
+    assert sigma_of(opt) == 0.1 * 8
+    with pytest.raises(TypeError, match="PerturbationScheduler: optimizer is list, but should be a"):
+        PerturbationScheduler([], "sigma", lambda t: 0.1)
+
+
+def chain(opt, *, tail=2):
+    """0, 1, 2, then 10, 11, ..."""
+    parts = [PerturbationScheduler(opt, "sigma", lambda t, k=k: 10.0 * k + t) for k in range(tail)]
+    return SequentialLR(opt, parts, [3 * k for k in range(1, tail)])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("warming", [False, True], ids=["alone", "beside LinearLR"])
+def test_sequential(warming):
+    """Ours alone: no lr is set back to what it was before its own schedule began, and no initial_lr is left behind."""
+    opt = make(RWP(), groups=2)
+    for group in opt.param_groups:
+        group["lr"] = 1.0
+    lr = LinearLR(opt, 0.1, total_iters=5) if warming else None
+    before = [{k: g.get(k) for k in ("lr", "initial_lr")} for g in opt.param_groups]
+    scheduler = chain(opt, tail=3)
+    assert [{k: g.get(k) for k in ("lr", "initial_lr")} for g in opt.param_groups] == before
+    assert warming or "initial_lr" not in opt.param_groups[0]
+    for t in range(9):
+        assert sigma_of(opt) == 10 * (t // 3) + t % 3
+        assert scheduler.get_last_lr() == [g["lr"] for g in opt.param_groups] or t == 0 or warming
+        stepped(opt, *([lr] if warming else []), scheduler)
+        if warming:
+            assert opt.param_groups[0]["lr"] == pytest.approx(min(0.1 + 0.18 * (t + 1), 1.0))
+
+
+def test_sequential_that_is_refused_leaves_the_groups():
+    opt = make(RWP())
+    parts = [PerturbationScheduler(opt, "sigma", lambda t: 0.1) for _ in range(2)]
+    with pytest.raises(ValueError, match="milestone"):
+        SequentialLR(opt, parts, [1, 2])
+    assert "initial_lr" not in opt.param_groups[0]
+
+
+def test_sequential_with_a_schedule_of_lr():
+    """sigma first, then the lr: the lr is torch's to set."""
+    opt = make(RWP())
+    opt.param_groups[0]["lr"] = 1.0
+    parts = [PerturbationScheduler(opt, "sigma", lambda t: 1.0 + t), ConstantLR(opt, 0.5, total_iters=100)]
+    scheduler, seen = SequentialLR(opt, parts, [2]), []
+    for _ in range(4):
+        seen.append((sigma_of(opt), opt.param_groups[0]["lr"]))
+        stepped(opt, scheduler)
+    assert seen == [(1.0, 1.0), (2.0, 1.0), (2.0, 0.5), (2.0, 0.5)]
+
+
+@pytest.mark.filterwarnings("error")
+def test_chained():
+    opt = make(RWP())
+    opt.param_groups[0]["lr"] = 1.0
+    parts = [PerturbationScheduler(opt, "sigma", lambda t: 1.0 + t), ExponentialLR(opt, 0.5),
+             PerturbationScheduler(opt, "eta", lambda t: 3.0 - t)]  # fmt: skip
+    scheduler = ChainedScheduler(parts)
+    for t in range(3):
+        assert [opt.param_groups[0][key] for key in ("sigma", "lr", "eta")] == [1.0 + t, 0.5**t, 3.0 - t]
+        stepped(opt, scheduler)
+    assert scheduler.get_last_lr() == [0.125]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5])
+@pytest.mark.parametrize(
+    "make_scheduler",
+    [
+        chain,
+        lambda opt: ChainedScheduler([PerturbationScheduler(opt, "sigma", lambda t: 1.0 + t), ExponentialLR(opt, 0.5)]),
+    ],
+    ids=["sequential", "chained"],
+)
+def test_resume_inside_of_others(make_scheduler, steps, tmp_path):  # fmt: skip
+    opt = make(RWP())
+    scheduler = make_scheduler(opt)
+    for _ in range(steps):
+        stepped(opt, scheduler)
+    torch.save(scheduler.state_dict(), tmp_path / "scheduler.pt")  # a lambda in it could not be saved
+    other = make(RWP())
+    again = make_scheduler(other)
+    again.load_state_dict(torch.load(tmp_path / "scheduler.pt"))
+    assert sigma_of(other) == sigma_of(opt)
+    for _ in range(4):
+        stepped(opt, scheduler)
+        stepped(other, again)
+        assert sigma_of(other) == sigma_of(opt)
+
+
+def test_state_of_before():
+    opt = make(RWP())
+    scheduler = PerturbationScheduler(opt, "sigma", lambda t: 1.0 + t)
+    scheduler.load_state_dict({"last_step": 4})
+    assert sigma_of(opt) == 5.0
+    scheduler.step()
+    assert sigma_of(opt) == 6.0 and scheduler.last_epoch == 5
+    assert PerturbationScheduler(opt, "sigma", lambda t: 1.0 + t, last_epoch=6).last_epoch == 7
+    assert sigma_of(opt) == 8.0
+
+
+def test_tensors_are_filled_in_place():
+    """As with capturable=True, where a graph reads them; they are checked when set, since nobody does it later."""
+    opt = make(RWP())
+    sigma = opt.param_groups[0]["sigma"] = torch.tensor(0.5, dtype=torch.float64)
+    scheduler = PerturbationScheduler(opt, "sigma", lambda t: 0.25 * (t + 1) if t < 3 else -1.0)
+    scheduler.step()
+    assert opt.param_groups[0]["sigma"] is sigma and float(sigma) == 0.5
+    scheduler.step()
+    with pytest.raises(ValueError, match="PerturbationScheduler: sigma is -1"):
+        scheduler.step()
+    assert float(sigma) == 0.75
+
+
+@pytest.mark.parametrize("first", ["opt", "scheduler"])
+def test_rolling_order(first, backend):
+    """The noise of the next forward is drawn in opt.step(), by the value that is there then."""
+    p = torch.nn.Parameter(torch.ones(64, 64))
+    opt = SGD([p], lr=0.0, perturb=RWP(rolling=True), backend=backend)
+    scheduler = PerturbationScheduler(opt, "sigma", lambda t: 0.01 * (t + 1))
+    opt.train()
+    for t in range(3):
+        # Rows of norm 8; see test_it_takes_effect.
+        steps = t if first == "scheduler" else max(t - 1, 0)
+        assert abs(float((p.detach() - 1).std()) / (8 * 0.01 * (steps + 1)) - 1) < 0.05
+        p.grad = torch.zeros_like(p)
+        for call in (scheduler.step, opt.step) if first == "scheduler" else (opt.step, scheduler.step):
+            call()

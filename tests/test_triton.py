@@ -12,6 +12,7 @@ import cases
 import circle
 import numpy as np
 import pytest
+import test_foreign_writes
 import test_mask
 import torch
 from capturing import TRAINED
@@ -153,6 +154,17 @@ def test_a_norm_is_a_tree_over_its_row():
             norms = [torch.zeros(1)]
             triton_kernels.filter_norms_(norms, [torch.from_numpy(row).view(shape)])
             assert norms[0].item() == np.sqrt(tree[0]), shape
+
+
+@pytest.mark.parametrize("largest", [1e30, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["ascent_norm_", "gradient_norm_"])
+def test_norms_of_large_gradients(name, largest):
+    """As finite as the gradients are; infinity and NaN stay."""
+    op = OPS[name]
+    case = cases.enlarge_gradients(make(op, SHAPES, "float32", ""), largest)
+    want = run(op, "eager", copy.deepcopy(case))
+    assert want["norm"].isfinite() or not abs(largest) < 1e38
+    assert_within(op, run(op, "triton", copy.deepcopy(case)), want)
 
 
 @pytest.mark.parametrize("words", ["", "masters history offset"])
@@ -415,3 +427,19 @@ def test_an_optimizer_runs_on_it(method):
         results.append([p.detach().clone() for p in model.parameters()])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", test_foreign_writes.PRECISIONS)
+def test_a_draw_can_be_repeated(precision):
+    """On some rows, too: what others wrote to perturbed weights is told from the noise so, and nothing else is."""
+    run = test_foreign_writes.Run("rolling ARWP", precision, "triton")
+    run.into_perturbed()
+    for _ in range(3):
+        run.opt.train()
+        run.opt.eval()
+    run.opt.train()
+    with run.opt.clean():
+        clean = run.values()
+    spots = test_foreign_writes.write(run.params)
+    run.opt.eval()
+    assert test_foreign_writes.same(run.values(), test_foreign_writes.expected(clean, spots))

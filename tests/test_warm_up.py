@@ -259,3 +259,25 @@ def test_a_bar_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     flatkern.warm_up(opt)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("rank", [0, 1], ids=["a clean rank", "a noisy rank"])
+def test_nothing_is_left_to_compile_on_the_ranks_of_a_parallel_training(rank, driver, loads):
+    """What a noisy rank measures of its own gradients is launched by a hook, in the backward."""
+    fake_pg = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    torch.distributed.init_process_group("fake", rank=rank, world_size=2, store=fake_pg.FakeStore())
+    try:
+        net = torch.nn.Linear(20, 64)
+        opt = flatkern.SGD(net.parameters(), backend="triton", perturb=RWP(0.1, lam=0.5, eta=0.1, mix="ranks"))
+        driver.launches = []
+        count = flatkern.warm_up(opt)
+        assert len(loads) == count > 0
+        for _ in range(2):
+            opt.perturb()
+            (opt.loss_weight * net(torch.ones(4, 20)).square().mean()).backward()
+            opt.step()
+            opt.zero_grad()
+        assert driver.launches and len(loads) == count
+    finally:
+        driver.launches = None
+        torch.distributed.destroy_process_group()

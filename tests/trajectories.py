@@ -170,6 +170,7 @@ ARWP, ARWP2 = {"sigma": 0.05, "eta": 2.0, "beta": 0.9}, {"sigma": 0.08, "eta": 0
 LAM, LAM2 = {"lam": 0.3}, {"lam": 0.8}
 SAM, SAM2 = {"rho": 0.05}, {"rho": 0.1}
 ASAM, ASAM2 = {"rho": 0.1, "t_eta": 0.01}, {"rho": 0.2, "t_eta": 0.1}
+ADAPTIVE = {"t_eta": 0.1, "all_tensors": True}
 
 METHODS = {
     "plain": Method(plain, plain_step),
@@ -191,6 +192,7 @@ METHODS = {
     "SAM": Method(climbing, climbing_step, flatkern.SAM, SAM, SAM2),
     "ASAM": Method(climbing, climbing_step, make_asam, ASAM, ASAM2),
     "ASAM all tensors": Method(climbing, climbing_step, make_asam, ASAM | {"all_tensors": True}, ASAM2),
+    "SAM adaptive in one group": Method(climbing, climbing_step, flatkern.SAM, SAM, SAM2 | ADAPTIVE),
     "mSAM 3 shards": Method(climbing_shards, climbing_shards_step, flatkern.SAM, SAM, SAM2),
 }
 
@@ -246,8 +248,11 @@ def library_path(library, base, method, norm="group", change=unchanged, backend=
     m = METHODS[method]
     groups = []
     for names, own in group_values(base, method, networks.groups(net)):
-        own = {"eta" if key == "t_eta" else key: value for key, value in own.items()}
-        groups.append({"params": [parameters[name] for name in names]} | own)
+        own = {{"t_eta": "eta", "all_tensors": "adaptive"}.get(key, key): value for key, value in own.items()}
+        if wrapped:  # in the base's groups our names are the base's, but for `perturb`
+            ours = ("sigma", "eta", "beta", "lam", "rho")
+            own = {f"perturb_{key}" if key in ours else key: value for key, value in own.items()}
+        groups.append({"params": [(name, parameters[name]) for name in names]} | own)
     own = {} if library is torch.optim else {"perturb": m.make and m.make(**m.values), "backend": backend}
     if wrapped:
         opt = flatkern.Wrap(getattr(torch.optim, name)(groups, **values, maximize=maximize), **own)

@@ -42,11 +42,14 @@ class Run(Scaled):
             self.params[1:] = [Parameter(p.detach().bfloat16()) for p in self.params[1:]]
             own["master_weights"] = True
         groups = [{"params": self.params[:1]}, {"params": self.params[1:]} | OTHERWISE.get(rule, {})]
-        for group in groups:
-            group |= {key: torch.tensor(0.1) for key in tensors}
+        numbers = [{key: torch.tensor(0.1) for key in tensors} for _ in groups]
+        if rule != "Wrap":
+            groups = [group | given for group, given in zip(groups, numbers, strict=True)]
         own |= {"perturb": method, "backend": backend}
         if rule == "Wrap":
             self.opt = flatkern.Wrap(torch.optim.SGD(groups, lr=0.1, momentum=0.9), **own)
+            for group, given in zip(self.opt.param_groups, numbers, strict=True):
+                group |= given  # in the base's own groups our names would be the base's
         else:
             self.opt = getattr(flatkern, rule)(groups, lr=0.1, **own)
         self.scaler, self.passes = scaler, 0

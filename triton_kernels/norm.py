@@ -20,6 +20,8 @@ from .plan import RESIDENT
 
 BLOCK = tl.constexpr(1024)
 MOST_LEVELS = tl.constexpr(RESIDENT.bit_length() - 1)
+# Of numbers whose squares are beyond float32.
+SHRINK, GROW = tl.constexpr(2.0**-80), tl.constexpr(2.0**160)
 
 
 @triton.jit
@@ -39,15 +41,27 @@ def sum_squares(x, mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def partial_squares(x, mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """`sum_squares` of a tile for `sum_partials`: where it overflows, minus that of 2^-80 x, as no other is negative.
+
+    What matters for the sum is then a normal number; infinity and NaN stay.
+    """
+    squares = sum_squares(x, mask, ROWS, COLUMNS)
+    if tl.sum(squares, axis=0) == float("inf"):
+        squares = tl.where(squares == float("inf"), -sum_squares(x * SHRINK, mask, ROWS, COLUMNS), squares)
+    return squares
+
+
+@triton.jit
 def sum_partials(partials, count):
-    """Sum of `count` float32 numbers, in float64 and in their order."""
+    """Sum of `count` float32 numbers, in float64 and in their order; negative ones are of `partial_squares`."""
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros([1], tl.float64)
     # `range` over a number of run time fails in Triton 3.6's interpreter with NumPy 2.4.
     i = count * 0
     while i < count:
         block = tl.load(partials + i + lanes, mask=i + lanes < count, other=0.0).to(tl.float64)
-        total += fold(block[None, :], 1, BLOCK)
+        total += fold(tl.where(block < 0, block * -GROW, block)[None, :], 1, BLOCK)
         i += BLOCK
     return total
 
@@ -156,7 +170,7 @@ def ascent_norm_kernel(
         eta = tile.scalar(scalars, k, 0, 2)
         w = tile.widen(tile.load(pointers, k, 1, WIDTH, PARAM, start, inside, mask, EVEN), PARAM)
         g = tl.where(tile.scalar(scalars, k, 1, 2) != 0, (tl.abs(w) + eta) * g, g)
-    tl.store(partials + tl.program_id(0) + tl.arange(0, ROWS), sum_squares(g, mask, ROWS, COLUMNS))
+    tl.store(partials + tl.program_id(0) + tl.arange(0, ROWS), partial_squares(g, mask, ROWS, COLUMNS))
 
 
 def adaptive(eta):
@@ -210,7 +224,7 @@ def gradient_norm_kernel(
     g = final_gradient(
         pointers, k, g, scalars, grad_scale, None, start, inside, mask, CLEAN, 1, WIDTH, 0, 2, EVEN
     )  # fmt: skip
-    tl.store(partials + tl.program_id(0) + tl.arange(0, ROWS), sum_squares(g, mask, ROWS, COLUMNS))
+    tl.store(partials + tl.program_id(0) + tl.arange(0, ROWS), partial_squares(g, mask, ROWS, COLUMNS))
 
 
 def gradient_norm_(norm, grads, clean_grads, grad_scale, *, grad_weight, clean_weight):

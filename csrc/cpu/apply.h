@@ -154,7 +154,8 @@ inline void for_each_block(const Table& at, const Body& body) {
   }
 }
 
-// The L2 norm over all elements of all tensors; values(block, scratch) returns what is squared.
+// The L2 norm over all elements of all tensors; values(block, scratch) returns what is squared. It overflows only where
+// the norm itself does.
 template <class Values>
 inline float total_norm(const Table& at, const Values& values) {
   Array<int64_t> first(at.size() + 1);
@@ -162,11 +163,9 @@ inline float total_norm(const Table& at, const Values& values) {
   for (int64_t k = 0; k < at.size(); ++k) first[k + 1] = first[k] + ceil_div(at[k].numel, kChunk);
   Array<float> sums(first[at.size()]);
   for_each_block(at, [&](const Block& b, Scratch& scratch) {
-    sums[first[b.k] + b.begin / kChunk] = sum_squares(values(b, scratch), b.n);
+    sums[first[b.k] + b.begin / kChunk] = partial_squares(values(b, scratch), b.n);
   });
-  double total = 0;
-  for (int64_t i = 0; i < sums.size(); ++i) total += sums[i];
-  return math::norm(total);
+  return math::norm(sum_partials(&sums[0], sums.size()));
 }
 
 // Rows [row, end) that are no longer than kResident: measured, settled and finished while in cache.

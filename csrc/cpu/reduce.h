@@ -4,6 +4,7 @@
 // float32; the lanes fold pairwise, 64 to 32 to ... to 1. Chunks are added in float64, in their order.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 #include "convert.h"
@@ -62,6 +63,27 @@ inline float sum_squares(const float* x, int64_t n) {
     }
   }
   return fold((sums[0] + sums[2]) + (sums[1] + sums[3]));
+}
+
+// Squares beyond float32: of 2^-80 x, where those that matter for the sum are normal numbers.
+constexpr float kShrink = 0x1p-80f;
+constexpr double kGrow = 0x1p160;
+
+// The sum of squares of one chunk for `sum_partials`: where it overflows, minus that of kShrink x, as no other is
+// negative. Infinity and NaN stay.
+inline float partial_squares(const float* x, int64_t n) {
+  const float sum = sum_squares(x, n);
+  if (__builtin_expect(!std::isinf(sum), 1)) return sum;
+  float shrunk[kChunk];
+  for (int64_t i = 0; i < n; ++i) shrunk[i] = x[i] * kShrink;
+  return -sum_squares(shrunk, n);
+}
+
+// In float64 and in their order.
+inline double sum_partials(const float* partials, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += partials[i] < 0.0f ? partials[i] * -kGrow : partials[i];
+  return sum;
 }
 
 }  // namespace flatkern::cpu::FK_ISA

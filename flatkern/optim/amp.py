@@ -17,7 +17,7 @@ class Amp:
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
-    def factor(self, rounds: int, unscaled: bool, device: torch.device) -> Tensor | None:
+    def factor(self, rounds: float, unscaled: bool, device: torch.device) -> Tensor | None:
         """1 / (loss scale x rounds), 0-dim float32; None stands for 1.
 
         Arguments:
@@ -80,12 +80,26 @@ class _Pass:
         self.param_groups = param_groups
 
 
+def record(scaler: Any, flag: Tensor) -> None:
+    """Tell a scaler of a pass that it does not see: where `flag` is 1, `scaler.update()` lowers the scale.
+
+    Arguments:
+        flag: 0-dim float32.
+    """
+    if scaler is None or not scaler.is_enabled():
+        return
+    seen = _Pass([])
+    entry = scaler._per_optimizer_states[id(seen)]
+    # A copy, because update() adds up in the first one that it finds.
+    entry.update({"pass": seen, "found_inf_per_device": {flag.device: flag.clone()}})
+
+
 class Unscaled:
     """The pass that a scaler has unscaled before step(), between perturb() and step()."""
 
     def __init__(self) -> None:
         self.scaler: Any = None  # the one given to perturb()
-        self._pass: _Pass | None = None  # the scaler knows it by id, so it must live on
+        self._pass: _Pass | None = None
 
     @property
     def is_done(self) -> bool:
@@ -101,8 +115,9 @@ class Unscaled:
             return []
         self._pass = _Pass(param_groups)
         self.scaler.unscale_(self._pass)
-        found = self.scaler._per_optimizer_states[id(self._pass)]["found_inf_per_device"]
-        return [flag.reshape(()) for flag in found.values()]
+        entry = self.scaler._per_optimizer_states[id(self._pass)]
+        entry["pass"] = self._pass  # its id must not go to another one before update() drops the entry
+        return [flag.reshape(()) for flag in entry["found_inf_per_device"].values()]
 
     def forget(self) -> None:
         self.scaler = self._pass = None

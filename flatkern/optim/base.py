@@ -19,18 +19,20 @@ from ..checks import check_backend, check_outer_filters, check_parameters
 from ..dispatch import resolve
 from ..methods import IRE
 from ..values import check_flag, check_value, is_number
-from . import amp, checkpoint, closures, follow
+from . import amp, checkpoint, closures, follow, names
 from .buckets import Bucket, Call
 from .cycle import Cycle
 from .draw import draw_again
-from .errors import warn_never_perturbed
+from .errors import warn_never_masked, warn_never_perturbed
 from .groups import Group, Groups, Setup
 from .ire import Mask
 from .known import Known
 from .perturb import perturbation_of
 from .phase import Phase
 from .scalars import check_can_be_captured, check_group_can_be_captured, scalars_of
+from .sharding import check_sharding
 from .step import Prepared, SharedArguments, Step, restore
+from .tracing import untraced
 
 Closure = Callable[[], Any]
 
@@ -82,6 +84,7 @@ class FlatOptimizer(Known):
     def check_new_parameters(self) -> None:
         """Refuse parameters that no kernel can walk, that repeat, or that another optimizer holds perturbed."""
         name, params = self.setup.name, self.cycle.groups.params()
+        check_sharding(self.setup, params)
         parts = [dtensor.local(p) for p in params]
         check_parameters(name, parts, only_trained=True)
         if self.setup.method is not None or self.setup.enhancement is not None:
@@ -95,8 +98,15 @@ class FlatOptimizer(Known):
             check_can_be_captured(self.cycle.groups)
         for group in self.param_groups:
             self.check_group(group)
+        self.mask.check_common(self.own_groups, name)
         self.cycle.scalars.sync_groups(name)
+        self.watch_passes()
         self._ready = True
+
+    def watch_passes(self) -> None:
+        """Count backward passes, for a method that weighs by their number."""
+        if self.perturbation.counts:
+            self.cycle.passes.watch(self.cycle.groups.params())
 
     def check_group(self, group: Group) -> None:
         """Refuse a group with a value that a step cannot use.
@@ -112,11 +122,12 @@ class FlatOptimizer(Known):
                 continue  # it was checked when it was set from a number; now the host would have to wait
             if key in self.flag_keys:
                 check_flag(name, key, value)
-            elif (self.checks_key(key) and not (key == "lam" and value is None)) or is_number(value):
+            elif self.checks_key(key) and not (key == "lam" and value is None):
                 check_value(key, value, name)
         if group.get("writes", "keep") not in ("keep", "drop"):
             raise ValueError(f'{name}: writes is {group["writes"]!r}, but should be "keep" or "drop"')
         self.perturbation.check_group(group, name, capturable)
+        self.mask.check_group(group, name)
 
     def checks_key(self, key: str) -> bool:
         """True if a group's `key` means what it means here, so that its value must be a number in range."""
@@ -138,6 +149,7 @@ class FlatOptimizer(Known):
 
     # --- the cycle -------------------------------------------------------------------------------
 
+    @untraced
     @torch.no_grad()
     def perturb(self, scaler: Any = None) -> None:
         """Move the weights to the perturbed point; the gradient of the next backward is taken there.
@@ -150,7 +162,8 @@ class FlatOptimizer(Known):
 
         Arguments:
             scaler: the torch.amp.GradScaler in use; m-RWP with mix="gradients" needs it to unscale
-                and inf-check the clean gradient.
+                and inf-check the clean gradient. SAM and ASAM tell it of an ascent that is not finite, so that
+                `scaler.update()` lowers the scale; without it such a step is skipped, and the scale stays.
 
         Raises:
             RuntimeError: already perturbed; rolling; no method; RWP with a new gradient, which would be
@@ -177,6 +190,7 @@ class FlatOptimizer(Known):
         if cycle.state.created:
             cycle.state.keep_created()
 
+    @untraced
     @torch.no_grad()
     def restore(self) -> None:
         """Put the clean weights back, bit for bit, and count one round if it has a gradient.
@@ -191,6 +205,7 @@ class FlatOptimizer(Known):
         if self.cycle.require("restore") is Phase.PERTURBED:
             restore(self.perturbation, self.cycle)
 
+    @untraced
     @torch.no_grad()
     def step(self, closure: Closure | list[Closure] | None = None) -> Any:
         """Restore, form the final gradient, and apply the base rule, in one pass.
@@ -222,6 +237,8 @@ class FlatOptimizer(Known):
         """step() without torch's step hooks, which fire once around the whole."""
         cycle = self.cycle
         cycle.require("step")
+        if cycle.rolling:
+            cycle.followers.check_step(cycle.steps)
         cycle.groups.check_changed()
         cycle.scalars.sync_groups("step")
         try:
@@ -230,8 +247,11 @@ class FlatOptimizer(Known):
             cycle.state.undo_created()
             raise
         cycle.steps += 1
-        if cycle.steps == 10 and self.setup.method is not None and not cycle.weights.ever_perturbed:
-            warn_never_perturbed(self.setup.name, self.perturbation.name, self.perturbation.pattern)
+        if cycle.steps == 10:
+            if self.setup.method is not None and not cycle.weights.ever_perturbed:
+                warn_never_perturbed(self.setup.name, self.perturbation.name, self.perturbation.pattern)
+            if self.mask.is_missed(self.own_groups):
+                warn_never_masked(self.setup.name)
 
     @contextmanager
     def perturbed(self, scaler: Any = None) -> Iterator[None]:
@@ -261,6 +281,7 @@ class FlatOptimizer(Known):
         with self.cycle.weights.clean():
             yield
 
+    @untraced
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's, and the zeroed gradients do not count as new ones.
 
@@ -279,12 +300,14 @@ class FlatOptimizer(Known):
 
     # --- rolling ---------------------------------------------------------------------------------
 
+    @untraced
     @torch.no_grad()
     def train(self, mode: bool = True) -> None:
         """Rolling: apply the noise of the current round (idempotent; draws nothing new). Otherwise nothing."""
         if not mode:
             return self.eval()
         cycle = self.cycle
+        cycle.followers.switched = True
         if self.perturbation.rolling and cycle.require("train") is Phase.CLEAN:
             cycle.groups.check_changed()
             cycle.scalars.sync_groups("train")
@@ -297,9 +320,11 @@ class FlatOptimizer(Known):
             cycle.state.keep_created()
         return None
 
+    @untraced
     @torch.no_grad()
     def eval(self) -> None:
         """Rolling: clean weights (idempotent; the trajectory does not change). Otherwise as `restore()`."""
+        self.cycle.followers.switched = True
         if not self.perturbation.rolling:
             self.restore()
         elif self.cycle.require("eval") is Phase.PERTURBED:
@@ -307,19 +332,29 @@ class FlatOptimizer(Known):
             self.cycle.weights.restore_checked()
 
     def follow(self, model: torch.nn.Module) -> follow.Handles:
-        """Rolling: noise on in the model's training forwards, clean weights in eval forwards and `state_dict()`.
+        """Rolling: noise on in the model's training forwards, clean weights in eval forwards, checkpoints and copies.
 
-        Registers a forward pre-hook and a state-dict pre-hook; returns a handle with `remove()`.
-        The documented way for trainers that call only `step()`: Hugging Face, Lightning, Accelerate, timm.
+        The documented way for trainers that call only `step()`: Hugging Face, Lightning, Accelerate, timm. A forward
+        pre-hook calls `train()` or `eval()` after `model.training`; before the model or a part of it is read by
+        `state_dict()`, written by `load_state_dict()`, copied by `copy.deepcopy` or pickled, `eval()` is called, and so
+        by this optimizer's own `state_dict()`. None of it changes the trajectory, and copies are followed by no
+        optimizer. Not seen are reads of the parameters themselves, such as the updates of an average: make them inside
+        `with opt.clean():`. A model may be compiled before or after; into hooks of torch's own classes (a `Sequential`)
+        and of parts of a compiled model Dynamo traces, so that `fullgraph=True` needs `follow(compiled)` there.
+
+        Returns:
+            A handle with `remove()`.
 
         Raises:
             RuntimeError: the optimizer is not rolling.
+            ValueError, TypeError: the model holds none of the optimizer's parameters, or is no module. A step raises
+                RuntimeError where it does not hold them any more.
         """
         if not self.perturbation.rolling:
             raise RuntimeError(
                 "follow: only a rolling optimizer can follow a model; pass perturb=flatkern.RWP(rolling=True)"
             )
-        return follow.follow(self.cycle.groups.owner, model)
+        return follow.follow(self.cycle, model)
 
     def refresh_masters(self) -> None:
         """`master_weights=True`: take over what others have written to `p.data` of half-precision parameters.
@@ -346,10 +381,12 @@ class FlatOptimizer(Known):
     # --- enhancement -----------------------------------------------------------------------------
 
     @property
+    @untraced
     def mask_due(self) -> bool:
         """IRE: True when the mask has served its steps, or there is none yet, and `update_mask()` should follow."""
-        return self.mask.is_due(self.param_groups)
+        return self.mask.is_due(self.own_groups)
 
+    @untraced
     @torch.no_grad()
     def update_mask(self, scaler: Any = None) -> None:
         """IRE: set the mask from the gradients in `.grad`, and drop them.
@@ -360,16 +397,16 @@ class FlatOptimizer(Known):
                 flatkern.sampled_label_loss(model(x)).backward()
                 opt.update_mask()
 
-        On clean weights, with no gradients of a step pending. Only the order of the gradients counts, so a loss scale
-        does not matter. Reads the gradients three or four times; a parameter without one, or a frozen one, gets a mask
-        of zeros.
+        On clean weights, with no gradients of a step pending, and with new gradients: those that the last step has
+        used are refused. Only the order of the gradients counts, so a loss scale does not matter. Reads the gradients
+        three or four times; a parameter without one, or a frozen one, gets a mask of zeros.
 
         Arguments:
             scaler: the GradScaler in use: gradients that are not finite then leave the mask as it is, in silence.
 
         Raises:
-            RuntimeError: no enhancement; perturbed weights; no gradient; a gradient that is not finite. Nothing has
-                changed then.
+            RuntimeError: no enhancement; perturbed weights; no new gradient; a gradient that is not finite.
+            ValueError: groups differ in `sharp_fraction`. Nothing has changed then.
         """
         try:
             self.mask.update(self.cycle, scaler)
@@ -377,6 +414,21 @@ class FlatOptimizer(Known):
             self.cycle.state.undo_created()
             raise
         self.cycle.state.keep_created()
+
+    # --- groups ----------------------------------------------------------------------------------
+
+    def name_parameters(self, model: torch.nn.Module) -> None:
+        """Take the parameters' names from a model, for ASAM's rule; the same as passing `model.named_parameters()`.
+
+        They are kept in `group["param_names"]`, where torch has them, so that a checkpoint holds them too; parameters
+        that are not in the model keep theirs. A group that is added later is named by the same models.
+
+        Raises:
+            TypeError: `model` is no torch.nn.Module.
+            ValueError: it has none of the optimizer's parameters. Nothing has changed then.
+        """
+        names.take_from(self.param_groups, model)
+        self.cycle.groups.named_by.append(weakref.ref(model))
 
     # --- state -----------------------------------------------------------------------------------
 
@@ -391,9 +443,11 @@ class FlatOptimizer(Known):
             self.check_added_group()
 
     def join_round(self, param_group: Group) -> None:
-        """A group that joins during training draws the round of the others."""
+        """A group that joins during training draws the round of the others, and has names if they have."""
+        groups = self.cycle.groups
         if self.perturbation.draws:
-            param_group.setdefault("round", self.param_groups[0]["round"])
+            groups.own(param_group).setdefault("round", self.own_groups[0]["round"])
+        names.join(self.param_groups, param_group, groups.named_by)
 
     def check_added_group(self) -> None:
         try:
@@ -406,10 +460,16 @@ class FlatOptimizer(Known):
         """Base state, masters and ARWP's history, in torch's format; no scratch.
 
         Raises:
-            RuntimeError: the weights are perturbed, or rounds are pending.
+            RuntimeError: the weights are perturbed and nothing follows a model, or rounds are pending.
         """
-        self.cycle.require("state_dict")
+        self.begin_saving()
         return super().state_dict()
+
+    def begin_saving(self) -> None:
+        """A checkpoint may name the optimizer before the model: both are clean where it follows one."""
+        if self.cycle.followers.models:
+            follow.end_noise(self)
+        self.cycle.require("state_dict")
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -458,6 +518,7 @@ class FlatOptimizer(Known):
         if fixed is not None:
             self.set_fixed(dict(fixed))
         torch.optim.Optimizer.__setstate__(self, state)
+        self.watch_passes()
 
     def set_fixed(self, fixed: dict[str, Any]) -> None:
         self.make_parts(Setup(**fixed))

@@ -20,6 +20,7 @@ from .groups import Group, Groups
 from .layouts import like
 
 Read = Callable[[Group], Any]
+Complete = Callable[["Bucket", dict[str, list[Any]]], dict[str, list[Any]]]
 MAX_PARTITIONS = 256  # models whose set of gradients changes at random would otherwise collect them without bound
 
 
@@ -67,16 +68,20 @@ class Bucket:
         self.ones.append(1.0)
         self.offset.append(dtensor.first_row(param) if self.ranks else 0)
 
-    def columns(self, name: str, reads: Mapping[str, Read]) -> dict[str, list[Any]]:
+    def columns(self, name: str, reads: Mapping[str, Read], complete: Complete | None = None) -> dict[str, list[Any]]:
         """Group values as ops take them: for each of `reads` a list with one entry per parameter.
 
         They are kept under `name`, and the same lists are returned until a value has changed.
+
+        Arguments:
+            complete: makes of the lists what is kept and returned in their place.
         """
         now = [[read(group) for group in self.groups] for read in reads.values()]
         kept = self._columns.get(name)
         if kept is None or kept[0] != now:
             lists = ([v for v, n in zip(row, self.counts, strict=True) for _ in range(n)] for row in now)
-            kept = self._columns[name] = now, dict(zip(reads, lists, strict=True))
+            columns = dict(zip(reads, lists, strict=True))
+            kept = self._columns[name] = now, columns if complete is None else complete(self, columns)
         return kept[1]
 
     def values(self, key: str, read: Read | None = None) -> list[Any]:
@@ -202,7 +207,7 @@ class Partitions:
         split_by: Callable[[Group], Hashable] | None = None,
     ) -> Partition:
         """The partition of `params`: split by place, `split_by(group)`, masters, and membership in `perturbed`."""
-        groups = self._groups.owner().param_groups  # type: ignore[union-attr]
+        groups = self._groups.owner().own_groups  # type: ignore[union-attr]
         # Models move and change dtype as a whole, so one parameter of a group speaks for it.
         heads = [(id(g), split_by(g) if split_by else None, p.device, p.dtype) for g in groups for p in g["params"][:1]]
         key = perturbed, *heads

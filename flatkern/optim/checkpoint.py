@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -26,7 +26,8 @@ from .perturbation import NoPerturbation
 from .scalars import LAST_DRAW, as_numbers
 from .state import OWN_KEYS
 
-_METHOD_KEYS = ("sigma", "lam", "eta", "beta", "rho")  # that mean something else in another method
+# That mean something else in another method.
+_METHOD_KEYS = ("sigma", "lam", "eta", "beta", "rho", "adaptive", "ascent")
 Entry = dict[str, Any]
 
 
@@ -59,16 +60,19 @@ def read(
     saved_groups = state_dict["param_groups"]
     _check_sizes(groups.listed(), saved_groups)
     completed = [
-        _completed(group, saved, setup, perturbation, own_defaults)
+        _completed(group, saved, groups, perturbation, own_defaults)
         for group, saved in zip(groups, saved_groups, strict=True)
     ]
-    for group, full in zip(groups, completed, strict=True):
-        groups.owner().check_group({**group, **full})  # type: ignore[union-attr]
+    owner = groups.owner()
+    for group, full in zip(owner.param_groups, completed, strict=True):  # type: ignore[union-attr]
+        owner.check_group({**group, **full})  # type: ignore[union-attr]
     state = {}
     for k, (p, entry) in enumerate(_by_parameter(state_dict, groups)):
         _check_entry(k, p, entry, state_keys)
         state[p] = _fitted(p, entry, setup)
-    _warn_of_what_starts_empty(state, groups, saved_groups, completed, perturbation)
+    _warn_of_what_starts_empty(
+        state, groups, [groups.own(saved) for saved in saved_groups], map(groups.own, completed), perturbation
+    )
     known = {i for group in saved_groups for i in group["params"]}
     others = {key: value for key, value in state_dict["state"].items() if key not in known}
     return Checkpoint({**state_dict, "param_groups": completed}, state, others)
@@ -95,17 +99,19 @@ def _by_parameter(state_dict: dict[str, Any], groups: Groups) -> Iterator[tuple[
             yield p, state_dict["state"][i]
 
 
-def _completed(group: Group, saved: Group, setup: Setup, perturbation: NoPerturbation, own_defaults: Group) -> Group:
+def _completed(group: Group, saved: Group, groups: Groups, perturbation: NoPerturbation, own_defaults: Group) -> Group:
     """The saved group; what it lacks, and the values of another method, as they are in the optimizer."""
-    present = {key: group[key] for key in own_defaults}
-    if setup.enhancement is not None:
-        present["mask_age"] = None  # without a mask in the checkpoint there is none
-    kept = {}
-    if setup.method is not None and not perturbation.is_described_by(saved, group):
-        kept = {key: group[key] for key in own_defaults if key in _METHOD_KEYS}
+    setup, full = groups.setup, copy.deepcopy(saved)
+    own = groups.own(full)
+    is_described = setup.method is None or perturbation.is_described_by(groups.own(saved), group)
+    # Without a mask in the checkpoint there is none. Before kappa followed the largest lr it followed the initial one.
+    afresh = {"mask_age": None, "largest_lr": float(full.get("initial_lr") or 0.0)}
+    for key in own_defaults:
+        if key not in own or (key in _METHOD_KEYS and not is_described):
+            own[key] = afresh[key] if key in afresh else group[key]
     if "capturable" in group:
-        kept["capturable"] = group["capturable"]  # of this optimizer, not of the one that was saved
-    return as_numbers({**present, **copy.deepcopy(saved), **kept}, group, setup.capturable)
+        full["capturable"] = group["capturable"]  # of this optimizer, not of the one that was saved
+    return as_numbers(full, group, groups)
 
 
 def _check_entry(k: int, p: Tensor, entry: Entry, state_keys: tuple[str, ...]) -> None:
@@ -187,7 +193,7 @@ def _warn_of_what_starts_empty(
     state: dict[Tensor, Entry],
     groups: Groups,
     saved_groups: list[Group],
-    completed: list[Group],
+    completed: Iterable[Group],
     perturbation: NoPerturbation,
 ) -> None:
     if groups.setup.enhancement is not None and any("mask_age" not in saved for saved in saved_groups):

@@ -160,7 +160,7 @@ def _rounds(opt: Passes, closures: list[Closure], params: list[Tensor]) -> Any:
     opt.step_without_closure()
     if len(losses) == 1 or any(loss is None for loss in losses):
         return losses[0]
-    return sum(losses) / len(losses)
+    return sum(losses) if opt.perturbation.sums else sum(losses) / len(losses)
 
 
 def _mixed(opt: Passes, closures: list[Closure], params: list[Tensor]) -> Any:

@@ -12,8 +12,10 @@ from torch import Tensor
 from .amp import Unscaled
 from .buckets import Partitions
 from .errors import refuse_while_pending, refuse_while_perturbed, refuse_while_suspended
+from .followers import Followers
 from .gradients import Ledger
 from .groups import Groups
+from .passes import Passes
 from .phase import BETWEEN_STEPS, SUSPENDED, TRANSITIONS, Phase
 from .scalars import OnHost
 from .state import State
@@ -44,16 +46,20 @@ class Cycle:
         self.groups = groups
         self.scalars = scalars
         self.gradients = Ledger()
+        self.passes = Passes(self.gradients.fired)
         self.partitions = Partitions(groups)
         self.state = State(groups, deferred_state)
         self.weights = Weights(self.state)
         self.unscaled = Unscaled()
+        self.followers = Followers(groups)
         self.nonfinite: Tensor | None = None  # nonzero: a gradient that the coming step depends on was not finite
         self.before_ascent: tuple[Tensor | None] | None = None  # `nonfinite` before the last ascent
         self.ascent_norm: Tensor | None = None
         self.grad_norm: Tensor | None = None
+        self.skipped_steps: Tensor | None = None  # 0-dim int64; None: no step could have been skipped
         self.steps = 0
         self.warned_rounded_away = False
+        self.warned_unnamed = False
 
     @property
     def phase(self) -> Phase:
@@ -86,6 +92,20 @@ class Cycle:
             known = self.nonfinite
             self.nonfinite = flag if known is None else torch.maximum(known, flag.to(known.device))
 
+    def count_skip(self, flag: Tensor | None) -> None:
+        """Count this step as skipped where `flag` is nonzero, on the device."""
+        capturable = self.groups.setup.capturable
+        if flag is None and not (capturable and self.skipped_steps is None):
+            return  # a captured graph must find the counter: one that it creates is zero at every replay
+        known = self.skipped_steps
+        device = flag.device if flag is not None else self.groups.params()[0].device
+        if known is None or known.device != device:
+            with torch.inference_mode(False):
+                new = torch.zeros((), dtype=torch.int64, device=device)
+            known = self.skipped_steps = new if known is None else new.copy_(known)
+        if flag is not None:
+            known.add_(flag != 0)
+
     def drop_ascent(self) -> None:
         """A round has no gradient, so whether its ascent was finite does not matter."""
         if self.before_ascent is not None:
@@ -95,4 +115,6 @@ class Cycle:
         """Forget the gradients of an unfinished step."""
         self.nonfinite = self.before_ascent = None
         self.unscaled.forget()
+        if self.passes.is_counting:
+            self.passes.forget()
         self.gradients.drop()

@@ -22,7 +22,7 @@ NUMBERS_OF_LAST_DRAW = {
 
 def perturbed_partition(cycle: Cycle, read: Read = None) -> Partition:
     """The parameters that the coming draw perturbs, in buckets."""
-    groups = cycle.groups.owner().param_groups  # type: ignore[union-attr]
+    groups = cycle.groups.owner().own_groups  # type: ignore[union-attr]
     on = [g for g in groups if (g if read is None else read(g))["perturb"]]
     return cycle.partitions.of([p for g in on for p in g["params"] if p.requires_grad])
 

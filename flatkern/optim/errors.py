@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import warnings
+
+import torch
+
+# What lies between a warning and the user's line: our calls, torch's wrappers of them, context managers.
+_OURS = tuple(os.path.dirname(path) + os.sep for path in (os.path.dirname(__file__), torch.__file__))
+_BETWEEN = (*_OURS, contextlib.__file__)
+
+
+def warn(message: str) -> None:
+    """A UserWarning that names the line of the user's that led here."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_BETWEEN):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def refuse_while_perturbed(call: str, way_back: str) -> None:
@@ -48,32 +65,81 @@ def refuse_unseen_write(names: list[str]) -> None:
 
 
 def warn_left_as_written(names: list[str]) -> None:
-    warnings.warn(
+    warn(
         f"others have written to {_listed(names)} since it was perturbed; an ascent cannot be taken out of that, so it "
-        "stays as it is; write inside `with opt.clean():`",
-        UserWarning,
-        stacklevel=5,
+        "stays as it is; write inside `with opt.clean():`"
     )
 
 
 def warn_never_perturbed(optimizer: str, method: str, pattern: str) -> None:
-    warnings.warn(
+    warn(
         f"{optimizer} has {method} but has not perturbed in its first 10 steps, "
-        f"so it is the plain base optimizer; the expected pattern is: {pattern}",
-        UserWarning,
-        stacklevel=5,
+        f"so it is the plain base optimizer; the expected pattern is: {pattern}"
+    )
+
+
+def refuse_lost_model(model: str) -> None:
+    raise RuntimeError(
+        f"step: the followed {model} holds none of the optimizer's parameters any more, so that its forwards have no "
+        "noise: something has replaced them (DeepSpeed's ZeRO does, as do fully_shard() and "
+        "load_state_dict(assign=True)); make the optimizer on the parameters that the model has now and follow() then, "
+        "or remove() the handle"
+    )
+
+
+def warn_never_followed(steps: int) -> None:
+    warn(
+        f"step: {steps} steps of a rolling optimizer, which leave the noise on in evaluations and checkpoints: nothing "
+        "follows a model, and neither train() nor eval() was called; call opt.follow(model) once"
+    )
+
+
+def warn_no_followed_forward(model: str, steps: int) -> None:
+    warn(
+        f"step: {steps} steps, but no forward of the followed {model} ran (Lightning calls training_step(), other "
+        "loops call a part of the model), so that the noise stays on in evaluations; follow the module whose forward "
+        "runs, or call opt.train() and opt.eval(). If it was compiled and had run before follow(), the graph may know "
+        "nothing of it: call torch.compiler.reset() once"
+    )
+
+
+def warn_always_in_eval_mode(model: str, steps: int) -> None:
+    warn(
+        f"step: the followed {model} was in eval mode in the forwards of the last {steps} steps, so that there was no "
+        "noise: these were steps of the base optimizer; call model.train() for training (and eval() on the parts that "
+        "should stay in eval mode)"
     )
 
 
 def warn_rounded_away(method: str, moved: int, total: int) -> None:
     """SAM's ascent on bfloat16 weights is often below half an ulp."""
-    warnings.warn(
+    warn(
         f"{method} ascends on bfloat16 weights: {moved / total:.0%} of {total} weights moved; "
-        "for the rest the step is below half an ulp; float32 weights under autocast are perturbed fully",
-        UserWarning,
-        stacklevel=5,
+        "for the rest the step is below half an ulp; float32 weights under autocast are perturbed fully"
     )
 
 
+def warn_unnamed(method: str) -> None:
+    """ASAM's authors scale norm layers' weights, and without names nobody knows them from biases."""
+    warn(
+        f"{method} scales the ascent of every parameter whose name contains 'weight', but the names are unknown, so "
+        "that norm layers' weights are taken for biases: it scales tensors of two and more dimensions only; pass "
+        "model.named_parameters() to the optimizer, or call opt.name_parameters(model)"
+    )
+
+
+def warn_never_masked(optimizer: str) -> None:
+    warn(
+        f"{optimizer} has IRE, but its mask was not updated in the first 10 steps, so it is the plain base optimizer; "
+        "the expected pattern is: if opt.mask_due: flatkern.sampled_label_loss(model(x)).backward(); opt.update_mask()"
+    )
+
+
+def warn_keys_of_the_base(keys: list[str]) -> None:
+    """They may as well have been meant for us."""
+    ours = ", ".join(f"perturb_{key}" for key in keys)
+    warn(f"Wrap: the base's groups have {', '.join(keys)}, so these are the base's values; ours are {ours}")
+
+
 def warn_starts_empty(what: str) -> None:
-    warnings.warn(f"load_state_dict: the checkpoint has no {what}; it starts empty", UserWarning, stacklevel=7)
+    warn(f"load_state_dict: the checkpoint has no {what}; it starts empty")

@@ -1,14 +1,19 @@
-"""follow(model): rolling noise on in training forwards, clean weights in eval forwards and state_dict()."""
+"""follow(model): rolling noise on in training forwards, clean weights in eval forwards, checkpoints and copies."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 
 from .cycle import Cycle
-from .phase import SUSPENDED
+from .followers import Followed
+from .phase import PERTURBED, SUSPENDED
+from .tracing import untraced
+
+GUARDS = "_flatkern_guards"
 
 
 class Switch(Protocol):
@@ -21,52 +26,123 @@ class Switch(Protocol):
     def eval(self) -> None: ...
 
 
-class Handles:
-    """Removes the hooks that `follow` registered."""
+def end_noise(opt: Switch) -> None:
+    """`eval()` that does not count as switching: a checkpoint says nothing about evaluations."""
+    if opt.cycle.phase is PERTURBED:
+        followers = opt.cycle.followers
+        switched = followers.switched
+        opt.eval()
+        followers.switched = switched
 
-    def __init__(self, *handles: Any) -> None:
+
+class _Hook:
+    """What a followed model holds. It holds the optimizer weakly, so that it does not keep a replaced one alive.
+
+    A copied or pickled model is clean and followed by no optimizer: in place of this it has a callable of Python's own
+    that does nothing, so that a model which was saved whole can be loaded where flatkern is not installed.
+    """
+
+    __slots__ = ("switch",)
+
+    def __init__(self, switch: Callable[[], Switch | None]) -> None:
+        self.switch = switch
+
+    def end_noise(self) -> None:
+        opt = self.switch()
+        if opt is not None:
+            end_noise(opt)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        self.end_noise()
+        return getattr, (nullcontext(), "__exit__")
+
+
+class _Forward(_Hook):
+    """Before a forward: the noise is on where the model trains."""
+
+    __slots__ = ()
+
+    @untraced
+    def __call__(self, model: torch.nn.Module, *args: Any) -> None:
+        opt = self.switch()
+        if opt is not None and opt.cycle.phase is not SUSPENDED:
+            if model.training:
+                opt.cycle.followers.trained = True
+            else:
+                opt.cycle.followers.evaluated = True
+            opt.train(model.training)
+
+
+class _Guard(_Hook):
+    """Before weights are read or written as a whole: a state_dict hook, a load_state_dict hook, and what is copied or
+    pickled before a module's parameters are, since it is the first entry of its `__dict__`."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any) -> None:
+        self.end_noise()
+
+    def watch(self, module: torch.nn.Module) -> None:
+        """Become the first that is copied of a module."""
+        held = vars(module)
+        others = [g for g in held.get(GUARDS, ()) if isinstance(g, _Guard) and g.switch() is not None]
+        rest = {key: value for key, value in held.items() if key != GUARDS}
+        # At once, so that an interrupt finds either; a module's own __setattr__ may do something else.
+        object.__setattr__(module, "__dict__", {GUARDS: [*others, self], **rest})
+
+    def leave(self, module: torch.nn.Module) -> None:
+        guards = vars(module).get(GUARDS, [])
+        if self in guards:
+            guards.remove(self)
+        if not guards:
+            vars(module).pop(GUARDS, None)
+
+
+class Handles:
+    """Removes what `follow` has put into a model."""
+
+    def __init__(self, guard: _Guard, followed: Followed, handles: list[Any]) -> None:
+        self._guard = guard
+        self._followed = followed
         self._handles = handles
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+        model, opt = self._followed.model(), self._guard.switch()
+        for module in () if model is None else model.modules():
+            self._guard.leave(module)
+        if opt is not None:
+            opt.cycle.followers.drop(self._followed)
 
 
-class _Follower:
-    """Holds the optimizer weakly: the model's hooks must not keep a replaced optimizer alive."""
+def follow(cycle: Cycle, model: torch.nn.Module) -> Handles:
+    """Register the hooks: one for the model's forward, and for every module in it those that keep checkpoints clean.
 
-    def __init__(self, switch: Callable[[], Switch | None]) -> None:
-        self.switch = switch
-
-    def forward(self, model: torch.nn.Module, *args: Any) -> None:
-        opt = self.switch()
-        if opt is not None and opt.cycle.phase is not SUSPENDED:
-            opt.train(model.training)
-
-    def state_dict(self, *args: Any) -> None:
-        opt = self.switch()
-        if opt is not None and opt.cycle.phase is not SUSPENDED:
-            opt.eval()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copied or pickled model is followed by no optimizer."""
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.switch = lambda: None
-
-
-def follow(switch: Callable[[], Any], model: torch.nn.Module) -> Handles:
-    """Register the hooks.
-
-    Arguments:
-        switch: a weak reference to the optimizer itself, not to a proxy of it.
+    Parts are saved, loaded and copied on their own too: a backbone, the module inside of a wrapper.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"follow: model is {type(model).__name__}, but should be a torch.nn.Module")
-    follower = _Follower(switch)
-    return Handles(
-        # Before FSDP2's own, which gathers the weights.
-        model.register_forward_pre_hook(follower.forward, prepend=True),
-        model.register_state_dict_pre_hook(follower.state_dict),
-    )
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        model = model.module  # whose forward also runs alone, in an evaluation
+    followed = cycle.followers.find(model)
+    switch: Callable[[], Any] = cycle.groups.owner  # the optimizer itself, not a proxy of it
+    guard = _Guard(switch)
+    # Before FSDP2's own, which gathers the weights.
+    handles = [model.register_forward_pre_hook(_Forward(switch), prepend=True)]
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule):  # has no hooks; those of what it is a part of serve it
+            handles.append(module.register_state_dict_pre_hook(guard))
+            handles.append(module._register_load_state_dict_pre_hook(guard))
+            guard.watch(module)
+    cycle.weights.drop_writes(_written_by_forwards(model, cycle.groups.params()))
+    cycle.followers.add(followed, cycle.steps)
+    return Handles(guard, followed, handles)
+
+
+def _written_by_forwards(model: torch.nn.Module, params: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Those of `params` that a forward renormalizes in place."""
+    ours = set(map(id, params))
+    tables = [m for m in model.modules() if isinstance(m, (torch.nn.Embedding, torch.nn.EmbeddingBag))]
+    weights = [m._parameters.get("weight") for m in tables if m.max_norm is not None]
+    return [w for w in weights if w is not None and id(w) in ours]

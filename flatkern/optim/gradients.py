@@ -21,11 +21,12 @@ class Final:
 
     perturbed: Grads  # of the perturbed pass, or of the only one
     clean: Grads | None = None  # m-RWP's at the clean weights, already unscaled
-    rounds: int = 1  # whose sum `perturbed` is
+    rounds: float = 1  # what the sum `perturbed` is divided by
     at_perturbed_weights: bool = False  # then ARWP's history sees it
     unscaled: bool = False  # a GradScaler's factor is off already
     from_grad: bool = True  # `perturbed` is what is in `.grad`
-    squares: dict[Tensor, Tensor] = field(default_factory=dict)  # mix="losses": what ARWP's history takes
+    squares: dict[Tensor, Tensor] = field(default_factory=dict)  # where not `perturbed`: what ARWP's history takes
+    clean_rounds: float = 1  # what the sum `clean` is divided by
 
     def has(self, k: int) -> bool:
         """True if parameter `k` has a gradient of any pass."""
@@ -79,6 +80,8 @@ class Ledger:
         self.clean: Grads = []  # m-RWP's gradient at clean weights, by parameter; or empty
         self.lost = False  # somebody else has cleared the sum when a round had added to it
         self.squares: dict[Tensor, Tensor] = {}  # mix="losses": what ARWP's history will take of the perturbed pass
+        self.own: dict[Tensor, Tensor] = {}  # mix="ranks": norms of this rank's gradients, before other ranks' joined
+        self.fired: dict[Tensor, Any] = {}  # which backward passes have added to `.grad`, where that is counted
         self._returned_at: list[int | None] | None = None  # versions of the sum when it went back to `.grad`
         self._noisy: Any = None  # rolling: the first gradient of a pass whose noise eval() has taken away since; weakly
         self._last_used: tuple[Any, int] | None = None  # the first gradient that was used up: weak reference, version
@@ -134,6 +137,7 @@ class Ledger:
 
     def mark_used(self, params: list[Tensor]) -> None:
         self._zeroed_at, self._noisy = {}, None
+        self.fired.clear()
         for p in params:
             grad = p.grad
             if grad is not None and p.requires_grad:
@@ -145,6 +149,8 @@ class Ledger:
     def mark_zeroed(self, params: list[Tensor]) -> None:
         """The gradients were zeroed by their optimizer: dropped, or in place."""
         self.mark_used(params)
+        if not self.rounds:
+            self.own = {}
         if self._last_used is not None:
             self._zeroed_at = {p: dtensor.version(p.grad) for p in params if p.grad is not None}
 
@@ -154,6 +160,7 @@ class Ledger:
 
     def clear(self, params: list[Tensor]) -> None:
         """Empty `.grad`; whatever comes there is new."""
+        self.fired.clear()
         for p in params:
             p.grad = None
         self._last_used = None
@@ -276,6 +283,7 @@ class Ledger:
         self.accumulated_grads = []
         self.clean = []
         self.squares = {}
+        self.own = {}
         self.lost = False
         self._returned_at = None
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -18,7 +19,47 @@ Group = dict[str, Any]
 PARAMS = itemgetter("params")
 PLAIN = frozenset((float, int, bool, str, type(None)))
 # What every step changes, or what no check depends on.
-UNCHECKED = frozenset(("params", "param_names", "round", "drawn", "mask_age"))
+_COUNTERS = ("round", "drawn", "mask_age", "largest_lr")
+PREFIX = "perturb_"
+UNCHECKED = frozenset(("params", "param_names", *_COUNTERS, *(PREFIX + key for key in _COUNTERS)))
+
+
+def own_key(group: Group, name: str) -> str:
+    """Under which key a group of any optimizer has our value of that name, if it has one."""
+    return PREFIX + name if PREFIX + name in group else name
+
+
+class OwnValues(MutableMapping[str, Any]):
+    """A group of Wrap's base as our parts read and write it, each value under our name for it.
+
+    The key of a value is `perturb_<name>` where the group has one, and always where `<name>` is the base's.
+    """
+
+    __slots__ = ("base_keys", "group")
+
+    def __init__(self, group: Group, base_keys: frozenset[str]) -> None:
+        self.group = group
+        self.base_keys = base_keys
+
+    def key(self, name: str) -> str:
+        own = PREFIX + name
+        return own if own in self.group or name in self.base_keys else name
+
+    def __getitem__(self, name: str) -> Any:
+        return self.group[self.key(name)]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.group[self.key(name)] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.group[self.key(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        names = ((key, key.removeprefix(PREFIX)) for key in self.group)
+        return (name for key, name in names if self.key(name) == key)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 class Owner(Protocol):
@@ -26,7 +67,13 @@ class Owner(Protocol):
 
     param_groups: list[Group]
     state: Any
-    defaults: dict[str, Any]
+
+    @property
+    def own_groups(self) -> list[Group]:
+        """The groups with our values under our names; `param_groups` itself unless they are shared with a base."""
+
+    def keys_of(self, name: str) -> Any:
+        """Under which key each of `param_groups` has our value of that name."""
 
     def check_group(self, group: Group) -> None:
         """Refuse a group with a value that a step cannot use."""
@@ -43,6 +90,7 @@ class Setup:
     master_weights: bool = False
     max_grad_norm: float | None = None
     capturable: bool = False
+    base_keys: frozenset[str] | None = None  # Wrap: our names that are group keys of its base; None: nobody shares them
 
     def has_master(self, p: Tensor) -> bool:
         """True if float32 weights are kept behind `p`."""
@@ -56,11 +104,25 @@ class Groups:
         self.setup = setup
         self.owner = owner
         self._checked: dict[int, list[Any]] = {}  # by group: values that were found right
+        self._views: list[OwnValues] = []
+        self.named_by: list[ref[torch.nn.Module]] = []  # models that have told names
 
     def listed(self) -> list[Group]:
-        """The very list of the owner."""
+        """The groups, our values under our names."""
         owner = self.owner()
-        return [] if owner is None else owner.param_groups
+        return [] if owner is None else owner.own_groups
+
+    def own(self, group: Group) -> Group:
+        """A group, or what was saved of one, with our values under our names."""
+        keys = self.setup.base_keys
+        return group if keys is None else cast(Group, OwnValues(group, keys))
+
+    def views(self, groups: list[Group]) -> list[Group]:
+        """`own` of the base's groups: the same objects as long as the groups are the same."""
+        known = self._views
+        if len(known) != len(groups) or any([v.group is not g for v, g in zip(known, groups, strict=True)]):
+            known[:] = [cast(OwnValues, self.own(group)) for group in groups]
+        return cast(list[Group], known)
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.listed())
@@ -69,11 +131,6 @@ class Groups:
         """The owner's state, by parameter."""
         owner = self.owner()
         return {} if owner is None else owner.state
-
-    def default(self, key: str) -> Any:
-        """The owner's default of a group value."""
-        owner = self.owner()
-        return None if owner is None else owner.defaults[key]
 
     def params(self) -> list[Tensor]:
         """All parameters, frozen ones too, in the optimizer's order."""

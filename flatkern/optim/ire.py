@@ -12,6 +12,7 @@ from ..checks import check_gradient
 from ..dispatch import resolve
 from ..methods import IRE
 from ..selection import Shard, kth_smallest_magnitude, shards_of
+from ..values import check_uint32
 from .buckets import Bucket
 from .cycle import Cycle
 from .gradients import gradients_of
@@ -23,7 +24,8 @@ from .scalars import is_capturing
 class Mask:
     """The mask of one optimizer; without an enhancement there is none, and every question is answered so.
 
-    Its bits are in the state, its age in steps is `group["mask_age"]`, None before the first update.
+    Its bits are in the state, its age in steps is `group["mask_age"]`, None before the first update;
+    `group["largest_lr"]` is what kappa_follows_lr compares with.
     """
 
     def __init__(self, enhancement: IRE | None) -> None:
@@ -35,10 +37,25 @@ class Mask:
         return self._enhancement is not None and group["enhance"] and group["mask_age"] is not None
 
     def is_due(self, groups: list[Group]) -> bool:
-        if self._enhancement is None:
+        if self._enhancement is None or not groups:
             return False
         age = groups[0]["mask_age"]
-        return age is None or age >= self._enhancement.interval
+        return age is None or age >= _common(groups, "mask_interval", "mask_due")
+
+    def is_missed(self, groups: list[Group]) -> bool:
+        """True if steps would be amplified, had the mask ever been updated."""
+        return self.exists and any(g["mask_age"] is None and g["enhance"] and g["kappa"] > 0 for g in groups)
+
+    def check_group(self, group: Group, optimizer: str) -> None:
+        """Refuse what no mask could serve."""
+        if self.exists and check_uint32(optimizer, "mask_interval", group["mask_interval"]) < 1:
+            raise ValueError(f"{optimizer}: mask_interval is {group['mask_interval']}, but should be >= 1")
+
+    def check_common(self, groups: list[Group], optimizer: str) -> None:
+        """Refuse groups with different values where there is one mask for all."""
+        if self.exists and groups:
+            _common(groups, "mask_interval", optimizer)
+            _common(groups, "sharp_fraction", optimizer)
 
     def masks_and_kappa(self, cycle: Cycle, bucket: Bucket) -> tuple[list[Tensor] | None, list[float]]:
         """What an update takes, on a bucket whose groups agree on being amplified; (None, zeros) where they are not."""
@@ -48,14 +65,15 @@ class Mask:
         masks = cycle.state.masks(bucket.params)
         if not self.is_on(bucket.groups[0]):
             return None, bucket.zeros
-        return masks, bucket.values("kappa", lambda group: self._kappa(group, cycle.groups.default("lr")))
+        return masks, bucket.values("kappa", self._kappa)
 
-    def _kappa(self, group: Group, default_lr: Any) -> float:
+    def _kappa(self, group: Group) -> float:
+        """kappa, or kappa min(1, lr / the largest lr so far)."""
         kappa = float(group["kappa"])
         if not self._enhancement.kappa_follows_lr:  # type: ignore[union-attr]
             return kappa
-        first = float(group.get("initial_lr", default_lr))
-        return kappa * float(group["lr"]) / first if first else 0.0
+        lr = float(group["lr"])
+        return kappa * (lr / max(lr, group["largest_lr"])) if lr else 0.0
 
     def count_step(self, cycle: Cycle, skips: list[Tensor]) -> None:
         """The mask is a step older, unless the step was skipped. On a GPU the host does not wait to know.
@@ -66,6 +84,8 @@ class Mask:
         if not cycle.groups.setup.capturable and any(flag.is_cpu and bool(flag) for flag in skips):
             return
         for group in cycle.groups:
+            if self._enhancement.kappa_follows_lr:  # type: ignore[union-attr]
+                group["largest_lr"] = max(group["largest_lr"], float(group["lr"]))
             if group["mask_age"] is not None:
                 group["mask_age"] += 1
 
@@ -87,17 +107,15 @@ class Mask:
         gradients_of(every)
         params = [p for group in cycle.groups if group["enhance"] for p in group["params"] if p.requires_grad]
         seen = [p for p in params if p.grad is not None]
-        if not seen:
-            raise RuntimeError(
-                "update_mask: no parameter has a gradient; run flatkern.sampled_label_loss(model(x)).backward() first"
-            )
+        _check_new(cycle, every, seen)
+        fraction = _common(cycle.groups.listed(), "sharp_fraction", "update_mask")
         for k, p in enumerate(seen):
             if p.grad.layout is not torch.strided:
                 check_gradient(f"update_mask: grads[{k}]", dtensor.local(p.grad), dtensor.local(p))
         grads = [like(p.grad, p) for p in seen]
         backend, total = cycle.groups.setup.backend, sum(g.numel() for g in grads)
         shards = shards_of(grads)
-        flat = min(max(int(total * (1 - self._enhancement.sharp_fraction)), 1), total)
+        flat = min(max(int(total * (1 - fraction)), 1), total)
         threshold = kth_smallest_magnitude(shards, total, flat, backend)
         if threshold is None:
             if scaler is None or not scaler.is_enabled():
@@ -124,3 +142,34 @@ class Mask:
         others = (p for group in cycle.groups for p in group["params"] if p not in masks)
         for mask in (*(masks[p] for p in params if id(p) not in reached), *cycle.state.existing("mask", others)):
             dtensor.local(mask).zero_()
+
+
+def _check_new(cycle: Cycle, every: list[Tensor], seen: list[Tensor]) -> None:
+    """Refuse the gradients of the last step, which are in `.grad` until somebody zeroes them."""
+    if not seen:
+        raise RuntimeError(
+            "update_mask: no parameter has a gradient; run flatkern.sampled_label_loss(model(x)).backward() first"
+        )
+    # Values are asked, too, except of shards: those of one rank may be zeros, and the others would wait for it.
+    ledger = cycle.gradients
+    if not (ledger.is_new(every) if any(map(dtensor.is_sharded, seen)) else ledger.was_given(every)):
+        raise RuntimeError(
+            "update_mask: the gradients in .grad are those of the last step, or zeros, and the mask needs new ones; "
+            "call opt.zero_grad(), then flatkern.sampled_label_loss(model(x)).backward(), then update_mask()"
+        )
+
+
+def _common(groups: list[Group], key: str, where: str) -> float:
+    """A value that all groups have to share.
+
+    Raises:
+        ValueError: they do not.
+    """
+    value = groups[0][key]
+    for k, group in enumerate(groups):
+        if group[key] != value:
+            raise ValueError(
+                f"{where}: {key} is {value} in group 0 and {group[key]} in group {k}, but all groups share one mask; "
+                "assign the same value to all of them"
+            )
+    return float(value)

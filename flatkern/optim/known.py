@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+from operator import attrgetter
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,17 +13,24 @@ from ..methods import IRE, RWP, SAM
 from .cycle import Cycle
 from .groups import Setup
 from .ire import Mask
+from .passes import Pair, checked_passes
 from .perturbation import NoPerturbation
 from .phase import Phase
+from .tracing import untraced
 
 
 class Known(torch.optim.Optimizer):
-    """The parts of an optimizer, and what they know. Nothing here changes anything."""
+    """The parts of an optimizer, and what they know. Nothing here changes anything, but that `passes` may be set."""
 
     setup: Setup
     cycle: Cycle
     perturbation: NoPerturbation
     mask: Mask
+
+    # The groups with our values under our names, and those names as keys. Wrap shares its groups with a base, and has
+    # others; here both are found without a Python call, because every step asks several times.
+    own_groups: Any = property(attrgetter("param_groups"))
+    keys_of: Any = staticmethod(repeat)
 
     @property
     def method(self) -> RWP | SAM | None:
@@ -65,6 +76,47 @@ class Known(torch.optim.Optimizer):
         return self.cycle.grad_norm
 
     @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps changed nothing, because an ascent, or a gradient under a GradScaler, was not finite.
+
+        A new 0-dim int64 tensor on the device, where it is counted: the host does not wait. It starts at 0 with the
+        optimizer and is not in checkpoints.
+        """
+        known = self.cycle.skipped_steps
+        if known is not None:
+            return known.clone()
+        return torch.zeros((), dtype=torch.int64, device=self.cycle.groups.params()[0].device)
+
+    @property
+    @untraced
     def loss_weight(self) -> float:
-        """mix="losses": what the next loss is to be multiplied by, 1 - lam at clean weights, lam at perturbed ones."""
-        return self.perturbation.loss_weight(self.param_groups, self.is_perturbed)
+        """What the next loss is to be multiplied by, where that mixes the gradients; 1.0 elsewhere.
+
+        mix="losses": 1 - lam at clean weights, lam at perturbed ones. mix="ranks", of W ranks: W lam / noisy on noisy
+        ranks, W (1 - lam) / clean on clean ones, at any time.
+        """
+        return self.perturbation.loss_weight(self.own_groups, self.is_perturbed)
+
+    @property
+    def passes(self) -> Pair | None:
+        """m-RWP with rounds="sum": (n1, n2), the numbers of clean and of noisy passes of the coming step.
+
+        Backward passes are counted. Where they cannot be, the step is refused unless these are set before it: sharded
+        parameters, reentrant checkpointing, gradients that are assigned or written between two passes, models of which
+        no parameter is in every pass. Set them also where a pass is several backwards. What is set counts for the
+        coming step, and is forgotten afterwards. None: nothing is set.
+
+        Raises:
+            RuntimeError: the method does not count passes.
+            TypeError, ValueError: it is set to something else than two integers >= 1, or None.
+        """
+        return self.cycle.passes.given
+
+    @passes.setter
+    def passes(self, value: Pair | None) -> None:
+        if not self.perturbation.counts:
+            raise RuntimeError(
+                'passes: only m-RWP with rounds="sum" weighs by the numbers of passes; pass '
+                'perturb=flatkern.RWP(lam=..., rounds="sum")'
+            )
+        self.cycle.passes.given = checked_passes(value)

@@ -29,10 +29,7 @@ class MixedPerturbation(RandomPerturbation):
     mixes = True
 
     def loss_weight(self, groups: list[Group], perturbed: bool) -> float:
-        lam = {group["lam"] for group in groups}
-        if len(lam) > 1:
-            raise RuntimeError(f"loss_weight: groups have different lam {sorted(lam)}, so no single loss weight exists")
-        value = float(lam.pop())
+        value = common_lam(groups)
         return value if perturbed else 1.0 - value
 
     def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
@@ -98,6 +95,46 @@ class MixedPerturbation(RandomPerturbation):
             )
 
 
+class MixedSums(MixedPerturbation):
+    """rounds="sum": of n1 clean and n2 noisy passes, each loss divided by n1 + n2, the means are mixed.
+
+    g = (1 - lam) (n1 + n2) / n1 g_clean + lam (n1 + n2) / n2 g_perturbed
+    """
+
+    counts = True
+
+    def move(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
+        cycle.passes.watch(params)  # a parameter may have been frozen when the optimizer was made
+        super().move(cycle, params, new, scaler)
+
+    def keep_clean_gradient(self, cycle: Cycle, params: list[Tensor]) -> None:
+        cycle.passes.clean = cycle.passes.in_grad(params)
+        super().keep_clean_gradient(cycle, params)
+
+    def end_round(self, cycle: Cycle, params: list[Tensor], counted: bool) -> None:
+        if counted:
+            cycle.passes.end_round(params)
+        super().end_round(cycle, params, counted)
+
+    def keep_round(self, cycle: Cycle, params: list[Tensor]) -> None:
+        if cycle.gradients.has_new_since_perturb(params):
+            cycle.passes.end_round(params)
+        super().keep_round(cycle, params)
+
+    def final(self, cycle: Cycle, params: list[Tensor], grads: Grads, amp: Amp) -> Final | None:
+        ledger, passes = cycle.gradients, cycle.passes
+        perturbed = cycle.weights.partition is not None
+        # Counted first: the sum of earlier rounds may have to be put back into `.grad`.
+        in_grad = passes.in_grad(params)
+        noisy = in_grad if perturbed and ledger.has_new_since_perturb(params) else 0
+        clean = passes.clean if ledger.clean or perturbed else in_grad
+        final = super().final(cycle, params, grads, amp)
+        if final is None or final.clean is None:
+            return final
+        n1, n2 = passes.of_step(clean, noisy)
+        return replace(final, rounds=n2 / (n1 + n2), clean_rounds=n1 / (n1 + n2))
+
+
 class MixedLosses(MixedPerturbation):
     """mix="losses": losses are weighted by lam, and autograd adds the gradients up in `.grad`."""
 
@@ -147,6 +184,14 @@ class MixedLosses(MixedPerturbation):
                 g = next(rest) if p.dim() >= 2 else dtensor.local(p.grad).float().flatten()
                 squares[p] = (g / scale).square() if group["lam"] else torch.zeros_like(g)
         return squares
+
+
+def common_lam(groups: list[Group]) -> float:
+    """The one lam of all groups, which the loss is weighted by."""
+    lam = {group["lam"] for group in groups}
+    if len(lam) > 1:
+        raise RuntimeError(f"loss_weight: groups have different lam {sorted(lam)}, so no single loss weight exists")
+    return float(lam.pop())
 
 
 def unscaled_copies(grads: Grads, factor: Tensor) -> Grads:

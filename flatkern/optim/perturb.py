@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from ..methods import ASAM, RWP, SAM
-from .mrwp import MixedLosses, MixedPerturbation
+from ..methods import RWP, SAM
+from .mrwp import MixedLosses, MixedPerturbation, MixedSums
 from .perturbation import NoPerturbation
+from .ranks import ParallelPerturbation
 from .rwp import RandomPerturbation, RollingPerturbation
-from .sam import AdaptiveAscent, AscentPerturbation
+from .sam import AscentPerturbation
 
 
 def perturbation_of(method: RWP | SAM | None, where: str = "perturbation_of") -> NoPerturbation:
@@ -17,8 +18,6 @@ def perturbation_of(method: RWP | SAM | None, where: str = "perturbation_of") ->
     """
     if method is None:
         return NoPerturbation()
-    if isinstance(method, ASAM):
-        return AdaptiveAscent(method)
     if isinstance(method, SAM):
         return AscentPerturbation(method)
     if isinstance(method, RWP):
@@ -26,5 +25,9 @@ def perturbation_of(method: RWP | SAM | None, where: str = "perturbation_of") ->
             return RollingPerturbation(method)
         if method.lam is None:
             return RandomPerturbation(method)
+        if method.mix == "ranks":
+            return ParallelPerturbation(method, where)
+        if method.rounds == "sum":
+            return MixedSums(method)
         return (MixedLosses if method.mix == "losses" else MixedPerturbation)(method)
     raise TypeError(f"{where}: perturb is {method!r}, but should be flatkern.RWP, SAM or ASAM, or None")

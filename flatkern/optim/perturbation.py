@@ -27,7 +27,10 @@ class NoPerturbation:
     has_clean_pass = False  # a step needs a gradient at the clean weights, too
     mixes = False  # and mixes it with the perturbed one in the update
     accumulates = True  # all gradients of a step are taken at the same weights
+    sums = False  # losses are divided by the number of passes, so that rounds are not
+    counts = False  # those passes
     launches = 1  # op calls of perturb() and step()
+    is_clean_rank = False  # perturb() moves nothing here, because other ranks are noisy
 
     def check_group(self, group: Group, optimizer: str, capturable: bool) -> None:
         """Refuse values of a group that do not go together."""
@@ -40,12 +43,15 @@ class NoPerturbation:
         """True if parameters of the group have ARWP's history."""
         return False
 
-    def is_adaptive(self, p: Tensor) -> bool:
-        """True if the ascent of `p` is scaled by T_w = |w| + eta."""
+    def is_adaptive(self, group: Group, p: Tensor, name: str) -> bool:
+        """True if the ascent of `p` is scaled by T_w = |w| + eta; `name` is "" where nobody has told it."""
         return False
 
     def loss_weight(self, groups: list[Group], perturbed: bool) -> float:
         return 1.0
+
+    def saw_gradient(self, p: Tensor) -> None:
+        """A backward has added to `p.grad`, and no other rank has yet; what a hook of `p` does."""
 
     def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
         """Refuse perturb(), before anything is written.
@@ -85,9 +91,10 @@ class NoPerturbation:
         rounds = ledger.rounds + (perturbed and ledger.has_new_since_perturb(params))
         if not rounds:
             return None
+        divisor = 1 if self.sums else rounds
         if perturbed:
             summed = with_earlier_rounds(cycle, params, grads) if ledger.rounds else grads
-            return Final(summed, rounds=rounds, at_perturbed_weights=True)
+            return Final(summed, rounds=divisor, at_perturbed_weights=True)
         if ledger.has_new_since_perturb(params):
             raise RuntimeError(
                 f"step: {self.name} has {rounds} finished rounds and a gradient at clean weights that "
@@ -96,7 +103,7 @@ class NoPerturbation:
         if ledger.lost:
             refuse_lost_sum()
         summed = resolved(ledger.accumulated_grads)
-        return Final(summed, rounds=rounds, at_perturbed_weights=True, from_grad=False)
+        return Final(summed, rounds=divisor, at_perturbed_weights=True, from_grad=False)
 
 
 def with_earlier_rounds(cycle: Cycle, params: list[Tensor], grads: Grads) -> Grads:

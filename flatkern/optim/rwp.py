@@ -14,6 +14,7 @@ from .draw import draw
 from .gradients import Final, Grads
 from .groups import Group
 from .perturbation import NoPerturbation
+from .scalars import Read
 
 
 class RandomPerturbation(NoPerturbation):
@@ -25,10 +26,12 @@ class RandomPerturbation(NoPerturbation):
     refuses_perturb = ""
     accumulates = False
     launches = 2
+    read: Read = None  # a group's values for the draw
 
     def __init__(self, method: RWP) -> None:
         self.name = type(method).__name__
         self.lam = method.lam
+        self.sums = method.rounds == "sum"
 
     def check_group(self, group: Group, optimizer: str, capturable: bool) -> None:
         if (group["lam"] is None) != (self.lam is None):
@@ -42,7 +45,7 @@ class RandomPerturbation(NoPerturbation):
 
     def is_described_by(self, saved: Group, group: Group) -> bool:
         return (
-            "sigma" in saved
+            {"sigma", "lam", "eta"} <= set(saved)
             and (saved["lam"] is None) == (group["lam"] is None)
             and (saved["eta"] > 0) == (group["eta"] > 0)
         )
@@ -59,7 +62,7 @@ class RandomPerturbation(NoPerturbation):
             )
 
     def move(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
-        draw(cycle)
+        draw(cycle, self.read)
         cycle.unscaled.scaler = scaler
         if new:
             self.keep_clean_gradient(cycle, params)

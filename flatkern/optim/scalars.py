@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -91,7 +90,7 @@ class OnHost:
 
     def _common_key(self) -> tuple[Any, ...]:
         """(seed, stream, round) of all groups; the last may be a tensor."""
-        groups = self._groups.owner().param_groups  # type: ignore[union-attr]
+        groups = self._groups.owner().own_groups  # type: ignore[union-attr]
         keys = {(g["seed"], g["stream"], g["round"]) for g in groups}
         if len(keys) != 1:
             for key in WORDS:
@@ -108,13 +107,14 @@ class OnHost:
         raise NotImplementedError
 
     def next_round(self) -> None:
-        groups = self._groups.owner().param_groups  # type: ignore[union-attr]
+        owner = self._groups.owner()
+        rounds = [group["round"] + 1 for group in owner.own_groups]  # type: ignore[union-attr]
         # In one call of C code, so that no signal handler finds groups in different rounds.
-        deque(map(dict.__setitem__, groups, repeat("round"), [group["round"] + 1 for group in groups]), maxlen=0)
+        deque(map(dict.__setitem__, owner.param_groups, owner.keys_of("round"), rounds), maxlen=0)  # type: ignore[union-attr]
 
     def note_draw(self, read: Read = None) -> None:
         """Rolling: keep what the noise was drawn with, because a schedule may move the groups' own values."""
-        for group in self._groups.owner().param_groups:  # type: ignore[union-attr]
+        for group in self._groups.owner().own_groups:  # type: ignore[union-attr]
             used = group if read is None else read(group)
             group[LAST_DRAW] = {**{key: used[key] for key in ("sigma", "eta", "perturb")}, "round": group["round"]}
 
@@ -256,15 +256,16 @@ def write_scalar(into: Tensor, value: Any) -> Tensor:
     return into.copy_(value.detach().reshape(into.shape)) if isinstance(value, Tensor) else into.fill_(value)
 
 
-def as_numbers(group: Group, like: Group, capturable: bool) -> Group:
+def as_numbers(saved: Group, like: Group, groups: Groups) -> Group:
     """A saved group with numbers for what was on a device, unless the optimizer itself was given a tensor."""
-    result = dict(group)
+    result = dict(saved)
+    own, capturable = groups.own(result), groups.setup.capturable
     for key in ("lr", "initial_lr", "sigma", "round"):
-        if isinstance(group.get(key), Tensor) and (capturable or not isinstance(like.get(key), Tensor)):
-            result[key] = group[key].item()
-    last = group.get(LAST_DRAW)
+        if isinstance(own.get(key), Tensor) and (capturable or not isinstance(like.get(key), Tensor)):
+            own[key] = own[key].item()
+    last = own.get(LAST_DRAW)
     if last is not None:
-        result[LAST_DRAW] = {k: v.item() if isinstance(v, Tensor) else v for k, v in last.items()}
+        own[LAST_DRAW] = {k: v.item() if isinstance(v, Tensor) else v for k, v in last.items()}
     return result
 
 

@@ -242,6 +242,9 @@ class Step:
         negates = self.rule.negates and any([group["maximize"] for group in bucket.groups])
         if final.clean is not None:
             weights = bucket.columns("mixed, signed", MIXED_SIGNED) if negates else bucket.columns("mixed", MIXED)
+            if final.clean_rounds != 1:
+                name, read, by = "clean", (MIXED_SIGNED if negates else MIXED)["clean_weight"], final.clean_rounds
+                weights = weights | bucket.columns(name, {"clean_weight": lambda group: read(group) / by})
         elif negates:
             weights = bucket.columns("signed", SIGNED)
         else:
@@ -298,10 +301,13 @@ class Step:
         perturbed_by = [(b, s.store, s.draw(b)) for b, s, _ in work if s.noise is not None]
         if not partition.covers_perturbed:
             perturbed_by += self._restore_params_without_gradient(partition.members, noise)
+        skips = [s.found_inf for _, s, _ in work if s.found_inf is not None]
+        if skips or cycle.groups.setup.capturable:
+            cycle.count_skip(skips[0] if skips else None)
         if self.mask.exists:
-            self.mask.count_step(cycle, [s.found_inf for _, s, _ in work if s.found_inf is not None])
+            self.mask.count_step(cycle, skips)
         if final.squares:
-            self._update_history_from_losses(final.squares)
+            self._update_history(final.squares, partition.members)
         if self.grad_norm is not None:
             cycle.grad_norm = self.grad_norm
         if noise is None or perturbed is None:
@@ -344,11 +350,11 @@ class Step:
         stores = [weights.restore_bucket(bucket) for bucket in buckets]
         return [] if noise is None else [self._draw(b, s, noise) for b, s in zip(buckets, stores, strict=True)]
 
-    def _update_history_from_losses(self, squares: dict[Tensor, Tensor]) -> None:
-        """mix="losses": F <- beta F + the squares that were taken from the perturbed gradient."""
+    def _update_history(self, squares: dict[Tensor, Tensor], updated: frozenset[int]) -> None:
+        """mix="losses" and "ranks": F <- beta F + the squares that were taken from the perturbed gradient."""
         cycle = self.cycle
         for group in filter(self.perturbation.keeps_history, cycle.groups):
-            params = [p for p in group["params"] if p.grad is not None]
+            params = [p for p in group["params"] if id(p) in updated]
             for p, history in zip(params, cycle.state.histories(params), strict=True):
                 part = dtensor.local(history)
                 new = part * float(group["beta"])

@@ -417,7 +417,11 @@ class Weights:
             self.left()  # what is there are clean weights
             raise
         try:
-            self._perturb_again(perturbed, stores)
+            try:
+                self._perturb_again(perturbed, stores)
+            except LayoutError:  # others have changed a memory format inside; nothing is written yet
+                self._stores.clear()
+                self._perturb_again(perturbed, [self.store(held.bucket) for held in self._held])
         except BaseException:
             self.put_back()
             raise
@@ -427,7 +431,10 @@ class Weights:
         partition, parts = self.partition, list(zip(self._held, stores, strict=True))
         assert partition is not None
         if not perturbed:
-            self._execute(partition, [h.call.with_clean(*s) for h, s in parts if h.call is not None], stores)
+            calls = [h.call.with_clean(*s) for h, s in parts if h.call is not None]
+            for call in calls:
+                call.check()
+            self._execute(partition, calls, stores)
             return
         self.unfinished = True
         for held, store in parts:

@@ -11,11 +11,18 @@ from torch import Tensor
 from .. import dtensor
 from ..checks import check_gradient
 from ..methods import IRE, RWP, SAM
+from ..values import check_value
 from .base import FlatOptimizer
 from .buckets import Bucket, Call
-from .groups import Group, Setup
+from .errors import warn_keys_of_the_base
+from .groups import PREFIX, Group, Setup
+from .phase import CLEAN
+from .scalars import LAST_DRAW
 from .state import OWN_KEYS
 from .step import Prepared, SharedArguments
+from .tracing import untraced
+
+ALWAYS_OURS = ("perturb", "enhance", "writes", "adaptive")
 
 
 class Wrap(FlatOptimizer):
@@ -29,6 +36,14 @@ class Wrap(FlatOptimizer):
     the fused `SGD`, `Adam` and `AdamW` are faster; under a GradScaler `found_inf` is read on the host. The round is a
     number of the host, so that no CUDA graph can be captured, whatever the base. Where the base raises, the weights are
     clean, `.grad` is as before, and `step()` may be called again.
+
+    No group key is shared. A name is the base's if it is in its defaults or in one of its groups when it is wrapped
+    (`rho` of Adadelta, `beta`, `kappa`); our value is then under `perturb_<name>`, which always overrides, so that
+    values of ours in the base's groups are written `perturb_sigma`, `perturb_rho`. `perturb`, `enhance`, `writes` and
+    `adaptive` are always ours. The base's values are its own: nothing here checks them.
+
+    A base with modes, as schedule-free ones, is switched along: `eval()` restores, then calls `base.eval()`; `train()`
+    calls `base.train()`, then perturbs if rolling.
 
     Arguments:
         base_optimizer: an instance, constructed on the parameters.
@@ -56,6 +71,7 @@ class Wrap(FlatOptimizer):
         setup = Setup("Wrap", perturb, enhance, backend, max_grad_norm=max_grad_norm)
         own_defaults = self.set_up(setup)
         self.base = base_optimizer
+        setup.base_keys, own_defaults = _keys_of_the_base(base_optimizer, own_defaults)
         added = [(group, key) for group in base_optimizer.param_groups for key in own_defaults if key not in group]
         for group, key in added:
             group[key] = own_defaults[key]
@@ -79,6 +95,22 @@ class Wrap(FlatOptimizer):
             self.base.param_groups = value
 
     @property
+    def own_groups(self) -> list[Group]:
+        return self.cycle.groups.views(self.base.param_groups)
+
+    def keys_of(self, name: str) -> list[str]:
+        return [group.key(name) for group in self.own_groups]  # type: ignore[attr-defined]
+
+    def check_group(self, group: Group) -> None:
+        """Refuse a value of ours that a step cannot use."""
+        own, name = self.cycle.groups.own(group), self.setup.name
+        for key in self.own_defaults():
+            overriding = PREFIX + key
+            if overriding in group and not (key == "lam" and own[key] is None):
+                check_value(overriding, own[key], name)  # names the key as it is in the group
+        super().check_group(dict(own))
+
+    @property
     def state(self) -> Any:
         return self.base.state
 
@@ -86,6 +118,33 @@ class Wrap(FlatOptimizer):
     def state(self, value: Any) -> None:
         if self.__dict__.get("_ready"):
             self.base.state = value
+
+    # --- modes -----------------------------------------------------------------------------------
+
+    @untraced
+    @torch.no_grad()
+    def train(self, mode: bool = True) -> None:
+        """As the fused optimizers', after `base.train()`, where the base has modes."""
+        if mode and hasattr(self.base, "train"):
+            self.cycle.require("train")
+            if self.perturbation.rolling:  # what super() will refuse is refused before the base has moved
+                self.cycle.groups.check_changed()
+                self.cycle.weights.check_alone("train", self.cycle.groups.params())
+            self._switch_base("train")
+        super().train(mode)
+
+    @untraced
+    @torch.no_grad()
+    def eval(self) -> None:
+        """As the fused optimizers', and `base.eval()` follows, where the base has modes."""
+        super().eval()
+        self._switch_base("eval")
+
+    def _switch_base(self, mode: str) -> None:
+        """Bases with modes move the weights, so only between perturbations, and not inside clean()."""
+        switch = getattr(self.base, mode, None)
+        if callable(switch) and self.cycle.phase is CLEAN:
+            switch()
 
     # --- the rule --------------------------------------------------------------------------------
 
@@ -120,6 +179,8 @@ class Wrap(FlatOptimizer):
             for (bucket, _, _), grads in zip(work, gradients, strict=True):
                 for p, new in zip(bucket.params, grads, strict=True):
                     p.grad = new
+            if self.perturbation.rolling and self.cycle.phase is CLEAN:
+                self._switch_base("train")  # a rolling step in eval mode ends in train mode
             self.base.step()
         except BaseException:
             for p, g in zip((p for bucket, _, _ in work for p in bucket.params), before, strict=True):
@@ -182,7 +243,7 @@ class Wrap(FlatOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state_dict, with ARWP's history and IRE's mask, whether the base keeps state or not."""
-        self.cycle.require("state_dict")
+        self.begin_saving()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         result = self.base.state_dict()
@@ -225,6 +286,20 @@ class Wrap(FlatOptimizer):
         deferred = fixed.pop("deferred", {})
         super().set_fixed(fixed)
         self.cycle.state.deferred.update(deferred)
+
+
+def _keys_of_the_base(base: torch.optim.Optimizer, own_defaults: Group) -> tuple[frozenset[str], Group]:
+    """Our names that are the base's group keys; and our defaults under the keys that are left to us."""
+    names = (*own_defaults, LAST_DRAW)
+    found = {key: [g for g in base.param_groups if key in g] for key in names if key not in ALWAYS_OURS}
+    base_keys = frozenset(key for key, groups in found.items() if groups or key in base.defaults)
+    doubtful = [
+        key for key, groups in found.items() if key not in base.defaults and any(PREFIX + key not in g for g in groups)
+    ]
+    if doubtful:
+        warn_keys_of_the_base(doubtful)
+    keys = {key: PREFIX + key if key in base_keys else key for key in own_defaults}
+    return base_keys, {keys[key]: value for key, value in own_defaults.items()}
 
 
 def _check_base(base: Any) -> None:

@@ -1,7 +1,8 @@
 """Norms in eager PyTorch: of filters, of the ascent gradient, of the final gradient.
 
-Squares are float32 products; sums are taken in float64 and the root is rounded to float32 once, so
-that this file is the value the others are measured against.
+Squares of filters are float32 products, those of gradients float64, since large gradients have squares beyond float32.
+Sums are taken in float64 and the root is rounded to float32 once, so that this file is the value the others are
+measured against.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def total_norm(tensors: list[Tensor], device: torch.device) -> Tensor:
     """L2 norm over all elements of all tensors; 0-dim float32."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for t in tensors:
-        total += t.square().double().sum()
+        total += t.double().square().sum()
     return total.sqrt().float()
 
 
@@ -44,7 +45,8 @@ def ascent_norm_(norm, params, grads, *, eta) -> None:
 
         norm <- || T_w g ||_2,    T_w = |w| + eta, or 1 where eta < 0
 
-    `params` are the clean weights (masters where there are some); absent when every eta < 0.
+    `params` are the clean weights (masters where there are some); absent when every eta < 0. Finite unless a gradient,
+    T_w g or the norm itself is beyond float32.
 
     Foret et al. 2021, eq. 2; adaptive form: Kwon et al. 2021, eq. 4.
     """
@@ -59,6 +61,8 @@ def gradient_norm_(norm, grads, clean_grads, grad_scale, *, grad_weight, clean_w
     """The norm of the final gradient, as the update forms it before clipping.
 
     norm <- || grad_weight grad_scale g + clean_weight g_clean ||_2
+
+    Finite unless a gradient or the norm itself is beyond float32.
     """
     finals = [
         mixed(g, clean_grads[k] if clean_grads else None, grad_scale, grad_weight[k], clean_weight[k], None)
