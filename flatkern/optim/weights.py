@@ -189,11 +189,11 @@ class Weights:
     def _execute(self, partition: Partition, calls: list[Call], stores: list[CleanStore]) -> None:
         # The weights count as perturbed from before the first write, so that whatever comes between leaves weights that
         # are known: restore() puts back what was written, and no more.
-        self.unfinished = True
-        self._held = [
+        held = [
             Held(c.bucket, s.masters or s.backups or [], c.marks(), c, running=True)
             for c, s in zip(calls, stores, strict=True)
         ]
+        self.unfinished, self._held = True, held
         self.partition, self.phase = partition, PERTURBED
         perturbing.add(self)
         for call in calls:
@@ -403,6 +403,7 @@ class Weights:
 
     def _resume(self, kept: list[list[Tensor | None]]) -> None:
         """SUSPENDED -> PERTURBED, around the weights that are there now."""
+        before = self._held
         try:
             for held in (h for h in self._held if h.bucket.has_master):
                 for p, master in zip(held.bucket.params, held.clean, strict=True):
@@ -423,7 +424,10 @@ class Weights:
                 self._stores.clear()
                 self._perturb_again(perturbed, [self.store(held.bucket) for held in self._held])
         except BaseException:
-            self.put_back()
+            if self._held is before and not self.unfinished:
+                self.left()  # nothing is written, and the copies may be older than what others wrote
+            else:
+                self.put_back()
             raise
 
     def _perturb_again(self, perturbed: list[list[Tensor]], stores: list[CleanStore]) -> None:
@@ -436,12 +440,12 @@ class Weights:
                 call.check()
             self._execute(partition, calls, stores)
             return
-        self.unfinished = True
         for held, store in parts:
             held.clean = store.masters or store.backups or []
             if store.backups is not None:
                 _copy(store.backups, held.bucket.params)
             held.ours = True
+        self.unfinished = True
         for (held, _), values in zip(parts, perturbed, strict=True):
             _copy(held.bucket.params, values)
         self.perturbed_by(partition, [(held.bucket, store, None) for held, store in parts])
