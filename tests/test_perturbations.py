@@ -225,10 +225,9 @@ def test_expected_pattern_is_shown_once(backend):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(Training(None, backend=backend), plain, 12)
-        for name in ("RWP", "SAM", "rolling"):
+        for name in ("RWP", "SAM"):
             train(Training(METHODS[name].make(), backend=backend), METHODS[name].user, 12)
-            if name != "rolling":  # which nobody follows or switches there, and that is told, too
-                train(Training(METHODS[name].make(), backend=backend), METHODS[name].closure, 12)
+            train(Training(METHODS[name].make(), backend=backend), METHODS[name].closure, 12)
 
 
 # --- who else may see the weights -------------------------------------------------------------------

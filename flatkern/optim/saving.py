@@ -1,4 +1,4 @@
-"""How an optimizer is saved: state_dict() and pickling as torch's callers expect them. checkpoint.py reads what was saved."""
+"""How an optimizer is saved: state_dict() and pickling as callers of torch expect them. checkpoint.py reads it back."""
 
 from __future__ import annotations
 

@@ -190,11 +190,11 @@ class Weights:
     def _execute(self, partition: Partition, calls: list[Call], stores: list[CleanStore]) -> None:
         # The weights count as perturbed from before the first write, so that whatever comes between leaves weights that
         # are known: restore() puts back what was written, and no more.
-        self.unfinished = True
-        self._held = [
+        held = [
             Held(c.bucket, s.masters or s.backups or [], c.marks(), c, running=True)
             for c, s in zip(calls, stores, strict=True)
         ]
+        self.unfinished, self._held = True, held
         self.partition, self.phase = partition, PERTURBED
         perturbing.add(self)
         for call in calls:
@@ -427,7 +427,10 @@ class Weights:
             else:
                 self._write_again(partition, values)
         except BaseException:
-            self.put_back()
+            if self._held is parts and not self.unfinished:
+                self.left()  # nothing is written, and the copies may be older than what others wrote
+            else:
+                self.put_back()
             raise
 
     def _values_again(self, held: Held, kept: list[Tensor | None]) -> list[Tensor]:
