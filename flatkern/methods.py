@@ -43,7 +43,7 @@ class RWP:
         eta: strength of ARWP's attenuation; 0 switches the history off.
         beta: decay of the history per step.
         seed, stream: unsigned 32-bit key of the noise. Two optimizers of one model, or ranks that
-            should draw different noise, need different streams.
+            should draw different noise, need different streams. With several ranks a checkpoint leaves each its own.
         rolling: the noise stays on between steps and `step()` renews it in the same pass over
             memory, for trainers that call nothing but `step()`. Excludes `lam`.
         mix: "gradients" mixes in the update's registers; "losses" expects every loss multiplied by

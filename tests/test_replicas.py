@@ -211,3 +211,26 @@ def test_two_ranks_do_what_one_process_does_with_both_batches(two, views):
 @pytest.mark.parametrize("method", ["RWP, a noise per rank", "m-RWP", "m-ARWP", "rolling", "SAM", "ASAM"])
 def test_replicas_are_equal_after_many_steps(two, method):
     two.call(trained, "SGD", method, True, 200)
+
+
+def resumed_from_rank_0(base):
+    """Every rank draws its own noise; what rank 0 has saved is loaded on all of them."""
+    rank = dist.get_rank()
+    params = [torch.nn.Parameter(torch.ones(3, 4))]
+    opt = BASES[base](params, perturb=flatkern.RWP(0.05, stream=rank, rolling=True))
+    for _ in range(2):
+        params[0].grad = torch.ones(3, 4)
+        opt.step()
+    opt.eval()
+    saved = [opt.state_dict() if rank == 0 else None]
+    dist.broadcast_object_list(saved)
+    opt.load_state_dict(saved[0])
+    opt.train()
+    first, second = on_every_rank(params[0].detach())
+    assert not torch.equal(first, second)
+    assert opt.param_groups[0]["stream"] == rank
+
+
+@pytest.mark.parametrize("base", ["SGD", "Wrap"])
+def test_a_checkpoint_of_rank_0_leaves_each_rank_its_stream(two, base):
+    two.call(resumed_from_rank_0, base)

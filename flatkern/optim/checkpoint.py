@@ -20,6 +20,7 @@ from .. import dtensor
 from ..tables import history_length, mask_shape, same_layout
 from .cycle import Cycle
 from .errors import warn_starts_empty
+from .gradients import mean_is_over_ranks
 from .groups import Group, Groups, Setup
 from .layouts import like
 from .perturbation import NoPerturbation
@@ -111,6 +112,8 @@ def _completed(group: Group, saved: Group, groups: Groups, perturbation: NoPertu
             own[key] = afresh[key] if key in afresh else group[key]
     if "capturable" in group:
         full["capturable"] = group["capturable"]  # of this optimizer, not of the one that was saved
+    if perturbation.draws and "stream" in own and mean_is_over_ranks():
+        own["stream"] = group["stream"]  # of this rank; often rank 0 alone has saved
     return as_numbers(full, group, groups)
 
 
