@@ -266,6 +266,34 @@ def test_clean_block(kind, backend):
     assert not [problem for problem in wrong if "is_perturbed" in problem or "restored" in problem]
 
 
+@pytest.mark.filterwarnings("ignore:.*ascends on bfloat16")
+@pytest.mark.parametrize(
+    ("kind", "before", "own"),
+    [("RWP", "perturb b", {}), ("rolling ARWP", "train", MASTERS), ("SAM", "b perturb", {})], ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+def test_what_was_written_inside_a_clean_block_stays(kind, before, own, backend):
+    """Wherever leaving it is interrupted: no older copy comes back. As above the optimizer may think it is inside."""
+
+    def block(run):
+        run.has_written = False
+        with run.opt.clean():
+            for p in run.params:
+                p.data.fill_(2.0)
+            run.has_written = True
+
+    def check(run):
+        if run.opt.is_perturbed:
+            run.opt.eval()
+        written = [torch.full_like(c, 2.0) for c in run.clean]
+        pairs = zip(run.weights(), run.clean, written, strict=True)
+        right = all(same([w], [new]) or not (run.has_written or not same([w], [old])) for w, old, new in pairs)
+        return None if right else "what was written is lost"
+
+    wrong = interrupt_everywhere(maker(kind, "SGD", before, backend, **own), block, check)
+    assert not [problem for problem in wrong if "lost" in problem]
+
+
 # --- steps ----------------------------------------------------------------------------------------
 
 IRE_ON = {"enhance": IRE(1.0, 0.5)}
