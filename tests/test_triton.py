@@ -10,9 +10,9 @@ import inspect
 
 import cases
 import circle
+import foreign_writes
 import numpy as np
 import pytest
-import test_foreign_writes
 import test_mask
 import torch
 from capturing import TRAINED
@@ -429,10 +429,10 @@ def test_an_optimizer_runs_on_it(method):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("precision", test_foreign_writes.PRECISIONS)
+@pytest.mark.parametrize("precision", foreign_writes.PRECISIONS)
 def test_a_draw_can_be_repeated(precision):
     """On some rows, too: what others wrote to perturbed weights is told from the noise so, and nothing else is."""
-    run = test_foreign_writes.Run("rolling ARWP", precision, "triton")
+    run = foreign_writes.Run("rolling ARWP", precision, "triton")
     run.into_perturbed()
     for _ in range(3):
         run.opt.train()
@@ -440,6 +440,6 @@ def test_a_draw_can_be_repeated(precision):
     run.opt.train()
     with run.opt.clean():
         clean = run.values()
-    spots = test_foreign_writes.write(run.params)
+    spots = foreign_writes.write(run.params)
     run.opt.eval()
-    assert test_foreign_writes.same(run.values(), test_foreign_writes.expected(clean, spots))
+    assert foreign_writes.same(run.values(), foreign_writes.expected(clean, spots))

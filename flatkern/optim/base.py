@@ -19,16 +19,16 @@ from ..checks import check_backend, check_outer_filters, check_parameters
 from ..dispatch import resolve
 from ..methods import IRE
 from ..values import check_flag, check_value, is_number
-from . import amp, checkpoint, closures, follow, names
+from . import amp, closures, follow, names
 from .buckets import Bucket, Call
 from .cycle import Cycle
 from .draw import draw_again
 from .errors import warn_never_masked, warn_never_perturbed
 from .groups import Group, Groups, Setup
 from .ire import Mask
-from .known import Known
 from .perturb import perturbation_of
 from .phase import Phase
+from .saving import Saved
 from .scalars import check_can_be_captured, check_group_can_be_captured, scalars_of
 from .sharding import check_sharding
 from .step import Prepared, SharedArguments, Step, restore
@@ -37,14 +37,13 @@ from .tracing import untraced
 Closure = Callable[[], Any]
 
 
-class FlatOptimizer(Known):
+class FlatOptimizer(Saved):
     """Base of flatkern's optimizers; see `SGD`, `Adam`, `AdamW`, `Wrap`.
 
     The cycle is CLEAN -> perturb() -> PERTURBED -> restore() or step() -> CLEAN.
     """
 
     _step_supports_amp_scaling = True
-    state_keys: tuple[str, ...] = ()  # what the base rule keeps per parameter
     flag_keys: tuple[str, ...] = ("perturb", "enhance")  # group values that are True or False
     finishes = False  # `finish` has something to do
     negates = True  # the gradient where a group says maximize; a base does it itself
@@ -456,70 +455,8 @@ class FlatOptimizer(Known):
             self.param_groups.pop()
             raise
 
-    def state_dict(self) -> dict[str, Any]:
-        """Base state, masters and ARWP's history, in torch's format; no scratch.
-
-        Raises:
-            RuntimeError: the weights are perturbed and nothing follows a model, or rounds are pending.
-        """
-        self.begin_saving()
-        return super().state_dict()
-
     def begin_saving(self) -> None:
         """A checkpoint may name the optimizer before the model: both are clean where it follows one."""
         if self.cycle.followers.models:
             follow.end_noise(self)
         self.cycle.require("state_dict")
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of flatkern or of the torch optimizer with the same rule, all of it or nothing.
-
-        Dtypes are kept as saved, strides follow the parameters, group keys that the checkpoint lacks
-        keep their present values. On perturbed weights the perturbation ends: parameters that others
-        wrote since keep their values, the rest are restored.
-
-        Raises:
-            ValueError, TypeError: the checkpoint does not fit; nothing has changed then.
-        """
-        self.cycle.require("load_state_dict")
-        loaded = self.read_checkpoint(state_dict)
-        self.end_for_loading()
-        checkpoint.assign(loaded, self.cycle)
-        self.finish_loading()
-
-    def read_checkpoint(self, state_dict: dict[str, Any]) -> checkpoint.Checkpoint:
-        """Run the hooks, and check."""
-        state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
-        return checkpoint.read(state_dict, self.cycle, self.perturbation, self.own_defaults(), self.state_keys)
-
-    def end_for_loading(self) -> None:
-        self.cycle.weights.restore()
-        self.cycle.drop_pending()
-
-    def finish_loading(self) -> None:
-        checkpoint.forget_what_was(self.cycle)
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.cycle.require("pickle or deepcopy")
-        return self.raw_state()
-
-    def raw_state(self) -> dict[str, Any]:
-        """torch's, and what stays fixed; the cycle starts anew in the copy."""
-        return {**torch.optim.Optimizer.__getstate__(self), "flatkern": dict(vars(self.setup))}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        fixed = state.pop("flatkern", None)
-        if fixed is not None:
-            self.set_fixed(dict(fixed))
-        torch.optim.Optimizer.__setstate__(self, state)
-        self.watch_passes()
-
-    def set_fixed(self, fixed: dict[str, Any]) -> None:
-        self.make_parts(Setup(**fixed))
-        self._ready = True

@@ -110,7 +110,8 @@ def differ_from_draw(call: Call, params: list[Tensor], clean: list[Tensor], look
         look: the how-many-th this is. The first and every hundredth see all elements, the others some rows.
     """
     bucket = call.bucket
-    at = [k for k, (p, c) in enumerate(zip(params, clean, strict=True)) if _is_comparable(bucket, k, p, c)]
+    pairs = enumerate(zip(params, clean, strict=True))
+    at = [k for k, (p, c) in pairs if _has_not_moved(bucket, k, p, c) and dtensor.local(p).numel()]
     parts = {k: dtensor.local(params[k]) for k in at}
     if jobs.current.get() is not None:  # nothing is computed, and what would be launched is all that counts
         for k in at:
@@ -133,11 +134,15 @@ def _are_as_drawn(pairs: list[tuple[Tensor, Tensor]]) -> bool:
     return is_as_drawn(found, drawn)
 
 
-def _is_comparable(bucket: Bucket, k: int, p: Tensor, clean: Tensor) -> bool:
-    """True if a parameter has elements, and the layout that it was drawn in."""
+def is_laid_out_as_drawn(bucket: Bucket, clean: list[Tensor]) -> bool:
+    """True if all parameters of a bucket have the dtype, device and memory format that they were drawn in."""
+    return all(_has_not_moved(bucket, k, p, c) for k, (p, c) in enumerate(zip(bucket.params, clean, strict=True)))
+
+
+def _has_not_moved(bucket: Bucket, k: int, p: Tensor, clean: Tensor) -> bool:
     part, value = dtensor.local(p), dtensor.local(clean)
     placed = part.device == bucket.device == value.device and part.dtype == bucket.dtypes[k]
-    return placed and part.numel() > 0 and same_layout(part, value)
+    return placed and same_layout(part, value)
 
 
 def _sampled(part: Tensor, look: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import dtensor
-from ..checks import LayoutError
+from ..checks import STORAGE_DTYPES, LayoutError
 from ..tables import same_layout
 from .buckets import MAX_PARTITIONS, Bucket, Call, Partition
 from .errors import refuse_lost_write, refuse_unseen_write, warn_left_as_written
@@ -26,6 +26,7 @@ from .external_writes import (
     draw_again,
     end_element_by_element,
     is_as_drawn,
+    is_laid_out_as_drawn,
     take_over,
 )
 from .layouts import like
@@ -403,52 +404,64 @@ class Weights:
 
     def _resume(self, kept: list[list[Tensor | None]]) -> None:
         """SUSPENDED -> PERTURBED, around the weights that are there now."""
-        before = self._held
+        partition, parts = self.partition, self._held
+        assert partition is not None
+        values: list[list[Tensor]] | None = None
         try:
-            for held in (h for h in self._held if h.bucket.has_master):
+            for held in (h for h in parts if h.bucket.has_master):
                 for p, master in zip(held.bucket.params, held.clean, strict=True):
                     take_over(dtensor.local(master), dtensor.local(p))
-            ascents = [held for held in self._held if held.call is None]
-            perturbed = [
-                [ascent_kept(*each) for each in zip(held.bucket.params, values, held.clean, strict=True)]
-                for held, values in zip(ascents, kept, strict=True)
-            ]
-            stores = [self.store(held.bucket) for held in self._held]
+            if not all(h.call is not None and is_laid_out_as_drawn(h.bucket, h.clean) for h in parts):
+                self._stores.clear()
+                values = [self._values_again(h, kept.pop(0) if h.call is None else []) for h in parts]
+            stores = [self.store(held.bucket) for held in parts] if values is None else []
+            calls = [h.call.with_clean(*s) for h, s in zip(parts, stores, strict=False) if h.call is not None]
+            for call in calls:
+                call.check()
         except BaseException:
             self.left()  # what is there are clean weights
             raise
         try:
-            try:
-                self._perturb_again(perturbed, stores)
-            except LayoutError:  # others have changed a memory format inside; nothing is written yet
-                self._stores.clear()
-                self._perturb_again(perturbed, [self.store(held.bucket) for held in self._held])
+            if values is None:
+                self._execute(partition, calls, stores)
+            else:
+                self._write_again(partition, values)
         except BaseException:
-            if self._held is before and not self.unfinished:
+            if self._held is parts and not self.unfinished:
                 self.left()  # nothing is written, and the copies may be older than what others wrote
             else:
                 self.put_back()
             raise
 
-    def _perturb_again(self, perturbed: list[list[Tensor]], stores: list[CleanStore]) -> None:
-        """Draw again, or put back the perturbed values of an ascent; a method does one of the two everywhere."""
-        partition, parts = self.partition, list(zip(self._held, stores, strict=True))
-        assert partition is not None
-        if not perturbed:
-            calls = [h.call.with_clean(*s) for h, s in parts if h.call is not None]
-            for call in calls:
-                call.check()
-            self._execute(partition, calls, stores)
-            return
-        for held, store in parts:
+    def _values_again(self, held: Held, kept: list[Tensor | None]) -> list[Tensor]:
+        """What a bucket will hold, where its call cannot simply be repeated; what it holds now are the clean weights.
+
+        Noise goes by the order in memory, so that it is drawn in the layout that it was drawn in first.
+
+        Raises:
+            TypeError: a parameter has a dtype now in which nothing can be drawn.
+        """
+        bucket, call = held.bucket, held.call
+        if call is None:
+            values = [ascent_kept(*each) for each in zip(bucket.params, kept, held.clean, strict=True)]
+            store = self.store(bucket)
             held.clean = store.masters or store.backups or []
-            if store.backups is not None:
-                _copy(store.backups, held.bucket.params)
-            held.ours = True
+        else:
+            for k, p in enumerate(bucket.params):
+                if p.dtype not in STORAGE_DTYPES:
+                    raise TypeError(f"clean: {bucket.name(k)} has become {p.dtype} inside, which no kernel perturbs")
+        if not bucket.has_master:
+            _copy(held.clean, bucket.params)
+        return values if call is None else draw_again(call, held.clean, range(len(bucket.params)))
+
+    def _write_again(self, partition: Partition, values: list[list[Tensor]]) -> None:
         self.unfinished = True
-        for (held, _), values in zip(parts, perturbed, strict=True):
-            _copy(held.bucket.params, values)
-        self.perturbed_by(partition, [(held.bucket, store, None) for held, store in parts])
+        for held in self._held:
+            held.ours = True
+        for held, new in zip(self._held, values, strict=True):
+            _copy(held.bucket.params, new)
+        stores = [CleanStore(None, h.clean) if h.bucket.has_master else CleanStore(h.clean, None) for h in self._held]
+        self.perturbed_by(partition, [(h.bucket, s, h.call) for h, s in zip(self._held, stores, strict=True)])
 
     def abandon(self) -> None:
         """The optimizer is gone: leave clean weights behind.
