@@ -23,6 +23,7 @@ from two_buckets import Run
 
 import flatkern
 from flatkern import IRE
+from flatkern.optim.phase import SUSPENDED
 
 FLATKERN = os.path.dirname(flatkern.__file__) + os.sep
 
@@ -283,6 +284,8 @@ def test_what_was_written_inside_a_clean_block_stays(kind, before, own, backend)
             run.has_written = True
 
     def check(run):
+        if run.opt.cycle.phase is SUSPENDED:
+            run.opt.cycle.weights.left()  # or it would count as perturbed in what other tests reach
         if run.opt.is_perturbed:
             run.opt.eval()
         written = [torch.full_like(c, 2.0) for c in run.clean]
@@ -290,8 +293,8 @@ def test_what_was_written_inside_a_clean_block_stays(kind, before, own, backend)
         right = all(same([w], [new]) or not (run.has_written or not same([w], [old])) for w, old, new in pairs)
         return None if right else "what was written is lost"
 
-    wrong = interrupt_everywhere(maker(kind, "SGD", before, backend, **own), block, check)
-    assert not [problem for problem in wrong if "lost" in problem]
+    assert not interrupt_everywhere(maker(kind, "SGD", before, backend, **own), block, check)
+    gc.collect()  # what hangs on exceptions, or other tests would collect it in the middle
 
 
 # --- steps ----------------------------------------------------------------------------------------
