@@ -23,6 +23,7 @@ from two_buckets import Run
 
 import flatkern
 from flatkern import IRE
+from flatkern.optim.phase import SUSPENDED
 
 FLATKERN = os.path.dirname(flatkern.__file__) + os.sep
 
@@ -264,6 +265,36 @@ def test_clean_block(kind, backend):
     make = maker(kind, "SGD", {"RWP": "perturb", "rolling": "train"}[kind], backend)
     wrong = interrupt_everywhere(make, clean_block, check)
     assert not [problem for problem in wrong if "is_perturbed" in problem or "restored" in problem]
+
+
+@pytest.mark.filterwarnings("ignore:.*ascends on bfloat16")
+@pytest.mark.parametrize(
+    ("kind", "before", "own"),
+    [("RWP", "perturb b", {}), ("rolling ARWP", "train", MASTERS), ("SAM", "b perturb", {})], ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+def test_what_was_written_inside_a_clean_block_stays(kind, before, own, backend):
+    """Wherever leaving it is interrupted: no older copy comes back. As above the optimizer may think it is inside."""
+
+    def block(run):
+        run.has_written = False
+        with run.opt.clean():
+            for p in run.params:
+                p.data.fill_(2.0)
+            run.has_written = True
+
+    def check(run):
+        if run.opt.cycle.phase is SUSPENDED:
+            run.opt.cycle.weights.left()  # or it would count as perturbed in what other tests reach
+        if run.opt.is_perturbed:
+            run.opt.eval()
+        written = [torch.full_like(c, 2.0) for c in run.clean]
+        pairs = zip(run.weights(), run.clean, written, strict=True)
+        right = all(same([w], [new]) or not (run.has_written or not same([w], [old])) for w, old, new in pairs)
+        return None if right else "what was written is lost"
+
+    assert not interrupt_everywhere(maker(kind, "SGD", before, backend, **own), block, check)
+    gc.collect()  # what hangs on exceptions, or other tests would collect it in the middle
 
 
 # --- steps ----------------------------------------------------------------------------------------

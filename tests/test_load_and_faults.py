@@ -19,7 +19,9 @@ import flatkern
 from flatkern import ASAM, IRE, RWP, SAM
 
 HALF = {"dtype": torch.bfloat16, "master_weights": True}
-pytestmark = pytest.mark.filterwarnings("ignore:.*ascends on bfloat16")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*ascends on bfloat16", "ignore:.*the names are unknown", "ignore:step. 10 steps of a rolling"
+)
 
 
 def is_two_pass(opt):
@@ -75,7 +77,7 @@ def made(name):
     base, own = dict(base), dict(own)
     net = Net(own.pop("dtype", torch.float32))
     rule = base.pop("rule")
-    params = torch.optim.RMSprop(net.parameters(), **base) if rule == "Wrap" else net.parameters()
+    params = torch.optim.RMSprop(net.parameters(), **base) if rule == "Wrap" else net.named_parameters()
     opt = getattr(flatkern, rule)(params, **({} if rule == "Wrap" else base), backend=live(backend), **own)
     if opt.rolling:
         opt.follow(net)
@@ -223,7 +225,7 @@ class Faulty:
 
     def __init__(self, name, backend, **own):
         self.net = Net(own.pop("dtype", torch.float32))
-        self.opt = flatkern.AdamW(self.net.parameters(), lr=0.01, perturb=FAULTY[name], backend=backend, **own)
+        self.opt = flatkern.AdamW(self.net.named_parameters(), lr=0.01, perturb=FAULTY[name], backend=backend, **own)
         if self.opt.rolling:
             self.opt.follow(self.net)
         self.params = list(self.net.parameters())
@@ -304,7 +306,7 @@ def test_an_optimizer_is_made_anew_in_the_middle(name, own, backend):
     assert not same(run.params, run.before)
 
     def anew(net):
-        opt = flatkern.SGD(net.parameters(), lr=0.05, perturb=FAULTY[name], backend=backend)
+        opt = flatkern.SGD(net.named_parameters(), lr=0.05, perturb=FAULTY[name], backend=backend)
         if opt.rolling:
             opt.follow(net)
         return opt
