@@ -9,6 +9,7 @@ are scikit-learn's handwritten digits where it is installed, else labels of a ra
 """
 
 import argparse
+import gc
 import os
 import statistics
 import time
@@ -145,6 +146,7 @@ def main():
             f"{epoch:5}  {losses[clean].mean():10.4f}  {losses[noisy].mean():10.4f}  {correct:11.2f} %  {ms:9.1f}  "
             f"{'equal' if same else 'DIFFERENT'}"
         )
+    gc.collect()  # of DDP's parts, some of which may otherwise outlive the group and end the process with an abort
     dist.destroy_process_group()
     if not same:
         raise SystemExit("the replicas differ")
