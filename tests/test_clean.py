@@ -1,5 +1,7 @@
 """with opt.clean(): clean weights, for others to read and to write; the perturbation then goes on around them."""
 
+import copy
+
 import pytest
 import torch
 from foreign_writes import ASCENTS, METHODS, PRECISIONS, Run, expected, same, write
@@ -96,6 +98,31 @@ def test_clean_on_clean_weights_tells_masters():
     run.opt.perturb()
     run.opt.restore()
     assert same(run.values(), written)
+
+
+def test_clean_on_clean_weights_keeps_training_forwards_clean():
+    """torch's update_bn() calls model.train(): a followed model's noise would go on inside, and into statistics."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8))
+    opt = flatkern.SGD(net.parameters(), lr=0.1, perturb=flatkern.RWP(sigma=0.3, rolling=True))
+    opt.follow(net)
+    x = torch.randn(16, 6)
+    net(x).square().sum().backward()
+    opt.step()
+    opt.eval()
+    alone = copy.deepcopy(net)
+    torch.optim.swa_utils.update_bn([x], alone)
+    with opt.clean():
+        torch.optim.swa_utils.update_bn([x], net)
+        assert same(list(net.parameters()), list(alone.parameters()))
+        assert torch.equal(net[1].running_mean, alone[1].running_mean)
+        with pytest.raises(RuntimeError, match=r"step: inside clean\(\)"):
+            opt.step()
+        net[0].weight.data.fill_(0.5)
+    assert not opt.is_perturbed
+    net(x)
+    opt.eval()
+    assert bool((net[0].weight == 0.5).all())
 
 
 def test_refresh_masters():
