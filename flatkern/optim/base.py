@@ -340,6 +340,7 @@ class FlatOptimizer(Saved):
         optimizer. Not seen are reads of the parameters themselves, such as the updates of an average: make them inside
         `with opt.clean():`. A model may be compiled before or after; into hooks of torch's own classes (a `Sequential`)
         and of parts of a compiled model Dynamo traces, so that `fullgraph=True` needs `follow(compiled)` there.
+        torch.jit.script() compiles hooks: `remove()` the handle before.
 
         Returns:
             A handle with `remove()`.
