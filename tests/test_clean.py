@@ -125,6 +125,41 @@ def test_clean_on_clean_weights_keeps_training_forwards_clean():
     assert bool((net[0].weight == 0.5).all())
 
 
+@pytest.mark.parametrize("method", [flatkern.RWP(0.3, rolling=True), flatkern.SAM(0.3)], ids=["rolling", "SAM"])
+def test_a_mask_from_clean_weights_while_they_are_perturbed(method):
+    """The mask that the clean weights give, and the step is that of a mask which came before."""
+
+    def trained(inside):
+        torch.manual_seed(0)
+        net, x = torch.nn.Linear(6, 4), torch.randn(8, 6)
+        opt = flatkern.SGD(net.parameters(), lr=0.1, perturb=method, enhance=flatkern.IRE(2.0, interval=2))
+
+        def update_mask():
+            net(x).square().sum().backward()
+            opt.update_mask()
+
+        for _ in range(4):
+            opt.zero_grad()
+            due = opt.mask_due
+            if due and not inside:
+                opt.eval()
+                update_mask()
+            if opt.rolling:
+                opt.train()
+            else:
+                net(x).exp().sum().backward()
+                opt.perturb()
+            if due and inside:
+                with opt.clean():
+                    update_mask()
+            net(x).exp().mean().backward()
+            opt.step()
+        opt.eval()
+        return [p.detach().clone() for p in net.parameters()]
+
+    assert same(trained(inside=True), trained(inside=False))
+
+
 def test_refresh_masters():
     """`.data` writes to clean half-precision weights; one element, and the others keep what bfloat16 cannot hold."""
     for refresh in (False, True):

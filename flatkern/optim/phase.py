@@ -24,7 +24,7 @@ TRANSITIONS: dict[str, dict[Phase, Phase]] = {
     "eval": {CLEAN: CLEAN, PERTURBED: CLEAN, SUSPENDED: SUSPENDED},
     "clean": {CLEAN: SUSPENDED, PERTURBED: SUSPENDED, SUSPENDED: SUSPENDED},
     "release": {CLEAN: CLEAN},
-    "update_mask": {CLEAN: CLEAN},
+    "update_mask": {CLEAN: CLEAN, SUSPENDED: SUSPENDED},
     "add_param_group": {CLEAN: CLEAN},
     "refresh_masters": {CLEAN: CLEAN, SUSPENDED: SUSPENDED},
     "state_dict": {CLEAN: CLEAN, SUSPENDED: SUSPENDED},
