@@ -73,11 +73,10 @@ def test_what_is_allowed_inside_clean(method):
             "add_param_group": lambda: opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]}),
             "step": opt.step,
         }
-        if opt.rolling:
-            opt.train()
-            opt.eval()
-            assert same(run.values(), inside)
-        else:
+        opt.train()
+        opt.eval()
+        assert same(run.values(), inside)
+        if not opt.rolling:
             calls |= {"perturb": opt.perturb, "restore": opt.restore}
         for name, call in calls.items():
             with pytest.raises(RuntimeError, match=rf"{name}: inside clean\(\)"):

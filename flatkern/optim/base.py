@@ -273,7 +273,7 @@ class FlatOptimizer(Saved):
 
         Outside everything is as before, bit for bit, around what others have written inside by any means, `p.data`
         too: noise is drawn again, of the same round; an ascent keeps its bits where nobody wrote, and its difference
-        elsewhere. Inside, `train()` and `eval()` of a rolling optimizer do nothing, `state_dict()` and `update_mask()`
+        elsewhere. Inside, `train()` and `eval()` do nothing, `state_dict()` and `update_mask()`
         are as on clean weights, and `perturb()`, `restore()`, `step()`, `add_param_group()` and `load_state_dict()`
         raise.
         """
@@ -325,9 +325,11 @@ class FlatOptimizer(Saved):
     def eval(self) -> None:
         """Rolling: clean weights (idempotent; the trajectory does not change). Otherwise as `restore()`."""
         self.cycle.followers.switched = True
+        if self.cycle.require("eval") is not Phase.PERTURBED:
+            return
         if not self.perturbation.rolling:
             self.restore()
-        elif self.cycle.require("eval") is Phase.PERTURBED:
+        else:
             self.cycle.gradients.note_noisy(self.cycle.groups.params())
             self.cycle.weights.restore_checked()
 
