@@ -1,5 +1,7 @@
 """with opt.clean(): clean weights, for others to read and to write; the perturbation then goes on around them."""
 
+import copy
+
 import pytest
 import torch
 from foreign_writes import ASCENTS, METHODS, PRECISIONS, Run, expected, same, write
@@ -71,11 +73,10 @@ def test_what_is_allowed_inside_clean(method):
             "add_param_group": lambda: opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]}),
             "step": opt.step,
         }
-        if opt.rolling:
-            opt.train()
-            opt.eval()
-            assert same(run.values(), inside)
-        else:
+        opt.train()
+        opt.eval()
+        assert same(run.values(), inside)
+        if not opt.rolling:
             calls |= {"perturb": opt.perturb, "restore": opt.restore}
         for name, call in calls.items():
             with pytest.raises(RuntimeError, match=rf"{name}: inside clean\(\)"):
@@ -96,6 +97,66 @@ def test_clean_on_clean_weights_tells_masters():
     run.opt.perturb()
     run.opt.restore()
     assert same(run.values(), written)
+
+
+def test_clean_on_clean_weights_keeps_training_forwards_clean():
+    """torch's update_bn() calls model.train(): a followed model's noise would go on inside, and into statistics."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8))
+    opt = flatkern.SGD(net.parameters(), lr=0.1, perturb=flatkern.RWP(sigma=0.3, rolling=True))
+    opt.follow(net)
+    x = torch.randn(16, 6)
+    net(x).square().sum().backward()
+    opt.step()
+    opt.eval()
+    alone = copy.deepcopy(net)
+    torch.optim.swa_utils.update_bn([x], alone)
+    with opt.clean():
+        torch.optim.swa_utils.update_bn([x], net)
+        assert same(list(net.parameters()), list(alone.parameters()))
+        assert torch.equal(net[1].running_mean, alone[1].running_mean)
+        with pytest.raises(RuntimeError, match=r"step: inside clean\(\)"):
+            opt.step()
+        net[0].weight.data.fill_(0.5)
+    assert not opt.is_perturbed
+    net(x)
+    opt.eval()
+    assert bool((net[0].weight == 0.5).all())
+
+
+@pytest.mark.parametrize("method", [flatkern.RWP(0.3, rolling=True), flatkern.SAM(0.3)], ids=["rolling", "SAM"])
+def test_a_mask_from_clean_weights_while_they_are_perturbed(method):
+    """The mask that the clean weights give, and the step is that of a mask which came before."""
+
+    def trained(inside):
+        torch.manual_seed(0)
+        net, x = torch.nn.Linear(6, 4), torch.randn(8, 6)
+        opt = flatkern.SGD(net.parameters(), lr=0.1, perturb=method, enhance=flatkern.IRE(2.0, interval=2))
+
+        def update_mask():
+            net(x).square().sum().backward()
+            opt.update_mask()
+
+        for _ in range(4):
+            opt.zero_grad()
+            due = opt.mask_due
+            if due and not inside:
+                opt.eval()
+                update_mask()
+            if opt.rolling:
+                opt.train()
+            else:
+                net(x).exp().sum().backward()
+                opt.perturb()
+            if due and inside:
+                with opt.clean():
+                    update_mask()
+            net(x).exp().mean().backward()
+            opt.step()
+        opt.eval()
+        return [p.detach().clone() for p in net.parameters()]
+
+    assert same(trained(inside=True), trained(inside=False))
 
 
 def test_refresh_masters():

@@ -13,6 +13,7 @@ from patterns import same
 from test_follow import NOISE, Net, X, make, train, weights
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._subclasses import FakeTensorMode
 
 import flatkern
 
@@ -284,3 +285,57 @@ def test_importing_flatkern_does_not_import_dynamo():
     """It takes a second, and is needed by those who construct an optimizer only."""
     code = "import flatkern, sys; assert 'torch._dynamo' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- other tracers and transforms -----------------------------------------------------------------
+
+
+def per_sample_gradients(model):
+    def loss(values, x):
+        return torch.func.functional_call(model, values, (x[None],)).square().sum()
+
+    values = {name: p.detach() for name, p in model.named_parameters()}
+    torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, X)
+    return None
+
+
+def fake(model):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model(X)
+
+
+TRACERS = {
+    "func": per_sample_gradients,
+    "trace": lambda model: torch.jit.trace(model, (X,)),
+    "export": lambda model: torch.export.export(model, (X,), strict=False).module(),
+    "fake": fake,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_the_noise_of_a_traced_forward_is_not_traced(tracer, steps, trains):
+    """Each computes with tensors of its own, which have no memory, or records what a forward does."""
+    model = sequential()
+    opt = flatkern.SGD(model.parameters(), lr=0.1, perturb=flatkern.RWP(sigma=0.3, rolling=True))
+    opt.follow(model)
+    for _ in range(steps):
+        opt.zero_grad()
+        model(X).square().sum().backward()
+        opt.step()
+    if trains:
+        opt.eval()
+    clean = weights(copy.deepcopy(model))
+    if steps and not trains:
+        opt.train()
+    traced = TRACERS[tracer](model.train(trains))
+    assert opt.is_perturbed is trains
+    if traced is not None:
+        assert torch.equal(traced(X), model(X))
+    opt.eval()
+    assert same(weights(model), clean)
+    model.train()(X).square().sum().backward()
+    opt.step()
+    opt.eval()

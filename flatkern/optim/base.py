@@ -273,8 +273,9 @@ class FlatOptimizer(Saved):
 
         Outside everything is as before, bit for bit, around what others have written inside by any means, `p.data`
         too: noise is drawn again, of the same round; an ascent keeps its bits where nobody wrote, and its difference
-        elsewhere. Inside, `train()` and `eval()` of a rolling optimizer do nothing, `state_dict()` is as on clean
-        weights, and `perturb()`, `restore()`, `step()`, `add_param_group()` and `load_state_dict()` raise.
+        elsewhere. Inside, `train()` and `eval()` do nothing, `state_dict()` and `update_mask()`
+        are as on clean weights, and `perturb()`, `restore()`, `step()`, `add_param_group()` and `load_state_dict()`
+        raise.
         """
         self.cycle.require("clean")
         with self.cycle.weights.clean():
@@ -324,9 +325,11 @@ class FlatOptimizer(Saved):
     def eval(self) -> None:
         """Rolling: clean weights (idempotent; the trajectory does not change). Otherwise as `restore()`."""
         self.cycle.followers.switched = True
+        if self.cycle.require("eval") is not Phase.PERTURBED:
+            return
         if not self.perturbation.rolling:
             self.restore()
-        elif self.cycle.require("eval") is Phase.PERTURBED:
+        else:
             self.cycle.gradients.note_noisy(self.cycle.groups.params())
             self.cycle.weights.restore_checked()
 
@@ -340,6 +343,7 @@ class FlatOptimizer(Saved):
         optimizer. Not seen are reads of the parameters themselves, such as the updates of an average: make them inside
         `with opt.clean():`. A model may be compiled before or after; into hooks of torch's own classes (a `Sequential`)
         and of parts of a compiled model Dynamo traces, so that `fullgraph=True` needs `follow(compiled)` there.
+        torch.jit.script() compiles hooks: `remove()` the handle before.
 
         Returns:
             A handle with `remove()`.
@@ -396,9 +400,9 @@ class FlatOptimizer(Saved):
                 flatkern.sampled_label_loss(model(x)).backward()
                 opt.update_mask()
 
-        On clean weights, with no gradients of a step pending, and with new gradients: those that the last step has
-        used are refused. Only the order of the gradients counts, so a loss scale does not matter. Reads the gradients
-        three or four times; a parameter without one, or a frozen one, gets a mask of zeros.
+        On clean weights (`with opt.clean():` will do), with no gradients of a step pending, and with new gradients:
+        those that the last step has used are refused. Only the order of the gradients counts, so a loss scale does not
+        matter. Reads the gradients three or four times; a parameter without one, or a frozen one, gets a mask of zeros.
 
         Arguments:
             scaler: the GradScaler in use: gradients that are not finite then leave the mask as it is, in silence.

@@ -33,10 +33,11 @@ class Cycle:
     | step(), rolling    | update, -> PERTURBED        | update, new noise         | refused   |
     | train(), rolling   | -> PERTURBED                | nothing                   | nothing   |
     | eval(), rolling    | nothing                     | -> CLEAN                  | nothing   |
-    | clean()            | nothing                     | -> SUSPENDED, and back    | nothing   |
+    | clean()            | -> SUSPENDED, and back      | -> SUSPENDED, and back    | nothing   |
     | state_dict(), pickle | between steps             | refused                   | between steps |
     | load_state_dict()  | loads                       | -> CLEAN, loads           | refused   |
-    | add_param_group(), update_mask() | between steps | refused                   | refused   |
+    | add_param_group()  | between steps               | refused                   | refused   |
+    | update_mask()      | between steps               | refused                   | between steps |
 
     `TRANSITIONS` is the same as data.
     """

@@ -11,7 +11,7 @@ import torch
 from .cycle import Cycle
 from .followers import Followed
 from .phase import PERTURBED, SUSPENDED
-from .tracing import untraced
+from .tracing import is_observed, unobserved, untraced
 
 GUARDS = "_flatkern_guards"
 
@@ -70,7 +70,11 @@ class _Forward(_Hook):
                 opt.cycle.followers.trained = True
             else:
                 opt.cycle.followers.evaluated = True
-            opt.train(model.training)
+            if is_observed():
+                with unobserved():
+                    opt.train(model.training)
+            else:
+                opt.train(model.training)
 
 
 class _Guard(_Hook):

@@ -10,7 +10,7 @@ class Phase(Enum):
 
     CLEAN = "clean weights"
     PERTURBED = "perturbed weights"
-    SUSPENDED = "clean weights inside clean(), and a perturbation that waits"
+    SUSPENDED = "clean weights inside clean(); a perturbation waits, if there was one"
 
 
 CLEAN, PERTURBED, SUSPENDED = Phase
@@ -22,9 +22,9 @@ TRANSITIONS: dict[str, dict[Phase, Phase]] = {
     "rolling step": {CLEAN: PERTURBED, PERTURBED: PERTURBED},
     "train": {CLEAN: PERTURBED, PERTURBED: PERTURBED, SUSPENDED: SUSPENDED},
     "eval": {CLEAN: CLEAN, PERTURBED: CLEAN, SUSPENDED: SUSPENDED},
-    "clean": {CLEAN: CLEAN, PERTURBED: SUSPENDED, SUSPENDED: SUSPENDED},
+    "clean": {CLEAN: SUSPENDED, PERTURBED: SUSPENDED, SUSPENDED: SUSPENDED},
     "release": {CLEAN: CLEAN},
-    "update_mask": {CLEAN: CLEAN},
+    "update_mask": {CLEAN: CLEAN, SUSPENDED: SUSPENDED},
     "add_param_group": {CLEAN: CLEAN},
     "refresh_masters": {CLEAN: CLEAN, SUSPENDED: SUSPENDED},
     "state_dict": {CLEAN: CLEAN, SUSPENDED: SUSPENDED},

@@ -370,9 +370,15 @@ class Weights:
 
         Noise is drawn again, of the same round. An ascent cannot be: its perturbed values are kept.
         """
-        if self.phase is not PERTURBED:
+        if self.phase is SUSPENDED:  # inside another clean()
             yield
-            if self.phase is CLEAN:
+            return
+        if self.phase is CLEAN:
+            try:
+                self.phase = SUSPENDED  # or a training forward of a followed model would put the noise on
+                yield
+            finally:
+                self.phase = CLEAN
                 self._state.forget_masters()  # others may have written to p.data, which moves no version
             return
         with torch.no_grad():
