@@ -102,6 +102,7 @@ def interrupt_everywhere(make, call, check):
 
     Every sixteenth time the run has to go on training, too.
     """
+    gc.collect()  # optimizers of earlier tests, which every call looks at as long as they are perturbed
     first, whole = make(), make()
     call(first)  # what is imported, resolved and cached once
     first.opt.eval()
