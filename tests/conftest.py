@@ -40,6 +40,36 @@ def backend(request):
     return live(request.param)
 
 
+def _ranks(world):
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    from ranks import Ranks
+
+    ranks = Ranks(world)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def two():
+    """Two ranks, for all tests that need some: each is a process that has to import torch."""
+    yield from _ranks(2)
+
+
+@pytest.fixture(scope="session")
+def four():
+    yield from _ranks(4)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests of several ranks run in one worker, under xdist's --dist loadgroup, so that their processes start once."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if {"two", "four"} & set(item.fixturenames):
+                item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
 @pytest.fixture
 def native():
     """The compiled module."""

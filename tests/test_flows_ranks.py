@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from patterns import same
-from ranks import Ranks
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -29,13 +28,6 @@ METHODS = {
     "rolling": flatkern.RWP(0.1, eta=1.0, rolling=True),
     "SAM": flatkern.SAM(0.2),
 }
-
-
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
 
 
 def network(seed=0):

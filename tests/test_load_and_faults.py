@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from conftest import live
 from patterns import METHODS, Training, backends, same, same_state, train
-from ranks import Ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -411,15 +410,6 @@ def ranks_by_block(opt, a_pass):
     with contextlib.nullcontext() if opt.rolling else opt.perturbed():
         a_pass()
         opt.step()
-
-
-@pytest.fixture(scope="module")
-def two():
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
 
 
 @pytest.mark.parametrize("user", [ranks_by_closure, ranks_by_block])

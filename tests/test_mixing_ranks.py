@@ -32,7 +32,6 @@ from parallel_training import (
     train,
     whole,
 )  # fmt: skip
-from ranks import Ranks
 from torch.nn.functional import cross_entropy
 from unchanged import refused
 
@@ -42,12 +41,10 @@ if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
 
-@pytest.fixture(scope="module")
-def worlds():
+@pytest.fixture
+def worlds(four):
     """`worlds(n, function, ...)` runs it on n of four ranks, which are all of the world or a group of their own."""
-    ranks = Ranks(4)
-    yield lambda world, *args: ranks.call(on_the_first, world, *args)[:world]
-    ranks.close()
+    return lambda world, *args: four.call(on_the_first, world, *args)[:world]
 
 
 def trained(group, options):

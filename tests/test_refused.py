@@ -91,7 +91,7 @@ def test_phase(kind, before, call, message, rest, backend):
     assert_same_run(run, untroubled)
 
 
-INSIDE = ("restore", "step", "closure", "add_param_group", "mask", "release")
+INSIDE = ("restore", "step", "closure", "add_param_group", "release")
 
 
 @pytest.mark.parametrize("name", ["perturb", "perturbed", *INSIDE])

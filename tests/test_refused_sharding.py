@@ -5,7 +5,6 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
 
 import flatkern
 
@@ -17,13 +16,6 @@ NEEDS_ALL = {
     "enhance": {"enhance": flatkern.IRE(1.0)},
     "max_grad_norm": {"max_grad_norm": 1.0},
 }
-
-
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
 
 
 def network():

@@ -6,7 +6,6 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
 from torch.nn.parallel import DistributedDataParallel
 
 import flatkern
@@ -30,13 +29,6 @@ BASES = {
     "AdamW": functools.partial(flatkern.AdamW, lr=0.01),
     "Wrap": lambda params, **ours: flatkern.Wrap(torch.optim.RMSprop(params, lr=0.01), **ours),
 }
-
-
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
 
 
 def network():

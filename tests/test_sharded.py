@@ -6,7 +6,6 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -36,20 +35,6 @@ BASES = {
     "Wrap": lambda params, **ours: flatkern.Wrap(torch.optim.RMSprop(params, lr=0.01), **ours),
 }
 every_method = pytest.mark.parametrize("method", METHODS)
-
-
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def four():
-    ranks = Ranks(4)
-    yield ranks
-    ranks.close()
 
 
 def tensors(seed, scale=1.0):
