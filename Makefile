@@ -138,7 +138,7 @@ gpu-report: $(if $(NO_VENV),,$(VENV)/.editable) ## a report of what `make gpu` w
 # Arguments that need a plugin are given only where the plugin is. The benchmarks' own tests run by themselves,
 # and before the others: both folders have a conftest.py and are no packages.
 PYTEST = $(RUN) -m pytest \
-  $$($(call has,xdist) && echo "-n $(JOBS) --dist loadgroup") $$($(call has,pytest_benchmark) && echo --benchmark-disable)
+  $$($(call has,xdist) && echo "-n $(JOBS) --dist worksteal") $$($(call has,pytest_benchmark) && echo --benchmark-disable)
 
 test: build check ## build, check, every test (the wheel's too)
 	@$(call has,pytest) || { echo "error: pytest is not installed for $(PY)" >&2; exit 1; }

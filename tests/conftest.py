@@ -62,14 +62,6 @@ def four():
     yield from _ranks(4)
 
 
-def pytest_collection_modifyitems(config, items):
-    """Tests of several ranks run in one worker, under xdist's --dist loadgroup, so that their processes start once."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if {"two", "four"} & set(item.fixturenames):
-                item.add_marker(pytest.mark.xdist_group("ranks"))
-
-
 @pytest.fixture
 def native():
     """The compiled module."""

@@ -60,12 +60,10 @@ SGD = {"rule": "SGD", "lr": 0.02, "momentum": 0.9, "weight_decay": 1e-3}
 ADAMW = {"rule": "AdamW", "lr": 1e-3}
 # One base, precision and backend for each method; eager noise is slow.
 LONG = {
-    "RWP": ("cpp", ADAMW, {"perturb": RWP(0.05)}),
     "ARWP": ("cpp", SGD, {"perturb": RWP(0.05, eta=1.0), **HALF}),
     "m-RWP": ("cpp", SGD, {"perturb": RWP(0.05, lam=0.5), "max_grad_norm": 1.0}),
     "m-ARWP": ("cpp", ADAMW, {"perturb": RWP(0.05, lam=0.5, eta=1.0, mix="losses")}),
     "rolling ARWP": ("cpp", ADAMW, {"perturb": RWP(0.05, eta=1.0, rolling=True), **HALF}),
-    "SAM": ("cpp", SGD, {"perturb": SAM(0.05), **HALF}),
     "ASAM": ("eager", {"rule": "Wrap", "lr": 1e-3}, {"perturb": ASAM(0.1)}),
     "IRE, SAM": ("cpp", SGD, {"enhance": IRE(1.0, interval=7), "perturb": SAM(0.05)}),
 }
