@@ -15,7 +15,6 @@ DRAWS = {
 ASCENTS = {"SAM": SAM(0.05), "ASAM": ASAM(0.5)}
 METHODS = DRAWS | ASCENTS
 PRECISIONS = {"float32": (torch.float32, False), "bfloat16": (torch.bfloat16, False), "masters": (torch.bfloat16, True)}
-BITS = {4: torch.int32, 2: torch.int16}
 
 
 def shapes(dtype):
@@ -74,11 +73,6 @@ class Run:
 
     def values(self):
         return [p.detach().clone() for p in self.params]
-
-
-def same(a, b):
-    return all(torch.equal(x.view(BITS[x.element_size()]), y.view(BITS[y.element_size()]))
-               for x, y in zip(a, b, strict=True))  # fmt: skip
 
 
 def write(params, data=False):

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from foreign_writes import ASCENTS, METHODS, PRECISIONS, Run, expected, same, write
+from foreign_writes import ASCENTS, METHODS, PRECISIONS, Run, expected, write
+from patterns import same
 
 import flatkern
 

@@ -10,8 +10,9 @@ import warnings
 
 import pytest
 import torch
-from foreign_writes import ASCENTS, DRAWS, METHODS, PRECISIONS, Run, expected, same, write
+from foreign_writes import ASCENTS, DRAWS, METHODS, PRECISIONS, Run, expected, write
 from networks import twins
+from patterns import same
 
 import flatkern
 from flatkern import RWP, SAM

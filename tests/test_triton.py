@@ -18,6 +18,7 @@ import torch
 from capturing import TRAINED
 from compare import assert_ulp, assert_within, bits
 from flatkern.triton_kernels import launch, update
+from patterns import same
 from test_noise import COUNTERS, KNOWN, fill, numbers, philox, strict_fma, strict_radii
 
 import flatkern
@@ -442,4 +443,4 @@ def test_a_draw_can_be_repeated(precision):
         clean = run.values()
     spots = foreign_writes.write(run.params)
     run.opt.eval()
-    assert foreign_writes.same(run.values(), foreign_writes.expected(clean, spots))
+    assert same(run.values(), foreign_writes.expected(clean, spots))

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import dtensor
 from .buckets import Bucket, Call, Partition
 from .cycle import Cycle
+from .external_writes import REPEATABLE
 from .scalars import Read, last_draw
 from .weights import CleanStore
 
@@ -55,7 +56,7 @@ def noise_call(cycle: Cycle, bucket: Bucket, store: CleanStore, noise: Tensor, r
     history = cycle.state.histories(bucket.params) if any(lists["eta"]) else None
     norms = _norms_of_the_whole(bucket, store.masters or bucket.params) if bucket.split_vectors else None
     arguments = bucket.params, *store, norms, history, sigmas, noise
-    call = Call(bucket, "perturb_gaussian_", arguments, {**lists, "index": bucket.index, "offset": bucket.offset})
+    call = Call(bucket, REPEATABLE, arguments, {**lists, "index": bucket.index, "offset": bucket.offset})
     if sigmas is not None:
         call.drawn_with = partial(cycle.scalars.drawn_with, bucket, cycle.rolling)
     return call

@@ -49,6 +49,11 @@ def gradients_of(params: list[Tensor]) -> Grads:
     return [p.grad for p in params]
 
 
+def first_grad(params: list[Tensor]) -> Any:
+    """The gradient that speaks for all of a pass; None without one. A frozen parameter may keep an old one."""
+    return next((p.grad for p in params if p.grad is not None and p.requires_grad), None)
+
+
 def resolved(grads: Grads) -> Grads:
     """Gradients that waited outside of `.grad`, without the negative bit; see `gradients_of`."""
     return [None if g is None else g.resolve_neg() for g in grads]
@@ -112,7 +117,7 @@ class Ledger:
         """
         if not self.is_new(params):
             return False
-        first = next(p.grad for p in params if p.grad is not None and p.requires_grad)
+        first = first_grad(params)
         if not (first.is_cpu and self.holds_zeros_only(params)):
             return True
         self.mark_zeroed(params)
@@ -120,19 +125,18 @@ class Ledger:
 
     def holds_zeros_only(self, params: list[Tensor]) -> bool:
         """True if the gradients are tensors of the last step that somebody else has zeroed in place."""
-        first = next((p.grad for p in params if p.grad is not None and p.requires_grad), None)
+        first = first_grad(params)
         known = first is not None and self._last_used is not None and self._last_used[0]() is first
         return known and not any(bool(dtensor.local(p.grad).any()) for p in params if p.grad is not None)
 
     def note_noisy(self, params: list[Tensor]) -> None:
         """Rolling: the noise goes, and a new gradient in `.grad` was taken under it."""
         if self.is_new(params):
-            first = next(p.grad for p in params if p.grad is not None and p.requires_grad)
-            self._noisy = weakref.ref(first)
+            self._noisy = weakref.ref(first_grad(params))
 
     def is_noisy(self, params: list[Tensor]) -> bool:
         """True if `.grad` holds the gradient that `note_noisy` saw; it may have been clipped or unscaled since."""
-        first = next((p.grad for p in params if p.grad is not None and p.requires_grad), None)
+        first = first_grad(params)
         return first is not None and self._noisy is not None and self._noisy() is first
 
     def mark_used(self, params: list[Tensor]) -> None:
