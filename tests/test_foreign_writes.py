@@ -209,6 +209,15 @@ def test_writes_that_go_with_the_perturbation(method, precision):
     assert same(*ends)
 
 
+def test_data_writes_that_go_with_the_perturbation():
+    """A rolling eval() does not take them for others'."""
+    run = Run("rolling", writes="drop")
+    clean = run.into_perturbed()
+    write(run.params, data=True)
+    run.opt.eval()
+    assert same(run.values(), clean)
+
+
 def test_what_writes_may_be():
     with pytest.raises(ValueError, match='writes is \'no\', but should be "keep" or "drop"'):
         Run("RWP", writes="no")

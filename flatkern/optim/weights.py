@@ -222,17 +222,18 @@ class Weights:
         """What others write to these parameters while they are perturbed goes with the perturbation."""
         self._dropping.update(params)
 
+    def _dropped(self, bucket: Bucket) -> list[bool]:
+        """For each parameter, whether what others write goes with the perturbation."""
+        drops = bucket.values("drops writes", lambda group: group["writes"] == "drop")
+        return [by_group or p in self._dropping for p, by_group in zip(bucket.params, drops, strict=True)]
+
     def _moved(self, held: Held) -> list[int]:
         """Positions that others have written since, without those whose writes are dropped."""
-        now, bucket = held.bucket.versions(), held.bucket
+        now = held.bucket.versions()
         if held.ours or now == held.versions:
             return []
-        drops = bucket.values("drops writes", lambda group: group["writes"] == "drop")
-        return [
-            k
-            for k, (p, a, b) in enumerate(zip(bucket.params, now, held.versions, strict=True))
-            if a != b and not drops[k] and p not in self._dropping
-        ]
+        triples = zip(now, held.versions, self._dropped(held.bucket), strict=True)
+        return [k for k, (a, b, dropped) in enumerate(triples) if a != b and not dropped]
 
     def check_writes(self) -> None:
         """Refuse a step that would undo what others wrote. A write that changed nothing is none.
@@ -311,11 +312,10 @@ class Weights:
 
     def _differing(self, held: Held) -> list[int]:
         """Positions whose values are not as drawn, though their version has not moved."""
-        params, now = held.bucket.params, held.bucket.versions()
-        call = held.call
+        now, dropped, call = held.bucket.versions(), self._dropped(held.bucket), held.call
         assert call is not None
-        differing = differ_from_draw(call, params, held.clean, self._looks)
-        return [k for k in differing if now[k] == held.versions[k] and params[k] not in self._dropping]
+        differing = differ_from_draw(call, held.bucket.params, held.clean, self._looks)
+        return [k for k in differing if now[k] == held.versions[k] and not dropped[k]]
 
     def restore_untouched(self) -> None:
         """Put clean weights back where an interrupted update has not written new ones."""
