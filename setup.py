@@ -22,7 +22,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 FAMILIES = ("noise", "norm", "perturb", "update", "mask")
-COMMON = ("bindings.cpp", "from_python.cpp", "describe.cpp", "cpu/check.cpp", "cpu/isa.cpp")
+COMMON = ("cpu/bindings.cpp", "cpu/isa.cpp", "common/check.cpp", "common/describe.cpp", "common/from_python.cpp")
 X86_ISAS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],

@@ -8,7 +8,7 @@
 #endif
 
 #include "../math/norm.h"
-#include "ops.h"
+#include "kernels.h"
 #include "reduce.h"
 
 namespace flatkern::cpu::FK_ISA {

@@ -3,8 +3,8 @@
 
 #include <cstring>
 
+#include "../common/table.h"
 #include "../math/arithmetic.h"
-#include "table.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

@@ -3,6 +3,7 @@
 
 #include "../math/update.h"
 #include "apply.h"
+#include "scalars.h"
 
 namespace flatkern::cpu::FK_ISA {
 

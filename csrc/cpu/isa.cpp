@@ -4,23 +4,41 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "kernels.h"
+
 #if defined(FK_X86)
 #include <cpuid.h>
 #endif
 
 namespace flatkern::cpu {
+
+// The walks of one instruction set.
+struct Kernels {
+#define FK_MEMBER(Args, name) void (*name)(const Args&);
+  FK_FOR_EACH_OPERATION(FK_MEMBER)
+#undef FK_MEMBER
+};
+
+#define FK_ADDRESS(Args, name) name,
+#define FK_DEFINE_TABLE(isa)                                        \
+  namespace isa {                                                   \
+  constexpr Kernels kKernels = {FK_FOR_EACH_OPERATION(FK_ADDRESS)}; \
+  }
+FK_DEFINE_TABLE(baseline)
+#if defined(FK_X86)
+FK_DEFINE_TABLE(avx2)
+FK_DEFINE_TABLE(avx512)
+#endif
+#undef FK_DEFINE_TABLE
+#undef FK_ADDRESS
+
 namespace {
 
 struct Isa {
   const char* name;
   bool (*supported)();
-  Kernels kernels;
+  const Kernels* kernels;
 };
-
-#define FK_KERNELS(isa)                                                                                          \
-  {isa::fill_normal_,      isa::filter_norms_, isa::ascent_norm_,   isa::gradient_norm_, isa::perturb_gaussian_, \
-   isa::perturb_ascent_,   isa::restore_,      isa::mix_gradients_, isa::sgd_update_,    isa::adam_update_,      \
-   isa::count_magnitudes_, isa::pack_mask_,    isa::amplify_}
 
 bool always() { return true; }
 
@@ -38,10 +56,10 @@ bool has_avx512() {
 #endif
 
 const Isa kIsas[] = {
-    {"baseline", always, FK_KERNELS(baseline)},
+    {"baseline", always, &baseline::kKernels},
 #if defined(FK_X86)
-    {"avx2", has_avx2, FK_KERNELS(avx2)},
-    {"avx512", has_avx512, FK_KERNELS(avx512)},
+    {"avx2", has_avx2, &avx2::kKernels},
+    {"avx512", has_avx512, &avx512::kKernels},
 #endif
 };
 
@@ -56,7 +74,10 @@ std::vector<std::string> isas() {
   return names;
 }
 
-const Kernels& kernels() { return chosen->kernels; }
+#define FK_RUN(Args, name) \
+  void run(const Args& a) { chosen->kernels->name(a); }
+FK_FOR_EACH_OPERATION(FK_RUN)
+#undef FK_RUN
 
 std::string isa() { return chosen->name; }
 

@@ -4,15 +4,19 @@
 #include <string>
 #include <vector>
 
-#include "ops.h"
+#include "../common/arguments.h"
 
 namespace flatkern::cpu {
+
+// One operation, on the instruction set that was chosen.
+#define FK_DECLARE(Args, name) void run(const Args& a);
+FK_FOR_EACH_OPERATION(FK_DECLARE)
+#undef FK_DECLARE
 
 // Compiled and supported by this processor, the best last.
 std::vector<std::string> isas();
 
-// The kernels that run, and their name.
-const Kernels& kernels();
+// The name of the one that runs.
 std::string isa();
 
 // Throws std::invalid_argument for a name that is not among isas(). Returns the previous name.

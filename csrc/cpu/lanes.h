@@ -1,8 +1,8 @@
 // Vectors of Philox words for one instruction set: one 64-bit lane per counter, as the widening product needs.
 #pragma once
 
+#include "../common/table.h"
 #include "../math/noise.h"
-#include "table.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

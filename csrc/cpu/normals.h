@@ -4,6 +4,7 @@
 #include "../math/perturb.h"
 #include "apply.h"
 #include "lanes.h"
+#include "scalars.h"
 
 namespace flatkern::cpu::FK_ISA {
 

@@ -10,24 +10,24 @@
 #if defined(__CUDACC__)
 #define FK_HD static __host__ __device__ __forceinline__
 #else
-#define FK_HD static __attribute__((always_inline))
+#define FK_HD static inline __attribute__((always_inline))
 #endif
 
 namespace flatkern::math {
 
-FK_HD inline float float_of(uint32_t bits) {
+FK_HD float float_of(uint32_t bits) {
   float x;
   memcpy(&x, &bits, sizeof x);
   return x;
 }
 
-FK_HD inline uint32_t bits_of(float x) {
+FK_HD uint32_t bits_of(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   return bits;
 }
 
-FK_HD inline float fma(float a, float b, float c) {
+FK_HD float fma(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return __fmaf_rn(a, b, c);
 #elif defined(__x86_64__) && !defined(__FMA__)
@@ -40,7 +40,7 @@ FK_HD inline float fma(float a, float b, float c) {
 }
 
 // Correctly rounded, as IEEE asks of a square root.
-FK_HD inline float root(float x) {
+FK_HD float root(float x) {
 #if defined(__CUDA_ARCH__)
   return __fsqrt_rn(x);
 #else
@@ -49,11 +49,11 @@ FK_HD inline float root(float x) {
 }
 
 // g <- clip (factor g + clean_weight g_clean); a clip that is absent is 1, which changes no bit.
-FK_HD inline float mixed(float g, float clean, float factor, float clean_weight, float clip) {
+FK_HD float mixed(float g, float clean, float factor, float clean_weight, float clip) {
   return (factor * g + clean_weight * clean) * clip;
 }
 
 // The same without a clean gradient: nothing is added, so a negative zero stays one.
-FK_HD inline float mixed(float g, float factor, float clip) { return factor * g * clip; }
+FK_HD float mixed(float g, float factor, float clip) { return factor * g * clip; }
 
 }  // namespace flatkern::math

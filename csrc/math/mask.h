@@ -6,7 +6,7 @@
 namespace flatkern::math {
 
 // The bits of |g|, which as an integer have the order of |g|; NaN is above all.
-FK_HD inline uint32_t magnitude_bits(float g) { return bits_of(g) & 0x7FFFFFFFu; }
+FK_HD uint32_t magnitude_bits(float g) { return bits_of(g) & 0x7FFFFFFFu; }
 
 // From here on they are those of infinity and of NaN.
 constexpr uint32_t kInfinityBits = 0x7F800000u;
@@ -15,9 +15,9 @@ constexpr uint32_t kInfinityBits = 0x7F800000u;
 constexpr int kDigits = 3;
 constexpr int kDigitWidth[kDigits] = {11, 10, 10}, kDigitShift[kDigits] = {20, 10, 0};
 
-FK_HD inline bool is_small(float g, float threshold) { return float_of(magnitude_bits(g)) <= threshold; }
+FK_HD bool is_small(float g, float threshold) { return float_of(magnitude_bits(g)) <= threshold; }
 
 // w + kappa (w - w_old), where the mask is set.
-FK_HD inline float amplified(float w, float previous, float kappa) { return w + kappa * (w - previous); }
+FK_HD float amplified(float w, float previous, float kappa) { return w + kappa * (w - previous); }
 
 }  // namespace flatkern::math

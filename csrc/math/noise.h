@@ -12,14 +12,16 @@ constexpr uint32_t kKeyStep0 = 0x9E3779B9, kKeyStep1 = 0xBB67AE85;
 struct Word {
   uint64_t x;
 };
-FK_HD inline Word multiply(Word a, uint32_t b) { return {(a.x & 0xFFFFFFFFu) * b}; }
-FK_HD inline Word high(Word a) { return {a.x >> 32}; }
-FK_HD inline Word exclusive_or(Word a, Word b, uint32_t c) { return {a.x ^ b.x ^ c}; }
+FK_HD Word multiply(Word a, uint32_t b) { return {(a.x & 0xFFFFFFFFu) * b}; }
+FK_HD Word high(Word a) { return {a.x >> 32}; }
+FK_HD Word exclusive_or(Word a, Word b, uint32_t c) { return {a.x ^ b.x ^ c}; }
 
 // Philox4x32-10 (Salmon et al. 2011). A template, because vectors of words run the same ten rounds.
 template <class Words>
-FK_HD inline void philox4x32(Words (&c)[4], uint32_t k0, uint32_t k1) {
-#if defined(__GNUC__) && !defined(__clang__)
+FK_HD void philox4x32(Words (&c)[4], uint32_t k0, uint32_t k1) {
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#elif defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {
@@ -36,14 +38,32 @@ FK_HD inline void philox4x32(Words (&c)[4], uint32_t k0, uint32_t k1) {
 
 // Coefficients from the highest power down.
 template <class... Coefficients>
-FK_HD inline float horner(float x, float first, Coefficients... rest) {
+FK_HD float horner(float x, float first, Coefficients... rest) {
   float result = first;
   ((result = fma(result, x, rest)), ...);
   return result;
 }
 
+// The square root of a radius' square: correctly rounded for every t that a radius can have, on every machine.
+FK_HD float radius_root(float t) {
+#if defined(__CUDA_ARCH__) || defined(FK_EMULATION)
+  // The general square root of a GPU has a branch for what no t is: zero, subnormal, infinite. For all others an
+  // estimate and one Newton step do.
+  float e;
+#if defined(__CUDA_ARCH__)
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(t));  // rsqrtf would guard against subnormals
+#else
+  e = 1.0f / root(t);
+#endif
+  const float s = t * e;
+  return fma(fma(-s, s, t), 0.5f * e, s);
+#else
+  return root(t);
+#endif
+}
+
 // sqrt(-2 ln u) from the low 16 bits k, u = (k + 1/2) / 65536.
-FK_HD inline float radius(uint32_t word) {
+FK_HD float radius(uint32_t word) {
   const uint32_t k = word & 0xFFFF;
   const float u = fma(float_of(k | 0x4B000000u), 0x1p-16f, -(128.0f - 0x1p-17f));
   const uint32_t bits = bits_of(u), shifted = bits - 0x3F3504F3u;
@@ -51,7 +71,7 @@ FK_HD inline float radius(uint32_t word) {
   const float f = float_of(bits - (shifted & 0xFF800000u)) - 1.0f;
   const float log = horner(f, -0x1.e743bep-3f, 0x1.7e515ap-2f, -0x1.a3c3cep-2f, 0x1.fe26ccp-2f, -0x1.5523fcp-1f,
                            0x1.000176p+0f, -0x1.00001p+1f);
-  return root(fma(static_cast<float>(e), -0x1.62e43p+0f, log * f));
+  return radius_root(fma(static_cast<float>(e), -0x1.62e43p+0f, log * f));
 }
 
 struct CosSin {
@@ -59,7 +79,7 @@ struct CosSin {
 };
 
 // Of the angle in bits 16-31: 15 bits in a half circle, bit 31 mirrors the cosine.
-FK_HD inline CosSin angle(uint32_t word) {
+FK_HD CosSin angle(uint32_t word) {
   const int32_t h = static_cast<int32_t>(word << 1) >> 17;
   const float x = fma(static_cast<float>(h), 0x1.921fb6p-14f, 0x1.921fb6p-15f);
   const float q = x * x;
@@ -74,7 +94,7 @@ struct Pair {
 };
 
 // The two normals of one word: columns 2j and 2j + 1 of its eight.
-FK_HD inline Pair normals(uint32_t word) {
+FK_HD Pair normals(uint32_t word) {
   const float r = radius(word);
   const CosSin a = angle(word);
   return {r * a.cos, r * a.sin};

@@ -6,26 +6,26 @@
 namespace flatkern::math {
 
 // Standard deviation of the noise: sigma * norm.
-FK_HD inline float noise_scale(float norm, float sigma) { return sigma * norm; }
+FK_HD float noise_scale(float norm, float sigma) { return sigma * norm; }
 
 // The same with ARWP's history: sigma * norm / sqrt(1 + eta F).
-FK_HD inline float noise_scale(float norm, float sigma, float history, float eta) {
+FK_HD float noise_scale(float norm, float sigma, float history, float eta) {
   return noise_scale(norm, sigma) / root(1.0f + eta * history);
 }
 
 // e = s z, rounded before it is added.
-FK_HD inline float perturbation(float z, float scale) { return scale * z; }
+FK_HD float perturbation(float z, float scale) { return scale * z; }
 
-FK_HD inline float perturb_gaussian(float w, float e) { return w + e; }
+FK_HD float perturb_gaussian(float w, float e) { return w + e; }
 
 // rho / (norm + 1e-12); a norm that is not finite gives a climb of zero.
-FK_HD inline float ascent_scale(float rho, float norm) {
+FK_HD float ascent_scale(float rho, float norm) {
   const bool finite = (bits_of(norm) & 0x7F800000u) != 0x7F800000u;
   return finite ? rho / (norm + 1e-12f) : 0.0f;
 }
 
 // `adaptive` is eta >= 0.
-FK_HD inline float perturb_ascent(float p, float g, float scale, float eta, bool adaptive) {
+FK_HD float perturb_ascent(float p, float g, float scale, float eta, bool adaptive) {
   const float t = adaptive ? square(fabsf(p) + eta) : 1.0f;
   return scale == 0.0f ? p : p + scale * t * g;
 }

@@ -6,7 +6,7 @@
 namespace flatkern::math {
 
 // F <- beta F + sum of g^2.
-FK_HD inline float remember(float history, float squares, float beta) { return beta * history + squares; }
+FK_HD float remember(float history, float squares, float beta) { return beta * history + squares; }
 
 // Scalars of SGD, rounded to float32 once.
 struct SgdScalars {
@@ -14,13 +14,13 @@ struct SgdScalars {
   bool nesterov;
 };
 
-FK_HD inline float sgd(float p, float g, const SgdScalars& s) {
+FK_HD float sgd(float p, float g, const SgdScalars& s) {
   const float d = g + s.weight_decay * p;
   return p - s.lr * d;
 }
 
 // With momentum: `v` is read and replaced.
-FK_HD inline float sgd(float p, float g, float& v, const SgdScalars& s) {
+FK_HD float sgd(float p, float g, float& v, const SgdScalars& s) {
   float d = g + s.weight_decay * p;
   v = s.momentum * v + s.undamped * d;
   d = s.nesterov ? d + s.momentum * v : v;
@@ -35,8 +35,8 @@ struct AdamScalars {
   bool coupled, decoupled;           // how the decay enters, if at all
 };
 
-static inline AdamScalars adam_scalars(double step, double lr, double beta1, double beta2, double eps, double decay,
-                                       bool decoupled) {
+FK_HD AdamScalars adam_scalars(double step, double lr, double beta1, double beta2, double eps, double decay,
+                               bool decoupled) {
   AdamScalars s;
   s.beta1 = static_cast<float>(beta1);
   s.rest1 = static_cast<float>(1 - beta1);
@@ -53,7 +53,7 @@ static inline AdamScalars adam_scalars(double step, double lr, double beta1, dou
 }
 
 // `m` and `v` are read and replaced.
-FK_HD inline float adam(float p, float g, float& m, float& v, const AdamScalars& s) {
+FK_HD float adam(float p, float g, float& m, float& v, const AdamScalars& s) {
   if (s.decoupled) p = p * s.shrink;
   if (s.coupled) g = g + s.decay * p;
   m = s.beta1 * m + s.rest1 * g;

@@ -6,7 +6,7 @@
 
 namespace flatkern::dlpack {
 
-constexpr int32_t kDeviceCpu = 1, kDeviceCudaHost = 3;
+constexpr int32_t kDeviceCpu = 1, kDeviceCuda = 2, kDeviceCudaHost = 3;
 constexpr uint8_t kCodeInt = 0, kCodeUInt = 1, kCodeFloat = 2, kCodeBfloat = 4;
 
 struct Tensor {

@@ -9,7 +9,7 @@
 
 #define FK_INLINE inline __attribute__((always_inline))
 
-namespace flatkern::cpu {
+namespace flatkern {
 
 // A fixed number of plain values. Not std::vector: its functions, compiled for several instruction sets, would be
 // merged by the linker into whichever copy comes first. What is here is inlined everywhere.
@@ -41,6 +41,16 @@ class Array {
   int64_t size_ = 0;
 };
 
+enum class DeviceType : uint8_t { kCpu, kCuda, kOther };
+
+struct Device {
+  DeviceType type;
+  int32_t index;  // 0 on the CPU, pinned memory included
+
+  FK_INLINE bool operator==(const Device& other) const { return type == other.type && index == other.index; }
+  FK_INLINE bool operator!=(const Device& other) const { return !(*this == other); }
+};
+
 enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kFloat64, kInt64, kUInt8, kOther };
 
 // One tensor, read as a table of filters: `rows` dim-0 slices of `cols` elements in memory order (rank <= 1: one row).
@@ -51,7 +61,7 @@ struct View {
   int64_t rows, cols, numel;
   int32_t ndim;
   DType dtype;
-  bool on_cpu;
+  Device device;
   bool dense;  // the elements fill one gapless block of memory
   bool outer;  // dim 0 is outermost in memory, so that every row is one contiguous stretch
 
@@ -72,21 +82,8 @@ struct Table {
   FK_INLINE explicit operator bool() const { return present; }
 };
 
-// The value of a 0-dim float32 tensor that may be absent.
-FK_INLINE float value_or(const Table& scalar, float absent) { return scalar ? *scalar[0].as<float>() : absent; }
-
 using Floats = Array<double>;
 using Ints = Array<int64_t>;
 using Bools = Array<bool>;
 
-// A number per tensor: of `given`, a float64 vector, where that is present, else of the list.
-struct Numbers {
-  const Floats& list;
-  const Table& given;
-
-  FK_INLINE double operator[](int64_t k) const {
-    return given ? given[0].as<double>()[k * given[0].strides[0]] : list[k];
-  }
-};
-
-}  // namespace flatkern::cpu
+}  // namespace flatkern

@@ -7,10 +7,6 @@
 namespace flatkern {
 namespace {
 
-using cpu::DType;
-using cpu::Table;
-using cpu::View;
-
 bool dlpack_enabled = true;
 
 // What of torch is needed, looked up at the first tensor: importing this module does not import torch.
@@ -98,6 +94,11 @@ DType dtype_of(const dlpack::Tensor& t) {
   return DType::kOther;
 }
 
+Device device_of(const dlpack::Tensor& t) {
+  if (t.device_type == dlpack::kDeviceCpu || t.device_type == dlpack::kDeviceCudaHost) return {DeviceType::kCpu, 0};
+  return {t.device_type == dlpack::kDeviceCuda ? DeviceType::kCuda : DeviceType::kOther, t.device_id};
+}
+
 bool read_through_dlpack(const Torch& torch, PyObject* object, View& v) {
   dlpack::Tensor t;
   if (torch.read(object, &t) != 0) return false;
@@ -107,14 +108,14 @@ bool read_through_dlpack(const Torch& torch, PyObject* object, View& v) {
   v.strides = t.strides;
   v.ndim = t.ndim;
   v.dtype = dtype_of(t);
-  v.on_cpu = t.device_type == dlpack::kDeviceCpu || t.device_type == dlpack::kDeviceCudaHost;
+  v.device = device_of(t);
   derive(v);
   return true;
 }
 
 // Appends a tuple of ints to `dims`, which grows; views are pointed into it once it does not grow any more.
 struct Dims {
-  cpu::Ints values;
+  Ints values;
   int64_t size = 0;
 
   bool append(PyObject* tuple) {
@@ -125,7 +126,7 @@ struct Dims {
     }
     const Py_ssize_t count = PyTuple_GET_SIZE(tuple);
     if (size + count > values.size()) {
-      cpu::Ints larger(2 * (size + count));
+      Ints larger(2 * (size + count));
       if (size > 0) std::memcpy(&larger[0], &values[0], size * sizeof(int64_t));
       values = std::move(larger);
     }
@@ -134,6 +135,19 @@ struct Dims {
     return !PyErr_Occurred();
   }
 };
+
+bool read_device(PyObject* object, Device& device) {
+  device = {DeviceType::kOther, 0};
+  PyObject* on_cpu = PyObject_GetAttrString(object, "is_cpu");
+  if (on_cpu == Py_True) device.type = DeviceType::kCpu;
+  PyObject* on_cuda = on_cpu == Py_False ? PyObject_GetAttrString(object, "is_cuda") : nullptr;
+  PyObject* index = on_cuda == Py_True ? PyObject_CallMethod(object, "get_device", nullptr) : nullptr;
+  if (index != nullptr) device = {DeviceType::kCuda, static_cast<int32_t>(PyLong_AsLong(index))};
+  Py_XDECREF(on_cpu);
+  Py_XDECREF(on_cuda);
+  Py_XDECREF(index);
+  return !PyErr_Occurred();
+}
 
 bool read_through_attributes(const Torch& torch, PyObject* object, View& v, Dims& dims) {
   PyObject* pointer = PyObject_CallMethod(object, "data_ptr", nullptr);
@@ -153,10 +167,7 @@ bool read_through_attributes(const Torch& torch, PyObject* object, View& v, Dims
             : dtype == torch.uint8    ? DType::kUInt8
                                       : DType::kOther;
   Py_XDECREF(dtype);
-  PyObject* on_cpu = PyObject_GetAttrString(object, "is_cpu");
-  v.on_cpu = on_cpu == Py_True;
-  Py_XDECREF(on_cpu);
-  return !PyErr_Occurred();
+  return read_device(object, v.device);
 }
 
 bool read_all(PyObject* const* objects, Py_ssize_t count, Table& out) {
@@ -164,7 +175,7 @@ bool read_all(PyObject* const* objects, Py_ssize_t count, Table& out) {
   if (torch == nullptr) return false;
   const bool fast = dlpack_enabled && torch->read != nullptr;
   out.present = true;
-  out.views = cpu::Array<View>(count);
+  out.views = Array<View>(count);
   Dims dims;
   for (Py_ssize_t k = 0; k < count; ++k) {
     if (!PyObject_TypeCheck(objects[k], torch->tensor)) {
@@ -201,11 +212,11 @@ bool read_tensors(PyObject* object, Given& out) {
 }
 
 template <class T, class Convert>
-bool read_list(PyObject* object, const char* of, cpu::Array<T>& out, Convert convert) {
+bool read_list(PyObject* object, const char* of, Array<T>& out, Convert convert) {
   if (!is_list(object, of)) return false;
   const Py_ssize_t count = PySequence_Fast_GET_SIZE(object);
   PyObject** items = PySequence_Fast_ITEMS(object);
-  out = cpu::Array<T>(count);
+  out = Array<T>(count);
   for (Py_ssize_t i = 0; i < count; ++i) out[i] = convert(items[i]);
   return !PyErr_Occurred();
 }
@@ -220,16 +231,16 @@ bool read(PyObject* object, Tensor& out) { return read_all(&object, 1, out); }
 
 bool read(PyObject* object, MaybeTensor& out) { return object == Py_None || read_all(&object, 1, out); }
 
-bool read(PyObject* object, cpu::Floats& out) {
+bool read(PyObject* object, Floats& out) {
   return read_list(object, "floats", out,
                    [](PyObject* x) { return PyFloat_CheckExact(x) ? PyFloat_AS_DOUBLE(x) : PyFloat_AsDouble(x); });
 }
 
-bool read(PyObject* object, cpu::Ints& out) {
+bool read(PyObject* object, Ints& out) {
   return read_list(object, "ints", out, [](PyObject* x) -> int64_t { return PyLong_AsLongLong(x); });
 }
 
-bool read(PyObject* object, cpu::Bools& out) {
+bool read(PyObject* object, Bools& out) {
   return read_list(object, "bools", out,
                    [](PyObject* x) { return x == Py_True || (x != Py_False && PyObject_IsTrue(x) == 1); });
 }

@@ -1,16 +1,17 @@
-// Reads Python lists of tensors and numbers into the plain arrays of csrc/cpu/table.h, through CPython's C API alone.
+// Reads Python lists of tensors and numbers into the plain arrays of csrc/common/table.h, through CPython's C API
+// alone.
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include "cpu/dlpack.h"
-#include "cpu/table.h"
+#include "dlpack.h"
+#include "table.h"
 
 namespace flatkern {
 
 // A table and the list that it was read from, which the caller keeps alive; null where there is none.
-struct Given : cpu::Table {
+struct Given : Table {
   PyObject* list = nullptr;
 };
 
@@ -25,9 +26,9 @@ bool read(PyObject* object, Tensors& out);
 bool read(PyObject* object, MaybeTensors& out);
 bool read(PyObject* object, Tensor& out);
 bool read(PyObject* object, MaybeTensor& out);
-bool read(PyObject* object, cpu::Floats& out);
-bool read(PyObject* object, cpu::Ints& out);
-bool read(PyObject* object, cpu::Bools& out);
+bool read(PyObject* object, Floats& out);
+bool read(PyObject* object, Ints& out);
+bool read(PyObject* object, Bools& out);
 
 // Bumps the version counters of a list of tensors, by which autograd knows that they were written. False with a Python
 // error set. Runs no Python code, so no signal handler either.

@@ -1,0 +1,22 @@
+// What every operation refuses before it writes anything: one function per argument struct of arguments.h.
+#pragma once
+
+#include <stdexcept>
+
+#include "arguments.h"
+
+namespace flatkern {
+
+// Arguments that do not fit each other; the text says `op: arg[k] ...`.
+struct Mismatch : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Throws Mismatch. `on` is where tensors must be: on the CPU, or all on one CUDA device. Beside that device these may
+// be on the CPU: `noise`, every tensor of `steps`, and grad_scale, clip and found_inf. No value on a device is looked
+// at.
+#define FK_DECLARE(Args, name) void check(const Args& a, DeviceType on);
+FK_FOR_EACH_OPERATION(FK_DECLARE)
+#undef FK_DECLARE
+
+}  // namespace flatkern
