@@ -1,6 +1,6 @@
-// The engine: how a list of tensors is cut into tiles and blocks, and walked by threads. It knows no equation.
+// The engine: cuts a list of tensors into tiles and blocks and lets threads walk them. It knows no equation.
 //
-// Nothing here changes a result: every element is computed alone, every row is summed in the order of reduce.h.
+// No number here changes a result: every element is computed alone, every row is summed in the order of reduce.h.
 #pragma once
 
 #ifdef _OPENMP
@@ -13,22 +13,23 @@
 
 namespace flatkern::cpu::FK_ISA {
 
-constexpr int64_t kBlock = kChunk;   // elements that stay in the first cache while an op works on them
-constexpr int64_t kBlockRows = 256;  // rows of a block, at most; rows this short waste most of a Philox draw
-constexpr int64_t kLeastTile = 16 * kBlock, kMostTile = 64 * kBlock;  // elements a thread takes at a time
-constexpr int64_t kLarge = 1 << 22;     // elements that no cache keeps until they are used again
-constexpr int64_t kResident = 1 << 16;  // longest row that is measured and perturbed while it is in a core's cache
-constexpr int64_t kSerial = 1 << 15;    // fewer elements than this are not worth waking a thread
-constexpr int64_t kEights = 256;        // Philox draws a block needs, at most: one for eight columns of a row
+constexpr int64_t kBlock = kChunk;   // elements that stay in the first-level cache while an op works on them
+constexpr int64_t kBlockRows = 256;  // rows of a block, at most
+constexpr int64_t kMinTile = 16 * kBlock, kMaxTile = 64 * kBlock;  // elements a thread takes at a time
+constexpr int64_t kLarge = 1 << 22;     // elements of a list that no cache keeps until the next call
+constexpr int64_t kResident = 1 << 16;  // longest row that stays in a core's cache from its first pass to its second
+constexpr int64_t kSerial = 1 << 15;    // elements up to which waking threads costs more than it saves
+constexpr int64_t kPhiloxDraws = 256;   // Philox draws of a block, at most: a draw serves eight columns of one row
 
 // Elements [begin, begin + n) of tensor k: `rows` whole rows from `row` on, or a part of one from column `col` on.
-// The elements this tile comes to next lie `next` further; 0 where none do.
+// The tile's next block begins `next` elements further on; 0 at the last one.
 struct Block {
   int64_t k, begin, n, row, rows, col, next = 0;
 };
 
-// Memory that is about to be read, fetched a little at a time while the noise keeps the arithmetic busy.
-class Ahead {
+// Fetches what the next block reads, a few lines at a time, while drawing noise keeps the arithmetic busy and the
+// memory idle.
+class Prefetcher {
  public:
   FK_INLINE void clear() { count_ = 0; }
 
@@ -49,28 +50,28 @@ class Ahead {
   int count_ = 0;
 };
 
-// What a thread works in.
+// A thread's working memory: float32 copies of a block, and what its noise needs.
 struct Scratch {
   alignas(64) float w[kBlock], g[kBlock], clean[kBlock], m[kBlock], v[kBlock];
-  alignas(64) float e[kBlock + 64], z[8 * kEights + 512];
-  alignas(64) uint32_t count[kEights], column[2 * kEights], row[2 * kEights];
-  uint8_t flags[kBlock + 8];   // nonzero where a mask is set
-  int64_t eights_per_row = 0;  // what `column` and `row` are tabulated for; `count` counts on
-  float scale[kBlockRows];     // one per row of the block: what `settle` returned
-  Ahead ahead;
+  alignas(64) float e[kBlock + 64], z[8 * kPhiloxDraws + 512];
+  alignas(64) uint32_t count[kPhiloxDraws], column[2 * kPhiloxDraws], row[2 * kPhiloxDraws];
+  uint8_t flags[kBlock + 8];  // nonzero where a mask is set
+  int64_t draws_per_row = 0;  // for which `column` and `row` are tabulated; `count` is 0, 1, 2, ...
+  float scale[kBlockRows];    // what `finish_row` returned for each row of the block
+  Prefetcher prefetcher;
 
   Scratch() {
-    for (int64_t q = 0; q < kEights; ++q) count[q] = static_cast<uint32_t>(q);
+    for (int64_t q = 0; q < kPhiloxDraws; ++q) count[q] = static_cast<uint32_t>(q);
   }
 };
 
-// What an op wants summed of a block; null means nothing.
+// Arrays of a block whose squares are summed over each row; null is none.
 struct Squares {
   const float* of[2] = {nullptr, nullptr};
 };
 
-FK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-FK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+FK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+FK_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 FK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 FK_INLINE int64_t numel(const Table& at) {
@@ -84,12 +85,12 @@ FK_INLINE int64_t tile_size(int64_t elements) {
 #ifdef _OPENMP
   const int64_t share = elements / (16 * omp_get_max_threads()) / kBlock * kBlock;
 #else
-  const int64_t share = kMostTile;
+  const int64_t share = kMaxTile;
 #endif
-  return share < kLeastTile ? kLeastTile : share > kMostTile ? kMostTile : share;
+  return share < kMinTile ? kMinTile : share > kMaxTile ? kMaxTile : share;
 }
 
-// Cuts a list into tiles: small tensors share one, large ones are cut into `pieces`.
+// Cuts a list into tiles: a tensor is cut into pieces(tensor) tiles, and neighbours of one piece share a tile.
 class Plan {
  public:
   template <class Pieces>
@@ -110,7 +111,7 @@ class Plan {
     }
   }
 
-  // Calls visit(k, piece) for all that tile `t` holds.
+  // Calls visit(k, piece) for everything in tile `t`.
   template <class Visit>
   FK_INLINE void visit(int64_t t, Visit visit) const {
     int64_t low = 0, high = size_;
@@ -145,17 +146,16 @@ inline void for_each_block(const Table& at, const Body& body) {
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < plan.tiles; ++t) {
       plan.visit(t, [&](int64_t k, int64_t piece) {
-        const int64_t end = least(at[k].numel, (piece + 1) * tile);
-        for (int64_t i = piece * tile; i < end; i += kBlock)
-          body(Block{k, i, least(end - i, kBlock), 0, 1, i}, scratch);
+        const int64_t end = min(at[k].numel, (piece + 1) * tile);
+        for (int64_t i = piece * tile; i < end; i += kBlock) body(Block{k, i, min(end - i, kBlock), 0, 1, i}, scratch);
       });
-      settle_writes();
+      store_fence();
     }
   }
 }
 
-// The L2 norm over all elements of all tensors; values(block, scratch) returns what is squared. It overflows only where
-// the norm itself does.
+// The L2 norm over all elements of all tensors, where values(block, scratch) returns what is squared. It is infinite
+// only where the norm itself is beyond float32.
 template <class Values>
 inline float total_norm(const Table& at, const Values& values) {
   Array<int64_t> first(at.size() + 1);
@@ -168,7 +168,7 @@ inline float total_norm(const Table& at, const Values& values) {
   return math::norm(sum_partials(&sums[0], sums.size()));
 }
 
-// Rows [row, end) that are no longer than kResident: measured, settled and finished while in cache.
+// Rows [row, end) of at most kResident elements: both passes over a row follow each other, while it is in cache.
 template <class Op>
 inline void walk_rows(const Op& op, const View& view, int64_t k, int64_t row, int64_t end, Scratch& scratch) {
   const int64_t cols = view.cols;
@@ -176,21 +176,21 @@ inline void walk_rows(const Op& op, const View& view, int64_t k, int64_t row, in
     for (; row < end; ++row) {
       double sums[2] = {0, 0};
       for (int64_t col = 0; col < cols; col += kBlock) {
-        const int64_t n = least(cols - col, kBlock);
+        const int64_t n = min(cols - col, kBlock);
         const Squares squares = op.prepare(Block{k, row * cols + col, n, row, 1, col}, scratch);
         for (int j = 0; j < 2; ++j)
           if (squares.of[j] != nullptr) sums[j] += sum_squares(squares.of[j], n);
       }
-      scratch.scale[0] = op.settle(k, row, sums);
+      scratch.scale[0] = op.finish_row(k, row, sums);
       const int64_t next = row + 1 < end ? cols : 0;
       for (int64_t col = 0; col < cols; col += kBlock)
-        op.finish(Block{k, row * cols + col, least(cols - col, kBlock), row, 1, col, next}, nullptr, scratch);
+        op.finish(Block{k, row * cols + col, min(cols - col, kBlock), row, 1, col, next}, nullptr, scratch);
     }
     return;
   }
-  const int64_t together = cols > 0 ? least(kBlock / cols, kBlockRows) : kBlockRows;
+  const int64_t together = cols > 0 ? min(kBlock / cols, kBlockRows) : kBlockRows;
   for (; row < end; row += together) {
-    const int64_t rows = least(end - row, together);
+    const int64_t rows = min(end - row, together);
     const Block b{k, row * cols, rows * cols, row, rows, 0, row + together < end ? together * cols : 0};
     Squares squares;
     if (b.n > 0) squares = op.prepare(b, scratch);
@@ -198,27 +198,27 @@ inline void walk_rows(const Op& op, const View& view, int64_t k, int64_t row, in
       double sums[2] = {0, 0};
       for (int j = 0; j < 2; ++j)
         if (squares.of[j] != nullptr) sums[j] = sum_squares(squares.of[j] + r * cols, cols);
-      scratch.scale[r] = op.settle(k, row + r, sums);
+      scratch.scale[r] = op.finish_row(k, row + r, sums);
     }
     if (b.n > 0) op.finish(b, squares.of[0], scratch);
   }
 }
 
-// Shared by the threads that walk a tensor of long rows: sums per chunk and what `settle` returned per row.
+// What the threads that walk a tensor of long rows share: sums per chunk, and what `finish_row` returned per row.
 struct LongRows {
   Array<float> sums[2], scales;
 };
 
-// A tensor whose rows are longer than kResident: all threads measure its segments, settle its rows, finish its
-// segments. To be called by every thread of a parallel region.
+// A tensor whose rows are longer than kResident: all threads share the first pass over its segments, then its rows,
+// then the second pass. Every thread of a parallel region has to call this.
 template <class Op>
 inline void walk_long_rows(const Op& op, const View& view, int64_t k, LongRows& shared, Scratch& scratch) {
-  const int64_t cols = view.cols, chunks = ceil_div(cols, kChunk), segments = ceil_div(cols, kLeastTile);
+  const int64_t cols = view.cols, chunks = ceil_div(cols, kChunk), segments = ceil_div(cols, kMinTile);
   const auto for_each_chunk = [&](int64_t segment, auto body) {
-    const int64_t row = segment / segments, begin = segment % segments * kLeastTile;
-    const int64_t end = least(cols, begin + kLeastTile);
+    const int64_t row = segment / segments, begin = segment % segments * kMinTile;
+    const int64_t end = min(cols, begin + kMinTile);
     for (int64_t col = begin; col < end; col += kBlock)
-      body(Block{k, row * cols + col, least(end - col, kBlock), row, 1, col, end - col > kBlock ? kBlock : 0},
+      body(Block{k, row * cols + col, min(end - col, kBlock), row, 1, col, end - col > kBlock ? kBlock : 0},
            row * chunks + col / kChunk);
   };
 #pragma omp for schedule(dynamic)
@@ -227,27 +227,27 @@ inline void walk_long_rows(const Op& op, const View& view, int64_t k, LongRows& 
       const Squares squares = op.prepare(b, scratch);
       for (int j = 0; j < 2; ++j) shared.sums[j][chunk] = squares.of[j] ? sum_squares(squares.of[j], b.n) : 0.0f;
     });
-    settle_writes();
+    store_fence();
   }
 #pragma omp for schedule(static)
   for (int64_t row = 0; row < view.rows; ++row) {
     double sums[2] = {0, 0};
     for (int j = 0; j < 2; ++j)
       for (int64_t i = 0; i < chunks; ++i) sums[j] += shared.sums[j][row * chunks + i];
-    shared.scales[row] = op.settle(k, row, sums);
+    shared.scales[row] = op.finish_row(k, row, sums);
   }
 #pragma omp for schedule(dynamic)
   for (int64_t segment = 0; segment < view.rows * segments; ++segment) {
     scratch.scale[0] = shared.scales[segment / segments];
     for_each_chunk(segment, [&](const Block& b, int64_t) { op.finish(b, nullptr, scratch); });
-    settle_writes();
+    store_fence();
   }
 }
 
-// Walk by rows, for ops that need a sum over each. An op has three parts:
-//   prepare(block, scratch) -> Squares   first pass: computes, stores, and names what is to be summed
-//   settle(k, row, sums) -> float        once per row, with its sums; kept in scratch.scale, by row of the block
-//   finish(block, w, scratch)            second pass; `w` is prepare's first pointer where it is still valid, else null
+// Walk by rows, for ops that sum over each row. An op has three parts:
+//   prepare(block, scratch) -> Squares   first pass: computes, stores, and names what is summed
+//   finish_row(k, row, sums) -> float    once per row, with its sums; the result is in scratch.scale in the second pass
+//   finish(block, w, scratch)            second pass; `w` is prepare's first pointer if it is still valid, else null
 template <class Op>
 inline void for_each_row(const Table& at, const Op& op) {
   const int64_t elements = numel(at), tile = tile_size(elements);
@@ -258,8 +258,8 @@ inline void for_each_row(const Table& at, const Op& op) {
   int64_t long_chunks = 0, long_rows = 0;
   for (int64_t k = 0; k < at.size(); ++k) {
     if (!is_long(at[k])) continue;
-    long_chunks = most(long_chunks, at[k].rows * ceil_div(at[k].cols, kChunk));
-    long_rows = most(long_rows, at[k].rows);
+    long_chunks = max(long_chunks, at[k].rows * ceil_div(at[k].cols, kChunk));
+    long_rows = max(long_rows, at[k].rows);
   }
   LongRows shared{{Array<float>(long_chunks), Array<float>(long_chunks)}, Array<float>(long_rows)};
 
@@ -270,9 +270,9 @@ inline void for_each_row(const Table& at, const Op& op) {
     for (int64_t t = 0; t < plan.tiles; ++t) {
       plan.visit(t, [&](int64_t k, int64_t piece) {
         const int64_t rows = rows_per_tile(at[k]);
-        walk_rows(op, at[k], k, piece * rows, least((piece + 1) * rows, at[k].rows), scratch);
+        walk_rows(op, at[k], k, piece * rows, min((piece + 1) * rows, at[k].rows), scratch);
       });
-      settle_writes();
+      store_fence();
     }
     if (long_rows > 0)
       for (int64_t k = 0; k < at.size(); ++k)
@@ -280,7 +280,7 @@ inline void for_each_row(const Table& at, const Op& op) {
   }
 }
 
-// The same for ops that sum nothing and only need to know rows and columns: body(block, scratch) for every block.
+// The same for ops that sum nothing but need rows and columns: body(block, scratch) for every block.
 template <class Body>
 inline void for_each_row_block(const Table& at, const Body& body) {
   struct Op {
@@ -289,7 +289,7 @@ inline void for_each_row_block(const Table& at, const Body& body) {
       body(b, scratch);
       return {};
     }
-    float settle(int64_t, int64_t, const double*) const { return 0.0f; }
+    float finish_row(int64_t, int64_t, const double*) const { return 0.0f; }
     void finish(const Block&, const float*, Scratch&) const {}
   };
   for_each_row(at, Op{body});

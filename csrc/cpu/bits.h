@@ -18,7 +18,7 @@ inline const uint8_t* unpack(const View& mask, const View& like, const Block& b,
   for (int64_t r = 0; r < b.rows; ++r) {
     const uint8_t* from = bytes + (b.row + r) * stride + b.col / 8;
     uint8_t* flags = scratch.flags + r * cols;
-    // Whole bytes: what is beyond a row's last column is overwritten by the next row.
+    // Whole bytes: what is written beyond a row's last column, the next row overwrites.
     int64_t i = 0;
 #if defined(__AVX512BW__)
     for (; i + 64 <= cols; i += 64) {
@@ -68,7 +68,7 @@ inline void pack_small(const View& mask, const View& like, const Block& b, const
       to[i / 8] = static_cast<uint8_t>(_mm256_movemask_ps(small));
     }
 #endif
-    for (; i < cols; i += 8) to[i / 8] = small_bits(g + i, least(8, cols - i), threshold);
+    for (; i < cols; i += 8) to[i / 8] = small_bits(g + i, min(8, cols - i), threshold);
   }
 }
 

@@ -9,17 +9,17 @@
 #include <immintrin.h>
 #endif
 
-// The loops below are independent from element to element, which the compiler cannot know of two pointers.
+// Elements of the loops below are independent, which the compiler cannot know of two pointers.
 #define FK_SIMD _Pragma("omp simd")
 
 namespace flatkern::cpu::FK_ISA {
 
-inline void widen_bfloat16(const uint16_t* x, int64_t n, float* out) {
+inline void bfloat16_to_float32(const uint16_t* x, int64_t n, float* out) {
   FK_SIMD
   for (int64_t i = 0; i < n; ++i) out[i] = math::float_of(static_cast<uint32_t>(x[i]) << 16);
 }
 
-inline void narrow_bfloat16(const float* x, int64_t n, uint16_t* out) {
+inline void float32_to_bfloat16(const float* x, int64_t n, uint16_t* out) {
   FK_SIMD
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t bits = math::bits_of(x[i]);
@@ -30,8 +30,7 @@ inline void narrow_bfloat16(const float* x, int64_t n, uint16_t* out) {
 
 #if defined(__F16C__)
 
-// Eight at a time; what is left goes through a full vector of its own.
-inline void widen_float16(const uint16_t* x, int64_t n, float* out) {
+inline void float16_to_float32(const uint16_t* x, int64_t n, float* out) {
   int64_t i = 0;
 #if defined(__AVX512F__)
   for (; i + 16 <= n; i += 16)
@@ -42,7 +41,7 @@ inline void widen_float16(const uint16_t* x, int64_t n, float* out) {
   for (; i < n; ++i) out[i] = _cvtsh_ss(x[i]);
 }
 
-inline void narrow_float16(const float* x, int64_t n, uint16_t* out) {
+inline void float32_to_float16(const float* x, int64_t n, uint16_t* out) {
   int64_t i = 0;
 #if defined(__AVX512F__)
   for (; i + 16 <= n; i += 16)
@@ -57,7 +56,7 @@ inline void narrow_float16(const float* x, int64_t n, uint16_t* out) {
 
 #else
 
-inline void widen_float16(const uint16_t* x, int64_t n, float* out) {
+inline void float16_to_float32(const uint16_t* x, int64_t n, float* out) {
   FK_SIMD
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t magnitude = static_cast<uint32_t>(x[i] & 0x7FFF) << 13;
@@ -68,7 +67,7 @@ inline void widen_float16(const uint16_t* x, int64_t n, float* out) {
   }
 }
 
-inline void narrow_float16(const float* x, int64_t n, uint16_t* out) {
+inline void float32_to_float16(const float* x, int64_t n, uint16_t* out) {
   FK_SIMD
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t bits = math::bits_of(x[i]), magnitude = bits & 0x7FFFFFFFu;
@@ -90,9 +89,9 @@ FK_INLINE void prefetch(const char* begin, const char* end) {
   for (; begin < end; begin += 64) __builtin_prefetch(begin, 0, 2);
 }
 
-// Elements [i, i + n) as float32: in place where they are that, else converted into `scratch`.
-// The next block is fetched meanwhile: of float32 its first lines, because a block is about a page, and processors do
-// not look beyond a page by themselves; of others all, because conversion takes as long as the memory.
+// Elements [i, i + n) as float32: in place if they are float32, else converted into `scratch`.
+// The next block is prefetched. Of float32 its first lines: a block is about a page, and hardware prefetchers stop at
+// the end of a page. Of others all: converting takes about as long as the memory does.
 inline float* load(const View& view, int64_t i, int64_t n, float* scratch) {
   const int64_t size = size_of(view.dtype);
   const char* next = view.as<char>() + (i + n) * size;
@@ -101,11 +100,11 @@ inline float* load(const View& view, int64_t i, int64_t n, float* scratch) {
     return view.as<float>() + i;
   }
   prefetch(next, next + n * size);
-  (view.dtype == DType::kBFloat16 ? widen_bfloat16 : widen_float16)(view.as<uint16_t>() + i, n, scratch);
+  (view.dtype == DType::kBFloat16 ? bfloat16_to_float32 : float16_to_float32)(view.as<uint16_t>() + i, n, scratch);
   return scratch;
 }
 
-// Where to put elements [i, i + n) for `store` to finish: in place for float32, else `scratch`.
+// Where to compute elements [i, i + n) that `store` then rounds into the tensor: in place for float32, else `scratch`.
 inline float* target(const View& view, int64_t i, float* scratch) {
   return view.dtype == DType::kFloat32 ? view.as<float>() + i : scratch;
 }
@@ -117,12 +116,12 @@ inline void store(const View& view, int64_t i, int64_t n, const float* x) {
     if (out != x) std::memcpy(out, x, n * sizeof(float));
     return;
   }
-  (view.dtype == DType::kBFloat16 ? narrow_bfloat16 : narrow_float16)(x, n, view.as<uint16_t>() + i);
+  (view.dtype == DType::kBFloat16 ? float32_to_bfloat16 : float32_to_float16)(x, n, view.as<uint16_t>() + i);
 }
 
 #if defined(__SSE2__)
-// One cache line; in as few pieces as there can be, because pieces of two lines compete for the same buffers.
-FK_INLINE void write_line_past(char* to, const char* from) {
+// One cache line, in as few stores as possible: parts of several lines compete for the write-combining buffers.
+FK_INLINE void copy_line_non_temporal(char* to, const char* from) {
 #if defined(__AVX512F__)
   _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
 #else
@@ -132,34 +131,34 @@ FK_INLINE void write_line_past(char* to, const char* from) {
 }
 #endif
 
-// Writes past the caches: the lines are not read first, and nothing that is in use makes way for them.
-inline void write_past(char* to, const char* from, int64_t size) {
+// Stores that bypass the caches: lines are not read before they are written, and evict nothing that is in use.
+inline void copy_non_temporal(char* to, const char* from, int64_t size) {
 #if defined(__SSE2__)
   int64_t at = -reinterpret_cast<intptr_t>(to) & 63;
   if (at > size) at = size;
   std::memcpy(to, from, at);
-  for (; at + 64 <= size; at += 64) write_line_past(to + at, from + at);
+  for (; at + 64 <= size; at += 64) copy_line_non_temporal(to + at, from + at);
   std::memcpy(to + at, from + at, size - at);
 #else
   std::memcpy(to, from, size);
 #endif
 }
 
-// Orders what `write_past` wrote before everything that follows.
-FK_INLINE void settle_writes() {
+// Orders non-temporal stores before everything that follows; another thread may read what they wrote.
+FK_INLINE void store_fence() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
 }
 
 // to[i, i + n) <- from[i, i + n): the same bits where the dtypes agree, else rounded once.
-// `past` is for tensors that nobody reads soon, in lists larger than any cache.
-inline void copy(const View& to, const View& from, int64_t i, int64_t n, float* scratch, bool past) {
+// `non_temporal` is for lists larger than any cache, whose tensors are not read again soon.
+inline void copy(const View& to, const View& from, int64_t i, int64_t n, float* scratch, bool non_temporal) {
   if (to.dtype == from.dtype) {
     const int64_t size = size_of(to.dtype);
     char* out = to.as<char>() + i * size;
     const char* in = from.as<char>() + i * size;
-    past ? write_past(out, in, n * size) : static_cast<void>(std::memcpy(out, in, n * size));
+    non_temporal ? copy_non_temporal(out, in, n * size) : static_cast<void>(std::memcpy(out, in, n * size));
   } else {
     store(to, i, n, load(from, i, n, scratch));
   }

@@ -1,4 +1,4 @@
-// How gradients are mixed, scaled and remembered, block by block: what the norm and update families share.
+// Mixing and scaling of gradients and ARWP's history, block by block: what the norm and update families share.
 #pragma once
 
 #include "../math/update.h"
@@ -39,17 +39,18 @@ FK_INLINE void with_final_gradient(const Args& a, const Table* clip_or_null, con
   }
 }
 
-// ARWP's history, for a block: tensors of rank <= 1 keep a square per element and are done; of the others, the scaled
-// gradient is returned, to be summed over each row and settled with `remember_row`.
+// ARWP's history, for a block. Of tensors of rank <= 1, which keep a square per element, it is updated and null is
+// returned. Of others the scaled gradient is returned: its squares are summed over each row, and `update_history_row`
+// takes the sums.
 template <class Args>
-inline const float* remember(const Args& a, const Block& b, const float* g, float* out) {
+inline const float* update_history(const Args& a, const Block& b, const float* g, float* out) {
   const View& history = a.history[b.k];
   const float scale = value_or(a.grad_scale, 1.0f);
   if (a.grads[b.k].ndim < 2) {
     const float beta = static_cast<float>(a.beta[b.k]);
     float* f = history.template as<float>() + b.begin;
     FK_SIMD
-    for (int64_t i = 0; i < b.n; ++i) f[i] = math::remember(f[i], math::square(g[i] * scale), beta);
+    for (int64_t i = 0; i < b.n; ++i) f[i] = math::update_history(f[i], math::square(g[i] * scale), beta);
     return nullptr;
   }
   if (scale == 1.0f) return g;
@@ -59,10 +60,10 @@ inline const float* remember(const Args& a, const Block& b, const float* g, floa
 }
 
 template <class Args>
-inline void remember_row(const Args& a, int64_t k, int64_t row, double squares) {
+inline void update_history_row(const Args& a, int64_t k, int64_t row, double squares) {
   if (a.grads[k].ndim < 2) return;
   float& f = a.history[k].template as<float>()[row];
-  f = math::remember(f, static_cast<float>(squares), static_cast<float>(a.beta[k]));
+  f = math::update_history(f, static_cast<float>(squares), static_cast<float>(a.beta[k]));
 }
 
 }  // namespace flatkern::cpu::FK_ISA

@@ -1,4 +1,4 @@
-// Vectors of Philox words for one instruction set: one 64-bit lane per counter, as the widening product needs.
+// Vectors of Philox words for one instruction set: a 64-bit lane per counter, because Philox needs 64-bit products.
 #pragma once
 
 #include "../common/table.h"

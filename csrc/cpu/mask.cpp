@@ -22,7 +22,7 @@ FK_INLINE int thread() {
 #endif
 }
 
-// What is counted besides digits.
+// What a later digit's pass counts beside matching digits: magnitudes below them, infinities and NaN.
 struct Others {
   int64_t below, infinite;
 };
@@ -34,7 +34,7 @@ inline int64_t matching_digits(const float* g, int64_t n, uint32_t higher, int s
   const uint32_t first = higher << (shift + width), last = first + ((1u << (shift + width)) - 1);
   int64_t count = 0, i = 0;
 #if defined(__AVX512F__)
-  // The top bit is clear in all of them, so that signed comparisons serve.
+  // Magnitudes have no sign bit, so signed comparisons, which are cheaper here, are right.
   const __m512i abs = _mm512_set1_epi32(0x7FFFFFFF), infinity = _mm512_set1_epi32(math::kInfinityBits);
   const __m512i from = _mm512_set1_epi32(static_cast<int>(first)), to = _mm512_set1_epi32(static_cast<int>(last));
   __m512i below = _mm512_setzero_si512(), infinite = _mm512_setzero_si512();
@@ -45,9 +45,9 @@ inline int64_t matching_digits(const float* g, int64_t n, uint32_t higher, int s
     const __mmask16 match = _mm512_mask_cmple_epi32_mask(static_cast<__mmask16>(~less), bits, to);
     below = _mm512_mask_add_epi32(below, less, below, one);
     infinite = _mm512_mask_add_epi32(infinite, _mm512_cmpge_epi32_mask(bits, infinity), infinite, one);
-    if (!match) continue;  // a digit that is known matches one in thirty, two next to nothing
+    if (!match) continue;  // with one digit known about one magnitude in thirty matches, with two hardly any
     const __m512i digit = _mm512_and_epi32(_mm512_srli_epi32(bits, shift), _mm512_set1_epi32(static_cast<int>(low)));
-    // Whole vectors, of which the next overwrites what is too much: count <= i, so that they end inside.
+    // Whole vectors: the next store overwrites what is too much, and count <= i, so the last one ends inside `out`.
     _mm512_storeu_si512(out + count, _mm512_maskz_compress_epi32(match, digit));
     count += __builtin_popcount(match);
   }
@@ -64,7 +64,8 @@ inline int64_t matching_digits(const float* g, int64_t n, uint32_t higher, int s
   return count;
 }
 
-// Every thread has counters of its own, kLanes of each: equal digits in a row would wait for one another.
+// Every thread counts in kLanes arrays of its own: with one, an increment would wait for the previous one whenever two
+// neighbours have equal digits.
 constexpr int64_t kLanes = 4;
 
 template <class Counter>
@@ -72,10 +73,10 @@ void count_magnitudes(const CountMagnitudes& a, int shift, int width, uint32_t h
   const int64_t values = int64_t{1} << width;
   Array<Counter> counters(kLanes * values * threads());
   for (int64_t i = 0; i < counters.size(); ++i) counters[i] = 0;
-  struct Mine : Others {
-    char apart[64 - sizeof(Others)];  // a cache line for each thread
+  struct PerThread : Others {
+    char padding[64 - sizeof(Others)];  // a cache line for each thread
   };
-  Array<Mine> others(threads());
+  Array<PerThread> others(threads());
   for (int64_t i = 0; i < others.size(); ++i) others[i] = {};
   for_each_block(a.grads, [&](const Block& b, Scratch& scratch) {
     const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
@@ -118,7 +119,7 @@ void count_magnitudes_(const CountMagnitudes& a) {
   uint32_t higher = 0;
   for (int64_t j = 0; j < level; ++j)
     higher = higher << math::kDigitWidth[j] | static_cast<uint32_t>(a.prefix[0].as<int64_t>()[j]);
-  // Narrow counters stay in the first cache, as long as they cannot run over.
+  // 32-bit counters fit the first-level cache; they serve as long as they cannot overflow.
   const auto count = numel(a.grads) <= UINT32_MAX ? count_magnitudes<uint32_t> : count_magnitudes<int64_t>;
   count(a, math::kDigitShift[level], math::kDigitWidth[level], higher);
 }

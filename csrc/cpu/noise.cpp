@@ -9,7 +9,7 @@ struct FillNormalWalk {
   Gaussian gaussian;
 
   Squares prepare(const Block&, Scratch&) const { return {}; }
-  float settle(int64_t, int64_t, const double*) const { return 1.0f; }
+  float finish_row(int64_t, int64_t, const double*) const { return 1.0f; }
   void finish(const Block& b, const float*, Scratch& scratch) const {
     store(a.outs[b.k], b.begin, b.n, gaussian.draw(b, scratch));
   }

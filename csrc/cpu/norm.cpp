@@ -11,7 +11,7 @@ struct FilterNormsWalk {
   const FilterNorms& a;
 
   Squares prepare(const Block& b, Scratch& scratch) const { return {{load(a.params[b.k], b.begin, b.n, scratch.w)}}; }
-  float settle(int64_t k, int64_t row, const double* sums) const {
+  float finish_row(int64_t k, int64_t row, const double* sums) const {
     return a.norms[k].as<float>()[row] = math::norm(sums[0]);
   }
   void finish(const Block&, const float*, Scratch&) const {}

@@ -17,7 +17,7 @@ struct PerturbGaussianWalk {
     if (a.norms) return {};
     return {{load(clean(b.k), b.begin, b.n, scratch.w)}};
   }
-  float settle(int64_t k, int64_t row, const double* sums) const {
+  float finish_row(int64_t k, int64_t row, const double* sums) const {
     return perturbation.scale(k, row, a.norms ? a.norms[k].as<float>()[row] : math::norm(sums[0]));
   }
   void finish(const Block& b, const float* w, Scratch& scratch) const {
@@ -25,8 +25,8 @@ struct PerturbGaussianWalk {
     if (w == nullptr) w = load(clean(b.k), b.begin, b.n, scratch.w);
     if (a.backups) copy(a.backups[b.k], param, b.begin, b.n, scratch.v, large);
     float* p = target(param, b.begin, scratch.v);
-    scratch.ahead.clear();
-    if (b.next > 0) scratch.ahead.add(clean(b.k), b);
+    scratch.prefetcher.clear();
+    if (b.next > 0) scratch.prefetcher.add(clean(b.k), b);
     perturbation.add(b, w, p, scratch);
     store(param, b.begin, b.n, p);
   }

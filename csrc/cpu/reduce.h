@@ -13,7 +13,7 @@ namespace flatkern::cpu::FK_ISA {
 
 constexpr int64_t kChunk = 1024;
 
-// A quarter of the lanes; the compiler splits it where vectors are narrower.
+// A quarter of the 64 lanes; the compiler splits it where vectors are narrower.
 typedef float Lanes16 __attribute__((vector_size(64)));
 typedef float Lanes8 __attribute__((vector_size(32)));
 typedef float Lanes4 __attribute__((vector_size(16)));
@@ -65,12 +65,12 @@ inline float sum_squares(const float* x, int64_t n) {
   return fold((sums[0] + sums[2]) + (sums[1] + sums[3]));
 }
 
-// Squares beyond float32: of 2^-80 x, where those that matter for the sum are normal numbers.
+// For sums beyond float32: squares of 2^-80 x, of which those that matter for such a sum are normal numbers.
 constexpr float kShrink = 0x1p-80f;
 constexpr double kGrow = 0x1p160;
 
-// The sum of squares of one chunk for `sum_partials`: where it overflows, minus that of kShrink x, as no other is
-// negative. Infinity and NaN stay.
+// The sum of squares of one chunk for `sum_partials`. Where it overflows: that of kShrink x, with a minus sign to mark
+// it, since no other sum is negative. Infinity and NaN stay.
 inline float partial_squares(const float* x, int64_t n) {
   const float sum = sum_squares(x, n);
   if (__builtin_expect(!std::isinf(sum), 1)) return sum;

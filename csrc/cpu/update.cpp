@@ -9,12 +9,12 @@
 namespace flatkern::cpu::FK_ISA {
 namespace {
 
-// Where a rule puts its new weight, given the old one.
-struct Plainly {
+// What happens to a rule's new weight w, given the previous one.
+struct StoreResult {
   float* out;
   FK_INLINE void operator()(int64_t i, float, float w) const { out[i] = w; }
 };
-struct Amplified {
+struct StoreAmplified {
   float* out;
   const uint8_t* flags;
   float kappa;
@@ -27,8 +27,8 @@ struct Sgd {
   const SgdUpdate& a;
   Numbers lr = {a.lr, a.lrs};
 
-  void ahead(const Block& b, Ahead& ahead) const {
-    if (a.momentum_buffers) ahead.add(a.momentum_buffers[b.k], b);
+  void prefetch(const Block& b, Prefetcher& prefetcher) const {
+    if (a.momentum_buffers) prefetcher.add(a.momentum_buffers[b.k], b);
   }
 
   template <class Gradient, class Out>
@@ -53,8 +53,8 @@ struct Adam {
   Numbers lr = {a.lr, a.lrs};
   Array<math::AdamScalars> scalars;  // one per tensor
 
-  // The moments are left to the processor: its divisions give it the time.
-  void ahead(const Block&, Ahead&) const {}
+  // None: Adam's divisions leave the hardware prefetchers enough time to fetch the moments.
+  void prefetch(const Block&, Prefetcher&) const {}
 
   explicit Adam(const AdamUpdate& args) : a(args), scalars(args.params.size()) {}
 
@@ -64,7 +64,7 @@ struct Adam {
     for (int64_t k = 0; k < a.params.size(); ++k) {
       float& step = *a.steps[k].as<float>();
       step += 1.0f;
-      // Powers are slow, and as a rule all tensors share them.
+      // Powers are slow, and usually all tensors share them.
       const bool same = last >= 0 && step == *a.steps[last].as<float>() && lr[k] == lr[last] &&
                         a.beta1[k] == a.beta1[last] && a.beta2[k] == a.beta2[last] && a.eps[k] == a.eps[last] &&
                         a.weight_decay[k] == a.weight_decay[last];
@@ -87,7 +87,8 @@ struct Adam {
   }
 };
 
-// The pass that every rule shares: restore, form the gradient, apply the rule, remember, store, and perturb again.
+// The pass that every rule shares: restore, form the gradient, apply the rule, update the history, store, perturb
+// again.
 template <class Rule>
 struct UpdateWalk {
   const Update& a;
@@ -97,13 +98,13 @@ struct UpdateWalk {
 
   const View& clean(int64_t k) const { return (a.masters ? a.masters : a.backups ? a.backups : a.params)[k]; }
 
-  // A large float32 weight is written past the caches, from scratch.
-  bool past(const View& param) const { return large && param.dtype == DType::kFloat32; }
+  // Float32 weights of a large list are computed in scratch and stored around the caches.
+  bool is_non_temporal(const View& param) const { return large && param.dtype == DType::kFloat32; }
 
-  void put(const View& param, const Block& b, const float* x) const {
-    if (past(param)) {
-      write_past(reinterpret_cast<char*>(param.as<float>() + b.begin), reinterpret_cast<const char*>(x),
-                 b.n * sizeof(float));
+  void store_param(const View& param, const Block& b, const float* x) const {
+    if (is_non_temporal(param)) {
+      copy_non_temporal(reinterpret_cast<char*>(param.as<float>() + b.begin), reinterpret_cast<const char*>(x),
+                        b.n * sizeof(float));
     } else {
       store(param, b.begin, b.n, x);
     }
@@ -111,26 +112,26 @@ struct UpdateWalk {
 
   Squares prepare(const Block& b, Scratch& scratch) const {
     const View &clean = this->clean(b.k), &param = a.params[b.k];
-    // Without noise a backup has served once it is read, and the weight goes straight to the parameter.
+    // Without noise nobody reads a backup again, so the new weight goes straight to the parameter.
     const bool keep = a.noise || a.masters || !a.backups;
     Squares squares;
     float* w = load(clean, b.begin, b.n, scratch.w);
     if (!skip) {
       const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
-      float* out = keep ? w : past(param) ? scratch.w : target(param, b.begin, scratch.w);
+      float* out = keep ? w : is_non_temporal(param) ? scratch.w : target(param, b.begin, scratch.w);
       with_final_gradient(a, &a.clip, b, g, scratch, [&](const auto& gradient) {
         if (a.masks) {
           const uint8_t* flags = unpack(a.masks[b.k], param, b, scratch);
-          rule.apply(b, w, gradient, Amplified{out, flags, static_cast<float>(a.kappa[b.k])}, scratch);
+          rule.apply(b, w, gradient, StoreAmplified{out, flags, static_cast<float>(a.kappa[b.k])}, scratch);
         } else {
-          rule.apply(b, w, gradient, Plainly{out}, scratch);
+          rule.apply(b, w, gradient, StoreResult{out}, scratch);
         }
       });
-      keep ? store(clean, b.begin, b.n, out) : put(param, b, out);
-      if (a.history) squares.of[1] = remember(a, b, g, scratch.m);
+      keep ? store(clean, b.begin, b.n, out) : store_param(param, b, out);
+      if (a.history) squares.of[1] = update_history(a, b, g, scratch.m);
     }
     if (a.noise) {
-      // Norm and perturbation see the weight that was stored.
+      // Norm and perturbation are those of the weight as stored, rounded to its dtype.
       squares.of[0] = skip ? w : load(clean, b.begin, b.n, scratch.w);
     } else if (a.masters || (skip && a.backups)) {
       copy(param, clean, b.begin, b.n, scratch.w, large);
@@ -138,8 +139,8 @@ struct UpdateWalk {
     return squares;
   }
 
-  float settle(int64_t k, int64_t row, const double* sums) const {
-    if (a.history && !skip) remember_row(a, k, row, sums[1]);
+  float finish_row(int64_t k, int64_t row, const double* sums) const {
+    if (a.history && !skip) update_history_row(a, k, row, sums[1]);
     return a.noise ? perturbation.scale(k, row, math::norm(sums[0])) : 0.0f;
   }
 
@@ -147,16 +148,16 @@ struct UpdateWalk {
     if (!a.noise) return;
     const View& param = a.params[b.k];
     if (w == nullptr) w = load(clean(b.k), b.begin, b.n, scratch.w);
-    float* p = past(param) ? scratch.v : target(param, b.begin, scratch.v);
-    scratch.ahead.clear();
+    float* p = is_non_temporal(param) ? scratch.v : target(param, b.begin, scratch.v);
+    scratch.prefetcher.clear();
     if (b.next > 0 && !skip) {
-      scratch.ahead.add(clean(b.k), b);
-      scratch.ahead.add(a.grads[b.k], b);
-      if (a.clean_grads) scratch.ahead.add(a.clean_grads[b.k], b);
-      rule.ahead(b, scratch.ahead);
+      scratch.prefetcher.add(clean(b.k), b);
+      scratch.prefetcher.add(a.grads[b.k], b);
+      if (a.clean_grads) scratch.prefetcher.add(a.clean_grads[b.k], b);
+      rule.prefetch(b, scratch.prefetcher);
     }
     perturbation.add(b, w, p, scratch);
-    put(param, b, p);
+    store_param(param, b, p);
   }
 };
 
@@ -179,8 +180,8 @@ struct MixGradientsWalk {
     const float* g = load(grad, b.begin, b.n, scratch.g);
     Squares squares;
     if (a.history) {
-      squares.of[1] = remember(a, b, g, scratch.m);
-      // The final gradient is about to take its place.
+      squares.of[1] = update_history(a, b, g, scratch.m);
+      // In float32 the final gradient overwrites g in place.
       if (squares.of[1] == g) squares.of[1] = static_cast<float*>(std::memcpy(scratch.m, g, b.n * sizeof(float)));
     }
     float* out = target(grad, b.begin, scratch.v);
@@ -191,8 +192,8 @@ struct MixGradientsWalk {
     store(grad, b.begin, b.n, out);
     return squares;
   }
-  float settle(int64_t k, int64_t row, const double* sums) const {
-    remember_row(a, k, row, sums[1]);
+  float finish_row(int64_t k, int64_t row, const double* sums) const {
+    update_history_row(a, k, row, sums[1]);
     return 0.0f;
   }
   void finish(const Block&, const float*, Scratch&) const {}

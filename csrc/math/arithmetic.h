@@ -31,8 +31,8 @@ FK_HD float fma(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return __fmaf_rn(a, b, c);
 #elif defined(__x86_64__) && !defined(__FMA__)
-  // Without the instruction fmaf is a slow call. The sum below rounds twice; only 65536 radii and 65536 angles ever
-  // reach this function, and for every one of them the result is the same.
+  // Without the instruction fmaf is a slow call. The sum below rounds twice, but only 65536 radii and 65536 angles ever
+  // reach this function, and tests/test_noise.py compares all of them.
   return static_cast<float>(static_cast<double>(a) * b + c);
 #else
   return __builtin_fmaf(a, b, c);
@@ -48,12 +48,12 @@ FK_HD float root(float x) {
 #endif
 }
 
-// g <- clip (factor g + clean_weight g_clean); a clip that is absent is 1, which changes no bit.
+// g <- clip (factor g + clean_weight g_clean). An absent clip is 1, which changes no bit.
 FK_HD float mixed(float g, float clean, float factor, float clean_weight, float clip) {
   return (factor * g + clean_weight * clean) * clip;
 }
 
-// The same without a clean gradient: nothing is added, so a negative zero stays one.
+// The same without a clean gradient. Adding 0 instead would turn -0 into +0.
 FK_HD float mixed(float g, float factor, float clip) { return factor * g * clip; }
 
 }  // namespace flatkern::math

@@ -5,10 +5,10 @@
 
 namespace flatkern::math {
 
-// The bits of |g|, which as an integer have the order of |g|; NaN is above all.
+// The bits of |g|: as integers they are ordered as |g| is, with NaN above all.
 FK_HD uint32_t magnitude_bits(float g) { return bits_of(g) & 0x7FFFFFFFu; }
 
-// From here on they are those of infinity and of NaN.
+// The smallest that is not finite.
 constexpr uint32_t kInfinityBits = 0x7F800000u;
 
 // A radix selection reads them as three digits of 11, 10 and 10 bits.

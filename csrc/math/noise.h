@@ -8,7 +8,7 @@ namespace flatkern::math {
 constexpr uint32_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;
 constexpr uint32_t kKeyStep0 = 0x9E3779B9, kKeyStep1 = 0xBB67AE85;
 
-// One 32-bit word in 64 bits, of which the upper half means nothing: it may hold what a product left there.
+// One 32-bit word in the lower half of 64 bits. The upper half is undefined: products leave their high word there.
 struct Word {
   uint64_t x;
 };
@@ -78,7 +78,7 @@ struct CosSin {
   float cos, sin;
 };
 
-// Of the angle in bits 16-31: 15 bits in a half circle, bit 31 mirrors the cosine.
+// Cosine and sine of the angle in bits 16-31: 15 bits choose it in a half circle, bit 31 mirrors the cosine.
 FK_HD CosSin angle(uint32_t word) {
   const int32_t h = static_cast<int32_t>(word << 1) >> 17;
   const float x = fma(static_cast<float>(h), 0x1.921fb6p-14f, 0x1.921fb6p-15f);

@@ -18,7 +18,7 @@ FK_HD float perturbation(float z, float scale) { return scale * z; }
 
 FK_HD float perturb_gaussian(float w, float e) { return w + e; }
 
-// rho / (norm + 1e-12); a norm that is not finite gives a climb of zero.
+// rho / (norm + 1e-12); 0 where the norm is not finite, so that the weights stay.
 FK_HD float ascent_scale(float rho, float norm) {
   const bool finite = (bits_of(norm) & 0x7F800000u) != 0x7F800000u;
   return finite ? rho / (norm + 1e-12f) : 0.0f;

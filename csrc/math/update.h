@@ -5,12 +5,12 @@
 
 namespace flatkern::math {
 
-// F <- beta F + sum of g^2.
-FK_HD float remember(float history, float squares, float beta) { return beta * history + squares; }
+// ARWP's history: F <- beta F + sum of g^2.
+FK_HD float update_history(float history, float squares, float beta) { return beta * history + squares; }
 
-// Scalars of SGD, rounded to float32 once.
+// Scalars of SGD, each rounded to float32 once.
 struct SgdScalars {
-  float lr, momentum, undamped, weight_decay;  // undamped = 1 - dampening
+  float lr, momentum, one_minus_dampening, weight_decay;
   bool nesterov;
 };
 
@@ -22,31 +22,31 @@ FK_HD float sgd(float p, float g, const SgdScalars& s) {
 // With momentum: `v` is read and replaced.
 FK_HD float sgd(float p, float g, float& v, const SgdScalars& s) {
   float d = g + s.weight_decay * p;
-  v = s.momentum * v + s.undamped * d;
+  v = s.momentum * v + s.one_minus_dampening * d;
   d = s.nesterov ? d + s.momentum * v : v;
   return p - s.lr * d;
 }
 
-// Scalars of Adam and AdamW for one step: float64 on the host, rounded to float32 once.
+// Scalars of Adam and AdamW for one step: computed in float64, each rounded to float32 once.
 struct AdamScalars {
-  float beta1, rest1, beta2, rest2;  // rest = 1 - beta
-  float step_size, correction;       // lr / (1 - beta1^t), sqrt(1 - beta2^t)
-  float eps, decay, shrink;          // shrink = 1 - lr decay
-  bool coupled, decoupled;           // how the decay enters, if at all
+  float beta1, one_minus_beta1, beta2, one_minus_beta2;
+  float step_size, correction;     // lr / (1 - beta1^t), sqrt(1 - beta2^t)
+  float eps, decay, decay_factor;  // decay_factor = 1 - lr weight_decay
+  bool coupled, decoupled;         // whether the decay enters the gradient, or the weight
 };
 
 FK_HD AdamScalars adam_scalars(double step, double lr, double beta1, double beta2, double eps, double decay,
                                bool decoupled) {
   AdamScalars s;
   s.beta1 = static_cast<float>(beta1);
-  s.rest1 = static_cast<float>(1 - beta1);
+  s.one_minus_beta1 = static_cast<float>(1 - beta1);
   s.beta2 = static_cast<float>(beta2);
-  s.rest2 = static_cast<float>(1 - beta2);
+  s.one_minus_beta2 = static_cast<float>(1 - beta2);
   s.step_size = static_cast<float>(lr / (1 - pow(beta1, step)));
   s.correction = static_cast<float>(sqrt(1 - pow(beta2, step)));
   s.eps = static_cast<float>(eps);
   s.decay = static_cast<float>(decay);
-  s.shrink = static_cast<float>(1 - lr * decay);
+  s.decay_factor = static_cast<float>(1 - lr * decay);
   s.coupled = !decoupled && decay != 0;
   s.decoupled = decoupled;
   return s;
@@ -54,10 +54,10 @@ FK_HD AdamScalars adam_scalars(double step, double lr, double beta1, double beta
 
 // `m` and `v` are read and replaced.
 FK_HD float adam(float p, float g, float& m, float& v, const AdamScalars& s) {
-  if (s.decoupled) p = p * s.shrink;
+  if (s.decoupled) p = p * s.decay_factor;
   if (s.coupled) g = g + s.decay * p;
-  m = s.beta1 * m + s.rest1 * g;
-  v = s.beta2 * v + s.rest2 * (g * g);
+  m = s.beta1 * m + s.one_minus_beta1 * g;
+  v = s.beta2 * v + s.one_minus_beta2 * (g * g);
   const float denominator = root(v) / s.correction + s.eps;
   return p - s.step_size * (m / denominator);
 }
