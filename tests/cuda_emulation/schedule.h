@@ -49,11 +49,13 @@ inline Schedule schedule_of(const std::string& text, uint64_t launch) {
                               "\", but should be forward, reverse, random or warps, or one of them with :seed");
 }
 
-// A set bit of `bits`, which has one. Behind a gap a bit is more likely; every one is possible, which is what counts.
+// One of the set bits of `bits`, which has some; each is as likely as the others.
 inline unsigned any_bit(uint32_t bits, Random& random) {
-  const unsigned from = random.next() % 32;
-  const uint32_t turned = (bits >> from) | (bits << ((32 - from) % 32));
-  return (from + static_cast<unsigned>(__builtin_ctz(turned))) % 32;
+  const auto count = static_cast<uint32_t>(__builtin_popcount(bits));
+  auto skip = static_cast<uint32_t>(uint64_t{random.next()} * count >> 32);
+  if (count == 32) return skip;
+  for (; skip > 0; --skip) bits &= bits - 1;
+  return static_cast<unsigned>(__builtin_ctz(bits));
 }
 
 // The order of a launch's blocks. start + i * step visits each once where step and count have no common divisor.

@@ -207,6 +207,7 @@ void Machine::run_block(unsigned index) {
     ready_warps_ |= 1u << first / kWarpSize;
   }
   for (unsigned i = 0; i < launch_.block; ++i) threads_[i].stack = nullptr;
+  warp_ = any_bit(ready_warps_, random_);
   current_ = pick();
   threadIdx.x = current_;
   threads_[current_].stack = stacks_.take();
