@@ -36,7 +36,7 @@ builds = pytest.mark.skipif(
 
 def build(*arguments, cwd, **environment):
     """Run a build in the environment of the tests, less what would steer it."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("FLATKERN_")} | environment
+    env = {k: v for k, v in os.environ.items() if not k.startswith("FLATKERN_")} | {"FLATKERN_CUDA": "0"} | environment
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,

@@ -57,6 +57,7 @@ class SGD(FusedOptimizer):
     """
 
     state_keys = ("momentum_buffer",)
+    ops = ("sgd_update_",)
     split_by = staticmethod(lambda group: group["momentum"] != 0)
     flag_keys = (*FusedOptimizer.flag_keys, "nesterov", "maximize")
 
