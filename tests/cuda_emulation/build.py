@@ -27,17 +27,21 @@ KERNELS = ROOT / "csrc" / "cuda"
 FLAGS = """-std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing
     -Wall -Wextra -Wno-unknown-pragmas -DFK_EMULATION""".split()
 # Found in every build and reported as the kernel's fault, by undefined.cpp in place of a runtime library.
-CHECKS = ["-fsanitize=alignment,bounds"]
+CHECKS = ["-fsanitize=alignment,bounds", "-fsanitize-recover=alignment,bounds"]
 
 
 class BuildError(Exception):
-    """Nothing can be built; the text says why."""
+    """What was asked for is not built; the text says why."""
+
+
+class MissingTool(BuildError):
+    """There is nothing to build with."""
 
 
 def compiler() -> list[str]:
     named = shlex.split(os.environ.get("CXX", "g++"))
     if not named or shutil.which(named[0]) is None:
-        raise BuildError(f"there is no C++ compiler {' '.join(named)!r}; set CXX")
+        raise MissingTool(f"there is no C++ compiler {' '.join(named)!r}; set CXX")
     return named
 
 
@@ -45,7 +49,7 @@ def ninja() -> str:
     beside = Path(sysconfig.get_path("scripts")) / "ninja"
     found = str(beside) if beside.exists() else shutil.which("ninja")
     if found is None:
-        raise BuildError("ninja is not installed")
+        raise MissingTool("ninja is not installed")
     return found
 
 
@@ -53,7 +57,7 @@ def python_includes() -> list[str]:
     try:
         import pybind11
     except ImportError:
-        raise BuildError("pybind11 is not installed") from None
+        raise MissingTool("pybind11 is not installed") from None
     python = {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}
     return [f"-isystem{path}" for path in [*sorted(python), pybind11.get_include()]]
 

@@ -66,12 +66,19 @@ Stack* StackPool::take() {
 
 void StackPool::take_all_back() {
   free_.clear();
-  for (const auto& stack : all_) free_.push_back(stack.get());
+  for (const auto& stack : all_) {
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_UNPOISON_MEMORY_REGION(stack->bottom(), stack->size());
+#endif
+    free_.push_back(stack.get());
+  }
 }
 
 void Fiber::prepare(const Stack& stack, void (*entry)()) {
 #if defined(__SANITIZE_ADDRESS__)
-  ASAN_UNPOISON_MEMORY_REGION(stack.bottom(), stack.size());
+  // What the last fiber here has left: the frames that it did not return from, which are few.
+  constexpr size_t kLeft = 4096;
+  ASAN_UNPOISON_MEMORY_REGION(stack.bottom() + stack.size() - kLeft, kLeft);
   stack_bottom_ = stack.bottom();
   stack_size_ = stack.size();
 #endif

@@ -13,6 +13,7 @@
 #include "fibers.h"
 #include "schedule.h"
 #include "shared.h"
+#include "switched_off.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -52,9 +53,9 @@ class Machine {
   void sync_threads(Site& site);
   uint64_t meet(Kind kind, Site& site, unsigned mask, unsigned source, uint64_t given);
   void* shared_memory(SharedSite& site) { return shared_.find(site, block_serial_); }
-  bool is_off(Site& site);
   [[noreturn]] void fail(const char* file, int line, const char* format, va_list values);
 
+  SwitchedOff switched_off;
   // Settings, and what tests ask for.
   std::string wanted_schedule;
   bool launch_nothing = false;
@@ -66,7 +67,6 @@ class Machine {
   std::atomic<std::thread::id> owner{};
 
  private:
-  void read_environment();
   void run_block(unsigned index);
   void thread_main();
   unsigned pick();
@@ -100,51 +100,13 @@ class Machine {
   StackPool stacks_;
   Fiber host_;
   char fault_[1024] = "";
-
-  std::string without_;
-  unsigned decisions_ = 0;
 };
 
 Machine machine;
 
-// --- settings ----------------------------------------------------------------------------------------------------
-
-const char* environment(const char* name) {
+std::string environment(const char* name) {
   const char* value = std::getenv(name);
   return value == nullptr ? "" : value;
-}
-
-void Machine::read_environment() {
-  const char* schedule = environment("FLATKERN_EMULATION_SCHEDULE");
-  schedule_ = schedule_of(wanted_schedule.empty() ? schedule : wanted_schedule, launches);
-  random_ = Random(schedule_.seed);
-  const char* without = environment("FLATKERN_EMULATION_WITHOUT");
-  if (decisions_ == 0 || without_ != without) {
-    without_ = without;
-    ++decisions_;  // every site looks itself up again
-  }
-}
-
-// Whether FLATKERN_EMULATION_WITHOUT names `site`, by the end of its path.
-bool names(const std::string& without, const Site& site) {
-  const std::string place = "/" + std::string(site.file) + ":" + std::to_string(site.line);
-  for (size_t begin = 0; begin < without.size();) {
-    const size_t end = std::min(without.find(',', begin), without.size());
-    const std::string name = "/" + without.substr(begin, end - begin);
-    if (name.size() > 1 && name.size() <= place.size() &&
-        place.compare(place.size() - name.size(), name.size(), name) == 0)
-      return true;
-    begin = end + 1;
-  }
-  return false;
-}
-
-bool Machine::is_off(Site& site) {
-  if (site.decided != decisions_) {
-    site.decided = decisions_;
-    site.switched_off = names(without_, site);
-  }
-  return site.switched_off;
 }
 
 // --- launches ----------------------------------------------------------------------------------------------------
@@ -175,7 +137,10 @@ class Turn {
 
 void Machine::run(const Launch& launch) {
   check(launch);
-  read_environment();
+  schedule_ =
+      schedule_of(wanted_schedule.empty() ? environment("FLATKERN_EMULATION_SCHEDULE") : wanted_schedule, launches);
+  random_ = Random(schedule_.seed);
+  switched_off.read(environment("FLATKERN_EMULATION_WITHOUT"));
   ++launches;
   if (launch_nothing) return;
   launch_ = launch;
@@ -396,8 +361,9 @@ uint64_t Machine::meet(Kind kind, Site& site, unsigned mask, unsigned source, ui
 // --- faults --------------------------------------------------------------------------------------------------------
 
 void Machine::fail(const char* file, int line, const char* format, va_list values) {
-  const int n = std::snprintf(fault_, sizeof fault_, "%s:%d: block %u, thread %u ", file, line, blockIdx.x, current_);
-  std::vsnprintf(fault_ + n, sizeof fault_ - static_cast<size_t>(n), format, values);
+  int used = file == nullptr ? 0 : std::snprintf(fault_, sizeof fault_, "%s:%d: ", file, line);
+  used += std::snprintf(fault_ + used, sizeof fault_ - used, "block %u, thread %u ", blockIdx.x, current_);
+  std::vsnprintf(fault_ + used, sizeof fault_ - used, format, values);
   give_up();
 }
 
@@ -446,10 +412,10 @@ void set_current_device(int index) {
 }
 
 void sync_threads(Site& site) {
-  if (!machine.is_off(site)) machine.sync_threads(site);
+  if (!machine.switched_off.contains(site)) machine.sync_threads(site);
 }
 void sync_warp(Site& site, unsigned mask) {
-  if (!machine.is_off(site)) machine.meet(Kind::kBarrier, site, mask, 0, 0);
+  if (!machine.switched_off.contains(site)) machine.meet(Kind::kBarrier, site, mask, 0, 0);
 }
 uint64_t shuffle(Site& site, unsigned mask, unsigned source, uint64_t bits) {
   if ((mask >> source & 1) == 0)
@@ -471,14 +437,14 @@ void fail(const char* file, int line, const char* format, ...) {
   va_list values;
   va_start(values, format);
   if (machine.owner.load() == std::this_thread::get_id()) machine.fail(file, line, format, values);
-  std::fprintf(stderr, "emulation: %s:%d: outside of a kernel: ", file, line);
+  std::fprintf(stderr, "emulation: %s:%d: outside of a kernel, the host ", file, line);
   std::vfprintf(stderr, format, values);
   std::abort();
 }
 
 void run(const Launch& launch) {
   if (machine.owner.load() == std::this_thread::get_id())
-    fail("launch", 0, "launches a kernel, which only the host can");
+    fail(nullptr, 0, "launches a kernel, which only the host can");
   const Turn turn;
   machine.run(launch);
 }
