@@ -5,8 +5,8 @@
     python tests/cuda_emulation/build.py --sanitize address,undefined into build/cuda-emulation/sanitized
     CXX, CXXFLAGS, LDFLAGS                                            as everywhere
 
-The module is flatkern._CUDA, made of the same sources as on a GPU; FLATKERN_CUDA_EMULATION names its file. Only what has
-changed is compiled anew. The last lines of the output are the files that were asked for.
+The module is flatkern._CUDA, made of the same sources as on a GPU; FLATKERN_CUDA_EMULATION names its file. Only what
+has changed is compiled anew. The last lines of the output are the files that were asked for.
 """
 
 from __future__ import annotations
@@ -106,6 +106,8 @@ class Ninja:
         return [self.compile(EMULATION / name, []) for name in names]
 
     def module(self, machine: list[Path]) -> Path:
+        if not (KERNELS / "bindings.cpp").exists():
+            raise BuildError(f"{escape(KERNELS)} has no bindings.cpp")
         python = python_includes()
         objects = [self.compile(path, ["-x", "c++", *self.own_checks]) for path in sorted(KERNELS.glob("*.cu"))]
         for folder in (KERNELS, ROOT / "csrc" / "common"):
