@@ -99,12 +99,19 @@ void Fiber::prepare(const Stack& stack, void (*entry)()) {
 
 void Fiber::adopt_os_thread() {
 #if defined(__SANITIZE_ADDRESS__)
-  pthread_attr_t attributes;
-  void* bottom = nullptr;
-  pthread_getattr_np(pthread_self(), &attributes);
-  pthread_attr_getstack(&attributes, &bottom, &stack_size_);
-  pthread_attr_destroy(&attributes);
-  stack_bottom_ = bottom;
+  struct Bounds {
+    void* bottom = nullptr;
+    size_t size = 0;
+    Bounds() {
+      pthread_attr_t attributes;
+      pthread_getattr_np(pthread_self(), &attributes);
+      pthread_attr_getstack(&attributes, &bottom, &size);
+      pthread_attr_destroy(&attributes);
+    }
+  };
+  static thread_local const Bounds bounds;  // to ask reads the list of all mappings
+  stack_bottom_ = bounds.bottom;
+  stack_size_ = bounds.size;
 #endif
 }
 

@@ -55,8 +55,8 @@ class Machine {
   void* shared_memory(SharedSite& site) { return shared_.find(site, block_serial_); }
   [[noreturn]] void fail(const char* file, int line, const char* format, va_list values);
 
-  SwitchedOff switched_off;
   // Settings, and what tests ask for.
+  SwitchedOff switched_off;
   std::string wanted_schedule;
   bool launch_nothing = false;
   int device = 0;
@@ -70,12 +70,14 @@ class Machine {
   void run_block(unsigned index);
   void thread_main();
   unsigned pick();
-  void change_to(unsigned next);
+  void change(Fiber& from, unsigned next);
   void wait(const Site& site);
   void leave();
   Meeting& join(Warp& warp, Site& site, unsigned mask);
   void check_lanes(const Warp& warp, const Site& site, unsigned mask);
   static void complete(Kind kind, Warp& warp, unsigned mask);
+  [[gnu::format(printf, 2, 3)]] void say(const char* format, ...);
+  void say(const char* format, va_list values);
   void describe_deadlock();
   [[noreturn]] void deadlock();
   [[noreturn]] void give_up();
@@ -173,11 +175,7 @@ void Machine::run_block(unsigned index) {
   }
   for (unsigned i = 0; i < launch_.block; ++i) threads_[i].stack = nullptr;
   warp_ = any_bit(ready_warps_, random_);
-  current_ = pick();
-  threadIdx.x = current_;
-  threads_[current_].stack = stacks_.take();
-  threads_[current_].fiber.prepare(*threads_[current_].stack, [] { machine.thread_main(); });
-  Fiber::change(host_, threads_[current_].fiber);
+  change(host_, pick());
   if (fault_[0] == '\0') shared_.end_block(index, fault_, sizeof fault_);
 }
 
@@ -185,7 +183,7 @@ void Machine::run_block(unsigned index) {
 
 // Takes one out of those that are ready.
 unsigned Machine::pick() {
-  unsigned lane;
+  unsigned lane = 0;
   switch (schedule_.order) {
     case Order::kForward:
       warp_ = static_cast<unsigned>(__builtin_ctz(ready_warps_));
@@ -199,7 +197,7 @@ unsigned Machine::pick() {
       warp_ = any_bit(ready_warps_, random_);
       lane = any_bit(warps_[warp_].ready, random_);
       break;
-    default:
+    case Order::kWarps:
       if ((ready_warps_ >> warp_ & 1) == 0) warp_ = any_bit(ready_warps_, random_);
       lane = any_bit(warps_[warp_].ready, random_);
   }
@@ -209,15 +207,16 @@ unsigned Machine::pick() {
   return warp_ * kWarpSize + lane;
 }
 
-void Machine::change_to(unsigned next) {
-  Thread &from = threads_[current_], &to = threads_[next];
-  if (to.stack == nullptr) {
-    to.stack = stacks_.take();
-    to.fiber.prepare(*to.stack, [] { machine.thread_main(); });
+// Leaves the fiber that runs and continues the thread `next`, or begins it.
+void Machine::change(Fiber& from, unsigned next) {
+  Thread& thread = threads_[next];
+  if (thread.stack == nullptr) {
+    thread.stack = stacks_.take();
+    thread.fiber.prepare(*thread.stack, [] { machine.thread_main(); });
   }
   current_ = next;
   threadIdx.x = next;
-  Fiber::change(from.fiber, to.fiber);
+  Fiber::change(from, thread.fiber);
 }
 
 // The running thread waits at `site`, unless it has just been made ready, until it is picked.
@@ -225,10 +224,11 @@ void Machine::wait(const Site& site) {
   threads_[current_].waits_at = &site;
   if (ready_warps_ == 0) deadlock();
   const unsigned next = pick();
-  if (next != current_) change_to(next);
+  if (next != current_) change(threads_[current_].fiber, next);
 }
 
-// The stack's life. If the next thread has not run yet, it takes this stack over, which costs no change.
+// What runs on every stack: one thread from its beginning to its end, and then another. If the next thread has not run
+// yet, it takes this stack over, which costs no change.
 void Machine::thread_main() {
   Fiber::entered();
   for (;;) {
@@ -243,7 +243,7 @@ void Machine::thread_main() {
     const unsigned next = pick();
     if (threads_[next].stack != nullptr) {
       stacks_.give_back(stack);
-      change_to(next);
+      change(threads_[current_].fiber, next);
     }
     threads_[next].stack = stack;
     current_ = next;
@@ -360,10 +360,23 @@ uint64_t Machine::meet(Kind kind, Site& site, unsigned mask, unsigned source, ui
 
 // --- faults --------------------------------------------------------------------------------------------------------
 
-void Machine::fail(const char* file, int line, const char* format, va_list values) {
-  int used = file == nullptr ? 0 : std::snprintf(fault_, sizeof fault_, "%s:%d: ", file, line);
-  used += std::snprintf(fault_ + used, sizeof fault_ - used, "block %u, thread %u ", blockIdx.x, current_);
+// Appends to the fault's text; what does not fit is cut off.
+void Machine::say(const char* format, ...) {
+  va_list values;
+  va_start(values, format);
+  say(format, values);
+  va_end(values);
+}
+
+void Machine::say(const char* format, va_list values) {
+  const size_t used = std::strlen(fault_);
   std::vsnprintf(fault_ + used, sizeof fault_ - used, format, values);
+}
+
+void Machine::fail(const char* file, int line, const char* format, va_list values) {
+  if (file != nullptr) say("%s:%d: ", file, line);
+  say("block %u, thread %u ", blockIdx.x, current_);
+  say(format, values);
   give_up();
 }
 
@@ -375,17 +388,15 @@ void Machine::give_up() {
 
 // Says who waits where, those of one place together.
 void Machine::describe_deadlock() {
-  size_t used = static_cast<size_t>(std::snprintf(fault_, sizeof fault_, "deadlock in block %u:", blockIdx.x));
+  say("deadlock in block %u:", blockIdx.x);
   std::vector<const Site*> told;
   for (unsigned i = 0; i < launch_.block; ++i) {
     const Site* site = threads_[i].waits_at;
     if (!is_inside(i) || std::find(told.begin(), told.end(), site) != told.end()) continue;
     unsigned count = 0;
     for (unsigned j = i; j < launch_.block; ++j) count += is_inside(j) && threads_[j].waits_at == site;
-    if (used < sizeof fault_)
-      used += static_cast<size_t>(std::snprintf(fault_ + used, sizeof fault_ - used,
-                                                "%s %u of its threads, thread %u the first, wait at %s (%s:%d)",
-                                                told.empty() ? "" : ";", count, i, site->what, site->file, site->line));
+    say("%s %u of its threads, thread %u the first, wait at %s (%s:%d)", told.empty() ? "" : ";", count, i, site->what,
+        site->file, site->line);
     told.push_back(site);
   }
 }
