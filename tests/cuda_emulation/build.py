@@ -5,8 +5,8 @@
     python tests/cuda_emulation/build.py --sanitize address,undefined into build/cuda-emulation/sanitized
     CXX, CXXFLAGS, LDFLAGS                                            as everywhere
 
-The module is flatkern._CUDA, made of the same sources as on a GPU; FLATKERN_CUDA_EMULATION names its file. Only what has
-changed is compiled anew. The last lines of the output are the files that were asked for.
+The module is flatkern._CUDA, made of the same sources as on a GPU; FLATKERN_CUDA_EMULATION names its file. Only what
+has changed is compiled anew. The last lines of the output are the files that were asked for.
 """
 
 from __future__ import annotations
@@ -27,17 +27,21 @@ KERNELS = ROOT / "csrc" / "cuda"
 FLAGS = """-std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing
     -Wall -Wextra -Wno-unknown-pragmas -DFK_EMULATION""".split()
 # Found in every build and reported as the kernel's fault, by undefined.cpp in place of a runtime library.
-CHECKS = ["-fsanitize=alignment,bounds"]
+CHECKS = ["-fsanitize=alignment,bounds", "-fsanitize-recover=alignment,bounds"]
 
 
 class BuildError(Exception):
-    """Nothing can be built; the text says why."""
+    """What was asked for is not built; the text says why."""
+
+
+class MissingTool(BuildError):
+    """There is nothing to build with."""
 
 
 def compiler() -> list[str]:
     named = shlex.split(os.environ.get("CXX", "g++"))
     if not named or shutil.which(named[0]) is None:
-        raise BuildError(f"there is no C++ compiler {' '.join(named)!r}; set CXX")
+        raise MissingTool(f"there is no C++ compiler {' '.join(named)!r}; set CXX")
     return named
 
 
@@ -45,7 +49,7 @@ def ninja() -> str:
     beside = Path(sysconfig.get_path("scripts")) / "ninja"
     found = str(beside) if beside.exists() else shutil.which("ninja")
     if found is None:
-        raise BuildError("ninja is not installed")
+        raise MissingTool("ninja is not installed")
     return found
 
 
@@ -53,7 +57,7 @@ def python_includes() -> list[str]:
     try:
         import pybind11
     except ImportError:
-        raise BuildError("pybind11 is not installed") from None
+        raise MissingTool("pybind11 is not installed") from None
     python = {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}
     return [f"-isystem{path}" for path in [*sorted(python), pybind11.get_include()]]
 
@@ -102,6 +106,8 @@ class Ninja:
         return [self.compile(EMULATION / name, []) for name in names]
 
     def module(self, machine: list[Path]) -> Path:
+        if not (KERNELS / "bindings.cpp").exists():
+            raise BuildError(f"{escape(KERNELS)} has no bindings.cpp")
         python = python_includes()
         objects = [self.compile(path, ["-x", "c++", *self.own_checks]) for path in sorted(KERNELS.glob("*.cu"))]
         for folder in (KERNELS, ROOT / "csrc" / "common"):

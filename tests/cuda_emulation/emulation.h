@@ -4,7 +4,8 @@
 // What it is for: indices, barriers, masks, shuffles, shared memory, the host's side of a launch. What it cannot show:
 // anything below the source (registers, code generation, approximate functions), weak memory order (__threadfence does
 // nothing), data races as such (a schedule has to make one visible), two blocks at the same time (to wait for another
-// block never ends), reads outside of global memory (AddressSanitizer finds those).
+// block never ends), accesses outside of global memory (AddressSanitizer finds those), blocks larger than a kernel's
+// __launch_bounds__.
 //
 // Kernels are called through launch(), declare shared memory by FK_SHARED and take their parameters by FK_PARAM.
 #pragma once
@@ -14,10 +15,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <string>
 #include <type_traits>
-#include <vector>
 
 #include "scheduler.h"
 
@@ -53,9 +51,6 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct alignas(8) int2 {
-  int x, y;
-};
 struct alignas(16) int4 {
   int x, y, z, w;
 };
@@ -64,7 +59,6 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 
 // Of the thread that runs; the scheduler writes them.

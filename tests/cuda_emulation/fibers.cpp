@@ -66,12 +66,19 @@ Stack* StackPool::take() {
 
 void StackPool::take_all_back() {
   free_.clear();
-  for (const auto& stack : all_) free_.push_back(stack.get());
+  for (const auto& stack : all_) {
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_UNPOISON_MEMORY_REGION(stack->bottom(), stack->size());
+#endif
+    free_.push_back(stack.get());
+  }
 }
 
 void Fiber::prepare(const Stack& stack, void (*entry)()) {
 #if defined(__SANITIZE_ADDRESS__)
-  ASAN_UNPOISON_MEMORY_REGION(stack.bottom(), stack.size());
+  // What the last fiber here has left: the frames that it did not return from, which are few.
+  constexpr size_t kLeft = 4096;
+  ASAN_UNPOISON_MEMORY_REGION(stack.bottom() + stack.size() - kLeft, kLeft);
   stack_bottom_ = stack.bottom();
   stack_size_ = stack.size();
 #endif
@@ -92,12 +99,19 @@ void Fiber::prepare(const Stack& stack, void (*entry)()) {
 
 void Fiber::adopt_os_thread() {
 #if defined(__SANITIZE_ADDRESS__)
-  pthread_attr_t attributes;
-  void* bottom = nullptr;
-  pthread_getattr_np(pthread_self(), &attributes);
-  pthread_attr_getstack(&attributes, &bottom, &stack_size_);
-  pthread_attr_destroy(&attributes);
-  stack_bottom_ = bottom;
+  struct Bounds {
+    void* bottom = nullptr;
+    size_t size = 0;
+    Bounds() {
+      pthread_attr_t attributes;
+      pthread_getattr_np(pthread_self(), &attributes);
+      pthread_attr_getstack(&attributes, &bottom, &size);
+      pthread_attr_destroy(&attributes);
+    }
+  };
+  static thread_local const Bounds bounds;  // to ask reads the list of all mappings
+  stack_bottom_ = bounds.bottom;
+  stack_size_ = bounds.size;
 #endif
 }
 

@@ -13,6 +13,7 @@
 #include "fibers.h"
 #include "schedule.h"
 #include "shared.h"
+#include "switched_off.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -52,10 +53,10 @@ class Machine {
   void sync_threads(Site& site);
   uint64_t meet(Kind kind, Site& site, unsigned mask, unsigned source, uint64_t given);
   void* shared_memory(SharedSite& site) { return shared_.find(site, block_serial_); }
-  bool is_off(Site& site);
   [[noreturn]] void fail(const char* file, int line, const char* format, va_list values);
 
   // Settings, and what tests ask for.
+  SwitchedOff switched_off;
   std::string wanted_schedule;
   bool launch_nothing = false;
   int device = 0;
@@ -66,16 +67,17 @@ class Machine {
   std::atomic<std::thread::id> owner{};
 
  private:
-  void read_environment();
   void run_block(unsigned index);
   void thread_main();
   unsigned pick();
-  void change_to(unsigned next);
+  void change(Fiber& from, unsigned next);
   void wait(const Site& site);
   void leave();
   Meeting& join(Warp& warp, Site& site, unsigned mask);
   void check_lanes(const Warp& warp, const Site& site, unsigned mask);
   static void complete(Kind kind, Warp& warp, unsigned mask);
+  [[gnu::format(printf, 2, 3)]] void say(const char* format, ...);
+  void say(const char* format, va_list values);
   void describe_deadlock();
   [[noreturn]] void deadlock();
   [[noreturn]] void give_up();
@@ -100,51 +102,13 @@ class Machine {
   StackPool stacks_;
   Fiber host_;
   char fault_[1024] = "";
-
-  std::string without_;
-  unsigned decisions_ = 0;
 };
 
 Machine machine;
 
-// --- settings ----------------------------------------------------------------------------------------------------
-
-const char* environment(const char* name) {
+std::string environment(const char* name) {
   const char* value = std::getenv(name);
   return value == nullptr ? "" : value;
-}
-
-void Machine::read_environment() {
-  const char* schedule = environment("FLATKERN_EMULATION_SCHEDULE");
-  schedule_ = schedule_of(wanted_schedule.empty() ? schedule : wanted_schedule, launches);
-  random_ = Random(schedule_.seed);
-  const char* without = environment("FLATKERN_EMULATION_WITHOUT");
-  if (decisions_ == 0 || without_ != without) {
-    without_ = without;
-    ++decisions_;  // every site looks itself up again
-  }
-}
-
-// Whether FLATKERN_EMULATION_WITHOUT names `site`, by the end of its path.
-bool names(const std::string& without, const Site& site) {
-  const std::string place = "/" + std::string(site.file) + ":" + std::to_string(site.line);
-  for (size_t begin = 0; begin < without.size();) {
-    const size_t end = std::min(without.find(',', begin), without.size());
-    const std::string name = "/" + without.substr(begin, end - begin);
-    if (name.size() > 1 && name.size() <= place.size() &&
-        place.compare(place.size() - name.size(), name.size(), name) == 0)
-      return true;
-    begin = end + 1;
-  }
-  return false;
-}
-
-bool Machine::is_off(Site& site) {
-  if (site.decided != decisions_) {
-    site.decided = decisions_;
-    site.switched_off = names(without_, site);
-  }
-  return site.switched_off;
 }
 
 // --- launches ----------------------------------------------------------------------------------------------------
@@ -175,7 +139,10 @@ class Turn {
 
 void Machine::run(const Launch& launch) {
   check(launch);
-  read_environment();
+  schedule_ =
+      schedule_of(wanted_schedule.empty() ? environment("FLATKERN_EMULATION_SCHEDULE") : wanted_schedule, launches);
+  random_ = Random(schedule_.seed);
+  switched_off.read(environment("FLATKERN_EMULATION_WITHOUT"));
   ++launches;
   if (launch_nothing) return;
   launch_ = launch;
@@ -208,11 +175,7 @@ void Machine::run_block(unsigned index) {
   }
   for (unsigned i = 0; i < launch_.block; ++i) threads_[i].stack = nullptr;
   warp_ = any_bit(ready_warps_, random_);
-  current_ = pick();
-  threadIdx.x = current_;
-  threads_[current_].stack = stacks_.take();
-  threads_[current_].fiber.prepare(*threads_[current_].stack, [] { machine.thread_main(); });
-  Fiber::change(host_, threads_[current_].fiber);
+  change(host_, pick());
   if (fault_[0] == '\0') shared_.end_block(index, fault_, sizeof fault_);
 }
 
@@ -220,7 +183,7 @@ void Machine::run_block(unsigned index) {
 
 // Takes one out of those that are ready.
 unsigned Machine::pick() {
-  unsigned lane;
+  unsigned lane = 0;
   switch (schedule_.order) {
     case Order::kForward:
       warp_ = static_cast<unsigned>(__builtin_ctz(ready_warps_));
@@ -234,7 +197,7 @@ unsigned Machine::pick() {
       warp_ = any_bit(ready_warps_, random_);
       lane = any_bit(warps_[warp_].ready, random_);
       break;
-    default:
+    case Order::kWarps:
       if ((ready_warps_ >> warp_ & 1) == 0) warp_ = any_bit(ready_warps_, random_);
       lane = any_bit(warps_[warp_].ready, random_);
   }
@@ -244,15 +207,16 @@ unsigned Machine::pick() {
   return warp_ * kWarpSize + lane;
 }
 
-void Machine::change_to(unsigned next) {
-  Thread &from = threads_[current_], &to = threads_[next];
-  if (to.stack == nullptr) {
-    to.stack = stacks_.take();
-    to.fiber.prepare(*to.stack, [] { machine.thread_main(); });
+// Leaves the fiber that runs and continues the thread `next`, or begins it.
+void Machine::change(Fiber& from, unsigned next) {
+  Thread& thread = threads_[next];
+  if (thread.stack == nullptr) {
+    thread.stack = stacks_.take();
+    thread.fiber.prepare(*thread.stack, [] { machine.thread_main(); });
   }
   current_ = next;
   threadIdx.x = next;
-  Fiber::change(from.fiber, to.fiber);
+  Fiber::change(from, thread.fiber);
 }
 
 // The running thread waits at `site`, unless it has just been made ready, until it is picked.
@@ -260,10 +224,11 @@ void Machine::wait(const Site& site) {
   threads_[current_].waits_at = &site;
   if (ready_warps_ == 0) deadlock();
   const unsigned next = pick();
-  if (next != current_) change_to(next);
+  if (next != current_) change(threads_[current_].fiber, next);
 }
 
-// The stack's life. If the next thread has not run yet, it takes this stack over, which costs no change.
+// What runs on every stack: one thread from its beginning to its end, and then another. If the next thread has not run
+// yet, it takes this stack over, which costs no change.
 void Machine::thread_main() {
   Fiber::entered();
   for (;;) {
@@ -278,7 +243,7 @@ void Machine::thread_main() {
     const unsigned next = pick();
     if (threads_[next].stack != nullptr) {
       stacks_.give_back(stack);
-      change_to(next);
+      change(threads_[current_].fiber, next);
     }
     threads_[next].stack = stack;
     current_ = next;
@@ -395,9 +360,23 @@ uint64_t Machine::meet(Kind kind, Site& site, unsigned mask, unsigned source, ui
 
 // --- faults --------------------------------------------------------------------------------------------------------
 
+// Appends to the fault's text; what does not fit is cut off.
+void Machine::say(const char* format, ...) {
+  va_list values;
+  va_start(values, format);
+  say(format, values);
+  va_end(values);
+}
+
+void Machine::say(const char* format, va_list values) {
+  const size_t used = std::strlen(fault_);
+  std::vsnprintf(fault_ + used, sizeof fault_ - used, format, values);
+}
+
 void Machine::fail(const char* file, int line, const char* format, va_list values) {
-  const int n = std::snprintf(fault_, sizeof fault_, "%s:%d: block %u, thread %u ", file, line, blockIdx.x, current_);
-  std::vsnprintf(fault_ + n, sizeof fault_ - static_cast<size_t>(n), format, values);
+  if (file != nullptr) say("%s:%d: ", file, line);
+  say("block %u, thread %u ", blockIdx.x, current_);
+  say(format, values);
   give_up();
 }
 
@@ -409,17 +388,15 @@ void Machine::give_up() {
 
 // Says who waits where, those of one place together.
 void Machine::describe_deadlock() {
-  size_t used = static_cast<size_t>(std::snprintf(fault_, sizeof fault_, "deadlock in block %u:", blockIdx.x));
+  say("deadlock in block %u:", blockIdx.x);
   std::vector<const Site*> told;
   for (unsigned i = 0; i < launch_.block; ++i) {
     const Site* site = threads_[i].waits_at;
     if (!is_inside(i) || std::find(told.begin(), told.end(), site) != told.end()) continue;
     unsigned count = 0;
     for (unsigned j = i; j < launch_.block; ++j) count += is_inside(j) && threads_[j].waits_at == site;
-    if (used < sizeof fault_)
-      used += static_cast<size_t>(std::snprintf(fault_ + used, sizeof fault_ - used,
-                                                "%s %u of its threads, thread %u the first, wait at %s (%s:%d)",
-                                                told.empty() ? "" : ";", count, i, site->what, site->file, site->line));
+    say("%s %u of its threads, thread %u the first, wait at %s (%s:%d)", told.empty() ? "" : ";", count, i, site->what,
+        site->file, site->line);
     told.push_back(site);
   }
 }
@@ -446,10 +423,10 @@ void set_current_device(int index) {
 }
 
 void sync_threads(Site& site) {
-  if (!machine.is_off(site)) machine.sync_threads(site);
+  if (!machine.switched_off.contains(site)) machine.sync_threads(site);
 }
 void sync_warp(Site& site, unsigned mask) {
-  if (!machine.is_off(site)) machine.meet(Kind::kBarrier, site, mask, 0, 0);
+  if (!machine.switched_off.contains(site)) machine.meet(Kind::kBarrier, site, mask, 0, 0);
 }
 uint64_t shuffle(Site& site, unsigned mask, unsigned source, uint64_t bits) {
   if ((mask >> source & 1) == 0)
@@ -471,14 +448,14 @@ void fail(const char* file, int line, const char* format, ...) {
   va_list values;
   va_start(values, format);
   if (machine.owner.load() == std::this_thread::get_id()) machine.fail(file, line, format, values);
-  std::fprintf(stderr, "emulation: %s:%d: outside of a kernel: ", file, line);
+  std::fprintf(stderr, "emulation: %s:%d: outside of a kernel, the host ", file, line);
   std::vfprintf(stderr, format, values);
   std::abort();
 }
 
 void run(const Launch& launch) {
   if (machine.owner.load() == std::this_thread::get_id())
-    fail("launch", 0, "launches a kernel, which only the host can");
+    fail(nullptr, 0, "launches a kernel, which only the host can");
   const Turn turn;
   machine.run(launch);
 }

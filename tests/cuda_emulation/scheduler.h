@@ -46,7 +46,7 @@ struct Site {
   const char* what;
   const char* file;
   int line;
-  unsigned decided = 0;  // when it was last looked up among the barriers that are switched off
+  unsigned reading = 0;  // of FLATKERN_EMULATION_WITHOUT, in which it was last looked up
   bool switched_off = false;
 };
 
@@ -73,7 +73,8 @@ unsigned ballot(Site& site, unsigned mask, bool predicate);
 // The calling block's memory for `site`.
 void* shared_memory(SharedSite& site);
 
-// Ends the launch with a Fault at `file`:`line`, in the thread that runs; outside of a launch, ends the process.
+// Ends the launch with a Fault of the thread that runs, at `file`:`line` unless `file` is null. Outside of a kernel it
+// ends the process.
 [[noreturn, gnu::format(printf, 3, 4)]] void fail(const char* file, int line, const char* format, ...);
 
 [[noreturn]] void misaligned(const Site& site, const void* pointer, size_t alignment);

@@ -61,9 +61,26 @@ __global__ void early_return(FK_PARAM(Arguments) a) {
   HERE, __syncthreads();
 }
 
+__global__ void early_return_of_last(FK_PARAM(Arguments)) {
+  if (threadIdx.x < 1023) __syncthreads();
+}
+
 CASE(a_thread_returns_before_a_barrier) {
   expect_fault(early_return, 64,
                {"thread 37 returns from the kernel while thread", "but thread 37 has returned from the kernel"});
+}
+
+// The fault under one schedule.
+std::string fault_under(const std::string& schedule, void (*kernel)(FK_PARAM(Arguments)), unsigned block) {
+  alignas(16) static float out[1024];
+  static int line;
+  emulation::set_schedule(schedule);
+  return cases::fault_of([&] { launch(kernel, 1, block, nullptr, Arguments{&line, out}); });
+}
+
+CASE(the_last_thread_returns_while_all_others_wait) {
+  EXPECT(contains(fault_under("forward", early_return, 38), "thread 37 returns from the kernel while thread 0 waits"));
+  EXPECT(contains(fault_under("reverse", early_return, 38), "but thread 37 has returned from the kernel"));
 }
 
 __global__ void barrier_in_one_warp(FK_PARAM(Arguments) a) {
@@ -76,13 +93,15 @@ __global__ void barrier_in_one_warp(FK_PARAM(Arguments) a) {
 
 CASE(a_barrier_and_a_warp_operation_wait_for_each_other) {
   expect_fault(barrier_in_one_warp, 32, {"deadlock in block"});
-  alignas(16) float out[256];
-  int line = 0;
-  emulation::set_schedule("forward");
-  const std::string text = cases::fault_of([&] { launch(barrier_in_one_warp, 1, 32, nullptr, Arguments{&line, out}); });
+  const std::string text = fault_under("forward", barrier_in_one_warp, 32);
   EXPECT(contains(text, "16 of its threads, thread 0 the first, wait at __syncthreads ("));
   EXPECT(contains(text, "16 of its threads, thread 16 the first, wait at __syncwarp ("));
-  EXPECT(contains(text, "test_faults.cpp:" + std::to_string(line) + ")"));
+}
+
+// A fault leaves fibers behind in the middle of their work; their stacks have to come back.
+CASE(stacks_survive_faults) {
+  for (int i = 0; i < 200; ++i)
+    EXPECT(contains(fault_under("forward", early_return_of_last, 1024), "thread 1023 returns"));
 }
 
 // --- warp operations
@@ -95,6 +114,8 @@ __global__ void mask_names_returned(FK_PARAM(Arguments) a) {
 
 CASE(a_mask_names_a_lane_that_has_returned) {
   expect_fault(mask_names_returned, 32, {"names thread 3, but that has returned", "thread 3 returns from the kernel"});
+  const std::string text = fault_under("forward", mask_names_returned, 32);
+  EXPECT(contains(text, "thread 3 returns from the kernel while lane 0 of its warp waits for it at __shfl_xor_sync"));
 }
 
 __global__ void mask_names_nobody(FK_PARAM(Arguments) a) { HERE, a.out[threadIdx.x] = __shfl_xor_sync(kAll, 1.0f, 1); }

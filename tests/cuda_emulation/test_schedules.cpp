@@ -203,6 +203,20 @@ CASE(a_missing_barrier_makes_results_wrong) {
   EXPECT(wrong_under(lines).empty());
 }
 
+CASE(barriers_are_named_by_file_and_line) {
+  for (const char* text : {"update.cu", "update.cu:", ":12", "update.cu:12a", "update.cu:12,,other.cu:3"}) {
+    without(text);
+    bool refused = false;
+    try {
+      orders_of_next_launch(1, 32);
+    } catch (const std::invalid_argument&) {
+      refused = true;
+    }
+    unsetenv("FLATKERN_EMULATION_WITHOUT");
+    EXPECT(refused);
+  }
+}
+
 struct Exchange {
   int* out;
   int* line;
