@@ -239,7 +239,6 @@ std::enable_if_t<std::is_arithmetic_v<A> && std::is_arithmetic_v<B>, T> max(A a,
 namespace flatkern::cuda {
 
 using Stream = void*;
-using emulation::current_device;
 
 // Runs all threads and returns when they are done; throws emulation::Fault. `args` may change as soon as it returns.
 template <class Args>

@@ -317,9 +317,9 @@ CASE(launch_nothing_checks_and_counts) {
 }
 
 CASE(there_are_two_devices) {
-  EXPECT(flatkern::cuda::current_device() == 0);
+  EXPECT(emulation::current_device() == 0);
   emulation::set_current_device(1);
-  EXPECT(flatkern::cuda::current_device() == 1);
+  EXPECT(emulation::current_device() == 1);
   emulation::set_current_device(0);
   for (const int index : {-1, 2}) {
     bool refused = false;
@@ -328,7 +328,7 @@ CASE(there_are_two_devices) {
     } catch (const std::invalid_argument&) {
       refused = true;
     }
-    EXPECT(refused && flatkern::cuda::current_device() == 0);
+    EXPECT(refused && emulation::current_device() == 0);
   }
 }
 
