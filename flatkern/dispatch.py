@@ -32,8 +32,8 @@ REMEDY = {
     "cpp": "install a C++17 compiler and reinstall; FLATKERN_BUILD=require shows why the build fails",
     "triton": "where torch sees a GPU, pip install 'flatkern[triton]'; Triton also needs a C compiler and the driver's "
     "libcuda; elsewhere use backend=None",
-    "cuda": "where there is an NVIDIA GPU, install nvcc (12.1 or later) and reinstall; FLATKERN_CUDA=1 shows why the "
-    "build fails; elsewhere use backend=None",
+    "cuda": "it needs an NVIDIA GPU, torch for CUDA, and nvcc (12.1 or later) when flatkern is installed, where "
+    "FLATKERN_CUDA=1 shows why the build fails; elsewhere use backend=None",
 }
 
 
@@ -217,6 +217,11 @@ def backends() -> dict[str, dict[str, Any]]:
             "remedy": REMEDY[name] if reason else "",
         }
     return report
+
+
+def about_cuda() -> dict[str, Any] | None:
+    """What the cuda backend was compiled for and what it finds; None where it is not installed."""
+    return cuda.about(MODULES["cuda"])
 
 
 @functools.cache

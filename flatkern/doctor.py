@@ -37,6 +37,7 @@ def report() -> dict[str, Any]:
         | {name: version(name) for name in ("numpy", "triton")},
         "machine": machine(),
         "backends": backends,
+        "cuda": dispatch.about_cuda(),
         "serves": {device: serving(device) for device in devices()},
         "default": os.environ.get("FLATKERN_BACKEND"),
     }
@@ -120,6 +121,21 @@ def brief(facts: dict[str, Any]) -> str:
     return f"flatkern {versions['flatkern']}, torch {versions['torch']}; live: {live}{isa}; {served}"
 
 
+def cuda_rows(about: dict[str, Any]) -> Rows:
+    """What the cuda backend was compiled for, what it needs, and what there is."""
+    rows: Rows = [("extension", about["file"]), ("toolkit", f"CUDA {about['toolkit']}")]
+    if about["emulated"]:
+        return [*rows, ("emulated", "yes: kernels run on the CPU, for tests")]
+    found = f"for CUDA {about['driver']}" if about["driver"] else "none"
+    return [
+        *rows,
+        ("emulated", "no"),
+        ("compiled for", f"compute capability {about['capabilities']}; newer ones by PTX of the highest"),
+        ("driver", f"{found}; it needs {about['needs']}"),
+        ("GPUs", f"{about['devices']}{about['problem'] and ': '}{about['problem']}"),
+    ]
+
+
 def sections(facts: dict[str, Any]) -> dict[str, Rows]:
     """The report as titled tables of text, first column bold."""
     about, compiled = facts["machine"], facts["machine"]["compiled"]
@@ -151,6 +167,7 @@ def sections(facts: dict[str, Any]) -> dict[str, Rows]:
         "Versions": [(name, value or "not installed") for name, value in facts["versions"].items()],
         "Machine": machine_rows,
         "Backends": backend_rows,
+        **({"Backend cuda": cuda_rows(facts["cuda"])} if facts["cuda"] else {}),
         "Without backend=, tensors run on": served_rows,
     }
 
