@@ -202,8 +202,12 @@ def _watched(op: Op, function: Callable[..., None]) -> Callable[..., None]:
 
 
 def backends() -> dict[str, dict[str, Any]]:
-    """What is live and why the rest is not: {name: {live, devices, reason, remedy}}."""
-    report = {}
+    """What is live and why the rest is not: {name: {live, devices, reason, remedy}}.
+
+    And `about` of cuda: what it was compiled for, and the driver that there is and that it needs; None where it is not
+    installed.
+    """
+    report: dict[str, dict[str, Any]] = {}
     for name in BACKENDS:
         reason = ""
         if name != "eager":
@@ -216,12 +220,8 @@ def backends() -> dict[str, dict[str, Any]]:
             "reason": reason,
             "remedy": REMEDY[name] if reason else "",
         }
+    report["cuda"]["about"] = cuda.about(MODULES["cuda"])
     return report
-
-
-def about_cuda() -> dict[str, Any] | None:
-    """What the cuda backend was compiled for and what it finds; None where it is not installed."""
-    return cuda.about(MODULES["cuda"])
 
 
 @functools.cache

@@ -37,7 +37,6 @@ def report() -> dict[str, Any]:
         | {name: version(name) for name in ("numpy", "triton")},
         "machine": machine(),
         "backends": backends,
-        "cuda": dispatch.about_cuda(),
         "serves": {device: serving(device) for device in devices()},
         "default": os.environ.get("FLATKERN_BACKEND"),
     }
@@ -139,6 +138,7 @@ def cuda_rows(about: dict[str, Any]) -> Rows:
 def sections(facts: dict[str, Any]) -> dict[str, Rows]:
     """The report as titled tables of text, first column bold."""
     about, compiled = facts["machine"], facts["machine"]["compiled"]
+    about_cuda = facts["backends"]["cuda"]["about"]
     machine_rows: Rows = [("processor", f"{about['processor']} ({about['system']})")]
     if compiled:
         machine_rows.append(("instruction set", f"{compiled['isa']} (of {', '.join(compiled['isas'])})"))
@@ -167,7 +167,7 @@ def sections(facts: dict[str, Any]) -> dict[str, Rows]:
         "Versions": [(name, value or "not installed") for name, value in facts["versions"].items()],
         "Machine": machine_rows,
         "Backends": backend_rows,
-        **({"Backend cuda": cuda_rows(facts["cuda"])} if facts["cuda"] else {}),
+        **({"Backend cuda": cuda_rows(about_cuda)} if about_cuda else {}),
         "Without backend=, tensors run on": served_rows,
     }
 

@@ -53,7 +53,8 @@ def test_the_runtime_inside_stays_inside(library):
 def test_without_a_gpu_it_is_installed_and_not_live(site, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     facts = doctor(site, tmp_path)
-    state, about = facts["backends"]["cuda"], facts["cuda"]
+    state = facts["backends"]["cuda"]
+    about = state["about"]
     assert facts["backends"]["cpp"]["live"]
     assert not state["live"]
     assert state["reason"].startswith("cuda cannot be used (")

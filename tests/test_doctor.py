@@ -159,7 +159,7 @@ def test_the_cuda_backend_is_described():
 def test_an_emulated_library_that_is_not_there(tmp_path):
     facts = report(tmp_path, before="import os; os.environ['FLATKERN_CUDA_EMULATION'] = '/nowhere.so'")
     state = facts["backends"]["cuda"]
-    assert facts["cuda"] is None and not state["live"] and state["devices"] == ["cpu"]
+    assert state["about"] is None and not state["live"] and state["devices"] == ["cpu"]
     assert "FLATKERN_CUDA_EMULATION is '/nowhere.so', which is not there" in state["reason"]
     assert facts["serves"]["cpu"] == {"cpp" if extension_works() else "eager": list(OPS)}
 
