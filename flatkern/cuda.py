@@ -77,11 +77,11 @@ def _check_gpus(module: Any) -> None:
     """ImportError where no GPU can run what was compiled."""
     if torch.version.hip is not None:
         raise ImportError(f"torch {torch.__version__} is built for ROCm, which Triton serves, and this is for CUDA")
-    if torch.version.cuda is None:
-        raise ImportError(f"torch {torch.__version__} is built without CUDA; install one that is built with it")
     version, needed, devices, problem = module.driver()
     if problem or not devices:
         raise ImportError(_no_device(version, needed, problem))
+    if torch.version.cuda is None:
+        raise ImportError(f"torch {torch.__version__} is built without CUDA; install one that is built with it")
     compiled = [int(word) for word in module.architectures.split()]
     try:
         found = [torch.cuda.get_device_capability(k) for k in range(devices)]
@@ -246,7 +246,7 @@ def about(name: str) -> dict[str, Any] | None:
         "emulated": module.emulated,
         "file": module.__file__,
         "toolkit": module.toolkit,
-        "architectures": module.architectures,
+        "capabilities": capabilities(module.architectures),
         "driver": release(version) if version else None,
         "needs": driver_for(needed),
         "devices": devices,

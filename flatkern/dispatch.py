@@ -32,8 +32,8 @@ REMEDY = {
     "cpp": "install a C++17 compiler and reinstall; FLATKERN_BUILD=require shows why the build fails",
     "triton": "where torch sees a GPU, pip install 'flatkern[triton]'; Triton also needs a C compiler and the driver's "
     "libcuda; elsewhere use backend=None",
-    "cuda": "where there is an NVIDIA GPU, install nvcc (12.1 or later) and reinstall; FLATKERN_CUDA=1 shows why the "
-    "build fails; elsewhere use backend=None",
+    "cuda": "it needs an NVIDIA GPU, torch for CUDA, and nvcc (12.1 or later) when flatkern is installed, where "
+    "FLATKERN_CUDA=1 shows why the build fails; elsewhere use backend=None",
 }
 
 
@@ -202,8 +202,12 @@ def _watched(op: Op, function: Callable[..., None]) -> Callable[..., None]:
 
 
 def backends() -> dict[str, dict[str, Any]]:
-    """What is live and why the rest is not: {name: {live, devices, reason, remedy}}."""
-    report = {}
+    """What is live and why the rest is not: {name: {live, devices, reason, remedy}}.
+
+    And `about` of cuda: what it was compiled for, and the driver that there is and that it needs; None where it is not
+    installed.
+    """
+    report: dict[str, dict[str, Any]] = {}
     for name in BACKENDS:
         reason = ""
         if name != "eager":
@@ -216,6 +220,7 @@ def backends() -> dict[str, dict[str, Any]]:
             "reason": reason,
             "remedy": REMEDY[name] if reason else "",
         }
+    report["cuda"]["about"] = cuda.about(MODULES["cuda"])
     return report
 
 
