@@ -68,7 +68,7 @@ void run(const FilterNorms& a, const Plan& plan, Stream stream) {
         args.codes[i] = static_cast<uint8_t>(code_of(a.params[k].dtype));
       }
       start(kNorms.op,
-            launch.is_long ? norms_kernel<T, kLongThreads, decltype(args)>
+            launch.threads > kShortThreads ? norms_kernel<T, kLongThreads, decltype(args)>
                            : norms_kernel<T, kShortThreads, decltype(args)>,
             launch.count, launch.threads, stream, args);
     });

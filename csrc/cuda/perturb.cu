@@ -41,8 +41,8 @@ void run(const char* op, const PerturbLists& lists, const Plan& plan, const std:
       Args a;
       fill(a, lists, plan, launch, measures);
       start(op,
-            launch.is_long ? perturb_kernel<Types, kLongThreads, 1, kLongEights, Args>
-                           : perturb_kernel<Types, kShortThreads, kBlocks, kEights, Args>,
+            launch.eights == kEights ? perturb_kernel<Types, kShortThreads, kBlocks, kEights, Args>
+                                     : perturb_kernel<Types, kLongThreads, 1, kLongEights, Args>,
             launch.count, launch.threads, stream, a);
     });
   }

@@ -179,7 +179,7 @@ std::shared_ptr<const Plan> make_plan(const Walk& walk, const std::vector<Form>&
     }
     range.end = b.tiles.size();
     ranges.push_back(range);
-    plan->launches.push_back({begin, end, static_cast<unsigned>(b.block_warps * kWarp), is_long, nullptr, 0});
+    plan->launches.push_back({begin, end, static_cast<unsigned>(b.block_warps * kWarp), b.eights, nullptr, 0});
   }
 
   Parts table, scratch;

@@ -37,7 +37,7 @@ struct Call {
 struct Launch {
   int64_t begin, end;
   unsigned threads;
-  bool is_long;         // more than kShortThreads
+  int eights;  // that a thread takes
   const Tile* tiles;
   unsigned count;
 };

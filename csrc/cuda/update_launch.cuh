@@ -62,7 +62,7 @@ class UpdateLauncher {
         fill(args, launch);
         constexpr int kBlocks = Types::kGeneral ? 4 : Rule::kBlocks;
         start(op_,
-              launch.is_long ? update_kernel<Device, Types, kLongThreads, 1, kLongEights, Args>
+              launch.threads > kShortThreads ? update_kernel<Device, Types, kLongThreads, 1, kLongEights, Args>
                              : update_kernel<Device, Types, kShortThreads, kBlocks, kUpdateEights, Args>,
               launch.count, launch.threads, stream_, args);
       });
