@@ -21,7 +21,7 @@ struct UpdateTypes {
   using Grad = G;
   using Clean = C;
   using State = S;
-  static constexpr bool kGeneral = kKind == Kind::kGeneral;
+  static constexpr bool kGeneral = kKind == Kind::kGeneral, kHasRows = kKind != Kind::kPlain;
 
   // Rolling: noise is added to what was stored.
   template <class Args>
@@ -197,9 +197,8 @@ struct Step {
     const uint32_t bits = has_mask() ? mask_bits(a.masks[k], a.long_rows, t, team, s) : 0;
     const FinalGradient final(a, k, Types::mixes(a, k));
     Squares of_weights, of_gradient;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      if (j >= s.count) continue;
+#pragma unroll 1
+    for (int j = 0; j < s.count; ++j) {
       const int place = s.place + j;
       float w = clean().get(place);
       if (!skip) {
@@ -252,7 +251,7 @@ FK_DEVICE void update_tile(const Args& a, const Tile& t, const Rule& rule, Sums&
     if (perturbs) add_chunk<kEights>(t, team, i, of_weights, sums.weights, norm_square);
     if (has_rows) add_chunk<kEights>(t, team, i, of_gradient, sums.gradients, squares);
   });
-  if (!perturbs && !has_rows) return;
+  if (!Types::kHasRows || (!perturbs && !has_rows)) return;
 
   const uint32_t k = t.tensor;
   const bool segments = (t.flags & kSegments) != 0;

@@ -61,10 +61,11 @@ class UpdateLauncher {
         Args args;
         fill(args, launch);
         constexpr int kBlocks = Types::kGeneral ? 4 : Rule::kBlocks;
-        start(op_,
-              launch.threads > kShortThreads ? update_kernel<Device, Types, kLongThreads, 1, kLongEights, Args>
-                             : update_kernel<Device, Types, kShortThreads, kBlocks, kUpdateEights, Args>,
-              launch.count, launch.threads, stream_, args);
+        auto kernel = update_kernel<Device, Types, kShortThreads, kBlocks, kUpdateEights, Args>;
+        // Where nothing is summed by rows none is longer than a segment.
+        if constexpr (Types::kHasRows)
+          if (launch.threads > kShortThreads) kernel = update_kernel<Device, Types, kLongThreads, 1, kLongEights, Args>;
+        start(op_, kernel, launch.count, launch.threads, stream_, args);
       });
     }
   }
