@@ -29,8 +29,8 @@ FROM ?=
 ARGS ?=
 # `make wheel-cuda`: where the wheel goes.
 WHEELS ?= dist
-# Tests that the sanitizers watch: those that call the compiled kernels with every shape and dtype.
-SANITIZE_TESTS ?= tests/test_backends.py tests/test_noise.py tests/test_describe.py
+# Tests that the sanitizers watch: those that call the compiled kernels with every shape and dtype, or change what they read.
+SANITIZE_TESTS ?= tests/test_backends.py tests/test_noise.py tests/test_describe.py tests/test_hostile_callers.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

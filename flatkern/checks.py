@@ -24,6 +24,8 @@ FLOAT32_LISTS = {"norms", "masters", "history", "steps"}
 MAGNITUDE_DIGITS = (11, 10, 10)  # bits of each step of a radix selection
 # One number a parameter, per filter or for all of it, instead of one per element.
 LENGTHS = {"norms": tables.filters, "history": tables.history_length, "steps": lambda t: 1}
+# What a call keeps there would be lost, once it writes the parameters.
+KEPT = {"backups", "masters", "momentum_buffers", "exp_avgs", "exp_avg_sqs"}
 WALKS_FILTERS = {"fill_normal_", "filter_norms_", "perturb_gaussian_", "pack_mask_", "amplify_"}
 BACKENDS = ("eager", "cpp", "triton", "cuda")
 UINT32 = 2**32
@@ -105,6 +107,8 @@ def _check_list(op: Op, name: str, tensors: Sequence[Tensor], reference_name: st
                 f"{where} has strides {t.stride()}, but {reference_name}[{k}] has {like.stride()}; "
                 "copy it into the other's memory format"
             )
+        if name in KEPT and _overlap(_span(t), _span(like)):
+            raise ValueError(f"{where} shares memory with {reference_name}[{k}]; pass another tensor")
 
 
 def check_storage(where: str, t: Tensor, dtypes: Iterable[torch.dtype] = STORAGE_DTYPES) -> None:
@@ -214,6 +218,10 @@ def _span(t: Tensor) -> tuple[int, int] | None:
     if not t.is_contiguous():
         elements = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
     return start, start + elements * t.element_size()
+
+
+def _overlap(a: tuple[int, int] | None, b: tuple[int, int] | None) -> bool:
+    return a is not None and b is not None and a[0] < b[1] and b[0] < a[1]
 
 
 def check_backend(backend: str | None) -> str | None:

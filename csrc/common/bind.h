@@ -86,7 +86,8 @@ class Operations {
     if constexpr (kHas<Backend, Args>) {
       const bool seen = is_seen_by_autograd(std::get<0>(tensors).name);
       const auto function = [seen](First first, T... t, N... n) {
-        PyObject* written = seen ? first.list : nullptr;
+        read_tables(first, t...);
+        PyObject* written = seen ? first.passed.get() : nullptr;
         call(Args{std::move(first), std::move(t)..., std::move(n)...}, written);
       };
       define(name, function, tensors, numbers);
@@ -105,6 +106,12 @@ class Operations {
   }
 
  private:
+  // Once every argument is converted: from here on no Python code runs before the operation.
+  template <class... T>
+  static void read_tables(T&... arguments) {
+    if (!(read_table(arguments) && ...)) throw py::error_already_set();
+  }
+
   template <class Args>
   static void call(const Args& args, PyObject* written) {
     check(args, Backend::kDevice);
@@ -116,7 +123,8 @@ class Operations {
                      Arguments<U...> shared_numbers, Constants... constants) {
     if constexpr (kHas<Backend, Args>) {
       const auto function = [=](Tensors params, S... s, T... t, N... n, U... u) {
-        PyObject* written = params.list;
+        read_tables(params, s..., t...);
+        PyObject* written = params.passed.get();
         Update shared = {std::move(params), std::move(t)..., std::move(u)...};
         call(Args{std::move(shared), std::move(s)..., std::move(n)..., constants...}, written);
       };

@@ -25,6 +25,12 @@ bool same_layout(const View& a, const View& b) {
   return true;
 }
 
+// Of dense weights.
+bool overlap(const View& a, const View& b) {
+  const auto end = [](const View& t) { return t.as<char>() + t.numel * (is_float32(t.dtype) ? 4 : 2); };
+  return a.numel != 0 && a.as<char>() < end(b) && b.as<char>() < end(a);
+}
+
 // The arguments of one call, checked against its first list of full tensors.
 class Checker {
  public:
@@ -38,8 +44,11 @@ class Checker {
     }
   }
 
+  // Tensors that are only read: they may be those of the first list.
   Checker& weights(const char* name, const Table& list) { return full(name, list, is_weight); }
-  Checker& masters(const char* name, const Table& list) { return full(name, list, is_float32); }
+  // Weights and state that the call keeps there, so that they must not be where the first list is.
+  Checker& kept(const char* name, const Table& list) { return full(name, list, is_weight).separate(name, list); }
+  Checker& masters(const char* name, const Table& list) { return full(name, list, is_float32).separate(name, list); }
 
   // One float32 per filter.
   Checker& norms(const char* name, const Table& list) {
@@ -123,6 +132,9 @@ class Checker {
     if (out.dtype != DType::kInt64 || out.ndim != 1 || !out.dense ||
         out.numel != (int64_t{1} << math::kDigitWidth[known.numel]) + 2)
       fail("counts", 0, "is not int64 with an entry per value of the digit, and two more");
+    for (int64_t j = 0; j < known.numel && known.device.type == DeviceType::kCpu; ++j)
+      if (known.as<int64_t>()[j * known.strides[0]] >> math::kDigitWidth[j] != 0)
+        fail("prefix", j, "is outside the range of its digit");
     return *this;
   }
 
@@ -173,6 +185,13 @@ class Checker {
     return *this;
   }
 
+  Checker& separate(const char* name, const Table& list) {
+    for (int64_t k = 0; list && k < list.size(); ++k)
+      if (overlap(list[k], like_[k]))
+        fail(name, k, std::string("shares memory with ") + like_name_ + "[" + std::to_string(k) + "]");
+    return *this;
+  }
+
   template <class Length>
   Checker& vectors(const char* name, const Table& list, Length length) {
     if (!list) return *this;
@@ -196,7 +215,7 @@ class Checker {
 // Everything of an update but its own rule.
 Checker check_update(DeviceType on, const char* op, const Update& a) {
   Checker checker(on, op, "params", a.params, a.noise || a.history || a.masks);
-  checker.weights("backups", a.backups).masters("masters", a.masters).history("history", a.history);
+  checker.kept("backups", a.backups).masters("masters", a.masters).history("history", a.history);
   checker.weights("grads", a.grads).weights("clean_grads", a.clean_grads).masks("masks", a.masks);
   checker.scalars("kappa", a.kappa).noise(a.noise, a.index, a.offset);
   checker.read_scalar("grad_scale", a.grad_scale).read_scalar("clip", a.clip).read_scalar("found_inf", a.found_inf);
@@ -230,19 +249,19 @@ void check(const GradientNorm& a, DeviceType on) {
 
 void check(const PerturbGaussian& a, DeviceType on) {
   Checker checker(on, "perturb_gaussian_", "params", a.params, true);
-  checker.weights("backups", a.backups).masters("masters", a.masters).norms("norms", a.norms);
+  checker.kept("backups", a.backups).masters("masters", a.masters).norms("norms", a.norms);
   checker.history("history", a.history).numbers("sigmas", a.sigmas).noise(a.noise, a.index, a.offset);
   checker.scalars("sigma", a.sigma).scalars("eta", a.eta);
 }
 
 void check(const PerturbAscent& a, DeviceType on) {
   Checker checker(on, "perturb_ascent_", "params", a.params, false);
-  checker.weights("backups", a.backups).masters("masters", a.masters).weights("grads", a.grads);
+  checker.kept("backups", a.backups).masters("masters", a.masters).weights("grads", a.grads);
   checker.scalar("norm", a.norm).scalars("rho", a.rho).scalars("eta", a.eta);
 }
 
 void check(const Restore& a, DeviceType on) {
-  Checker(on, "restore_", "params", a.params, false).weights("backups", a.backups);
+  Checker(on, "restore_", "params", a.params, false).kept("backups", a.backups);
 }
 
 void check(const MixGradients& a, DeviceType on) {
@@ -254,13 +273,13 @@ void check(const MixGradients& a, DeviceType on) {
 
 void check(const SgdUpdate& a, DeviceType on) {
   Checker checker = check_update(on, "sgd_update_", a);
-  checker.weights("momentum_buffers", a.momentum_buffers).scalars("lr", a.lr).scalars("momentum", a.momentum);
+  checker.kept("momentum_buffers", a.momentum_buffers).scalars("lr", a.lr).scalars("momentum", a.momentum);
   checker.scalars("dampening", a.dampening).scalars("weight_decay", a.weight_decay).scalars("nesterov", a.nesterov);
 }
 
 void check(const AdamUpdate& a, DeviceType on) {
   Checker checker = check_update(on, a.decoupled ? "adamw_update_" : "adam_update_", a);
-  checker.weights("exp_avgs", a.exp_avgs).weights("exp_avg_sqs", a.exp_avg_sqs).steps("steps", a.steps);
+  checker.kept("exp_avgs", a.exp_avgs).kept("exp_avg_sqs", a.exp_avg_sqs).steps("steps", a.steps);
   checker.scalars("lr", a.lr).scalars("beta1", a.beta1).scalars("beta2", a.beta2).scalars("eps", a.eps);
   checker.scalars("weight_decay", a.weight_decay);
 }

@@ -74,8 +74,9 @@ struct Pass {
       }
       for (int64_t k = 0; k < count; ++k) {
         // Reading a tensor may run Python code, which could shorten the list.
-        PyObject* item = k < PySequence_Fast_GET_SIZE(list) ? PySequence_Fast_GET_ITEM(list, k) : Py_None;
-        if (!tensor(item, &pointers[k * width + i])) return false;
+        const Reference item(
+            Py_NewRef(k < PySequence_Fast_GET_SIZE(list) ? PySequence_Fast_GET_ITEM(list, k) : Py_None));
+        if (!tensor(item.get(), &pointers[k * width + i])) return false;
       }
     }
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(singles); ++i) {

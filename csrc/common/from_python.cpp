@@ -113,61 +113,79 @@ bool read_through_dlpack(const Torch& torch, PyObject* object, View& v) {
   return true;
 }
 
-// Appends a tuple of ints to `dims`, which grows; views are pointed into it once it does not grow any more.
+// Shapes and strides of several tensors, one behind the other. It grows, so views point into it only in the end.
 struct Dims {
   Ints values;
   int64_t size = 0;
 
-  bool append(PyObject* tuple) {
-    if (tuple == nullptr || !PyTuple_Check(tuple)) {
-      Py_XDECREF(tuple);
-      if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "a tensor's shape is not a tuple");
-      return false;
+  // Appends a tuple of ints; returns how many, or -1 with a Python error set.
+  Py_ssize_t append(const Reference& tuple) {
+    if (tuple.get() == nullptr) return -1;
+    if (!PyTuple_Check(tuple.get())) {
+      PyErr_SetString(PyExc_TypeError, "a tensor's shape or stride is not a tuple");
+      return -1;
     }
-    const Py_ssize_t count = PyTuple_GET_SIZE(tuple);
+    const Py_ssize_t count = PyTuple_GET_SIZE(tuple.get());
     if (size + count > values.size()) {
       Ints larger(2 * (size + count));
       if (size > 0) std::memcpy(&larger[0], &values[0], size * sizeof(int64_t));
       values = std::move(larger);
     }
-    for (Py_ssize_t d = 0; d < count; ++d) values[size++] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, d));
-    Py_DECREF(tuple);
-    return !PyErr_Occurred();
+    for (Py_ssize_t d = 0; d < count; ++d) {
+      const int64_t value = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.get(), d));
+      if (value < 0) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a tensor's shape or stride is negative");
+        return -1;
+      }
+      values[size++] = value;
+    }
+    return count;
   }
 };
 
 bool read_device(PyObject* object, Device& device) {
-  device = {DeviceType::kOther, 0};
-  PyObject* on_cpu = PyObject_GetAttrString(object, "is_cpu");
-  if (on_cpu == Py_True) device.type = DeviceType::kCpu;
-  PyObject* on_cuda = on_cpu == Py_False ? PyObject_GetAttrString(object, "is_cuda") : nullptr;
-  PyObject* index = on_cuda == Py_True ? PyObject_CallMethod(object, "get_device", nullptr) : nullptr;
-  if (index != nullptr) device = {DeviceType::kCuda, static_cast<int32_t>(PyLong_AsLong(index))};
-  Py_XDECREF(on_cpu);
-  Py_XDECREF(on_cuda);
-  Py_XDECREF(index);
+  device = {DeviceType::kCpu, 0};
+  const Reference on_cpu(PyObject_GetAttrString(object, "is_cpu"));
+  if (on_cpu.get() == nullptr || on_cpu.get() == Py_True) return on_cpu.get() != nullptr;
+  const Reference on_cuda(PyObject_GetAttrString(object, "is_cuda"));
+  if (on_cuda.get() == nullptr) return false;
+  device.type = on_cuda.get() == Py_True ? DeviceType::kCuda : DeviceType::kOther;
+  const Reference index(PyObject_CallMethod(object, "get_device", nullptr));
+  if (index.get() == nullptr) return false;
+  device.index = static_cast<int32_t>(PyLong_AsLong(index.get()));
   return !PyErr_Occurred();
 }
 
 bool read_through_attributes(const Torch& torch, PyObject* object, View& v, Dims& dims) {
-  PyObject* pointer = PyObject_CallMethod(object, "data_ptr", nullptr);
-  if (pointer == nullptr) return false;
-  v.data = PyLong_AsVoidPtr(pointer);
-  Py_DECREF(pointer);
-  const int64_t before = dims.size;
-  if (!dims.append(PyObject_GetAttrString(object, "shape"))) return false;
-  v.ndim = static_cast<int32_t>(dims.size - before);
-  if (!dims.append(PyObject_CallMethod(object, "stride", nullptr))) return false;
-  PyObject* dtype = PyObject_GetAttrString(object, "dtype");
-  v.dtype = dtype == torch.float32    ? DType::kFloat32
-            : dtype == torch.float16  ? DType::kFloat16
-            : dtype == torch.bfloat16 ? DType::kBFloat16
-            : dtype == torch.float64  ? DType::kFloat64
-            : dtype == torch.int64    ? DType::kInt64
-            : dtype == torch.uint8    ? DType::kUInt8
-                                      : DType::kOther;
-  Py_XDECREF(dtype);
+  const Reference pointer(PyObject_CallMethod(object, "data_ptr", nullptr));
+  if (pointer.get() == nullptr) return false;
+  v.data = PyLong_AsVoidPtr(pointer.get());
+  if (v.data == nullptr && PyErr_Occurred()) return false;
+  const Py_ssize_t ndim = dims.append(Reference(PyObject_GetAttrString(object, "shape")));
+  if (ndim < 0) return false;
+  const Py_ssize_t strides = dims.append(Reference(PyObject_CallMethod(object, "stride", nullptr)));
+  if (strides < 0) return false;
+  if (strides != ndim) {
+    PyErr_Format(PyExc_ValueError, "a tensor has %zd dims, but %zd strides", ndim, strides);
+    return false;
+  }
+  v.ndim = static_cast<int32_t>(ndim);
+  const Reference dtype(PyObject_GetAttrString(object, "dtype"));
+  if (dtype.get() == nullptr) return false;
+  v.dtype = dtype.get() == torch.float32    ? DType::kFloat32
+            : dtype.get() == torch.float16  ? DType::kFloat16
+            : dtype.get() == torch.bfloat16 ? DType::kBFloat16
+            : dtype.get() == torch.float64  ? DType::kFloat64
+            : dtype.get() == torch.int64    ? DType::kInt64
+            : dtype.get() == torch.uint8    ? DType::kUInt8
+                                            : DType::kOther;
   return read_device(object, v.device);
+}
+
+bool is_tensor(const Torch& torch, PyObject* object, Py_ssize_t k) {
+  if (PyObject_TypeCheck(object, torch.tensor)) return true;
+  PyErr_Format(PyExc_TypeError, "entry %zd is a %s, not a tensor", k, Py_TYPE(object)->tp_name);
+  return false;
 }
 
 bool read_all(PyObject* const* objects, Py_ssize_t count, Table& out) {
@@ -178,10 +196,7 @@ bool read_all(PyObject* const* objects, Py_ssize_t count, Table& out) {
   out.views = Array<View>(count);
   Dims dims;
   for (Py_ssize_t k = 0; k < count; ++k) {
-    if (!PyObject_TypeCheck(objects[k], torch->tensor)) {
-      PyErr_Format(PyExc_TypeError, "entry %zd is a %s, not a tensor", k, Py_TYPE(objects[k])->tp_name);
-      return false;
-    }
+    if (!is_tensor(*torch, objects[k], k)) return false;
     View& view = out.views[k];
     if (!(fast ? read_through_dlpack(*torch, objects[k], view)
                : read_through_attributes(*torch, objects[k], view, dims)))
@@ -206,51 +221,105 @@ bool is_list(PyObject* object, const char* of) {
   return false;
 }
 
-bool read_tensors(PyObject* object, Given& out) {
-  out.list = object;
-  return is_list(object, "tensors") && read_all(PySequence_Fast_ITEMS(object), PySequence_Fast_GET_SIZE(object), out);
+// What is in a list now, as an exact tuple: nobody changes one, and iterating over it runs no Python code.
+Reference items_of(PyObject* list) {
+  if (PyTuple_CheckExact(list)) return Reference(Py_NewRef(list));
+  return Reference(PyList_Check(list) ? PyList_AsTuple(list) : PyTuple_GetSlice(list, 0, PyTuple_GET_SIZE(list)));
 }
 
-template <class T, class Convert>
-bool read_list(PyObject* object, const char* of, Array<T>& out, Convert convert) {
+bool take_list(PyObject* object, TensorArgument& out) {
+  if (!is_list(object, "tensors")) return false;
+  out.passed = items_of(object);
+  return out.passed.get() != nullptr;
+}
+
+bool take_single(PyObject* object, TensorArgument& out) {
+  const Torch* torch = flatkern::torch();
+  if (torch == nullptr || !is_tensor(*torch, object, 0)) return false;
+  out.passed = Reference(Py_NewRef(object));
+  return true;
+}
+
+// exact(item, to) converts what needs no Python code for it, and returns whether it did; convert(item, to) converts
+// anything, or returns false with a Python error set.
+template <class T, class Exact, class Convert>
+bool read_list(PyObject* object, const char* of, Array<T>& out, Exact exact, Convert convert) {
   if (!is_list(object, of)) return false;
   const Py_ssize_t count = PySequence_Fast_GET_SIZE(object);
-  PyObject** items = PySequence_Fast_ITEMS(object);
   out = Array<T>(count);
-  for (Py_ssize_t i = 0; i < count; ++i) out[i] = convert(items[i]);
-  return !PyErr_Occurred();
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (i >= PySequence_Fast_GET_SIZE(object)) {
+      PyErr_Format(PyExc_RuntimeError, "a list of %s became shorter while it was read", of);
+      return false;
+    }
+    PyObject* item = PySequence_Fast_GET_ITEM(object, i);
+    if (exact(item, out[i])) continue;
+    const Reference kept(Py_NewRef(item));
+    if (!convert(item, out[i])) return false;
+  }
+  return true;
 }
 
 }  // namespace
 
-bool read(PyObject* object, Tensors& out) { return read_tensors(object, out); }
+bool read(PyObject* object, Tensors& out) { return take_list(object, out); }
 
-bool read(PyObject* object, MaybeTensors& out) { return object == Py_None || read_tensors(object, out); }
+bool read(PyObject* object, MaybeTensors& out) { return object == Py_None || take_list(object, out); }
 
-bool read(PyObject* object, Tensor& out) { return read_all(&object, 1, out); }
+bool read(PyObject* object, Tensor& out) { return take_single(object, out); }
 
-bool read(PyObject* object, MaybeTensor& out) { return object == Py_None || read_all(&object, 1, out); }
+bool read(PyObject* object, MaybeTensor& out) { return object == Py_None || take_single(object, out); }
+
+bool read_table(TensorArgument& argument) {
+  PyObject* passed = argument.passed.get();
+  if (passed == nullptr) return true;
+  return PyTuple_Check(passed) ? read_all(PySequence_Fast_ITEMS(passed), PyTuple_GET_SIZE(passed), argument)
+                               : read_all(&passed, 1, argument);
+}
 
 bool read(PyObject* object, Floats& out) {
-  return read_list(object, "floats", out,
-                   [](PyObject* x) { return PyFloat_CheckExact(x) ? PyFloat_AS_DOUBLE(x) : PyFloat_AsDouble(x); });
+  const auto exact = [](PyObject* x, double& to) {
+    if (!PyFloat_CheckExact(x)) return false;
+    to = PyFloat_AS_DOUBLE(x);
+    return true;
+  };
+  const auto convert = [](PyObject* x, double& to) {
+    to = PyFloat_AsDouble(x);
+    return to != -1.0 || !PyErr_Occurred();
+  };
+  return read_list(object, "floats", out, exact, convert);
 }
 
 bool read(PyObject* object, Ints& out) {
-  return read_list(object, "ints", out, [](PyObject* x) -> int64_t { return PyLong_AsLongLong(x); });
+  const auto convert = [](PyObject* x, int64_t& to) {
+    to = PyLong_AsLongLong(x);
+    return to != -1 || !PyErr_Occurred();
+  };
+  const auto exact = [](PyObject* x, int64_t& to) {
+    if (!PyLong_CheckExact(x)) return false;
+    int overflow;
+    to = PyLong_AsLongLongAndOverflow(x, &overflow);
+    return overflow == 0;
+  };
+  return read_list(object, "ints", out, exact, convert);
 }
 
 bool read(PyObject* object, Bools& out) {
-  return read_list(object, "bools", out,
-                   [](PyObject* x) { return x == Py_True || (x != Py_False && PyObject_IsTrue(x) == 1); });
+  const auto exact = [](PyObject* x, bool& to) {
+    to = x == Py_True;
+    return to || x == Py_False;
+  };
+  const auto convert = [](PyObject* x, bool& to) {
+    const int truth = PyObject_IsTrue(x);
+    to = truth == 1;
+    return truth >= 0;
+  };
+  return read_list(object, "bools", out, exact, convert);
 }
 
 bool increment_version(PyObject* tensors) {
   const Torch* torch = flatkern::torch();
-  if (torch == nullptr) return false;
-  PyObject* none = PyObject_CallOneArg(torch->increment_version, tensors);
-  Py_XDECREF(none);
-  return none != nullptr;
+  return torch != nullptr && Reference(PyObject_CallOneArg(torch->increment_version, tensors)).get() != nullptr;
 }
 
 DlpackReader dlpack_reader() {
@@ -260,44 +329,69 @@ DlpackReader dlpack_reader() {
 
 bool use_dlpack(bool enabled) { return std::exchange(dlpack_enabled, enabled); }
 
+namespace {
+
+// Looks keys up in a dict that as a rule has them in the order in which they are asked for: then none has to be hashed.
+class DictWalk {
+ public:
+  explicit DictWalk(PyObject* dict) : dict_(dict) { advance(); }
+
+  // The value of `key`; null where it is missing, or with a Python error set.
+  Reference find(PyObject* key) {
+    if (next_key_.get() != key) return Reference(Py_XNewRef(PyDict_GetItemWithError(dict_, key)));
+    Reference value = std::move(next_value_);
+    advance();
+    return value;
+  }
+
+ private:
+  // The entry is owned: Python code that runs until it is asked for may remove it from the dict.
+  void advance() {
+    PyObject *key = nullptr, *value = nullptr;
+    const bool more = PyDict_Next(dict_, &position_, &key, &value);
+    next_key_ = Reference(more ? Py_NewRef(key) : nullptr);
+    next_value_ = Reference(more ? Py_NewRef(value) : nullptr);
+  }
+
+  PyObject* dict_;
+  Py_ssize_t position_ = 0;
+  Reference next_key_, next_value_;
+};
+
+}  // namespace
+
 PyObject* gather_state(PyObject* state, PyObject* params, PyObject* keys) {
   if (!PyDict_Check(state)) {
     PyErr_SetString(PyExc_TypeError, "gather_state: state is not a dict");
     return nullptr;
   }
   if (!is_list(params, "tensors") || !is_list(keys, "keys")) return nullptr;
-  const Py_ssize_t count = PySequence_Fast_GET_SIZE(params), key_count = PySequence_Fast_GET_SIZE(keys);
-  PyObject* result = PyTuple_New(key_count);
-  if (result == nullptr) return nullptr;
-  for (Py_ssize_t j = 0; j < key_count; ++j) PyTuple_SET_ITEM(result, j, PyList_New(count));
-
-  // The state is as a rule in the order of the parameters, and walking it spares hashing them.
-  Py_ssize_t position = 0;
-  PyObject *key = nullptr, *value = nullptr;
-  bool more = PyDict_Next(state, &position, &key, &value);
+  // Copies, because comparing keys may run Python code.
+  const Reference all_params = items_of(params), all_keys = items_of(keys);
+  if (all_params.get() == nullptr || all_keys.get() == nullptr) return nullptr;
+  const Py_ssize_t count = PyTuple_GET_SIZE(all_params.get()), key_count = PyTuple_GET_SIZE(all_keys.get());
+  const Reference result(PyTuple_New(key_count));
+  if (result.get() == nullptr) return nullptr;
+  for (Py_ssize_t j = 0; j < key_count; ++j) {
+    PyObject* list = PyList_New(count);
+    if (list == nullptr) return nullptr;
+    PyTuple_SET_ITEM(result.get(), j, list);
+  }
+  DictWalk walk(state);
   for (Py_ssize_t k = 0; k < count; ++k) {
-    PyObject* param = PySequence_Fast_GET_ITEM(params, k);
-    PyObject* entry;
-    if (more && key == param) {
-      entry = value;
-      more = PyDict_Next(state, &position, &key, &value);
-    } else {
-      entry = PyDict_GetItemWithError(state, param);
-    }
+    const Reference entry = walk.find(PyTuple_GET_ITEM(all_params.get(), k));
     for (Py_ssize_t j = 0; j < key_count; ++j) {
-      PyObject* item = entry != nullptr && PyDict_Check(entry)
-                           ? PyDict_GetItemWithError(entry, PySequence_Fast_GET_ITEM(keys, j))
+      PyObject* item = entry.get() != nullptr && PyDict_Check(entry.get())
+                           ? PyDict_GetItemWithError(entry.get(), PyTuple_GET_ITEM(all_keys.get(), j))
                            : nullptr;
       if (item == nullptr) {
-        Py_DECREF(result);
         if (PyErr_Occurred()) return nullptr;
         Py_RETURN_NONE;
       }
-      Py_INCREF(item);
-      PyList_SET_ITEM(PyTuple_GET_ITEM(result, j), k, item);
+      PyList_SET_ITEM(PyTuple_GET_ITEM(result.get(), j), k, Py_NewRef(item));
     }
   }
-  return result;
+  return Py_NewRef(result.get());
 }
 
 }  // namespace flatkern

@@ -1,31 +1,59 @@
-// Reads Python lists of tensors and numbers into the plain arrays of csrc/common/table.h, through CPython's C API
-// alone.
+// Reads Python lists of tensors and numbers into the plain arrays of table.h, through CPython's C API alone.
+//
+// Python code that runs meanwhile cannot make a read go wrong: a number's __float__ may clear the very list it is in,
+// and while the GIL is released another thread may drop the tensors of a call.
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+
+#include <utility>
 
 #include "dlpack.h"
 #include "table.h"
 
 namespace flatkern {
 
-// A table and the list that it was read from, which the caller keeps alive; null where there is none.
-struct Given : Table {
-  PyObject* list = nullptr;
+// Owns a reference to a Python object. Made, assigned and destroyed with the GIL held.
+class Reference {
+ public:
+  Reference() = default;
+  explicit Reference(PyObject* owned) : object_(owned) {}
+  Reference(Reference&& other) noexcept : object_(std::exchange(other.object_, nullptr)) {}
+  Reference& operator=(Reference&& other) noexcept {
+    std::swap(object_, other.object_);
+    return *this;
+  }
+  ~Reference() { Py_XDECREF(object_); }
+
+  PyObject* get() const { return object_; }
+
+ private:
+  PyObject* object_ = nullptr;
+};
+
+// A tensor or a list of tensors: what was passed, then the table read from it. In two steps, because converting the
+// numbers of a call may run Python code, which may free memory that a table points to.
+struct TensorArgument : Table {
+  Reference passed;  // the tensor, or a tuple of the list's tensors, which keeps them alive; null for None
 };
 
 // The types of the schemas in flatkern/ops.py: Tensor[], Tensor[]?, Tensor and Tensor?.
-struct Tensors : Given {};
-struct MaybeTensors : Given {};
-struct Tensor : Given {};
-struct MaybeTensor : Given {};
+struct Tensors : TensorArgument {};
+struct MaybeTensors : TensorArgument {};
+struct Tensor : TensorArgument {};
+struct MaybeTensor : TensorArgument {};
 
-// Lists may be tuples, and 0-dim tensors are numbers too. False with a Python error set where the type is wrong.
+// Lists may be tuples. False with a Python error set where the type is wrong.
 bool read(PyObject* object, Tensors& out);
 bool read(PyObject* object, MaybeTensors& out);
 bool read(PyObject* object, Tensor& out);
 bool read(PyObject* object, MaybeTensor& out);
+
+// Fills in the table. False with a Python error set.
+bool read_table(TensorArgument& argument);
+
+// Numbers; 0-dim tensors count as such. False with a Python error set.
 bool read(PyObject* object, Floats& out);
 bool read(PyObject* object, Ints& out);
 bool read(PyObject* object, Bools& out);

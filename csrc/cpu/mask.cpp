@@ -115,10 +115,11 @@ void count_magnitudes(const CountMagnitudes& a, int shift, int width, uint32_t h
 }  // namespace
 
 void count_magnitudes_(const CountMagnitudes& a) {
-  const int64_t level = a.prefix[0].numel;
+  const View& prefix = a.prefix[0];
+  const int64_t level = prefix.numel;
   uint32_t higher = 0;
   for (int64_t j = 0; j < level; ++j)
-    higher = higher << math::kDigitWidth[j] | static_cast<uint32_t>(a.prefix[0].as<int64_t>()[j]);
+    higher = higher << math::kDigitWidth[j] | static_cast<uint32_t>(prefix.as<int64_t>()[j * prefix.strides[0]]);
   // 32-bit counters fit the first-level cache; they serve as long as they cannot overflow.
   const auto count = numel(a.grads) <= UINT32_MAX ? count_magnitudes<uint32_t> : count_magnitudes<int64_t>;
   count(a, math::kDigitShift[level], math::kDigitWidth[level], higher);

@@ -1,8 +1,7 @@
 // Adam and AdamW on CUDA.
-#include "adam.cuh"
-
 #include <cmath>
 
+#include "adam.cuh"
 #include "update_launch.cuh"
 
 namespace flatkern::cuda {
@@ -14,8 +13,7 @@ struct Arguments : UpdateArguments<AdamOwn, kBytes> {};
 // Steps that torch keeps on the host are counted there. Whether they count, the host must then know.
 class Steps {
  public:
-  explicit Steps(const AdamUpdate& a)
-      : a_(a), on_host_(steps_are_on_host || !is_on_device(a.steps[0])) {
+  explicit Steps(const AdamUpdate& a) : a_(a), on_host_(steps_are_on_host || !is_on_device(a.steps[0])) {
     if (on_host_ && a.found_inf && is_on_device(a.found_inf[0]) && kDevice != DeviceType::kCpu)
       throw Mismatch("steps are on the CPU, but found_inf is on the device");
     counts_ = !on_host_ || !a.found_inf || *a.found_inf[0].as<float>() == 0.0f;

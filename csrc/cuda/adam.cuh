@@ -39,7 +39,8 @@ struct Adam {
   };
 
   template <class Args>
-  FK_DEVICE_MEMBER void apply(const Args& a, uint32_t k, Quads& state, int h, float (&w)[4], const float (&g)[4]) const {
+  FK_DEVICE_MEMBER void apply(const Args& a, uint32_t k, Quads& state, int h, float (&w)[4],
+                              const float (&g)[4]) const {
     const math::AdamScalars scalars = scalars_of(a, k);
     float m[4], v[4];
     state.moment.get(h, m);

@@ -72,8 +72,8 @@ FK_DEVICE_MEMBER uint32_t BFloat16::pack(float first, float second) {
 }
 #endif
 
-// The same number, of which the compiler knows nothing any more: what follows from it is computed again where it is needed,
-// instead of being kept in registers that are short.
+// The same number, of which the compiler knows nothing any more: what follows from it is computed again where it is
+// needed, instead of being kept in registers that are short.
 FK_DEVICE int forget(int x) {
 #ifndef FK_EMULATION
   asm volatile("" : "+r"(x));

@@ -18,7 +18,8 @@ constexpr DeviceType kDevice = DeviceType::kCuda;
 #endif
 
 #ifdef FK_EMULATION
-// For tests, as everything is on the CPU: whether the words of the noise count as on the device, and steps as on the host.
+// For tests, as everything is on the CPU: whether the words of the noise count as on the device, and steps as on the
+// host.
 extern bool noise_is_on_device, steps_are_on_host;
 #else
 constexpr bool noise_is_on_device = true, steps_are_on_host = false;

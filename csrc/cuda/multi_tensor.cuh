@@ -209,8 +209,7 @@ class Elements<AnyFloat> {
   }
   FK_DEVICE_MEMBER float get(int place) const {
     if (code_ == kIsFloat32) return Elements<float>(at_, 0, start_).get(place);
-    return code_ == kIsHalf ? Elements<Half>(at_, 0, start_).get(place)
-                            : Elements<BFloat16>(at_, 0, start_).get(place);
+    return code_ == kIsHalf ? Elements<Half>(at_, 0, start_).get(place) : Elements<BFloat16>(at_, 0, start_).get(place);
   }
   FK_DEVICE_MEMBER void put(int place, float x) const {
     if (code_ == kIsFloat32) {
@@ -228,9 +227,9 @@ class Elements<AnyFloat> {
   int64_t start_;
 };
 
-// Eight whole elements of one tensor, four at a time, so that fewer registers are in use at once. Of 16-bit types all eight
-// are moved together, as four would be half a vector. Where to store is found out anew: with the addresses of all lists in
-// registers the arithmetic would have too few.
+// Eight whole elements of one tensor, four at a time, so that fewer registers are in use at once. Of 16-bit types all
+// eight are moved together, as four would be half a vector. Where to store is found out anew: with the addresses of all
+// lists in registers the arithmetic would have too few.
 template <class T>
 class Quads {
  public:
@@ -345,8 +344,8 @@ FK_DEVICE void for_each_eight(const Team<kWhole>& team, const Body& body) {
   }
 }
 
-// The same, one after the other: where nothing of an eight is kept in registers for later. kAll: body is called for spans
-// without elements, too, where a warp has any, so that its lanes stay together.
+// The same, one after the other: where nothing of an eight is kept in registers for later. kAll: body is called for
+// spans without elements, too, where a warp has any, so that its lanes stay together.
 template <int kEights, bool kAll = false, bool kWhole, class Body>
 FK_DEVICE void for_each_eight_in_turn(const Team<kWhole>& team, const Body& body) {
   Span<kWhole> s = team.span(0);

@@ -1,7 +1,6 @@
 // The noise family on CUDA: fill_normal_.
-#include "noise.cuh"
-
 #include "host.cuh"
+#include "noise.cuh"
 #include "operations.h"
 
 namespace flatkern::cuda {
@@ -17,8 +16,8 @@ struct FillArguments {
 };
 
 constexpr int kEights = 2;
-const Walk kFill = {"fill_normal_", FillArguments<kSmall>::kTensors, FillArguments<kLarge>::kTensors, kEights,
-                    kSegment,       false};
+const Walk kFill = {"fill_normal_", FillArguments<kSmall>::kTensors, FillArguments<kLarge>::kTensors, kEights, kSegment,
+                    false};
 
 template <class T, bool kWhole, class Args>
 FK_DEVICE void fill_tile(const Args& a, const Tile& t) {

@@ -1,6 +1,5 @@
 // The norm family on CUDA: filter_norms_, gradient_norm_.
 #include "../math/norm.h"
-
 #include "host.cuh"
 #include "operations.h"
 #include "rows.cuh"
@@ -19,8 +18,8 @@ struct NormsArguments {
 };
 
 constexpr int kEights = 4;
-const Walk kNorms = {"filter_norms_", NormsArguments<kSmall>::kTensors, NormsArguments<kLarge>::kTensors, kEights,
-                     kResident,       true};
+const Walk kNorms = {
+    "filter_norms_", NormsArguments<kSmall>::kTensors, NormsArguments<kLarge>::kTensors, kEights, kResident, true};
 
 template <class T, int kThreads, bool kWhole, class Args, class Sums>
 FK_DEVICE void norms_tile(const Args& a, const Tile& t, Sums& sums) {
@@ -69,7 +68,7 @@ void run(const FilterNorms& a, const Plan& plan, Stream stream) {
       }
       start(kNorms.op,
             launch.threads > kShortThreads ? norms_kernel<T, kLongThreads, decltype(args)>
-                           : norms_kernel<T, kShortThreads, decltype(args)>,
+                                           : norms_kernel<T, kShortThreads, decltype(args)>,
             launch.count, launch.threads, stream, args);
     });
   }
@@ -95,8 +94,8 @@ namespace {
 
 struct GradientCall {
   const Tile* tiles;
-  double* sums;       // of each tile, those of earlier launches before them
-  uint32_t* ticket;   // tiles that are summed; 0 between calls
+  double* sums;         // of each tile, those of earlier launches before them
+  uint32_t* ticket;     // tiles that are summed; 0 between calls
   uint32_t first, all;  // the launch's first tile, and tiles of all launches
   float* norm;
   Scalar grad_scale;
@@ -112,8 +111,12 @@ struct GradientArguments : GradientCall {
   uint8_t codes[kTensors];
 };
 
-const Walk kGradient = {"gradient_norm_", GradientArguments<kSmall>::kTensors, GradientArguments<kLarge>::kTensors,
-                        kEights,          kSegment,                            false};
+const Walk kGradient = {"gradient_norm_",
+                        GradientArguments<kSmall>::kTensors,
+                        GradientArguments<kLarge>::kTensors,
+                        kEights,
+                        kSegment,
+                        false};
 
 // The squares of a thread's elements, in float64: those of large gradients are beyond float32.
 template <class T, bool kWhole, class Args>
@@ -177,8 +180,13 @@ void run(const GradientNorm& a, const Plan& plan, Stream stream) {
   for (const Launch& launch : plan.launches) {
     with_size<GradientArguments>(launch.end - launch.begin, [&](auto bytes) {
       GradientArguments<decltype(bytes)::value> args;
-      static_cast<GradientCall&>(args) = {launch.tiles, plan.sums,           plan.tickets, first,
-                                          plan.tiles,   a.norm[0].as<float>(), scalar_of(a.grad_scale, 1.0f)};
+      static_cast<GradientCall&>(args) = {launch.tiles,
+                                          plan.sums,
+                                          plan.tickets,
+                                          first,
+                                          plan.tiles,
+                                          a.norm[0].as<float>(),
+                                          scalar_of(a.grad_scale, 1.0f)};
       for (int64_t k = launch.begin; k < launch.end; ++k) {
         const int64_t i = k - launch.begin;
         args.grads[i] = a.grads[k].data;

@@ -1,16 +1,19 @@
 // The perturb family on CUDA: perturb_gaussian_, restore_.
-#include "perturb.cuh"
-
 #include "host.cuh"
 #include "operations.h"
+#include "perturb.cuh"
 
 namespace flatkern::cuda {
 namespace {
 
 constexpr int kEights = 3;
 
-const Walk kPerturb = {"perturb_gaussian_", PerturbArguments<kSmall>::kTensors, PerturbArguments<kLarge>::kTensors,
-                       kEights, kResident, true};
+const Walk kPerturb = {"perturb_gaussian_",
+                       PerturbArguments<kSmall>::kTensors,
+                       PerturbArguments<kLarge>::kTensors,
+                       kEights,
+                       kResident,
+                       true};
 
 template <class Args>
 void fill(Args& a, const PerturbLists& lists, const Plan& plan, const Launch& launch, bool measures) {
@@ -32,8 +35,8 @@ void fill(Args& a, const PerturbLists& lists, const Plan& plan, const Launch& la
 }
 
 template <class P, class C, int kBlocks>
-void run(const char* op, const PerturbLists& lists, const Plan& plan, const std::vector<Launch>& launches, Stream stream,
-         bool measures) {
+void run(const char* op, const PerturbLists& lists, const Plan& plan, const std::vector<Launch>& launches,
+         Stream stream, bool measures) {
   using Types = PerturbTypes<P, C>;
   for (const Launch& launch : launches) {
     with_size<PerturbArguments>(launch.end - launch.begin, [&](auto bytes) {
@@ -94,8 +97,9 @@ struct RestoreArguments {
 };
 
 constexpr int kRestoreEights = 4;
-const Walk kRestore = {"restore_", RestoreArguments<kSmall>::kTensors, RestoreArguments<kLarge>::kTensors,
-                       kRestoreEights, kSegment, false};
+const Walk kRestore = {
+    "restore_", RestoreArguments<kSmall>::kTensors, RestoreArguments<kLarge>::kTensors, kRestoreEights, kSegment,
+    false};
 
 template <class T, bool kWhole, class Args>
 FK_DEVICE void restore_tile(const Args& a, const Tile& t) {
@@ -104,8 +108,7 @@ FK_DEVICE void restore_tile(const Args& a, const Tile& t) {
   const Elements<T> param(a.params[k], a.codes[k] & 3, team.start), backup(a.backups[k], a.codes[k] >> 2, team.start);
   typename Elements<T>::Stored stored[kRestoreEights];
   for_each_eight<kRestoreEights>(team, [&](int i, const auto& s) { stored[i] = backup.load(s); });
-  for_each_eight<kRestoreEights>(team,
-                                 [&](int i, const auto& s) { param.template store<Use::kAgain>(s, stored[i]); });
+  for_each_eight<kRestoreEights>(team, [&](int i, const auto& s) { param.template store<Use::kAgain>(s, stored[i]); });
 }
 
 template <class T, class Args>

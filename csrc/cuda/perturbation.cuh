@@ -50,11 +50,11 @@ FK_DEVICE void add_noise_again(const Key& key, const Tile& t, const Team<true>& 
   });
 }
 
-// The same for any row, element by element, because registers are short: weights are read again, from caches. A tensor of
-// rank <= 1 may be a shard that begins inside an eight, and may have a history for each element.
+// The same for any row, element by element, because registers are short: weights are read again, from caches. A tensor
+// of rank <= 1 may be a shard that begins inside an eight, and may have a history for each element.
 template <int kEights, class C, class P>
 FK_DEVICE void add_noise_again(const Key& key, const Tile& t, const Team<false>& team, const NoiseScale& scale,
-                         const Elements<C>& clean, const Elements<P>& param) {
+                               const Elements<C>& clean, const Elements<P>& param) {
   const Counters counters(t, team);
   const bool by_element = scale.history != nullptr && (t.flags & kFlat) != 0;
   const float of_row = by_element ? 0.0f : scale.of_row();

@@ -28,7 +28,8 @@ struct Form {
   bool is_cut(int64_t resident) const { return cols > resident; }
   // 32 lanes have a chunk of 256 columns, and a thread as many eights.
   int warps(int eights) const {
-    return cols <= kChunk ? 0 : static_cast<int>(ceil_div(ceil_div(std::min<int64_t>(cols, kResident), kChunk), eights));
+    return cols <= kChunk ? 0
+                          : static_cast<int>(ceil_div(ceil_div(std::min<int64_t>(cols, kResident), kChunk), eights));
   }
 };
 
@@ -186,7 +187,8 @@ std::shared_ptr<const Plan> make_plan(const Walk& walk, const std::vector<Form>&
   const size_t tiles = table.add(b.tiles.size() * sizeof(Tile)), rows = table.add(b.long_rows.size() * sizeof(LongRow));
   const size_t blocks = table.add(b.blocks.size() * sizeof(uint32_t));
   const size_t tickets = table.add((b.long_rows.size() + b.blocks.size() + 1) * sizeof(uint32_t));  // zeros
-  const size_t partials = scratch.add(2 * b.segments * sizeof(double)), sums = scratch.add(b.tiles.size() * sizeof(double));
+  const size_t partials = scratch.add(2 * b.segments * sizeof(double)),
+               sums = scratch.add(b.tiles.size() * sizeof(double));
   const size_t norms = scratch.add(b.long_rows.size() * sizeof(float));
   std::vector<char> bytes(table.size, 0);
   std::memcpy(bytes.data() + tiles, b.tiles.data(), b.tiles.size() * sizeof(Tile));
@@ -239,14 +241,15 @@ Place place_of(const char* op, const Table& like) {
                       std::to_string(device));
   const Stream stream = current_stream(device);
   if (is_capturing(stream))
-    throw LaunchError(std::string(op) + ": a CUDA graph is being captured, which this backend does not take part in; "
+    throw LaunchError(std::string(op) +
+                      ": a CUDA graph is being captured, which this backend does not take part in; "
                       "use backend=\"triton\" with capturable=True");
   return {device, stream};
 }
 
 std::shared_ptr<const Plan> find_plan(const Walk& walk, const Call& call, const Place& place) {
-  // A list for each way of walking, the plan of the last call first. The GIL protects it. It lives as long as the process,
-  // as its tensors cannot be given back when Python is gone.
+  // A list for each way of walking, the plan of the last call first. The GIL protects it. It lives as long as the
+  // process, as its tensors cannot be given back when Python is gone.
   static auto& known = *new std::map<const Walk*, std::list<Known>>;
   std::vector<Form> forms(call.like.size());
   PlanKey key;
@@ -254,8 +257,9 @@ std::shared_ptr<const Plan> find_plan(const Walk& walk, const Call& call, const 
   key.words = {place.device, reinterpret_cast<int64_t>(place.stream)};
   for (int64_t k = 0; k < call.like.size(); ++k) {
     const Form& f = forms[k] = form_of(call, k);
-    for (const int64_t word : {f.rows, f.cols, static_cast<int64_t>(f.index), static_cast<int64_t>(f.counter_row),
-                               static_cast<int64_t>(f.first_eight), static_cast<int64_t>(f.flags | f.shift << kShiftBit)})
+    for (const int64_t word :
+         {f.rows, f.cols, static_cast<int64_t>(f.index), static_cast<int64_t>(f.counter_row),
+          static_cast<int64_t>(f.first_eight), static_cast<int64_t>(f.flags | f.shift << kShiftBit)})
       key.words.push_back(word);
   }
   std::list<Known>& plans = known[&walk];

@@ -15,21 +15,21 @@ namespace flatkern::cuda {
 // How an operation walks tensors; one object for each way, by which its plans are found.
 struct Walk {
   const char* op;
-  int small, large;      // tensors whose arguments fit the two sizes of a launch
-  int eights;            // that a thread of a block of 256 takes; of a larger block it takes kLongEights
-  int64_t resident;      // longest row that is not cut into segments
-  bool sums;             // rows are summed, so that those that are cut need partial sums
+  int small, large;  // tensors whose arguments fit the two sizes of a launch
+  int eights;        // that a thread of a block of 256 takes; of a larger block it takes kLongEights
+  int64_t resident;  // longest row that is not cut into segments
+  bool sums;         // rows are summed, so that those that are cut need partial sums
 };
 constexpr int kLongEights = 4;
 constexpr int kShortThreads = 256, kLongThreads = 1024;
 
 // How one call of it does.
 struct Call {
-  bool by_rows;           // rows are filters, else all of a tensor
-  bool odd_vectors;       // something has an entry per element of a vector, so that these are walked one by one
-  const Table& like;      // the tensors that are walked
+  bool by_rows;       // rows are filters, else all of a tensor
+  bool odd_vectors;   // something has an entry per element of a vector, so that these are walked one by one
+  const Table& like;  // the tensors that are walked
   std::initializer_list<const Table*> beside;  // lists like it, whose alignment matters
-  const Ints* index;      // null where no normals are drawn
+  const Ints* index;                           // null where no normals are drawn
   const Ints* offset;
 };
 
@@ -46,9 +46,9 @@ struct Plan {
   std::vector<Launch> launches;
   std::vector<Launch> segments;  // the tiles of those with segments, for a second pass over them
   LongRows long_rows = {};
-  uint32_t* tickets = nullptr;        // one for each tensor, and one for all
-  const uint32_t* blocks = nullptr;   // tiles of each tensor
-  double* sums = nullptr;             // one for each tile
+  uint32_t* tickets = nullptr;       // one for each tensor, and one for all
+  const uint32_t* blocks = nullptr;  // tiles of each tensor
+  double* sums = nullptr;            // one for each tile
   uint32_t tiles = 0;
   Buffer table, scratch;
 };

@@ -1,9 +1,9 @@
 // Sums over rows, in the one order of this backend: it depends on nothing but the length of the row.
 //
-// Eight neighbours: two chains of four fused multiply-adds, which are added. The 32 eights of a chunk: a binary tree, the
-// halves first. The chunks of a row: 32 lanes, each adding every 32nd in its order, then the same tree. Segments of a longer
-// row are summed so, and added in float64, in lanes and a tree again. What is not there counts as zero, which changes no bit
-// of a sum of squares.
+// Eight neighbours: two chains of four fused multiply-adds, which are added. The 32 eights of a chunk: a binary tree,
+// the halves first. The chunks of a row: 32 lanes, each adding every 32nd in its order, then the same tree. Segments of
+// a longer row are summed so, and added in float64, in lanes and a tree again. What is not there counts as zero, which
+// changes no bit of a sum of squares.
 #pragma once
 
 #include "../math/norm.h"
@@ -45,8 +45,8 @@ FK_DEVICE T fold_lanes(T x, int lanes = kWarp) {
   return x;
 }
 
-// The sums of kCount numbers over the lanes of a warp, each by the tree of fold_lanes, with fewer shuffles: from each level
-// on, half of the lanes have one of two numbers. Number i is then in lane `lane_of(i)`.
+// The sums of kCount numbers over the lanes of a warp, each by the tree of fold_lanes, with fewer shuffles: from each
+// level on, half of the lanes have one of two numbers. Number i is then in lane `lane_of(i)`.
 template <int kCount>
 FK_DEVICE float fold_several(const float (&x)[kCount], int lane) {
   static_assert(kCount <= 4);
@@ -95,8 +95,8 @@ FK_DEVICE float sum_chunks(const Tile& t, const Team<kWhole>& team, const Sums& 
   return fold_lanes(total);
 }
 
-// The sum over a team's row, in all of its threads; `x` has what a thread has of it, by its eights. To be called by every
-// thread of a block, with a ChunkSums that no earlier call used.
+// The sum over a team's row, in all of its threads; `x` has what a thread has of it, by its eights. To be called by
+// every thread of a block, with a ChunkSums that no earlier call used.
 template <int kEights, bool kWhole, class Sums>
 FK_DEVICE float row_sum(const Tile& t, const Team<kWhole>& team, const float (&x)[kEights], Sums& sums) {
   if (t.warps == 0) return fold_lanes(x[0], 1 << t.log_lanes);
@@ -131,8 +131,8 @@ FK_DEVICE double sum_partials(const double* partials, uint32_t count) {
   return fold_lanes(sum);
 }
 
-// Leaves the sums of a team's segment, and calls finish(first, second) with those of the whole row in one thread, of the
-// team that comes last.
+// Leaves the sums of a team's segment, and calls finish(first, second) with those of the whole row in one thread, of
+// the team that comes last.
 template <bool kWhole, class Finish>
 FK_DEVICE void add_segment(const Tile& t, const Team<kWhole>& team, const LongRows& all, float first, float second,
                            bool has_second, const Finish& finish) {

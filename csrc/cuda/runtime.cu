@@ -25,7 +25,8 @@ Driver driver() { return {0, 0, 1, ""}; }
 int current_device() {
   int device = -1;
   const cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) throw LaunchError(std::string("the current device is unknown: ") + cudaGetErrorString(error));
+  if (error != cudaSuccess)
+    throw LaunchError(std::string("the current device is unknown: ") + cudaGetErrorString(error));
   return device;
 }
 

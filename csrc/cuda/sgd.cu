@@ -1,6 +1,5 @@
 // SGD on CUDA.
 #include "sgd.cuh"
-
 #include "update_launch.cuh"
 
 namespace flatkern::cuda {

@@ -32,7 +32,8 @@ struct Sgd {
   };
 
   template <class Args>
-  FK_DEVICE_MEMBER void apply(const Args& a, uint32_t k, Quads& state, int h, float (&w)[4], const float (&g)[4]) const {
+  FK_DEVICE_MEMBER void apply(const Args& a, uint32_t k, Quads& state, int h, float (&w)[4],
+                              const float (&g)[4]) const {
     const math::SgdScalars scalars = scalars_of(a, k);
     if (!state.has_buffer) {
 #pragma unroll

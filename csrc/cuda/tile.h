@@ -3,9 +3,9 @@
 // A *row* is a filter; where an operation sums nothing over filters, it is all of a tensor. A row of at most kResident
 // columns stays in one block from the first load to the last store. A longer one is cut into segments.
 //
-// A *team* of threads has one row, or one segment, of a tile. A thread takes eight neighbours at a time, because a draw of
-// Philox gives eight normals; 32 threads take a *chunk* of 256 columns. Sums are taken in an order that depends on the
-// length of a row alone (rows.cuh), so that it does not matter how many teams share a block.
+// A *team* of threads has one row, or one segment, of a tile. A thread takes eight neighbours at a time, because a draw
+// of Philox gives eight normals; 32 threads take a *chunk* of 256 columns. Sums are taken in an order that depends on
+// the length of a row alone (rows.cuh), so that it does not matter how many teams share a block.
 #pragma once
 
 #include <cstdint>
@@ -26,18 +26,18 @@ constexpr uint32_t kShiftBit = 8;
 
 struct alignas(16) Tile {
   // Where its teams are:
-  int64_t start;             // offset of the first element in its tensor
-  uint32_t tensor;           // which one of a launch
-  uint16_t length, last;     // elements of a row or segment; of the last team's
+  int64_t start;          // offset of the first element in its tensor
+  uint32_t tensor;        // which one of a launch
+  uint16_t length, last;  // elements of a row or segment; of the last team's
   uint16_t teams, flags;
   uint8_t warps, log_lanes;  // of a team; where warps is 0, several teams of 2^log_lanes threads share one
   uint16_t reciprocal;       // of warps: 1024 / warps, rounded up
   uint32_t row, long_row;    // the first row; of segments, which of the long rows
   // Which normals they draw:
-  uint32_t counter_row;      // of the first element: the row of the unsharded tensor,
-  uint32_t counter_eight;    // and which eight of its columns
-  uint32_t index;            // of its parameter
-  uint32_t segment;          // of segments, which one is the first here
+  uint32_t counter_row;    // of the first element: the row of the unsharded tensor,
+  uint32_t counter_eight;  // and which eight of its columns
+  uint32_t index;          // of its parameter
+  uint32_t segment;        // of segments, which one is the first here
 };
 static_assert(sizeof(Tile) == 48);
 

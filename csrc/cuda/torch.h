@@ -1,5 +1,5 @@
-// What the extension asks of torch, through functions that Python gives it (flatkern/cuda.py): memory and streams. Whoever
-// calls these holds the GIL.
+// What the extension asks of torch, through functions that Python gives it (flatkern/cuda.py): memory and streams.
+// Whoever calls these holds the GIL.
 #pragma once
 
 #include <cstddef>

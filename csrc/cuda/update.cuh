@@ -1,5 +1,5 @@
-// The pass that every rule shares, for one tile: restore, form the gradient, apply the rule, update the history, store, and
-// perturb again. A rule is a struct: its arguments of a tensor, and `apply` for eight elements (sgd.cu, adam.cu).
+// The pass that every rule shares, for one tile: restore, form the gradient, apply the rule, update the history, store,
+// and perturb again. A rule is a struct: its arguments of a tensor, and `apply` for eight elements (sgd.cu, adam.cu).
 #pragma once
 
 #include <type_traits>
@@ -11,8 +11,8 @@
 namespace flatkern::cuda {
 
 // Types of the lists of a call; clean gradients are like gradients.
-// What a kernel is compiled for. The general one has what the fast ones leave out: histories, masks, a key and rates that
-// are on the device, and everything at once.
+// What a kernel is compiled for. The general one has what the fast ones leave out: histories, masks, a key and rates
+// that are on the device, and everything at once.
 enum class Kind { kPlain, kRolling, kGeneral };
 
 template <class P, class G, class C, class S, Kind kKind>
@@ -38,7 +38,7 @@ struct UpdateTypes {
 struct UpdateCall {
   const Tile* tiles;
   LongRows long_rows;
-  uint32_t* step_tickets;       // how many blocks have read the step of a tensor; 0 between launches
+  uint32_t* step_tickets;        // how many blocks have read the step of a tensor; 0 between launches
   const uint32_t* step_readers;  // how many there are
   Key key;
   DeviceNumbers lrs, sigmas;
@@ -131,12 +131,15 @@ struct Step {
   FK_DEVICE_MEMBER Elements<P> param() const { return {a.params[k], codes >> kParamCode & 3, team.start}; }
   FK_DEVICE_MEMBER Elements<C> clean() const { return {a.clean[k], codes >> kCleanCode & 3, team.start}; }
   FK_DEVICE_MEMBER Elements<G> grad() const { return {a.grads[k], codes >> kGradCode & 3, team.start}; }
-  FK_DEVICE_MEMBER Elements<G> clean_grad() const { return {a.clean_grads[k], codes >> kCleanGradCode & 3, team.start}; }
+  FK_DEVICE_MEMBER Elements<G> clean_grad() const {
+    return {a.clean_grads[k], codes >> kCleanGradCode & 3, team.start};
+  }
   FK_DEVICE_MEMBER bool has_history() const { return kGeneral && a.history[k] != nullptr; }
   FK_DEVICE_MEMBER bool has_mask() const { return kGeneral && a.masks[k] != nullptr; }
   FK_DEVICE_MEMBER bool is_flat() const { return (t.flags & kFlat) != 0; }
 
-  // Eight whole elements: their new weights. `squares` are those of what is stored, `gradient` those that a history takes.
+  // Eight whole elements: their new weights. `squares` are those of what is stored, `gradient` those that a history
+  // takes.
   FK_DEVICE_MEMBER void whole(const Span<true>& s, float& squares, float& gradient) const {
     const int64_t first = team.start + s.place;
     Quads<C> clean(a.clean[k], first);
@@ -231,8 +234,8 @@ struct UpdateSums {
   ChunkSums<kThreads, kEights> weights, gradients;
 };
 
-// One tile. Eights come one after the other, so that registers suffice for five blocks on a multiprocessor; the new weights,
-// which the noise needs when their row is measured, are then in a cache.
+// One tile. Eights come one after the other, so that registers suffice for five blocks on a multiprocessor; the new
+// weights, which the noise needs when their row is measured, are then in a cache.
 template <class Types, int kEights, bool kWhole, class Args, class Rule, class Sums>
 FK_DEVICE void update_tile(const Args& a, const Tile& t, const Rule& rule, Sums& sums) {
   const Team<kWhole> team(t);
@@ -266,8 +269,7 @@ FK_DEVICE void update_tile(const Args& a, const Tile& t, const Rule& rule, Sums&
   if (segments) {
     add_segment(t, team, a.long_rows, norm_square, squares, has_rows, [&](double all, double all_squares) {
       a.long_rows.norms[t.long_row] = math::norm(all);
-      if (has_rows && !step.skip)
-        *history = math::update_history(*history, static_cast<float>(all_squares), a.beta[k]);
+      if (has_rows && !step.skip) *history = math::update_history(*history, static_cast<float>(all_squares), a.beta[k]);
     });
     return;
   }

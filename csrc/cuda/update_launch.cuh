@@ -21,8 +21,8 @@ class UpdateLauncher {
 
   // Types that have a kernel of their own; all others share one, which is slower.
   void run() const {
-    const bool general = a_.history || a_.masks || a_.lrs || a_.sigmas || (a_.noise && a_.clean_grads) ||
-                         key_of(a_.noise).at != nullptr;
+    const bool general =
+        a_.history || a_.masks || a_.lrs || a_.sigmas || (a_.noise && a_.clean_grads) || key_of(a_.noise).at != nullptr;
     const DType param = a_.params[0].dtype, clean = this->clean()[0].dtype;
     const bool alike = all_are(param, {&a_.params, &a_.grads, &a_.clean_grads}) && all_are(clean, {&this->clean()}) &&
                        rule_.state_is(clean);
@@ -74,20 +74,12 @@ class UpdateLauncher {
   void fill(Args& args, const Launch& launch) const {
     const bool has_masters = a_.masters.present, perturbs = a_.noise.present;
     const Table& clean = this->clean();
-    static_cast<UpdateCall&>(args) = {launch.tiles,
-                                      plan_.long_rows,
-                                      plan_.tickets + launch.begin,
-                                      plan_.blocks + launch.begin,
-                                      key_of(a_.noise),
-                                      numbers_of(a_.lrs, launch.begin),
-                                      numbers_of(a_.sigmas, launch.begin),
-                                      scalar_of(a_.grad_scale, 1.0f),
-                                      scalar_of(a_.clip, 1.0f),
-                                      scalar_of(a_.found_inf, 0.0f),
-                                      perturbs,
-                                      &clean != &a_.params,
-                                      // Without noise a backup has served once it is read.
-                                      has_masters || (a_.backups.present && perturbs)};
+    static_cast<UpdateCall&>(args) = {
+        launch.tiles, plan_.long_rows, plan_.tickets + launch.begin, plan_.blocks + launch.begin, key_of(a_.noise),
+        numbers_of(a_.lrs, launch.begin), numbers_of(a_.sigmas, launch.begin), scalar_of(a_.grad_scale, 1.0f),
+        scalar_of(a_.clip, 1.0f), scalar_of(a_.found_inf, 0.0f), perturbs, &clean != &a_.params,
+        // Without noise a backup has served once it is read.
+        has_masters || (a_.backups.present && perturbs)};
     for (int64_t k = launch.begin; k < launch.end; ++k) {
       const int64_t i = k - launch.begin;
       args.params[i] = a_.params[k].data;
@@ -128,8 +120,7 @@ void launch_update(const char* op, const Update& a, const Rule& rule, const Plan
   launcher.run();
   if (!a.noise || plan.segments.empty()) return;
   const Table& clean = launcher.clean();
-  const PerturbLists lists = {&a.params, nullptr,  &clean, nullptr, &a.history,
-                              a.sigmas,  a.noise, a.sigma, a.eta};
+  const PerturbLists lists = {&a.params, nullptr, &clean, nullptr, &a.history, a.sigmas, a.noise, a.sigma, a.eta};
   launch_perturb(op, lists, plan, plan.segments, stream, false);
 }
 
