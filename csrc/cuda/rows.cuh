@@ -148,6 +148,7 @@ FK_DEVICE void add_segment(const Tile& t, const Team<kWhole>& team, const LongRo
     if (last) __threadfence();
   }
   if (!__shfl_sync(kAllLanes, static_cast<int>(last), 0)) return;
+  __syncwarp();  // a shuffle orders no memory
   const double sum = sum_partials(partials, row.segments);
   const double other = has_second ? sum_partials(partials + all.segments, row.segments) : 0.0;
   if (team.leads(t)) finish(sum, other);

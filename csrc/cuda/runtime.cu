@@ -3,8 +3,25 @@
 
 namespace flatkern::cuda {
 namespace {
+
 int64_t count = 0;
+
+#ifndef FK_EMULATION
+// A function of the driver; null without one.
+void* driver_function(const char* name) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &found);
+#endif
+  if (error != cudaSuccess) cudaGetLastError();  // forgets it
+  return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? function : nullptr;
 }
+#endif
+
+}  // namespace
 
 void launched(const char* op, const char* error) {
   if (error != nullptr)
@@ -22,8 +39,14 @@ bool is_capturing(Stream) { return false; }
 
 Driver driver() { return {0, 0, 1, ""}; }
 #else
+// The device of the driver's current context, which torch sets and a launch goes to. The runtime that is linked into
+// this module has a device of its own, which nobody sets.
 int current_device() {
+  using GetDevice = int (*)(int*);
+  static const auto get_device = reinterpret_cast<GetDevice>(driver_function("cuCtxGetDevice"));
   int device = -1;
+  if (get_device != nullptr && get_device(&device) == 0) return device;
+  // No context is current yet: a launch would make one on this device.
   const cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess)
     throw LaunchError(std::string("the current device is unknown: ") + cudaGetErrorString(error));
