@@ -27,7 +27,7 @@ DRY ?=
 FROM ?=
 # Further arguments of pytest, of the demo, of the benchmarks.
 ARGS ?=
-# Tests that the sanitizers watch: those that call the compiled kernels with every shape and dtype, or change what is read.
+# Tests that the sanitizers watch: they call the compiled kernels with every shape and dtype, or change what these read.
 SANITIZE_TESTS ?= tests/test_backends.py tests/test_noise.py tests/test_describe.py tests/test_hostile_callers.py
 
 .DEFAULT_GOAL := help
