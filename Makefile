@@ -27,12 +27,14 @@ DRY ?=
 FROM ?=
 # Further arguments of pytest, of the demo, of the benchmarks.
 ARGS ?=
+# `make wheel-cuda`: where the wheel goes.
+WHEELS ?= dist
 # Tests that the sanitizers watch: they call the compiled kernels with every shape and dtype, or change what these read.
 SANITIZE_TESTS ?= tests/test_backends.py tests/test_noise.py tests/test_describe.py tests/test_hostile_callers.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env build demo test test-triton check format bench gpu gpu-report sanitize wheel-check show clean
+.PHONY: help env build demo test test-triton test-cuda check format bench gpu gpu-report sanitize wheel-check wheel-cuda show clean
 
 NATIVE := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 TREE := $(CURDIR)/build/tree
@@ -85,10 +87,11 @@ $(ENV_STAMP): requirements-dev.txt
 
 # The editable installation itself compiles nothing, because pip would compile everything anew each time.
 $(VENV)/.editable: $(ENV_STAMP) pyproject.toml setup.py
-	@FLATKERN_BUILD=skip $(PY) -m pip install -qq --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@FLATKERN_BUILD=skip FLATKERN_CUDA=0 $(PY) -m pip install -qq --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
-# Compiled in place, and only what has changed. Code that does not compile is an error; a missing compiler is not,
+# Compiled in place, and only what has changed; the CUDA kernels are not (see cuda-tree), so that every machine builds and
+# tests the same. Code that does not compile is an error; a missing compiler is not,
 # unless FLATKERN_BUILD=require: `build` says what is live, and the next make tries again.
 SUFFIX := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 COMPILED := build/.compiled$(SUFFIX)
@@ -100,7 +103,7 @@ $(COMPILED): $(NATIVE) $(if $(NO_VENV),,$(VENV)/.editable)
 	@mkdir -p build && rm -f flatkern/_C$(SUFFIX)
 	@if [ "$$FLATKERN_BUILD" = skip ]; then echo "not compiled: FLATKERN_BUILD=skip"; \
 	elif $(call has,setuptools); then \
-	  echo "[3/3] compiling flatkern" && FLATKERN_BUILD=$(POLICY) $(PY) setup.py -q build_ext --inplace; \
+	  echo "[3/3] compiling flatkern" && FLATKERN_CUDA=0 FLATKERN_BUILD=$(POLICY) $(PY) setup.py -q build_ext --inplace; \
 	else echo "not compiled: this Python has no setuptools"; fi
 	@if [ -e flatkern/_C$(SUFFIX) ]; then touch $@; fi
 
@@ -110,6 +113,15 @@ $(COMPILED): $(NATIVE) $(if $(NO_VENV),,$(VENV)/.editable)
 tree: $(COMPILED)
 	@rm -rf $(TREE) && mkdir -p $(TREE)/flatkern
 	@ln -s $(CURDIR)/flatkern/* $(CURDIR)/triton_kernels $(TREE)/flatkern/
+
+# The same with the CUDA kernels, which stand nowhere else.
+CUDA := build/cuda
+.PHONY: cuda-tree
+cuda-tree: $(READY)
+	@FLATKERN_BUILD=skip FLATKERN_CUDA=1 $(PY) setup.py -q build_ext --build-lib $(CUDA)/lib
+	@rm -rf $(CUDA)/tree && mkdir -p $(CUDA)/tree/flatkern
+	@ln -s $$(ls -d $(CURDIR)/flatkern/* | grep -v '/_CUDA[.]') $(CURDIR)/triton_kernels \
+	  $(CURDIR)/$(CUDA)/lib/flatkern/_CUDA$(SUFFIX) $(CUDA)/tree/flatkern/
 
 env: $(if $(NO_VENV),,$(ENV_STAMP)) ## the virtual environment (with NO_VENV=1: nothing)
 
@@ -158,6 +170,26 @@ test-triton: $(READY) ## the Triton kernels in Triton's interpreter (no GPU need
 	@$(if $(ARGS),,if $(call has,triton) && $(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  CUDA_VISIBLE_DEVICES= $(PYTEST) -q $(WITHOUT_GPU); fi)
 
+# What nvcc compiles is looked at and not run; what is run is the same sources, compiled by the C++ compiler for a GPU that
+# is emulated (tests/cuda_emulation).
+HAS_NVCC = $(call has,setuptools) && $(PY) -c 'import runpy; runpy.run_path("setup.py")["find_nvcc"]()' 2> /dev/null
+COMPILED_CUDA_TESTS := $(wildcard tests/test_cuda_compile.py tests/test_cuda_wheel.py)
+EMULATED_CUDA_TESTS := $(filter-out $(COMPILED_CUDA_TESTS) tests/test_cuda_build.py,$(wildcard tests/test_cuda*.py))
+test-cuda: $(READY) ## the CUDA kernels: emulated on the CPU, and compiled where nvcc is (no GPU needed)
+	@$(call has,pytest) || { echo "error: pytest is not installed for $(PY)" >&2; exit 1; }
+	@if $(CAN_COMPILE); then $(MAKE) --no-print-directory checked-cuda; \
+	else echo "not checked: CUDA kernels (pybind11 or ninja or a compiler is not installed)"; fi
+
+.PHONY: checked-cuda
+checked-cuda:
+	@echo "compiling the CUDA kernels for an emulated GPU"
+	@$(PY) tests/cuda_emulation/build.py
+	@if $(HAS_NVCC); then $(MAKE) --no-print-directory cuda-tree wheel-cuda WHEELS=$(CUDA)/dist; \
+	else rm -rf $(CUDA); echo "not checked: what nvcc makes of the CUDA kernels (no nvcc, or no setuptools)"; fi
+	@export FLATKERN_CUDA_EMULATION=$(CURDIR)/build/cuda-emulation/_CUDA_emul$(SUFFIX); \
+	if [ -d $(CUDA) ]; then export FLATKERN_CUDA_BUILD=$(CURDIR)/$(CUDA) compiled="$(COMPILED_CUDA_TESTS)"; fi; \
+	$(PYTEST) -q $(EMULATED_CUDA_TESTS) $$compiled $(ARGS)
+
 check: $(if $(NO_VENV),,$(ENV_STAMP)) ## formatting, lint, types
 	$(call tool,ruff,$(PY) -m ruff,Python lint,check .)
 	$(call tool,ruff,$(PY) -m ruff,Python format,format --check .)
@@ -176,6 +208,11 @@ format: $(if $(NO_VENV),,$(ENV_STAMP)) ## rewrite what `check` would complain ab
 wheel-check: $(READY) ## what a wheel and an sdist contain, and that they build without a compiler
 	@$(RUN) -m pytest tests/test_package.py $(ARGS)
 
+wheel-cuda: $(READY) ## a wheel with the CUDA kernels, in WHEELS=dist (needs nvcc; `pip install .` builds them where it is, too)
+	@FLATKERN_BUILD=require FLATKERN_CUDA=1 $(PY) -m pip wheel -q --disable-pip-version-check --no-index \
+	  --no-build-isolation --no-deps -w $(WHEELS) .
+	@ls $(WHEELS)/flatkern-*.whl
+
 # The runtimes must be loaded before Python, hence LD_PRELOAD; a compiled probe tells where they are.
 # Leaks are not looked for: CPython and torch keep what they allocate until exit, on purpose, and would
 # drown ours. PYTHONMALLOC shows AddressSanitizer the small blocks that Python's own allocator would hide,
@@ -191,7 +228,7 @@ sanitize: build ## the compiled kernels under AddressSanitizer and UndefinedBeha
 .PHONY: sanitized-tests
 sanitized-tests:
 	@echo "compiling flatkern with sanitizers"
-	@FLATKERN_SANITIZE=address,undefined FLATKERN_BUILD=require \
+	@FLATKERN_SANITIZE=address,undefined FLATKERN_BUILD=require FLATKERN_CUDA=0 \
 	  $(PY) setup.py -q build_ext --build-lib $(SANITIZE)/lib --build-temp $(SANITIZE)/temp
 	@rm -rf $(SANITIZE)/tree && mkdir -p $(SANITIZE)/tree/flatkern
 	@ln -s $(filter-out %.so,$(wildcard $(CURDIR)/flatkern/*)) $(CURDIR)/triton_kernels \

@@ -165,20 +165,22 @@ def test_a_kernel_has_to_have_run(wrote, words, monkeypatch):
 
 
 def test_what_does_not_compile_stops_nothing(tmp_path):
-    """make is called again without the compiler, and the second half of the stage follows."""
+    """make is called again without the compiler, then for the CUDA kernels, and the stage's second half follows."""
     for name, text in (
-        ("make", 'echo "make ${FLATKERN_BUILD:-}"; [ "${FLATKERN_BUILD:-}" = skip ]'),
+        ("make", 'echo "make ${FLATKERN_BUILD:-}${FLATKERN_CUDA_ARCHS:+CUDA}"; [ "${FLATKERN_BUILD:-}" = skip ]'),
+        ("nvidia-smi", "echo 9.0"),
         ("python", '[ "$1" = -c ] || echo "python $*"'),  # the other one only reads torch from the disk
     ):
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     *command, _ = stages.build_command()
     environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.defpath}"}
-    environment.pop("FLATKERN_BUILD", None)
+    for name in ("FLATKERN_BUILD", "FLATKERN_CUDA_ARCHS", "FLATKERN_GPU_DRY"):
+        environment.pop(name, None)
     done = subprocess.run(
         [*command, str(tmp_path / "python")], env=environment, capture_output=True, text=True, check=True, timeout=60
     )
-    assert done.stdout.split("\n") == ["make ", "make skip", "python bench/gpu/stage.py live", ""]
+    assert done.stdout.split("\n") == ["make ", "make skip", "make CUDA", "python bench/gpu/stage.py live", ""]
 
 
 # Smoke.

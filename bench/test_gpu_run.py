@@ -231,7 +231,7 @@ def test_the_lists():
     def asked(words, dry=False):
         return run.chosen(stages.STAGES, stages.LISTS, words, dry)
 
-    assert list(asked("")) == ["build", "smoke", "tests", "warm", "keys", "ncu"]
+    assert list(asked("")) == ["build", "smoke", "tests", "warm", "keys", "ncu", "cuda"]
     assert list(asked("", dry=True)) == [stage.name for stage in stages.STAGES]
     assert asked("second")["warm"] == 30 and asked("first")["warm"] == 110
     assert list(asked("sweep smoke")) == ["build", "smoke", "warm", "sweep"]
@@ -483,6 +483,7 @@ def test_sanitizer_without_the_tool(tmp_path, monkeypatch, capsys):
 def test_a_stage_sees_nothing_that_changes_what_runs(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("FLATKERN_GPU_DRY", "1")
+    monkeypatch.setenv("FLATKERN_CUDA_EMULATION", "of somebody's")
     by_name = {stage.name: stage for stage in stages.STAGES}
     for dry in (False, True):
         given = argparse.Namespace(budget=280.0, dry_run=dry, out=tmp_path / "out", stages="")
@@ -492,4 +493,6 @@ def test_a_stage_sees_nothing_that_changes_what_runs(monkeypatch, tmp_path):
             assert (env.get("TRITON_INTERPRET") == "1") == interpreted
             assert (env.get("FLATKERN_GPU_DRY") == "1") == dry
             assert ("bench/gpu/tools" in env["PATH"]) == dry
+            assert ("build/gpu-cuda/tree" in env["PYTHONPATH"]) != dry
+            assert env.get("FLATKERN_CUDA_EMULATION") != "of somebody's"
             assert env["FLATKERN_STAGE_SECONDS"] == "12.0" and env["FLATKERN_GPU_OUT"] == str(tmp_path / "out")

@@ -87,7 +87,7 @@ def test_every_race_runs_and_every_goal_has_its_race(small, capfd):
 
 
 def test_every_race_has_torchs_fused_optimizer():
-    for race in (*wanted.keys(), *wanted.rivals()):
+    for race in (*wanted.keys(), *wanted.cuda(), *wanted.rivals()):
         assert Entry("torch fused") in race.entries, race
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from operator import is_
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import cuda
 from .checks import BACKENDS, check, check_backend
 from .ops import OPS, Op
 
@@ -22,11 +25,15 @@ PREFERENCE = {  # the first backend that is installed and has the op wins
 DEVICES = {"eager": ["any"], "cpp": ["cpu"], "triton": ["cuda"], "cuda": ["cuda"]}
 if os.environ.get("TRITON_INTERPRET") == "1":
     DEVICES["triton"].append("cpu")  # for tests; it is never preferred there
+if cuda.is_emulated():
+    DEVICES["cuda"] = ["cpu"]  # for tests, too; and no memory of a GPU is given to what runs on the CPU
+MODULES = {"cpp": "flatkern._C", "triton": "flatkern.triton_kernels", "cuda": "flatkern._CUDA"}
 REMEDY = {
     "cpp": "install a C++17 compiler and reinstall; FLATKERN_BUILD=require shows why the build fails",
     "triton": "where torch sees a GPU, pip install 'flatkern[triton]'; Triton also needs a C compiler and the driver's "
     "libcuda; elsewhere use backend=None",
-    "cuda": "use backend=None or 'eager' on this device",
+    "cuda": "it needs an NVIDIA GPU, torch for CUDA, and nvcc (12.1 or later) when flatkern is installed, where "
+    "FLATKERN_CUDA=1 shows why the build fails; elsewhere use backend=None",
 }
 
 
@@ -52,9 +59,17 @@ def resolve(op: str, device_type: str, backend: str | None = None) -> Callable[.
         if name == "eager" and refusals:
             _warn_eager(device_type, "; ".join(refusals))
         return load(OPS[op], name)
-    usable = backend is not None and device_type in DEVICES[backend]
-    remedy = REMEDY[backend] if backend and usable else "use backend=None or 'eager' on this device"
+    remedy = _remedy(op, device_type, backend)
     raise RuntimeError(f"{op}: no backend for {device_type}: {'; '.join(refusals)}; {remedy}")
+
+
+def _remedy(op: str, device_type: str, backend: str | None) -> str:
+    """What to do where a backend was refused."""
+    if backend is None or device_type not in DEVICES[backend]:
+        return "use backend=None or 'eager' on this device"
+    if backend not in OPS[op].backends.split():
+        return "use backend=None, which takes another one for it"
+    return REMEDY[backend]
 
 
 def call(op: str, device_type: str, backend: str | None, *args: Any, **kwargs: Any) -> None:
@@ -96,20 +111,34 @@ def refuse(op: str, backend: str, device_type: str) -> str | None:
     try:
         compiled_module(backend)
     except ModuleNotFoundError as error:
-        return f"{backend} is not installed ({error})"
+        return f"{backend} is not installed ({error}{_why_not_built(backend)})"
     except ImportError as error:
         return f"{backend} cannot be used ({error})"
     return None
 
 
-def compiled_name(backend: str) -> str:
-    """The module that holds a compiled backend's ops."""
-    return {"cpp": "flatkern._C", "triton": "flatkern.triton_kernels"}[backend]
+def _why_not_built(backend: str) -> str:
+    """What setup.py has left in the place of a module that it did not build."""
+    text = Path(__file__).with_name(f"{MODULES[backend].rpartition('.')[2]}.txt")
+    return f"; not built: {text.read_text().strip()}" if text.is_file() else ""
+
+
+def compiled_backends(op: str, device_type: str) -> list[str]:
+    """Those that have the op for such a device, the preferred one first; whether they are live does not matter."""
+    return [name for name in PREFERENCE[device_type] if name in OPS[op].backends.split()]
+
+
+def is_installed(backend: str) -> bool:
+    """Whether a compiled backend has files here; nothing of it is loaded."""
+    return importlib.util.find_spec(MODULES[backend]) is not None
 
 
 def compiled_module(backend: str) -> Any:
-    """That module, imported on first use; ImportError if it is absent or has nothing to run on."""
-    module = importlib.import_module(compiled_name(backend))
+    """The module that holds a compiled backend's ops, imported on first use; ImportError if it is absent or has
+    nothing to run on."""
+    if backend == "cuda":
+        return cuda.load(MODULES[backend])
+    module = importlib.import_module(MODULES[backend])
     if backend == "triton":
         module.check_driver()
     return module
@@ -140,10 +169,14 @@ def _checked(op: Op, function: Callable[..., None]) -> Callable[..., None]:
 def _compiled(op: Op, backend: str) -> Callable[..., None]:
     module = compiled_module(backend)
     function = getattr(module, op.name)
+    if backend == "cuda":
+        function = cuda.on_its_device(module, function)
+    if backend in ("triton", "cuda"):
+        function = _watched(op, function)
     # Raw writes are invisible to autograd; without new versions a write between forward and backward would give wrong
-    # gradients in silence. flatkern._C bumps them itself, in the call, where no signal handler can come between.
+    # gradients in silence. C++ bumps them itself, in the call, where no signal handler can come between.
     seen_by_autograd = [k for k, a in enumerate(op.arguments) if a.mutated and a.name in ("params", "grads", "outs")]
-    to_bump = () if backend == "cpp" else tuple(seen_by_autograd)
+    to_bump = tuple(seen_by_autograd) if backend == "triton" else ()
 
     def run(*args: Any, **kwargs: Any) -> None:
         """Arguments are positional up to the keyword-only scalars, in the schema's order."""
@@ -155,13 +188,26 @@ def _compiled(op: Op, backend: str) -> Callable[..., None]:
         for k in to_bump:
             torch._C._increment_version(args[k])
 
+    # A call of CUDA may be several launches: of many tensors, or of long filters.
     run.progress = "whole" if backend == "cpp" else "launches"  # type: ignore[attr-defined]
     return run
 
 
+def _watched(op: Op, function: Callable[..., None]) -> Callable[..., None]:
+    """An op for a GPU as FLATKERN_NVTX=1 and FLATKERN_CUDA_SYNC=1 want it; `function` itself without them."""
+    for variable, wrap in (("FLATKERN_CUDA_SYNC", cuda.synchronized), ("FLATKERN_NVTX", cuda.in_nvtx_range)):
+        if os.environ.get(variable, "0") not in ("", "0"):
+            function = wrap(op.name, function)
+    return function
+
+
 def backends() -> dict[str, dict[str, Any]]:
-    """What is live and why the rest is not: {name: {live, devices, reason, remedy}}."""
-    report = {}
+    """What is live and why the rest is not: {name: {live, devices, reason, remedy}}.
+
+    And `about` of cuda: what it was compiled for, and the driver that there is and that it needs; None where it is not
+    installed.
+    """
+    report: dict[str, dict[str, Any]] = {}
     for name in BACKENDS:
         reason = ""
         if name != "eager":
@@ -174,6 +220,7 @@ def backends() -> dict[str, dict[str, Any]]:
             "reason": reason,
             "remedy": REMEDY[name] if reason else "",
         }
+    report["cuda"]["about"] = cuda.about(MODULES["cuda"])
     return report
 
 

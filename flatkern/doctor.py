@@ -120,9 +120,25 @@ def brief(facts: dict[str, Any]) -> str:
     return f"flatkern {versions['flatkern']}, torch {versions['torch']}; live: {live}{isa}; {served}"
 
 
+def cuda_rows(about: dict[str, Any]) -> Rows:
+    """What the cuda backend was compiled for, what it needs, and what there is."""
+    rows: Rows = [("extension", about["file"]), ("toolkit", f"CUDA {about['toolkit']}")]
+    if about["emulated"]:
+        return [*rows, ("emulated", "yes: kernels run on the CPU, for tests")]
+    found = f"for CUDA {about['driver']}" if about["driver"] else "none"
+    return [
+        *rows,
+        ("emulated", "no"),
+        ("compiled for", f"compute capability {about['capabilities']}; newer ones by PTX of the highest"),
+        ("driver", f"{found}; it needs {about['needs']}"),
+        ("GPUs", f"{about['devices']}{about['problem'] and ': '}{about['problem']}"),
+    ]
+
+
 def sections(facts: dict[str, Any]) -> dict[str, Rows]:
     """The report as titled tables of text, first column bold."""
     about, compiled = facts["machine"], facts["machine"]["compiled"]
+    about_cuda = facts["backends"]["cuda"]["about"]
     machine_rows: Rows = [("processor", f"{about['processor']} ({about['system']})")]
     if compiled:
         machine_rows.append(("instruction set", f"{compiled['isa']} (of {', '.join(compiled['isas'])})"))
@@ -151,6 +167,7 @@ def sections(facts: dict[str, Any]) -> dict[str, Rows]:
         "Versions": [(name, value or "not installed") for name, value in facts["versions"].items()],
         "Machine": machine_rows,
         "Backends": backend_rows,
+        **({"Backend cuda": cuda_rows(about_cuda)} if about_cuda else {}),
         "Without backend=, tensors run on": served_rows,
     }
 

@@ -108,7 +108,7 @@ def perturb_(
         norms: `filter_norms(params)`; computed from the present values where absent. Give them when
             the tensors are perturbed already.
         backups: tensors like `params`, written with their values before the perturbation.
-        backend: "eager" or "cpp", used or refused; None takes the best one.
+        backend: "eager", "cpp", "triton" or "cuda", used or refused; None takes the best one.
 
     Raises:
         ValueError, TypeError: sigma not finite, a key out of range, lists of different length, shape,

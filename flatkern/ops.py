@@ -97,14 +97,14 @@ _ROWS = (
         family="noise",
         schema="(Tensor(a!)[] outs, Tensor noise, *, int[] index, int[] offset) -> ()",
         reads="",
-        backends="cpp triton",
+        backends="cpp triton cuda",
     ),
     Op(
         name="filter_norms_",
         family="norm",
         schema="(Tensor(a!)[] norms, Tensor[] params) -> ()",
         reads="params",
-        backends="cpp triton",
+        backends="cpp triton cuda",
         # float32 within chunks of 1024, 64 lanes of 16 elements: a square passes 1 + 16 + 6 roundings of 2^-24 each,
         # float64 above them. The root halves that, and an ulp is 2^-24 of the result at least: 11.5.
         ulp=12,
@@ -123,7 +123,7 @@ _ROWS = (
         schema="(Tensor(a!) norm, Tensor[] grads, Tensor[]? clean_grads, Tensor? grad_scale, *, "
         "float[] grad_weight, float[] clean_weight) -> ()",
         reads="grads clean_grads",
-        backends="cpp triton",
+        backends="cpp triton cuda",
         ulp=12,
     ),
     Op(
@@ -132,7 +132,7 @@ _ROWS = (
         schema="(Tensor(a!)[] params, Tensor(b!)[]? backups, Tensor[]? masters, Tensor[]? norms, Tensor[]? history, "
         "Tensor? sigmas, Tensor noise, *, float[] sigma, float[] eta, int[] index, int[] offset) -> ()",
         reads="params masters",
-        backends="cpp triton",
+        backends="cpp triton cuda",
     ),
     Op(
         name="perturb_ascent_",
@@ -147,7 +147,7 @@ _ROWS = (
         family="perturb",
         schema="(Tensor(a!)[] params, Tensor[] backups) -> ()",
         reads="backups",
-        backends="cpp triton",
+        backends="cpp triton cuda",
     ),
     Op(
         name="mix_gradients_",
@@ -166,21 +166,21 @@ _ROWS = (
         f"{_UPDATE_INPUTS}, *, float[] lr, float[] momentum, float[] dampening, float[] weight_decay, "
         f"bool[] nesterov, {_UPDATE_METHOD}) -> ()",
         reads="params momentum_buffers backups masters grads clean_grads",
-        backends="cpp triton",
+        backends="cpp triton cuda",
     ),
     Op(
         name="adam_update_",
         family="update",
         schema=_ADAM,
         reads="params exp_avgs exp_avg_sqs backups masters grads clean_grads",
-        backends="cpp triton",
+        backends="cpp triton cuda",
     ),
     Op(
         name="adamw_update_",
         family="update",
         schema=_ADAM,
         reads="params exp_avgs exp_avg_sqs backups masters grads clean_grads",
-        backends="cpp triton",
+        backends="cpp triton cuda",
     ),
     Op(
         name="count_magnitudes_",

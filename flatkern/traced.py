@@ -8,7 +8,7 @@ import torch
 
 from .checks import check_backend
 from .dispatch import call, resolve, served_by
-from .library import DISPATCH_KEYS
+from .library import DISPATCH_KEYS, backend_of
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -16,7 +16,8 @@ def is_registered(op: str, device_type: str, backend: str | None) -> bool:
     """True if a registered op serves the call; refuses as everywhere. torch.compile asks once, while it traces."""
     backend = check_backend(backend)
     resolve(op, device_type, backend)
-    return DISPATCH_KEYS.get(device_type, ("", ""))[1] == served_by(op, device_type, backend)[0]
+    served = served_by(op, device_type, backend)[0]
+    return served != "eager" and device_type in DISPATCH_KEYS and backend_of(op, device_type) == served
 
 
 # Inductor takes minutes for the integers of eager's noise.

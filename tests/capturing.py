@@ -53,13 +53,13 @@ class Net(torch.nn.Module):
 class Run:
     """One network in training; two groups, whose learning rates and sigmas differ."""
 
-    def __init__(self, rule, method, capturable, schedule=True, device="cpu", columns=8208):
+    def __init__(self, rule, method, capturable, schedule=True, device="cpu", columns=8208, backend="triton"):
         self.net, self.method, options = Net(columns).to(device), method, METHODS[method]
         layers = [self.net.first, self.net.last]
         groups = [{"params": [p for m in layers for p in m.parameters()]}, {"params": [self.net.long], "lr": 0.03}]
         if isinstance(options.get("perturb"), flatkern.RWP):
             groups[1]["sigma"] = 0.05
-        self.opt = RULES[rule](groups, lr=0.01, backend="triton", capturable=capturable, **options)
+        self.opt = RULES[rule](groups, lr=0.01, backend=backend, capturable=capturable, **options)
         self.schedulers = []
         if schedule:
             self.schedulers.append(lr_scheduler.LambdaLR(self.opt, lambda t: 1 / (1 + t)))

@@ -21,6 +21,12 @@ if INTERPRETING:
     dry = os.environ.get("FLATKERN_GPU_DRY") == "1"
     collect_ignore = ["test_triton_compile.py", "test_host.py", "test_gpu_plan.py", *([] if dry else ["test_gpu.py"])]
 
+# `make test-cuda` builds what these look at, and names it.
+if not os.environ.get("FLATKERN_CUDA_EMULATION"):
+    collect_ignore += ["test_cuda.py", "test_cuda_emulation.py"]
+if not os.environ.get("FLATKERN_CUDA_BUILD"):
+    collect_ignore += ["test_cuda_compile.py", "test_cuda_wheel.py"]
+
 
 def compiled(op):
     """The compiled backends of `op` that are tested like this on the CPU."""

@@ -135,6 +135,35 @@ def test_text(tmp_path, before):
         assert state["remedy"] in done.stdout
 
 
+ABOUT = {
+    "emulated": False, "file": "/there/_CUDA.so", "toolkit": "13.0", "capabilities": "8.0, 9.0",
+    "driver": "12.4", "needs": "one for CUDA 13 (580 or later)", "devices": 0, "problem": "insufficient",
+}  # fmt: skip
+
+
+def test_the_cuda_backend_is_described():
+    """Toolkit, architectures, the driver that there is and the one that is needed; emulated, there is none."""
+    rows = dict(doctor.cuda_rows(ABOUT))
+    assert rows == {
+        "extension": "/there/_CUDA.so",
+        "toolkit": "CUDA 13.0",
+        "emulated": "no",
+        "compiled for": "compute capability 8.0, 9.0; newer ones by PTX of the highest",
+        "driver": "for CUDA 12.4; it needs one for CUDA 13 (580 or later)",
+        "GPUs": "0: insufficient",
+    }
+    assert dict(doctor.cuda_rows(ABOUT | {"emulated": True}))["emulated"].startswith("yes")
+    assert dict(doctor.cuda_rows(ABOUT | {"driver": None}))["driver"].startswith("none; it needs")
+
+
+def test_an_emulated_library_that_is_not_there(tmp_path):
+    facts = report(tmp_path, before="import os; os.environ['FLATKERN_CUDA_EMULATION'] = '/nowhere.so'")
+    state = facts["backends"]["cuda"]
+    assert state["about"] is None and not state["live"] and state["devices"] == ["cpu"]
+    assert "FLATKERN_CUDA_EMULATION is '/nowhere.so', which is not there" in state["reason"]
+    assert facts["serves"]["cpu"] == {"cpp" if extension_works() else "eager": list(OPS)}
+
+
 def test_brief_is_one_line(tmp_path):
     done = run(tmp_path, "doctor", "--brief")
     assert done.stdout.count("\n") == 1

@@ -297,7 +297,7 @@ CALLS = [
      TypeError, lambda p: flatkern.perturb_(p, 0.1, seed=0, round=0)),
     ("filter_norms: params is a tensor, but should be a list", TypeError, lambda p: flatkern.filter_norms(p)),
     ("restore_: backups is a tensor, but should be a list", TypeError, lambda p: flatkern.restore_([p], p)),
-    ("no backend for cpu: cuda has no such kernel in this version; use backend=None or 'eager' on this device",
+    ("no backend for cpu: cuda runs on cuda only; use backend=None or 'eager' on this device",
      RuntimeError, lambda p: SGD([p], backend="cuda")),
     ("ascent_norm_: params is None, but an eta is >= 0, and T_w = |w| + eta needs the weights",
      ValueError, lambda p: dispatch.resolve("ascent_norm_", "cpu", "eager")(torch.zeros(()), None, [p], eta=[0.1])),

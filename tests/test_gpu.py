@@ -1,8 +1,10 @@
 """What only a GPU can show: the kernels as compiled, the noise's bits on its arithmetic, graphs, no waiting.
 
-Everything else about them is in test_triton.py, in Triton's interpreter. Skipped where torch sees no GPU. Where it sees
-one, a backend that is not live is a failure of every test; with FLATKERN_GPU_RUN=1, as `make gpu` sets it, so is a GPU
-that is not seen. With FLATKERN_GPU_DRY=1 and TRITON_INTERPRET=1 the bodies run on the CPU, on little (gpu_stand_in.py).
+Everything else about them is in test_triton.py, in Triton's interpreter, and in test_cuda.py, emulated. Skipped where
+torch sees no GPU. Where it sees one, Triton that is not live is a failure of every test, and the CUDA kernels are
+tested if they are live; with FLATKERN_GPU_RUN=1, as `make gpu` sets it, a GPU that is not seen is a failure, too. With
+FLATKERN_GPU_DRY=1 and TRITON_INTERPRET=1 the bodies run on the CPU, on little (gpu_stand_in.py), those for the CUDA
+kernels with FLATKERN_CUDA_EMULATION.
 """
 
 import gc
@@ -19,7 +21,7 @@ from compare import assert_ulp, assert_within, bits
 from conftest import INTERPRETING
 
 import flatkern
-from flatkern.dispatch import resolve
+from flatkern.dispatch import compiled_module, resolve
 from flatkern.ops import OPS
 
 DRY, RUN = (os.environ.get(f"FLATKERN_GPU_{name}") == "1" for name in ("DRY", "RUN"))
@@ -59,7 +61,14 @@ if DRY:  # a call of each op, the one with most words, of few elements
     CASES = [next(case for case in richest if case.op is op) for op in gpu_cases.TRITON]
     SHAPES = {"shapes": [(3, 16), (24,), (), (0,), (1, 8208)]}
     COLUMNS, TURNS = {"columns": 64}, 2
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
+BACKENDS = ["triton", *(["cuda"] if flatkern.backends()["cuda"]["live"] else [])]
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def calls(cases):
+    """Each case by every backend that has its op."""
+    pairs = [(case, name) for name in BACKENDS for case in cases if name in case.op.backends.split()]
+    return pytest.mark.parametrize("case, backend", pairs, ids=str)
 
 
 def call(op, values, backend="triton", device=DEVICE):
@@ -84,18 +93,18 @@ def copied(values, device=None):
 # The kernels.
 
 
-@every_case
-def test_matches_eager(case):
+@calls(CASES)
+def test_matches_eager(case, backend):
     """Eager on the CPU, which is the definition: there every operation is as IEEE has it."""
     got, want = case.make(DEVICE, **SHAPES), case.make("cpu", **SHAPES)
     call(case.op, want, "eager", "cpu")
-    assert_within(case.op, copied(call(case.op, got), "cpu"), want)
+    assert_within(case.op, copied(call(case.op, got, backend), "cpu"), want)
 
 
-@every_case
-def test_same_bits_again(case):
+@calls(CASES)
+def test_same_bits_again(case, backend):
     given = case.make(DEVICE, **SHAPES)
-    first, second = (call(case.op, copied(given)) for _ in range(2))
+    first, second = (call(case.op, copied(given), backend) for _ in range(2))
     for name, a in first.items():
         tensors = zip(a, second[name], strict=True) if isinstance(a, list) else [(a, second[name])]
         assert all(torch.equal(bits(x), bits(y)) for x, y in tensors if isinstance(x, torch.Tensor)), name
@@ -108,7 +117,19 @@ def test_every_radius_and_angle():
     circle.assert_every_radius_and_angle(DEVICE, 1024)
 
 
-def test_beyond_two_billion_elements():
+if "cuda" in BACKENDS:  # `make gpu` counts what is skipped as failed
+
+    def test_as_many_normals_as_have_every_radius_and_angle():
+        """The CUDA kernels have no other way to them: two million words, each with one of 65536 of both."""
+        shape, words = (32, 48) if DRY else (256, 16384), dict(index=[3], offset=[0])
+        got, want = torch.zeros(shape, device=DEVICE), torch.zeros(shape)
+        resolve("fill_normal_", DEVICE, "cuda")([got], torch.tensor([1, 2, 3]), **words)
+        resolve("fill_normal_", "cpu")([want], torch.tensor([1, 2, 3]), **words)
+        assert_ulp("normals", got.cpu(), want)
+
+
+@every_backend
+def test_beyond_two_billion_elements(backend):
     """Offsets need 64 bits: the last rows of a tensor of more than 2^31 elements are the ones they should be."""
     rows, columns = (16 if DRY else 2**20) + 8, 2048
     if torch.cuda.mem_get_info()[0] < 3 * 2 * rows * columns:
@@ -116,12 +137,12 @@ def test_beyond_two_billion_elements():
     big = torch.zeros(rows, columns, dtype=torch.bfloat16, device=DEVICE)
     saved = None
     try:
-        resolve("fill_normal_", DEVICE, "triton")([big], torch.tensor([1, 2, 3]), index=[4], offset=[0])
+        resolve("fill_normal_", DEVICE, backend)([big], torch.tensor([1, 2, 3]), index=[4], offset=[0])
         last = torch.zeros(8, columns, dtype=torch.bfloat16)
         resolve("fill_normal_", "cpu", "eager")([last], torch.tensor([1, 2, 3]), index=[4], offset=[rows - 8])
         assert_ulp("the last rows", big[-8:].cpu(), last)
         saved = torch.empty_like(big)
-        resolve("restore_", DEVICE, "triton")([saved], [big])
+        resolve("restore_", DEVICE, backend)([saved], [big])
         assert torch.equal(saved, big)
     finally:
         del big, saved
@@ -132,13 +153,16 @@ def test_beyond_two_billion_elements():
 # Launches, graphs, waiting.
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.repeats], ids=str)
-def test_launches_do_not_grow_with_tensors(case, launches):
+@calls([c for c in CASES if c.repeats])
+def test_launches_do_not_grow_with_tensors(case, backend, launches):
+    def count():
+        return compiled_module("cuda").launch_count() if backend == "cuda" else len(launches)
+
     counts = []
     for times in (1, 2 if DRY else 5):
-        launches.clear()
-        call(case.op, case.make(DEVICE, times, **SHAPES))
-        counts.append(len(launches))
+        before = count()
+        call(case.op, case.make(DEVICE, times, **SHAPES), backend)
+        counts.append(count() - before)
     assert counts[0] == counts[1] > 0
 
 
@@ -172,10 +196,14 @@ def test_a_captured_step_replays(name):
             assert_ulp(key, a.cpu(), b.cpu())
 
 
-@pytest.mark.parametrize("method", TRAINED.values(), ids=TRAINED)
-def test_a_step_never_waits_for_the_device(method):
+@pytest.mark.parametrize(
+    "method, backend",
+    [(name, b) for b in BACKENDS for name, method in TRAINED.items() if b != "cuda" or type(method) is flatkern.RWP],
+)
+def test_a_step_never_waits_for_the_device(method, backend):
     """And the weights are eager's, within what the matrix products of two devices differ by."""
-    for got, want in zip(trained(method, DEVICE, "triton", nobody_waits), trained(method, "cpu", "eager"), strict=True):
+    method = TRAINED[method]
+    for got, want in zip(trained(method, DEVICE, backend, nobody_waits), trained(method, "cpu", "eager"), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 

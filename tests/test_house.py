@@ -118,6 +118,7 @@ TORCH_PRIVATE = {
     "_BatchNorm": "the class of all BatchNorm layers",
     "_C": "torch's module of C functions",
     "_SpectralNorm": "the parametrization of torch.nn.utils.parametrizations.spectral_norm",
+    "_cuda_getCurrentRawStream": "a stream's handle; torch.cuda.current_stream() makes an object of it at every call",
     "_buffers": "a module's own; running statistics are exchanged there",
     "_compile": "where torch has _disable_dynamo",
     "_disable_dynamo": "torch.compiler.disable() imports Dynamo where it decorates; this does when it is called",

@@ -36,7 +36,7 @@ builds = pytest.mark.skipif(
 
 def build(*arguments, cwd, **environment):
     """Run a build in the environment of the tests, less what would steer it."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("FLATKERN_")} | environment
+    env = {k: v for k, v in os.environ.items() if not k.startswith("FLATKERN_")} | {"FLATKERN_CUDA": "0"} | environment
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
@@ -153,6 +153,7 @@ class TestWheel:
             assert f"flatkern/{path.relative_to(source)}" in names
         assert "flatkern/triton_kernels/__init__.py" in names
         assert [n for n in names if re.fullmatch(r"flatkern/_C\..*(so|pyd)", n)]
+        assert not [n for n in names if re.fullmatch(r"flatkern/_CUDA\..*(so|pyd)", n)], "FLATKERN_CUDA is 0 here"
         assert not [n for n in names if n.startswith(("flatkern/tests", "tests", "bench", "csrc"))]
 
     def test_metadata(self, wheel):
@@ -176,6 +177,8 @@ class TestWheel:
             archive.extractall(tmp_path / "site")
         facts = doctor(tmp_path / "site", tmp_path)
         assert facts["backends"]["cpp"]["live"], facts["backends"]["cpp"]
+        assert facts["backends"]["cuda"]["about"] is None
+        assert "FLATKERN_CUDA was 0" in facts["backends"]["cuda"]["reason"]
         assert facts["machine"]["compiled"]["file"].startswith(str(tmp_path))
         # Not imported: that needs triton.
         code = "import importlib.util as u; print(u.find_spec('flatkern.triton_kernels').origin)"

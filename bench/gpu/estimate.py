@@ -166,7 +166,7 @@ def races(stage: str) -> float | None:
     from bench.gpu import racing, wanted
     from bench.models import MODELS
 
-    if stage not in ("keys", "rivals", "sweep"):
+    if stage not in ("keys", "cuda", "rivals", "sweep"):
         return None
     seconds = 0.0
     for race in wanted.STAGES[stage]():

@@ -15,6 +15,7 @@ Values = tuple["float | None", ...]
 
 OURS = "flatkern triton"
 PLAIN_OURS = "plain flatkern triton"
+CUDA = "flatkern cuda"
 FUSED = "torch fused"
 
 

@@ -1,11 +1,13 @@
-"""What a call of the Triton backend costs the host. Host side only: nothing is launched, and no GPU is needed.
+"""What a call of a GPU's backend costs the host. Host side only: nothing is launched, and no GPU is needed.
 
-A stand-in driver compiles the kernels for sm_90 and drops the launches, so a launch counts without the CUDA driver's
-own part (a few microseconds each), and tables are made but not copied to a device. Tensors are as many as ResNet-50 has
-and of its shapes, or a thousand small ones; they are on the CPU and take no part.
+For Triton a stand-in driver compiles the kernels for sm_90 and drops the launches; the CUDA kernels' emulation drops
+them, too. So a launch counts without the CUDA driver's own part (a few microseconds each), and tables are made but not
+copied to a device. Tensors are as many as ResNet-50 has and of its shapes, or a thousand small ones; they are on the
+CPU and take no part.
 
     python bench/gpu/host.py
     python bench/gpu/host.py --plain     # without flatkern._C, as where no compiler was found
+    FLATKERN_CUDA_EMULATION=build/cuda-emulation/_CUDA_emul... python bench/gpu/host.py --cuda
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 if __package__ in (None, ""):  # run as a script: the installed flatkern, if any, stays in front
     sys.path.append(str(Path(__file__).resolve().parents[2]))
 
+import flatkern
 from bench.gpu import silent_driver
 from bench.models import many_small, resnet50
 from flatkern import dispatch
@@ -30,6 +33,7 @@ from flatkern.ops import OPS
 from flatkern.tables import mask_shape
 
 COLUMNS = "unchanged, reading, versions, launches, the rest, new gradients, another rate".split(", ")
+COLUMNS_OF_CUDA = "unchanged, new gradients, another rate".split(", ")
 NUMBERS = {
     "sigma": 0.01, "eta": -1.0, "beta": 0.99, "grad_weight": 1.0, "clean_weight": 0.0, "lr": 1e-3, "momentum": 0.9,
     "dampening": 0.0, "weight_decay": 1e-4, "nesterov": False, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "offset": 0,
@@ -82,16 +86,51 @@ def interleaved(calls: dict[str, Callable[[], object]], rounds: int, burst: int 
     return {label: statistics.median(each) for label, each in times.items()}
 
 
+def caller(name: str, backend: str) -> tuple[Callable[[dict], None], list[str]]:
+    """A call of an op by its arguments' names; the names of those that are tensors."""
+    op, run = OPS[name], dispatch.load(OPS[name], backend)
+    numbers = [a.name for a in op.arguments if a.keyword_only]
+    tensors = [a.name for a in op.arguments if not a.keyword_only]
+    return lambda values: run(*[values[n] for n in tensors], **{n: values[n] for n in numbers}), tensors
+
+
+def changing(call: Callable[[dict], None], values: dict) -> dict[str, Callable[[], None]]:
+    """Calls, by column, between which the gradients are others, or the learning rate."""
+
+    def alternating(key: str, choices: list) -> Callable[[], None]:
+        def run_one() -> None:
+            choices.reverse()
+            call(values | {key: choices[0]})
+
+        return run_one
+
+    if "grads" not in values:
+        return {}
+    grads = [[g.clone() for g in values["grads"]] for _ in range(2)]
+    rates = [[rate] * len(values["grads"]) for rate in (1e-3, 2e-3)]
+    return {"new gradients": alternating("grads", grads), "another rate": alternating("lr", rates)}
+
+
+def measure_cuda(name: str, given: str, shapes: list[tuple[int, ...]], rounds: int) -> tuple:
+    """The same of the CUDA kernels, whose call is one of C++."""
+    module, values = dispatch.compiled_module("cuda"), make(name, given, shapes)
+    call, _ = caller(name, "cuda")
+    call(values)
+    before = module.launch_count()
+    call(values)
+    count = module.launch_count() - before
+    return interleaved({"unchanged": lambda: call(values), **changing(call, values)}, rounds), count
+
+
 def measure(name: str, given: str, shapes: list[tuple[int, ...]], driver: silent_driver.Driver, rounds: int) -> tuple:
     """Microseconds by column, and the number of launches."""
     from flatkern.triton_kernels import launch, signature
 
-    op, run, values = OPS[name], dispatch.load(OPS[name], "triton"), make(name, given, shapes)
-    numbers = [a.name for a in op.arguments if a.keyword_only]
-    tensors = [a.name for a in op.arguments if not a.keyword_only]
+    values = make(name, given, shapes)
+    run, tensors = caller(name, "triton")
 
-    def call(values: dict = values) -> None:
-        run(*[values[n] for n in tensors], **{n: values[n] for n in numbers})
+    def call() -> None:
+        run(values)
 
     call()
     driver.launches = []
@@ -113,19 +152,8 @@ def measure(name: str, given: str, shapes: list[tuple[int, ...]], driver: silent
         "reading": lambda: signature.read(lists, singles, *seen),
         "versions": lambda: torch._C._increment_version(values["params"]),
         "without": without_launches,
+        **changing(run, values),
     }
-    if "grads" in values:
-        grads = [[g.clone() for g in values["grads"]] for _ in range(2)]
-        rates = [[rate] * len(shapes) for rate in (1e-3, 2e-3)]
-
-        def alternating(key: str, choices: list) -> Callable[[], None]:
-            def run_one() -> None:
-                choices.reverse()
-                call(values | {key: choices[0]})
-
-            return run_one
-
-        calls |= {"new gradients": alternating("grads", grads), "another rate": alternating("lr", rates)}
     found = interleaved(calls, rounds)
     found["launches"] = found["unchanged"] - found.pop("without")
     found["the rest"] = found["unchanged"] - found["launches"] - found["reading"] - found["versions"]
@@ -136,7 +164,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--plain", action="store_true", help="read tensors in Python, as where there is no flatkern._C")
+    parser.add_argument("--cuda", action="store_true", help="of the CUDA kernels, which FLATKERN_CUDA_EMULATION names")
     args = parser.parse_args()
+    if args.cuda:
+        report_cuda(args.rounds)
+    else:
+        report_triton(args)
+
+
+def report_cuda(rounds: int) -> None:
+    state = flatkern.backends()["cuda"]
+    if not (state["live"] and state["about"]["emulated"]):
+        sys.exit("error: FLATKERN_CUDA_EMULATION should be the library that `make test-cuda` builds")
+    dispatch.compiled_module("cuda").launch_nothing(True)
+    print("us per call of the CUDA kernels; host side only, nothing is launched")
+    table(COLUMNS_OF_CUDA, lambda *case: measure_cuda(*case, rounds))
+
+
+def report_triton(args: argparse.Namespace) -> None:
     driver = silent_driver.install()
     import triton
     from flatkern.triton_kernels import signature
@@ -145,11 +190,16 @@ def main() -> None:
         signature.compiled = lambda: None
     read = "in Python" if signature.compiled() is None else "by flatkern._C"
     print(f"us per call; host side only, nothing is launched; triton {triton.__version__}, tensors read {read}")
-    print(f"{'':38}{'launches':>9}" + "".join(f"{c:>15}" for c in COLUMNS))
+    table(COLUMNS, lambda *case: measure(*case, driver, args.rounds))
+
+
+def table(columns: list[str], measured: Callable[..., tuple]) -> None:
+    """A row a call and list of tensors."""
+    print(f"{'':38}{'launches':>9}" + "".join(f"{c:>15}" for c in columns))
     for shapes in (resnet50(), many_small()):
         for label, (name, given) in CALLS.items():
-            found, count = measure(name, given, shapes, driver, args.rounds)
-            cells = "".join(f"{found[c]:15.1f}" if c in found else f"{'-':>15}" for c in COLUMNS)
+            found, count = measured(name, given, shapes)
+            cells = "".join(f"{found[c]:15.1f}" if c in found else f"{'-':>15}" for c in columns)
             print(f"{f'{len(shapes)} tensors, {label}':38}{count:9}{cells}")
 
 

@@ -43,6 +43,7 @@ def main(arguments: list[str]) -> int:
     except Missing as missing:
         say(str(missing))
         return 1
+    remark += cuda_remark(torch)
     where = machine["gpu"] if DRY else f"{machine['gpu']}, driver {machine['driver']}"
     say(f"{where}, torch {machine['torch']}, triton {machine['triton']}: a kernel has run{remark}{without_native()}")
     return 0
@@ -159,21 +160,43 @@ def launch(torch: Any) -> str:
     state = flatkern.backends()["triton"]
     if not state["live"]:
         raise Missing(remedy(state["reason"]))
-    device = "cpu" if DRY else "cuda"
-    got, want = torch.zeros(3, 21, device=device), torch.zeros(3, 21)
-    words = {"index": [INDEX], "offset": [OFFSET]}
     try:
-        resolve("fill_normal_", device, "triton")([got], torch.tensor(NOISE), **words)
-        got = got.cpu()  # waits
+        got, want = drawn(torch, resolve, "triton")
     except Exception as error:
         raise Missing(remedy(f"{type(error).__name__}: {error}")) from error
-    resolve("fill_normal_", "cpu", "eager")([want], torch.tensor(NOISE), **words)
     if not got.any():
         raise Missing("fill_normal_ was launched, but wrote nothing: this Triton does not work with this GPU's driver")
+    return compared(torch, got, want)
+
+
+def drawn(torch: Any, resolve: Any, backend: str) -> tuple[Any, Any]:
+    """Normals that a backend draws here, and eager's."""
+    device = "cpu" if DRY else "cuda"
+    got, want = torch.zeros(3, 21, device=device), torch.zeros(3, 21)
+    for t, where, name in ((got, device, backend), (want, "cpu", "eager")):
+        resolve("fill_normal_", where, name)([t], torch.tensor(NOISE), index=[INDEX], offset=[OFFSET])
+    return got.cpu(), want  # waits
+
+
+def compared(torch: Any, got: Any, want: Any) -> str:
     if not torch.allclose(got, want, rtol=0, atol=1e-3):
         wrote, expected = got.flatten()[:3].tolist(), want.flatten()[:3].tolist()
         return f", but WROTE {wrote} instead of {expected} (stage smoke says more)"
     return "" if torch.equal(got, want) else ", though not with eager's bits (stage smoke says more)"
+
+
+def cuda_remark(torch: Any) -> str:
+    """Whether the CUDA kernels are live, too; the later stages go by that, and do without."""
+    import flatkern
+    from flatkern.dispatch import resolve
+
+    state = flatkern.backends()["cuda"]
+    if not state["live"]:
+        return f"; WITHOUT CUDA kernels ({' '.join(state['reason'].split())[:300]})"
+    try:
+        return f"; a CUDA kernel has run{compared(torch, *drawn(torch, resolve, 'cuda'))}"
+    except Exception as error:
+        return f"; the CUDA kernels FAIL ({type(error).__name__}: {first_line(error)})"
 
 
 def check_cuda(torch: Any) -> None:

@@ -128,7 +128,7 @@ class Run:
 
     def environment(self, stage: Stage, seconds: float) -> dict[str, str]:
         """What a stage sees: nothing that changes what runs is inherited."""
-        unwanted = ("FLATKERN_GPU_DRY", "TRITON_INTERPRET", "OMP_NUM_THREADS")
+        unwanted = ("FLATKERN_GPU_DRY", "FLATKERN_CUDA_EMULATION", "TRITON_INTERPRET", "OMP_NUM_THREADS")
         env = {name: value for name, value in os.environ.items() if name not in unwanted}
         env |= {
             "PYTHONSAFEPATH": "1",
@@ -145,9 +145,13 @@ class Run:
             path.insert(0, str(ROOT / "bench" / "gpu" / "tools"))
             if stage.interpreted:
                 env["TRITON_INTERPRET"] = "1"
+            # That `make test-cuda` has built. Without it the CUDA kernels are left out.
+            for library in (ROOT / "build" / "cuda-emulation").glob("_CUDA_emul*"):
+                env["FLATKERN_CUDA_EMULATION"] = str(library)
+        trees = [] if self.dry else [ROOT / stages.CUDA / "tree"]
         if "MAKELEVEL" not in env:  # make decides otherwise
-            found = [str(ROOT / "build" / "tree"), env.get("PYTHONPATH", "")]
-            env["PYTHONPATH"] = os.pathsep.join(filter(None, found))
+            trees.append(ROOT / "build" / "tree")
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [*map(str, trees), env.get("PYTHONPATH", "")]))
         return env | {"PATH": os.pathsep.join(path)}
 
     # ---- what comes from stages

@@ -53,6 +53,7 @@ VARIANTS = {
 }
 RADII = 65536 if DRY else 1024  # that a program makes
 RULE, COLUMNS = "SGD", 24 if DRY else 8208  # of the network in training; the interpreter takes its time for long rows
+CUDA = " by cuda"  # behind the name of a check: by the CUDA kernels, not by Triton's
 CARRIED = "FLATKERN_GPU_SMOKE"  # environment variable: what was found before a lost context
 
 
@@ -70,9 +71,9 @@ class Call(NamedTuple):
     def run(self, backend: str, values: dict[str, Any]) -> None:
         cases.call(dispatch.load(self.op, backend), self.op, values)
 
-    def check(self) -> None:
+    def check(self, backend: str) -> None:
         got, want = self.values(DEVICE), self.values("cpu")
-        self.run("triton", got)
+        self.run(backend, got)
         synchronize()  # an error of the device is found here
         self.run("eager", want)
         assert_within(self.op, on_cpu(got), want)
@@ -120,11 +121,13 @@ def told(error: BaseException) -> str:
 
 def sentence(found: dict[str, bool], brief: bool) -> str:
     agree = sum(found.get(name, False) for name in OPS)
-    others = {name: ok for name, ok in found.items() if name not in OPS}
+    cuda = [ok for name, ok in found.items() if name.endswith(CUDA)]
+    others = {name: ok for name, ok in found.items() if name not in OPS and not name.endswith(CUDA)}
     right, wrong = [name for name, ok in others.items() if ok], [name for name, ok in found.items() if not ok]
     text = f"{agree} of {len(OPS)} ops agree with eager"
     if "every radius" in right and "every angle" in right:
         text += ", 65536 radii and angles exact"
+    text += f", {sum(cuda)} of {len(cuda)} checks of the CUDA kernels" if cuda else ""
     rest = [name for name in right if not name.startswith("every ") and name != AHEAD]
     text += "".join(f", {name}" for name in rest)
     return text + (f"; WRONG: {', '.join(wrong)}" if wrong else "") + (" (brief)" if brief else "")
@@ -138,7 +141,7 @@ AHEAD = "compiled ahead"
 def checks(brief: bool) -> list[Check]:
     ops = [Check(op.name, lambda op=op: check_op(op, brief)) for op in OPS.values()]
     if brief:
-        return [*ops, Check("restore is exact", lambda: check_restore(brief))]
+        return [*ops, Check("restore is exact", lambda: check_restore(brief)), *checks_of_cuda(brief)]
     return [
         *([] if DRY else [Check(AHEAD, compile_ahead)]),
         *ops,
@@ -148,7 +151,21 @@ def checks(brief: bool) -> list[Check]:
         Check("no waits", check_no_waits),
         Check("capture", check_capture),
         Check("compiled model", check_compiled_model),
+        *checks_of_cuda(brief),
     ]
+
+
+def checks_of_cuda(brief: bool) -> list[Check]:
+    """The same of the CUDA kernels, where they are live: of the ops that they have."""
+    if not flatkern.backends()["cuda"]["live"]:
+        return []
+    found = [
+        Check(op.name + CUDA, lambda op=op: check_op(op, brief, "cuda"))
+        for op in OPS.values()
+        if "cuda" in op.backends.split()
+    ]
+    found.append(Check(f"restore is exact{CUDA}", lambda: check_restore(brief, "cuda")))
+    return found if brief else [*found, Check(f"no waits{CUDA}", lambda: check_no_waits("cuda"))]
 
 
 def variants(op: Any, lengths: str) -> list[str]:
@@ -175,12 +192,12 @@ def calls(op: Any, brief: bool) -> Iterator[Call]:
         yield Call(op, ODD, "mixed", words)
 
 
-def check_op(op: Any, brief: bool) -> str:
+def check_op(op: Any, brief: bool, backend: str = "triton") -> str:
     wrong, count = [], 0
     for call in calls(op, brief):
         count += 1
         try:
-            call.check()
+            call.check(backend)
         except Exception as error:
             if is_lost(error):
                 raise
@@ -204,30 +221,30 @@ def check_angles() -> str:
     return "65536, bit for bit"
 
 
-def network(method: str, rule: str = RULE, capturable: bool = False) -> capturing.Run:
-    return capturing.Run(rule, method, capturable, device=DEVICE, columns=COLUMNS)
+def network(method: str, rule: str = RULE, capturable: bool = False, backend: str = "triton") -> capturing.Run:
+    return capturing.Run(rule, method, capturable, device=DEVICE, columns=COLUMNS, backend=backend)
 
 
-def with_masters() -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
+def with_masters(backend: str = "triton") -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
     torch.manual_seed(1)
     params = [torch.nn.Parameter(torch.randn(s, device=DEVICE).bfloat16()) for s in ((48, 40), (40,), (3, 5, 7))]
-    return params, flatkern.AdamW(params, 1e-3, perturb=flatkern.RWP(0.02), master_weights=True, backend="triton")
+    return params, flatkern.AdamW(params, 1e-3, perturb=flatkern.RWP(0.02), master_weights=True, backend=backend)
 
 
-def restored(brief: bool) -> tuple[str, ...]:
+def restored(brief: bool, backend: str = "triton") -> tuple[str, ...]:
     """Of the brief one there is no backward pass: cuBLAS is large, and its kernels are not what is looked at."""
-    return ("RWP",) if brief else ("RWP", "m-RWP", "SAM", "mSAM")
+    return ("RWP",) if brief else ("RWP", "m-RWP") if backend == "cuda" else ("RWP", "m-RWP", "SAM", "mSAM")
 
 
-def check_restore(brief: bool) -> str:
+def check_restore(brief: bool, backend: str = "triton") -> str:
     """perturb() and restore() give back every bit, and perturb() did something."""
     taken = []
-    for method in restored(brief):
-        run = network(method)
+    for method in restored(brief, backend):
+        run = network(method, backend=backend)
         if method != "RWP":  # whose only gradient is taken at the perturbed weights
             run.backward()
         taken.append((method, list(run.net.parameters()), run.opt))
-    taken.append(("RWP, bfloat16 with masters", *with_masters()))
+    taken.append(("RWP, bfloat16 with masters", *with_masters(backend)))
     for method, params, opt in taken:
         before = [bits(p).clone() for p in params]
         opt.perturb()
@@ -240,9 +257,9 @@ def check_restore(brief: bool) -> str:
     return ", ".join(method for method, *_ in taken)
 
 
-def check_no_waits() -> str:
+def check_no_waits(backend: str = "triton") -> str:
     for method in ("rolling ARWP", "m-RWP"):
-        run = network(method).train(2)
+        run = network(method, backend=backend).train(2)
         with contextlib.nullcontext() if DRY else capturing.nobody_waits():
             run.train(2)
     return "rolling ARWP, m-RWP"

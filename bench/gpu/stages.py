@@ -8,20 +8,28 @@ import sys
 from dataclasses import dataclass
 
 USUAL = 280.0  # the budget that the seconds of the lists are for
+CUDA = "build/gpu-cuda"  # where flatkern with its CUDA kernels is
 
 
 def build_command() -> tuple[str, ...]:
     """Compile, then say what the machine is and whether Triton works on it.
 
     Below `make gpu` the inner make inherits NO_VENV, PYTHON, VENV and TORCH; otherwise this Python is the one to use.
-    No kernel of a GPU is in C++: where that does not compile, the rest goes on without, and the sentence says so. What
-    else may be missing (torch, say) the second half names better than make does.
+    Where C++ or CUDA do not compile, the rest goes on without, and the sentence says so. What else may be missing
+    (torch, say) the second half names better than make does.
     """
     with_this_python = "" if "MAKELEVEL" in os.environ else f" NO_VENV=1 PYTHON={shlex.quote(sys.executable)}"
-    build = f"make --no-print-directory build{with_this_python}"
+    make = f"make --no-print-directory{with_this_python}"
+    build = f"{make} build"
+    # For the GPUs that are here. In a dry run there is none, and kernels are emulated if anything.
+    capabilities = "nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u | tr -d ."
+    cuda = (
+        f'rm -rf {CUDA}/tree; [ "$FLATKERN_GPU_DRY" = 1 ] || '
+        f'FLATKERN_CUDA_ARCHS="${{FLATKERN_CUDA_ARCHS-$({capabilities})}}" timeout 60 {make} cuda-tree CUDA={CUDA};'
+    )
     # Meanwhile torch is read from a disk that is cold on a fresh machine: gigabytes of libraries.
     ahead = '"$0" -c "import torch, triton" > /dev/null 2>&1 &'
-    script = f'{ahead} {{ {build} || FLATKERN_BUILD=skip {build}; }}; exec "$0" bench/gpu/stage.py live'
+    script = f'{ahead} {{ {build} || FLATKERN_BUILD=skip {build}; }}; {cuda} exec "$0" bench/gpu/stage.py live'
     return "sh", "-c", script, sys.executable
 
 
@@ -58,16 +66,17 @@ STAGES = (
           interpreted=False),
     Stage("keys", "the races that the goals are about", needs=WARM),
     Stage("ncu", "counters of the main kernels by Nsight Compute", module="counters", needs=WARM),
+    Stage("cuda", "the CUDA kernels beside Triton's", needs=WARM),
     Stage("rivals", "the other candidates of the races", needs=WARM),
     Stage("e2e", "a small GPT in training", needs=WARM),
     Stage("sweep", "sizes of tiles", needs=WARM),
     Stage("sanitizer", "memcheck and racecheck of compute-sanitizer", module="sanitize", needs=WARM, correct=True),
 )  # fmt: skip
 
-# Together 255 and 270 of 280. Simulated with a driver that launches nothing (bench/gpu/estimate.py, Triton 3.6, for 16
+# Together 275 and 270 of 280. Simulated with a driver that launches nothing (bench/gpu/estimate.py, Triton 3.6, for 16
 # cores, races with their fewest turns): smoke 43, tests 62, warm 19, keys 18; warm 8, rivals 61, sweep 9.
 LISTS = {
-    "first": {"build": 25, "smoke": 110, "tests": 110, "warm": 110, "keys": 80, "ncu": 40},
+    "first": {"build": 25, "smoke": 110, "tests": 110, "warm": 110, "keys": 80, "ncu": 40, "cuda": 20},
     "second": {"build": 25, "warm": 30, "rivals": 80, "e2e": 30, "sweep": 35, "sanitizer": 70},
 }
 

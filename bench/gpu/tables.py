@@ -168,7 +168,7 @@ def sections(found: dict) -> Iterable[tuple[str, str]]:
     if wrong:
         rows = [[f["name"], f.get("outcome", "wrong"), f.get("detail", "")[:300]] for f in wrong]
         yield "What went wrong", markdown(["check", "outcome", "detail"], rows)
-    for stage, name in (("keys", "Key races"), ("rivals", "Rivals")):
+    for stage, name in (("keys", "Key races"), ("cuda", "CUDA kernels beside Triton's"), ("rivals", "Rivals")):
         rows = race_rows([f for f in kinds.get("race", []) if f["stage"] == stage])
         if rows:
             yield name, markdown(RACE, rows)

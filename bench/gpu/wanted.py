@@ -15,7 +15,7 @@ from ..candidates import COPIED, DTYPES, FLOOR, untouched_optimizer
 from ..methods import METHODS, is_plain
 from ..models import MODELS
 from ..races import Entry, Race
-from .goals import OURS, PLAIN_OURS
+from .goals import CUDA, OURS, PLAIN_OURS
 
 RIVALS = ("foreach", "loop", "papers")
 ASCENTS = ("m-rwp", "sam", "asam")
@@ -50,6 +50,20 @@ def keys() -> list[Race]:
         race("resnet50", "plain", "adamw"),
         race("resnet50", "rolling", "adamw"),
         race("resnet50", "plain", "sgd"),
+    ]
+
+
+def cuda() -> list[Race]:
+    """The CUDA kernels beside Triton's, where they have the operations."""
+    layout = Entry(CUDA, "bfloat16", True), Entry(OURS, "bfloat16", True), Entry(FLOOR)
+    return [
+        race("gpt2", "m-rwp", "sgd", CUDA),
+        race("resnet50", "m-rwp", "sgd", CUDA),
+        Race("gpu", "gpt2", "rolling", "adamw", layout),
+        race("gpt2", "rolling", "sgd", CUDA),
+        race("resnet50", "rolling", "sgd", CUDA),
+        race("gpt2", "plain", "adamw", CUDA),
+        race("resnet50", "plain", "sgd", CUDA),
     ]
 
 
@@ -110,6 +124,7 @@ def counters() -> list[Subject]:
 
 STAGES: dict[str, Callable[[], Iterable[Race | Subject]]] = {
     "keys": keys,
+    "cuda": cuda,
     "rivals": rivals,
     "sweep": sweep,
     "ncu": counters,
@@ -127,7 +142,7 @@ def optimizers(stage: str) -> Iterator[tuple[str, Any]]:
         for entry in (item.entry,) if isinstance(item, Subject) else item.entries:
             method = "plain" if is_plain(entry.label) else item.method
             key = item.model, method, item.base, entry.dtype, entry.masters, entry.tuning
-            if "flatkern" not in entry.label or key in found:
+            if "flatkern" not in entry.label or entry.label == CUDA or key in found:
                 continue
             found.add(key)
             shapes = MODELS[item.model].shapes()

@@ -20,7 +20,7 @@ from typing import Any
 
 from bench.gpu.stage import DRY, cores, emit, say
 
-STAGES = ("keys", "ncu", "rivals", "e2e", "sweep", "sanitizer")
+STAGES = ("keys", "ncu", "cuda", "rivals", "e2e", "sweep", "sanitizer")
 THIS_RUN = "FLATKERN_GPU_STAGES"  # environment variable: the names of all stages, with commas
 MOST_PROCESSES = 12
 KERNELS_IN_DRY = 4

@@ -39,12 +39,93 @@ FK_HD float fma(float a, float b, float c) {
 #endif
 }
 
+#if defined(__CUDACC__) || defined(FK_EMULATION)
+// A GPU has estimates; its exact root and quotient are calls for arguments out of the ordinary, and a call costs registers
+// even where it is never made. What follows is correctly rounded for all arguments, without one.
+#define FK_ESTIMATES
+
+FK_HD float reciprocal_estimate(float x) {
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+#else
+  return 1.0f / x;
+#endif
+}
+
+FK_HD double reciprocal_estimate(double x) {
+#if defined(__CUDA_ARCH__)
+  double r;
+  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(r) : "d"(x));
+  return r;
+#else
+  return static_cast<double>(1.0f / static_cast<float>(x));
+#endif
+}
+
+FK_HD float reciprocal_root_estimate(float x) {
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+#else
+  return 1.0f / __builtin_sqrtf(x);
+#endif
+}
+
+// The root of a number of [2^-96, 2^128), from its estimate.
+FK_HD float refined_root(float x) {
+  const float estimate = reciprocal_root_estimate(x), s = x * estimate;
+  return fma(fma(-s, s, x), 0.5f * estimate, s);
+}
+
+FK_HD uint32_t exponent_of(float x) { return bits_of(x) >> 23 & 0xFF; }
+
+// For [2^-60, 2^60] no step of a quotient leaves the normal numbers.
+FK_HD bool is_moderate(float x) { return exponent_of(x) - 67u <= 120u; }
+
+FK_HD bool has_ordinary_quotient(float a, float b) { return (is_moderate(a) || bits_of(a) == 0) && is_moderate(b); }
+
+FK_HD float ordinary_quotient(float a, float b) {
+  float r = reciprocal_estimate(b);
+  r = fma(fma(-b, r, 1.0f), r, r);
+  float q = a * r;
+  q = fma(fma(-b, q, a), r, q);
+  return fma(fma(-b, q, a), r, q);
+}
+
+// a / b where one of them is out of the ordinary: in float64 nothing is, but for zero and infinity.
+FK_HD float rare_quotient(float a, float b) {
+  if (a == 0.0f && b != 0.0f && exponent_of(b) != 255) return a * b;  // the sign of both
+  if (b == 0.0f || exponent_of(a) == 255 || exponent_of(b) == 255) return a * reciprocal_estimate(b);
+  const double x = a, y = b;
+  // The nearest that a quotient of two float32 numbers comes to the middle between two others is 2^-49 of it.
+  double r = reciprocal_estimate(y);
+  for (int i = 0; i < 2; ++i) r = __builtin_fma(__builtin_fma(-y, r, 1.0), r, r);
+  double q = x * r;
+  q = __builtin_fma(__builtin_fma(-y, q, x), r, q);
+  return static_cast<float>(q);
+}
+#endif
+
 // Correctly rounded, as IEEE asks of a square root.
 FK_HD float root(float x) {
-#if defined(__CUDA_ARCH__)
-  return __fsqrt_rn(x);
+#if defined(FK_ESTIMATES)
+  const bool small = x < 0x1p-96f;
+  const float s = refined_root(small ? x * 0x1p64f : x);
+  return x == 0.0f || x == __builtin_inff() ? x : small ? s * 0x1p-32f : s;
 #else
   return __builtin_sqrtf(x);
+#endif
+}
+
+// a / b, correctly rounded.
+FK_HD float quotient(float a, float b) {
+#if defined(FK_ESTIMATES)
+  return has_ordinary_quotient(a, b) ? ordinary_quotient(a, b) : rare_quotient(a, b);
+#else
+  return a / b;
 #endif
 }
 

@@ -44,24 +44,6 @@ FK_HD float horner(float x, float first, Coefficients... rest) {
   return result;
 }
 
-// The square root of a radius' square: correctly rounded for every t that a radius can have, on every machine.
-FK_HD float radius_root(float t) {
-#if defined(__CUDA_ARCH__) || defined(FK_EMULATION)
-  // The general square root of a GPU has a branch for what no t is: zero, subnormal, infinite. For all others an
-  // estimate and one Newton step do.
-  float e;
-#if defined(__CUDA_ARCH__)
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(t));  // rsqrtf would guard against subnormals
-#else
-  e = 1.0f / root(t);
-#endif
-  const float s = t * e;
-  return fma(fma(-s, s, t), 0.5f * e, s);
-#else
-  return root(t);
-#endif
-}
-
 // sqrt(-2 ln u) from the low 16 bits k, u = (k + 1/2) / 65536.
 FK_HD float radius(uint32_t word) {
   const uint32_t k = word & 0xFFFF;
@@ -71,7 +53,12 @@ FK_HD float radius(uint32_t word) {
   const float f = float_of(bits - (shifted & 0xFF800000u)) - 1.0f;
   const float log = horner(f, -0x1.e743bep-3f, 0x1.7e515ap-2f, -0x1.a3c3cep-2f, 0x1.fe26ccp-2f, -0x1.5523fcp-1f,
                            0x1.000176p+0f, -0x1.00001p+1f);
-  return radius_root(fma(static_cast<float>(e), -0x1.62e43p+0f, log * f));
+  const float t = fma(static_cast<float>(e), -0x1.62e43p+0f, log * f);
+#if defined(FK_ESTIMATES)
+  return refined_root(t);  // t is in [2^-17, 23]
+#else
+  return root(t);
+#endif
 }
 
 struct CosSin {

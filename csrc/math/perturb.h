@@ -10,7 +10,7 @@ FK_HD float noise_scale(float norm, float sigma) { return sigma * norm; }
 
 // The same with ARWP's history: sigma * norm / sqrt(1 + eta F).
 FK_HD float noise_scale(float norm, float sigma, float history, float eta) {
-  return noise_scale(norm, sigma) / root(1.0f + eta * history);
+  return quotient(noise_scale(norm, sigma), root(1.0f + eta * history));
 }
 
 // e = s z, rounded before it is added.
@@ -21,7 +21,7 @@ FK_HD float perturb_gaussian(float w, float e) { return w + e; }
 // rho / (norm + 1e-12); 0 where the norm is not finite, so that the weights stay.
 FK_HD float ascent_scale(float rho, float norm) {
   const bool finite = (bits_of(norm) & 0x7F800000u) != 0x7F800000u;
-  return finite ? rho / (norm + 1e-12f) : 0.0f;
+  return finite ? quotient(rho, norm + 1e-12f) : 0.0f;
 }
 
 // `adaptive` is eta >= 0.

@@ -52,14 +52,32 @@ FK_HD AdamScalars adam_scalars(double step, double lr, double beta1, double beta
   return s;
 }
 
-// `m` and `v` are read and replaced.
-FK_HD float adam(float p, float g, float& m, float& v, const AdamScalars& s) {
+// What the decay leaves of the weight, and the moments, which are read and replaced.
+FK_HD float adam_moments(float p, float g, float& m, float& v, const AdamScalars& s) {
   if (s.decoupled) p = p * s.decay_factor;
   if (s.coupled) g = g + s.decay * p;
   m = s.beta1 * m + s.one_minus_beta1 * g;
   v = s.beta2 * v + s.one_minus_beta2 * (g * g);
-  const float denominator = root(v) / s.correction + s.eps;
-  return p - s.step_size * (m / denominator);
+  return p;
 }
+
+FK_HD float adam_step(float p, float m, float v, const AdamScalars& s) {
+  const float denominator = quotient(root(v), s.correction) + s.eps;
+  return p - s.step_size * quotient(m, denominator);
+}
+
+FK_HD float adam(float p, float g, float& m, float& v, const AdamScalars& s) {
+  p = adam_moments(p, g, m, v, s);
+  return adam_step(p, m, v, s);
+}
+
+#if defined(FK_ESTIMATES)
+// adam_step where its quotients are ordinary, else `rare` is set.
+FK_HD float ordinary_adam_step(float p, float m, float v, const AdamScalars& s, bool& rare) {
+  const float r = root(v), denominator = ordinary_quotient(r, s.correction) + s.eps;
+  rare |= !(has_ordinary_quotient(r, s.correction) && has_ordinary_quotient(m, denominator));
+  return p - s.step_size * ordinary_quotient(m, denominator);
+}
+#endif
 
 }  // namespace flatkern::math

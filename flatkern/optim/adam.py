@@ -46,6 +46,7 @@ class Adam(FusedOptimizer):
     Source: Kingma and Ba 2015 (arXiv:1412.6980), algorithm 1.
     """
 
+    ops = ("adam_update_", "adamw_update_")  # a group may switch
     state_keys = ("step", "exp_avg", "exp_avg_sq")
     split_by = staticmethod(lambda group: bool(group["decoupled_weight_decay"]))
     flag_keys = (*FusedOptimizer.flag_keys, "maximize", "decoupled_weight_decay", "capturable")

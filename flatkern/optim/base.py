@@ -48,6 +48,7 @@ class FlatOptimizer(Saved):
     finishes = False  # `finish` has something to do
     negates = True  # the gradient where a group says maximize; a base does it itself
     defers_state = False  # the state is a base's, which creates its own first
+    ops: tuple[str, ...] = ()  # that its rule calls
 
     # --- construction ----------------------------------------------------------------------------
 
@@ -91,7 +92,8 @@ class FlatOptimizer(Saved):
             check_outer_filters(name, "params", parts, only_trained=True)
         if self.setup.backend is not None:
             for device_type in {p.device.type for p in params} - {"meta"}:
-                resolve("restore_", device_type, self.setup.backend)
+                for op in self.needed_ops():
+                    resolve(op, device_type, self.setup.backend)
         self.cycle.weights.check_alone(name, params)
         if self.setup.capturable:
             check_can_be_captured(self.cycle.groups)
@@ -101,6 +103,11 @@ class FlatOptimizer(Saved):
         self.cycle.scalars.sync_groups(name)
         self.watch_passes()
         self._ready = True
+
+    def needed_ops(self) -> list[str]:
+        """What a named backend must have."""
+        clipping = ["gradient_norm_"] if self.setup.max_grad_norm is not None else []
+        return ["restore_", *self.ops, *self.perturbation.ops, *self.mask.ops, *clipping]
 
     def watch_passes(self) -> None:
         """Count backward passes, for a method that weighs by their number."""

@@ -31,6 +31,7 @@ class Mask:
     def __init__(self, enhancement: IRE | None) -> None:
         self._enhancement = enhancement
         self.exists = enhancement is not None
+        self.ops = ("count_magnitudes_", "pack_mask_") if self.exists else ()
 
     def is_on(self, group: Group) -> bool:
         """True if the steps of a group are amplified now."""

@@ -29,6 +29,7 @@ class NoPerturbation:
     accumulates = True  # all gradients of a step are taken at the same weights
     sums = False  # losses are divided by the number of passes, so that rounds are not
     counts = False  # those passes
+    ops: tuple[str, ...] = ()  # that it calls, besides restore_
     launches = 1  # op calls of perturb() and step()
     is_clean_rank = False  # perturb() moves nothing here, because other ranks are noisy
 

@@ -23,6 +23,7 @@ class RandomPerturbation(NoPerturbation):
     pattern = "opt.perturb(); loss.backward(); opt.step()"
     moves = True
     draws = True
+    ops = ("perturb_gaussian_", "filter_norms_")
     refuses_perturb = ""
     accumulates = False
     launches = 2

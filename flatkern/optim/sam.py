@@ -40,6 +40,7 @@ class AscentPerturbation(NoPerturbation):
     closures = "twice each"
     moves = True
     ascends = True
+    ops = ("ascent_norm_", "perturb_ascent_")
     refuses_perturb = ""
     accumulates = False
     launches = 3

@@ -283,10 +283,13 @@ def check_can_be_captured(groups: Groups) -> None:
         backend, refusals = served_by("restore_", params[0].device.type, setup.backend)
         if backend != "triton":
             why = "".join(f" ({reason})" for reason in refusals)
+            if params[0].device.type == "cuda":
+                remedy = "name no other backend, install Triton where it is missing"
+            else:
+                remedy = "move the parameters to a GPU before the optimizer is made"
             raise ValueError(
                 f"{setup.name}: capturable is True, but CUDA graphs need the triton backend, and {backend} serves "
-                f"{params[0].device.type}{why}; move the parameters to a GPU before the optimizer is made, "
-                "or pass capturable=False"
+                f"{params[0].device.type}{why}; {remedy}, or pass capturable=False"
             )
     if setup.enhancement is not None and setup.enhancement.kappa_follows_lr:
         raise ValueError(

@@ -38,7 +38,8 @@ class SGD(FusedOptimizer):
     and ours, keyword-only:
         perturb: flatkern.RWP, SAM or ASAM, or None for the plain optimizer.
         enhance: flatkern.IRE, or None.
-        backend: "eager" or "cpp", used or refused; None takes the best one that is live.
+        backend: "eager", "cpp", "triton" or "cuda", used or refused; None takes the best one that is live. "cuda" has
+            no SAM, ASAM and IRE.
         master_weights: keep float32 weights behind half-precision parameters.
         capturable: steps may be captured in a CUDA graph. group["lr"], group["sigma"] and group["round"] are tensors on
             the device then: a replay reads what they are and goes on to the next round, and schedulers fill them in
@@ -57,6 +58,7 @@ class SGD(FusedOptimizer):
     """
 
     state_keys = ("momentum_buffer",)
+    ops = ("sgd_update_",)
     split_by = staticmethod(lambda group: group["momentum"] != 0)
     flag_keys = (*FusedOptimizer.flag_keys, "nesterov", "maximize")
 

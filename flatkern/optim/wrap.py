@@ -58,6 +58,7 @@ class Wrap(FlatOptimizer):
     defers_state = True
     finishes = True
     negates = False
+    ops = ("mix_gradients_", "amplify_")
 
     def __init__(
         self,

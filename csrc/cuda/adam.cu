@@ -1,0 +1,82 @@
+// Adam and AdamW on CUDA.
+#include "adam.cuh"
+
+#include <cmath>
+
+#include "update_launch.cuh"
+
+namespace flatkern::cuda {
+namespace {
+
+template <size_t kBytes>
+struct Arguments : UpdateArguments<AdamOwn, kBytes> {};
+
+// Steps that torch keeps on the host are counted there. Whether they count, the host must then know.
+class Steps {
+ public:
+  explicit Steps(const AdamUpdate& a)
+      : a_(a), on_host_(steps_are_on_host || !is_on_device(a.steps[0])) {
+    if (on_host_ && a.found_inf && is_on_device(a.found_inf[0]) && kDevice != DeviceType::kCpu)
+      throw Mismatch("steps are on the CPU, but found_inf is on the device");
+    counts_ = !on_host_ || !a.found_inf || *a.found_inf[0].as<float>() == 0.0f;
+  }
+
+  bool on_host() const { return on_host_; }
+  double next(int64_t k) const { return static_cast<double>(*a_.steps[k].as<float>() + 1.0f); }
+  void advance() const {
+    for (int64_t k = 0; on_host_ && counts_ && k < a_.steps.size(); ++k) *a_.steps[k].as<float>() += 1.0f;
+  }
+
+ private:
+  const AdamUpdate& a_;
+  bool on_host_, counts_;
+};
+
+struct Rule {
+  template <class Types>
+  using Device = Adam<Types>;
+  // A division and a root keep more in registers than five blocks leave.
+  static constexpr int kBlocks = 4;
+
+  const AdamUpdate& a;
+  const Steps& steps;
+
+  AdamOwn own(int64_t k) const {
+    const double lr = a.lrs && steps.on_host() && kDevice == DeviceType::kCpu
+                          ? a.lrs[0].as<double>()[k * a.lrs[0].strides[0]]
+                          : a.lr[k];
+    AdamOwn own;
+    own.exp_avg = a.exp_avgs[k].data;
+    own.exp_avg_sq = a.exp_avg_sqs[k].data;
+    own.step = steps.on_host() ? nullptr : a.steps[k].as<float>();
+    own.lr = lr;
+    own.weight_decay = a.weight_decay[k];
+    own.log2_beta1 = std::log2(a.beta1[k]);
+    own.log2_beta2 = std::log2(a.beta2[k]);
+    own.scalars = math::adam_scalars(steps.on_host() ? steps.next(k) : 1.0, lr, a.beta1[k], a.beta2[k], a.eps[k],
+                                     a.weight_decay[k], a.decoupled);
+    return own;
+  }
+  bool state_is(DType dtype) const { return all_are(dtype, {&a.exp_avgs, &a.exp_avg_sqs}); }
+  int state_codes(int64_t k) const {
+    return code_of(a.exp_avgs[k].dtype) << kFirstCode | code_of(a.exp_avg_sqs[k].dtype) << kSecondCode;
+  }
+};
+
+const UpdateWalks kWalks = update_walks<Arguments>("adam_update_");
+
+}  // namespace
+
+void adam_update_(const AdamUpdate& a) {
+  if (a.params.size() == 0) return;
+  const char* op = a.decoupled ? "adamw_update_" : "adam_update_";
+  const Place place = place_of(op, a.params);
+  const auto plan = find_update_plan(
+      kWalks, a, {&a.backups, &a.masters, &a.history, &a.grads, &a.clean_grads, &a.exp_avgs, &a.exp_avg_sqs}, place);
+  const Steps steps(a);
+  const WithoutGil released;
+  launch_update<Rule, Arguments>(op, a, Rule{a, steps}, *plan, place.stream);
+  steps.advance();
+}
+
+}  // namespace flatkern::cuda

@@ -1,0 +1,97 @@
+// The module flatkern._CUDA: operations on the tensors of a GPU. With FK_EMULATION the same on those of the CPU.
+#include <string>
+
+#include "../common/bind.h"
+#include "functions.h"
+#include "operations.h"
+#include "runtime.h"
+#ifdef FK_EMULATION
+#include "scheduler.h"
+#endif
+
+namespace py = pybind11;
+using namespace flatkern;
+using namespace py::literals;
+
+namespace flatkern::cuda {
+#ifdef FK_EMULATION
+bool noise_is_on_device = false, steps_are_on_host = false;
+#endif
+}  // namespace flatkern::cuda
+
+namespace {
+
+void run(const FillNormal& a) { cuda::fill_normal_(a); }
+void run(const FilterNorms& a) { cuda::filter_norms_(a); }
+void run(const GradientNorm& a) { cuda::gradient_norm_(a); }
+void run(const PerturbGaussian& a) { cuda::perturb_gaussian_(a); }
+void run(const Restore& a) { cuda::restore_(a); }
+void run(const SgdUpdate& a) { cuda::sgd_update_(a); }
+void run(const AdamUpdate& a) { cuda::adam_update_(a); }
+
+struct Cuda {
+#ifdef FK_EMULATION
+  static constexpr DeviceType kDevice = DeviceType::kCpu;
+#else
+  static constexpr DeviceType kDevice = DeviceType::kCuda;
+#endif
+
+  template <class Args>
+  static auto call(const Args& args, PyObject* written) -> decltype(run(args)) {
+    // Of several launches the first ones may have written when a later one fails, so versions move in any case.
+    const int64_t before = cuda::launch_count();
+    try {
+      run(args);
+    } catch (...) {
+      if (written != nullptr && cuda::launch_count() != before && !PyErr_Occurred()) increment_version(written);
+      throw;
+    }
+    if (written != nullptr && !increment_version(written)) throw py::error_already_set();
+  }
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_CUDA, m) {
+  m.doc() = "flatkern's CUDA kernels: operations of flatkern/ops.py on raw memory, without checks meant for people.";
+  py::register_local_exception<cuda::WrongDevice>(m, "WrongDevice", PyExc_RuntimeError);
+  py::register_local_exception<cuda::LaunchError>(m, "LaunchError", PyExc_RuntimeError);
+  py::register_local_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const cuda::PythonError&) {
+      // Set already.
+    }
+  });
+  define_operations<Cuda>(m);
+
+  m.def(
+      "use_torch",
+      [](py::handle allocate, py::handle upload, py::handle stream) {
+        cuda::use_functions(allocate.ptr(), upload.ptr(), stream.ptr());
+      },
+      "allocate"_a, "upload"_a, "stream"_a, "Where memory and streams come from.");
+  m.def("launch_count", cuda::launch_count, "Kernels that were started since import.");
+  m.def(
+      "driver",
+      [] {
+        const cuda::Driver found = cuda::driver();
+        return py::make_tuple(found.version, found.needed, found.devices, found.error);
+      },
+      "(version, needed, devices, error): of the driver and of the runtime inside, as CUDA counts versions.");
+#ifdef FK_EMULATION
+  m.attr("emulated") = true;
+  m.attr("toolkit") = "emulated";
+  m.attr("architectures") = "";
+  m.def("current_device", cuda::emulation::current_device);
+  m.def("set_current_device", cuda::emulation::set_current_device, "index"_a);
+  m.def("launch_nothing", cuda::emulation::launch_nothing, "on"_a, "For measurements: launches run nothing.");
+  m.def("set_schedule", cuda::emulation::set_schedule, "text"_a, "In which order threads run.");
+  m.def("noise_is_on_device", [](bool on) { cuda::noise_is_on_device = on; }, "on"_a);
+  m.def("steps_are_on_host", [](bool on) { cuda::steps_are_on_host = on; }, "on"_a);
+#else
+  m.attr("emulated") = false;
+  m.attr("toolkit") = FK_CUDA_TOOLKIT;
+  m.attr("architectures") = FK_CUDA_ARCHS;
+#endif
+}

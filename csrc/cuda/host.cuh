@@ -1,0 +1,74 @@
+// From an operation's arguments to those of its kernel: dtypes, numbers that are on the device or on the host, sizes.
+#pragma once
+
+#include "../common/check.h"
+#include "launch.cuh"
+#include "noise.cuh"
+#include "plan.h"
+
+namespace flatkern::cuda {
+
+// The two sizes of a launch's arguments: up to 4 KB every driver takes, and they are copied faster.
+constexpr size_t kSmall = 4096, kLarge = 32764;
+
+#ifdef FK_EMULATION
+constexpr DeviceType kDevice = DeviceType::kCpu;
+#else
+constexpr DeviceType kDevice = DeviceType::kCuda;
+#endif
+
+#ifdef FK_EMULATION
+// For tests, as everything is on the CPU: whether the words of the noise count as on the device, and steps as on the host.
+extern bool noise_is_on_device, steps_are_on_host;
+#else
+constexpr bool noise_is_on_device = true, steps_are_on_host = false;
+#endif
+
+inline bool is_on_device(const View& t) { return t.device.type == kDevice; }
+
+inline Scalar scalar_of(const Table& t, float absent) {
+  if (!t) return {nullptr, absent};
+  return is_on_device(t[0]) ? Scalar{t[0].as<float>(), absent} : Scalar{nullptr, *t[0].as<float>()};
+}
+
+inline DeviceNumbers numbers_of(const Table& t, int64_t first) {
+  if (!t) return {nullptr, 0};
+  return {t[0].as<double>() + first * t[0].strides[0], t[0].strides[0]};
+}
+
+inline Key key_of(const Table& noise) {
+  if (!noise) return {nullptr, 0, 0, 0};
+  const auto* words = noise[0].as<int64_t>();
+  if (is_on_device(noise[0]) && noise_is_on_device) return {words, 0, 0, 0};
+  return {nullptr, static_cast<uint32_t>(words[0]), static_cast<uint32_t>(words[1]), static_cast<uint32_t>(words[2])};
+}
+
+inline uint16_t code_of(DType dtype) {
+  return dtype == DType::kFloat16 ? kIsHalf : dtype == DType::kBFloat16 ? kIsBFloat16 : kIsFloat32;
+}
+
+// Whether all tensors of some lists have one dtype; absent lists have any.
+inline bool all_are(DType dtype, std::initializer_list<const Table*> lists) {
+  for (const Table* list : lists)
+    for (int64_t k = 0; *list && k < list->size(); ++k)
+      if ((*list)[k].dtype != dtype) return false;
+  return true;
+}
+
+// Entry k of a list that may be absent.
+template <class T>
+T* pointer(const Table* list, int64_t k) {
+  return list != nullptr && *list ? (*list)[k].as<T>() : nullptr;
+}
+
+// Calls body with a size of arguments that has room for `count` tensors: body(std::integral_constant<size_t, bytes>()).
+template <template <size_t> class Arguments, class Body>
+void with_size(int64_t count, const Body& body) {
+  if (count <= Arguments<kSmall>::kTensors) {
+    body(std::integral_constant<size_t, kSmall>());
+  } else {
+    body(std::integral_constant<size_t, kLarge>());
+  }
+}
+
+}  // namespace flatkern::cuda

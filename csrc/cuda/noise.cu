@@ -1,0 +1,80 @@
+// The noise family on CUDA: fill_normal_.
+#include "noise.cuh"
+
+#include "host.cuh"
+#include "operations.h"
+
+namespace flatkern::cuda {
+namespace {
+
+template <size_t kBytes>
+struct FillArguments {
+  static constexpr int kTensors = (kBytes - sizeof(void*) - sizeof(Key)) / (sizeof(void*) + 1) - 1;
+  const Tile* tiles;
+  Key key;
+  void* outs[kTensors];
+  uint8_t codes[kTensors];
+};
+
+constexpr int kEights = 2;
+const Walk kFill = {"fill_normal_", FillArguments<kSmall>::kTensors, FillArguments<kLarge>::kTensors, kEights,
+                    kSegment,       false};
+
+template <class T, bool kWhole, class Args>
+FK_DEVICE void fill_tile(const Args& a, const Tile& t) {
+  const Team<kWhole> team(t);
+  const Counters counters(t, team);
+  const Key key = a.key.get();
+  const Elements<T> out(a.outs[t.tensor], a.codes[t.tensor], team.start);
+  for_each_eight<kEights>(team, [&](int, const auto& s) {
+    float z[8];
+    if constexpr (kWhole) {
+      draw(key, counters, s.place / kEight, z);
+    } else {
+      shifted_normals(key, counters, s.place, z);
+    }
+    out.template store<Use::kAgain>(s, out.rounded(z));
+  });
+}
+
+template <class T, class Args>
+__global__ void __launch_bounds__(kShortThreads) fill_kernel(FK_PARAM(Args) a) {
+  const Tile& t = a.tiles[blockIdx.x];
+  if ((t.flags & kWhole) != 0) {
+    fill_tile<T, true>(a, t);
+  } else {
+    fill_tile<T, false>(a, t);
+  }
+}
+
+template <class T>
+void run(const FillNormal& a, const Plan& plan, Stream stream) {
+  for (const Launch& launch : plan.launches) {
+    with_size<FillArguments>(launch.end - launch.begin, [&](auto bytes) {
+      FillArguments<decltype(bytes)::value> args;
+      args.tiles = launch.tiles;
+      args.key = key_of(a.noise);
+      for (int64_t k = launch.begin; k < launch.end; ++k) {
+        args.outs[k - launch.begin] = a.outs[k].data;
+        args.codes[k - launch.begin] = static_cast<uint8_t>(code_of(a.outs[k].dtype));
+      }
+      start(kFill.op, fill_kernel<T, decltype(args)>, launch.count, launch.threads, stream, args);
+    });
+  }
+}
+
+}  // namespace
+
+void fill_normal_(const FillNormal& a) {
+  if (a.outs.size() == 0) return;
+  const Place place = place_of(kFill.op, a.outs);
+  const auto plan = find_plan(kFill, {true, false, a.outs, {}, &a.index, &a.offset}, place);
+  const WithoutGil released;
+  if (all_are(DType::kFloat32, {&a.outs})) {
+    run<float>(a, *plan, place.stream);
+  } else {
+    run<AnyFloat>(a, *plan, place.stream);
+  }
+}
+
+}  // namespace flatkern::cuda

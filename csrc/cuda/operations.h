@@ -1,0 +1,30 @@
+// The operations of this backend, and what they share.
+#pragma once
+
+#include <vector>
+
+#include "../common/arguments.h"
+#include "plan.h"
+
+namespace flatkern::cuda {
+
+void fill_normal_(const FillNormal& a);
+void filter_norms_(const FilterNorms& a);
+void gradient_norm_(const GradientNorm& a);
+void perturb_gaussian_(const PerturbGaussian& a);
+void restore_(const Restore& a);
+void sgd_update_(const SgdUpdate& a);
+void adam_update_(const AdamUpdate& a);
+
+// The lists of a perturbation: `clean` has the weights to start from, and the others may be null.
+struct PerturbLists {
+  const Table *params, *backups, *clean, *norms, *history;
+  const Table &sigmas, &noise;
+  const Floats &sigma, &eta;
+};
+
+// Starts it. `measures`: norms of rows that are cut into segments are computed, and nothing is written yet.
+void launch_perturb(const char* op, const PerturbLists& lists, const Plan& plan, const std::vector<Launch>& launches,
+                    Stream stream, bool measures);
+
+}  // namespace flatkern::cuda

@@ -1,0 +1,155 @@
+// The perturb family on CUDA: perturb_gaussian_, restore_.
+#include "perturb.cuh"
+
+#include "host.cuh"
+#include "operations.h"
+
+namespace flatkern::cuda {
+namespace {
+
+constexpr int kEights = 3;
+
+const Walk kPerturb = {"perturb_gaussian_", PerturbArguments<kSmall>::kTensors, PerturbArguments<kLarge>::kTensors,
+                       kEights, kResident, true};
+
+template <class Args>
+void fill(Args& a, const PerturbLists& lists, const Plan& plan, const Launch& launch, bool measures) {
+  static_cast<PerturbCall&>(a) = {launch.tiles, plan.long_rows, key_of(lists.noise),
+                                  numbers_of(lists.sigmas, launch.begin), measures};
+  for (int64_t k = launch.begin; k < launch.end; ++k) {
+    const int64_t i = k - launch.begin;
+    const View &param = (*lists.params)[k], &clean = (*lists.clean)[k];
+    a.params[i] = param.data;
+    a.clean[i] = clean.data;
+    a.backups[i] = pointer<void>(lists.backups, k);
+    a.norms[i] = pointer<float>(lists.norms, k);
+    a.history[i] = pointer<float>(lists.history, k);
+    a.sigma[i] = static_cast<float>(lists.sigma[k]);
+    a.eta[i] = static_cast<float>(lists.eta[k]);
+    const DType backup = a.backups[i] != nullptr ? (*lists.backups)[k].dtype : param.dtype;
+    a.codes[i] = static_cast<uint16_t>(code_of(param.dtype) | code_of(backup) << 2 | code_of(clean.dtype) << 4);
+  }
+}
+
+template <class P, class C, int kBlocks>
+void run(const char* op, const PerturbLists& lists, const Plan& plan, const std::vector<Launch>& launches, Stream stream,
+         bool measures) {
+  using Types = PerturbTypes<P, C>;
+  for (const Launch& launch : launches) {
+    with_size<PerturbArguments>(launch.end - launch.begin, [&](auto bytes) {
+      using Args = PerturbArguments<decltype(bytes)::value>;
+      Args a;
+      fill(a, lists, plan, launch, measures);
+      start(op,
+            launch.eights == kEights ? perturb_kernel<Types, kShortThreads, kBlocks, kEights, Args>
+                                     : perturb_kernel<Types, kLongThreads, 1, kLongEights, Args>,
+            launch.count, launch.threads, stream, a);
+    });
+  }
+}
+
+}  // namespace
+
+void launch_perturb(const char* op, const PerturbLists& lists, const Plan& plan, const std::vector<Launch>& launches,
+                    Stream stream, bool measures) {
+  const bool has_history = lists.history != nullptr && *lists.history;
+  const bool has_copy = lists.clean != lists.params, has_backups = lists.backups != nullptr && *lists.backups;
+  const bool plain = !has_history && key_of(lists.noise).at == nullptr && !lists.sigmas && !(has_copy && has_backups);
+  const Table& backups = has_backups ? *lists.backups : *lists.params;
+  if (plain && all_are(DType::kFloat32, {lists.params, &backups, lists.clean})) {
+    run<float, float, 5>(op, lists, plan, launches, stream, measures);
+  } else if (plain && all_are(DType::kBFloat16, {lists.params, &backups, lists.clean})) {
+    run<BFloat16, BFloat16, 4>(op, lists, plan, launches, stream, measures);
+  } else if (plain && all_are(DType::kBFloat16, {lists.params}) && all_are(DType::kFloat32, {lists.clean})) {
+    run<BFloat16, float, 4>(op, lists, plan, launches, stream, measures);
+  } else {
+    run<AnyFloat, AnyFloat, 4>(op, lists, plan, launches, stream, measures);
+  }
+}
+
+void perturb_gaussian_(const PerturbGaussian& a) {
+  if (a.params.size() == 0) return;
+  const Place place = place_of(kPerturb.op, a.params);
+  const Table& clean = a.masters ? a.masters : a.params;
+  const auto plan = find_plan(
+      kPerturb, {true, a.history.present, a.params, {&a.backups, &a.masters, &a.history}, &a.index, &a.offset}, place);
+  const PerturbLists lists = {&a.params, &a.backups, &clean, &a.norms, &a.history, a.sigmas, a.noise, a.sigma, a.eta};
+  const bool measures = !a.norms && !plan->segments.empty();
+  const WithoutGil released;
+  launch_perturb(kPerturb.op, lists, *plan, plan->launches, place.stream, measures);
+  if (measures) launch_perturb(kPerturb.op, lists, *plan, plan->segments, place.stream, false);
+}
+
+// ---- restore_
+
+namespace {
+
+template <size_t kBytes>
+struct RestoreArguments {
+  static constexpr int kTensors = (kBytes - sizeof(void*)) / (2 * sizeof(void*) + 1) - 1;
+  const Tile* tiles;
+  void* params[kTensors];
+  const void* backups[kTensors];
+  uint8_t codes[kTensors];  // of params and backups
+};
+
+constexpr int kRestoreEights = 4;
+const Walk kRestore = {"restore_", RestoreArguments<kSmall>::kTensors, RestoreArguments<kLarge>::kTensors,
+                       kRestoreEights, kSegment, false};
+
+template <class T, bool kWhole, class Args>
+FK_DEVICE void restore_tile(const Args& a, const Tile& t) {
+  const Team<kWhole> team(t);
+  const uint32_t k = t.tensor;
+  const Elements<T> param(a.params[k], a.codes[k] & 3, team.start), backup(a.backups[k], a.codes[k] >> 2, team.start);
+  typename Elements<T>::Stored stored[kRestoreEights];
+  for_each_eight<kRestoreEights>(team, [&](int i, const auto& s) { stored[i] = backup.load(s); });
+  for_each_eight<kRestoreEights>(team,
+                                 [&](int i, const auto& s) { param.template store<Use::kAgain>(s, stored[i]); });
+}
+
+template <class T, class Args>
+__global__ void __launch_bounds__(kShortThreads) restore_kernel(FK_PARAM(Args) a) {
+  const Tile& t = a.tiles[blockIdx.x];
+  if ((t.flags & kWhole) != 0) {
+    restore_tile<T, true>(a, t);
+  } else {
+    restore_tile<T, false>(a, t);
+  }
+}
+
+template <class T>
+void run_restore(const Restore& a, const Plan& plan, Stream stream) {
+  for (const Launch& launch : plan.launches) {
+    with_size<RestoreArguments>(launch.end - launch.begin, [&](auto bytes) {
+      RestoreArguments<decltype(bytes)::value> args;
+      args.tiles = launch.tiles;
+      for (int64_t k = launch.begin; k < launch.end; ++k) {
+        const int64_t i = k - launch.begin;
+        args.params[i] = a.params[k].data;
+        args.backups[i] = a.backups[k].data;
+        args.codes[i] = static_cast<uint8_t>(code_of(a.params[k].dtype) | code_of(a.backups[k].dtype) << 2);
+      }
+      start(kRestore.op, restore_kernel<T, decltype(args)>, launch.count, launch.threads, stream, args);
+    });
+  }
+}
+
+}  // namespace
+
+void restore_(const Restore& a) {
+  if (a.params.size() == 0) return;
+  const Place place = place_of(kRestore.op, a.params);
+  const auto plan = find_plan(kRestore, {false, false, a.params, {&a.backups}, nullptr, nullptr}, place);
+  const WithoutGil released;
+  // What is equal is moved as it is, whatever it means.
+  if (all_are(DType::kFloat32, {&a.params, &a.backups})) {
+    run_restore<float>(a, *plan, place.stream);
+  } else if (all_are(DType::kBFloat16, {&a.params, &a.backups}) || all_are(DType::kFloat16, {&a.params, &a.backups})) {
+    run_restore<BFloat16>(a, *plan, place.stream);
+  } else {
+    run_restore<AnyFloat>(a, *plan, place.stream);
+  }
+}
+
+}  // namespace flatkern::cuda

@@ -1,0 +1,272 @@
+// Cutting tensors into tiles, and remembering the tables.
+#include "plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <list>
+#include <map>
+#include <string>
+
+#include "../common/check.h"
+#include "runtime.h"
+
+namespace flatkern::cuda {
+namespace {
+
+constexpr size_t kMostPlans = 32;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What of one tensor decides about its tiles.
+struct Form {
+  int64_t rows, cols;
+  uint32_t index, counter_row;
+  uint64_t first_eight;
+  uint32_t flags;  // kFlat, and kWhole where its rows may be moved 16 bytes at a time
+  uint32_t shift;
+
+  bool is_cut(int64_t resident) const { return cols > resident; }
+  // 32 lanes have a chunk of 256 columns, and a thread as many eights.
+  int warps(int eights) const {
+    return cols <= kChunk ? 0 : static_cast<int>(ceil_div(ceil_div(std::min<int64_t>(cols, kResident), kChunk), eights));
+  }
+};
+
+bool is_aligned(const Call& call, int64_t k) {
+  if (reinterpret_cast<uintptr_t>(call.like[k].data) % 16 != 0) return false;
+  for (const Table* list : call.beside)
+    if (*list && reinterpret_cast<uintptr_t>((*list)[k].data) % 16 != 0) return false;
+  return true;
+}
+
+Form form_of(const Call& call, int64_t k) {
+  const View& t = call.like[k];
+  const bool flat = t.ndim < 2;
+  const int64_t offset = call.offset != nullptr ? (*call.offset)[k] : 0;
+  Form f = {};
+  f.rows = call.by_rows ? t.rows : 1;
+  f.cols = call.by_rows ? t.cols : t.numel;
+  f.index = call.index != nullptr ? static_cast<uint32_t>((*call.index)[k]) : 0;
+  f.counter_row = flat ? 0 : static_cast<uint32_t>(offset);
+  f.first_eight = flat ? static_cast<uint64_t>(offset) / kEight : 0;
+  f.shift = flat ? static_cast<uint32_t>(offset % kEight) : 0;
+  const bool whole = is_aligned(call, k) && (f.rows <= 1 || f.cols % kEight == 0) && f.shift == 0;
+  f.flags = (flat ? kFlat : 0) | (whole && !(flat && call.odd_vectors) ? kWhole : 0);
+  return f;
+}
+
+// Everything on the host that becomes a plan.
+struct Builder {
+  explicit Builder(const Walk& walk) : walk(walk) {}
+
+  const Walk& walk;
+  std::vector<Tile> tiles;
+  std::vector<LongRow> long_rows;
+  std::vector<uint32_t> blocks;  // of each tensor
+  uint32_t segments = 0;
+  int block_warps = 0, eights = 0;
+  size_t first_tensor = 0;  // of the launch that is being made
+
+  void add(Tile tile, const Form& f, uint32_t tensor, int64_t length, int64_t last, int64_t teams, int warps) {
+    tile.tensor = tensor;
+    tile.index = f.index;
+    tile.length = static_cast<uint16_t>(length);
+    tile.last = static_cast<uint16_t>(last);
+    tile.teams = static_cast<uint16_t>(teams);
+    tile.warps = static_cast<uint8_t>(warps);
+    tile.reciprocal = static_cast<uint16_t>(warps != 0 ? ceil_div(1024, warps) : 0);
+    uint32_t lanes = 1;
+    while (warps == 0 && lanes * kEight < length) lanes *= 2, ++tile.log_lanes;
+    const bool whole = (f.flags & kWhole) != 0 && length % kEight == 0 && last % kEight == 0;
+    tile.flags |= static_cast<uint16_t>((f.flags & kFlat) | (whole ? kWhole : 0) | f.shift << kShiftBit);
+    tiles.push_back(tile);
+    ++blocks[first_tensor + tensor];
+  }
+
+  void add_rows(const Form& f, uint32_t tensor) {
+    const int warps = f.warps(eights);
+    int lanes = 1;
+    while (lanes * kEight < f.cols) lanes *= 2;
+    const int64_t teams = warps != 0 ? block_warps / warps : block_warps * kWarp / lanes;
+    for (int64_t row = 0; row < f.rows; row += teams) {
+      Tile tile = {};
+      tile.start = row * f.cols;
+      tile.row = static_cast<uint32_t>(row);
+      tile.counter_row = f.counter_row + static_cast<uint32_t>(row);
+      tile.counter_eight = static_cast<uint32_t>(f.first_eight);
+      add(tile, f, tensor, f.cols, f.cols, std::min(teams, f.rows - row), warps);
+    }
+  }
+
+  // Of rows that are cut; teams have segments of one of them.
+  void add_segments(const Form& f, uint32_t tensor) {
+    const int warps = static_cast<int>(ceil_div(kSegment / kChunk, eights));
+    const int64_t teams = block_warps / warps, count = ceil_div(f.cols, kSegment);
+    for (int64_t row = 0; row < f.rows; ++row) {
+      for (int64_t first = 0; first < count; first += teams) {
+        const int64_t here = std::min(teams, count - first);
+        Tile tile = {};
+        tile.start = row * f.cols + first * kSegment;
+        tile.row = static_cast<uint32_t>(row);
+        tile.counter_row = f.counter_row + static_cast<uint32_t>(row);
+        tile.counter_eight = static_cast<uint32_t>(f.first_eight + static_cast<uint64_t>(first) * (kSegment / kEight));
+        tile.flags = kSegments;
+        tile.long_row = static_cast<uint32_t>(long_rows.size());
+        tile.segment = static_cast<uint32_t>(first);
+        const int64_t last = std::min<int64_t>(kSegment, f.cols - (first + here - 1) * kSegment);
+        add(tile, f, tensor, kSegment, last, here, warps);
+      }
+      if (!walk.sums) continue;
+      long_rows.push_back({f.cols, segments, static_cast<uint32_t>(count)});
+      segments += static_cast<uint32_t>(count);
+    }
+  }
+};
+
+void check_counts(const Walk& walk, const std::vector<Form>& forms) {
+  for (size_t k = 0; k < forms.size(); ++k)
+    if (forms[k].rows > UINT32_MAX)
+      throw Mismatch(std::string(walk.op) + ": tensor " + std::to_string(k) + " has more than 2^32 - 1 rows");
+}
+
+// Offsets of parts of one allocation, each at a multiple of 16 bytes.
+struct Parts {
+  size_t size = 0;
+  size_t add(size_t bytes) {
+    const size_t at = size;
+    size += (bytes + 15) / 16 * 16;
+    return at;
+  }
+};
+
+std::shared_ptr<const Plan> make_plan(const Walk& walk, const std::vector<Form>& forms, const Place& place) {
+  check_counts(walk, forms);
+  auto plan = std::make_shared<Plan>();
+  Builder b{walk};
+  const int64_t count = static_cast<int64_t>(forms.size());
+  const int64_t most = count <= walk.small ? walk.small : walk.large;
+  struct Range {
+    size_t first, cut, end;
+  };
+  std::vector<Range> ranges;
+  // Without tensors there is one launch, too, of an empty tile: a norm is then zero.
+  for (int64_t begin = 0; begin == 0 || begin < count; begin += most) {
+    const int64_t end = std::min(count, begin + most);
+    constexpr int kShortWarps = kShortThreads / kWarp;
+    const auto needed = [&](int eights) {
+      int warps = kShortWarps;
+      for (int64_t k = begin; k < end; ++k)
+        if (!forms[k].is_cut(walk.resident)) warps = std::max(warps, forms[k].warps(eights));
+      return warps;
+    };
+    const bool is_long = needed(walk.eights) > kShortWarps;
+    b.eights = is_long ? kLongEights : walk.eights;
+    b.block_warps = is_long ? needed(kLongEights) : kShortWarps;
+    Range range = {b.tiles.size(), 0, 0};
+    b.first_tensor = b.blocks.size();
+    b.blocks.resize(b.first_tensor + std::max<int64_t>(1, end - begin));
+    if (count == 0) b.add(Tile{}, Form{}, 0, 0, 0, 0, 0);
+    // Tiles with segments come last, so that a second pass over them is a range.
+    for (const bool cut : {false, true}) {
+      if (cut) range.cut = b.tiles.size();
+      for (int64_t k = begin; k < end; ++k) {
+        if (forms[k].is_cut(walk.resident) != cut) continue;
+        const auto tensor = static_cast<uint32_t>(k - begin);
+        cut ? b.add_segments(forms[k], tensor) : b.add_rows(forms[k], tensor);
+        // An empty tensor has a step to count, too.
+        if (b.blocks[b.first_tensor + tensor] == 0) b.add(Tile{}, forms[k], tensor, 0, 0, 0, 0);
+      }
+    }
+    range.end = b.tiles.size();
+    ranges.push_back(range);
+    plan->launches.push_back({begin, end, static_cast<unsigned>(b.block_warps * kWarp), b.eights, nullptr, 0});
+  }
+
+  Parts table, scratch;
+  const size_t tiles = table.add(b.tiles.size() * sizeof(Tile)), rows = table.add(b.long_rows.size() * sizeof(LongRow));
+  const size_t blocks = table.add(b.blocks.size() * sizeof(uint32_t));
+  const size_t tickets = table.add((b.long_rows.size() + b.blocks.size() + 1) * sizeof(uint32_t));  // zeros
+  const size_t partials = scratch.add(2 * b.segments * sizeof(double)), sums = scratch.add(b.tiles.size() * sizeof(double));
+  const size_t norms = scratch.add(b.long_rows.size() * sizeof(float));
+  std::vector<char> bytes(table.size, 0);
+  std::memcpy(bytes.data() + tiles, b.tiles.data(), b.tiles.size() * sizeof(Tile));
+  if (!b.long_rows.empty()) std::memcpy(bytes.data() + rows, b.long_rows.data(), b.long_rows.size() * sizeof(LongRow));
+  std::memcpy(bytes.data() + blocks, b.blocks.data(), b.blocks.size() * sizeof(uint32_t));
+  plan->table = upload(place.device, bytes.data(), bytes.size());
+  plan->scratch = allocate(place.device, scratch.size);
+
+  auto* ticket = plan->table.at<uint32_t>(tickets);
+  plan->long_rows = {plan->table.at<LongRow>(rows), plan->scratch.at<double>(partials), ticket,
+                     plan->scratch.at<float>(norms), b.segments};
+  plan->tickets = ticket + b.long_rows.size();
+  plan->blocks = plan->table.at<uint32_t>(blocks);
+  plan->sums = plan->scratch.at<double>(sums);
+  plan->tiles = static_cast<uint32_t>(b.tiles.size());
+  for (size_t i = 0; i < ranges.size(); ++i) {
+    const Range& range = ranges[i];
+    Launch& launch = plan->launches[i];
+    launch.tiles = plan->table.at<Tile>(tiles) + range.first;
+    launch.count = static_cast<unsigned>(range.end - range.first);
+    if (range.cut == range.end) continue;
+    plan->segments.push_back(launch);
+    plan->segments.back().tiles = plan->table.at<Tile>(tiles) + range.cut;
+    plan->segments.back().count = static_cast<unsigned>(range.end - range.cut);
+  }
+  return plan;
+}
+
+// What a plan depends on, as numbers.
+struct PlanKey {
+  std::vector<int64_t> words;
+  bool operator==(const PlanKey& other) const {
+    return words.size() == other.words.size() &&
+           std::memcmp(words.data(), other.words.data(), words.size() * sizeof(int64_t)) == 0;
+  }
+};
+
+struct Known {
+  PlanKey key;
+  std::shared_ptr<const Plan> plan;
+};
+
+}  // namespace
+
+Place place_of(const char* op, const Table& like) {
+  const int device = like.size() > 0 ? like[0].device.index : 0;
+  const int current = current_device();
+  if (like.size() > 0 && current != device)
+    throw WrongDevice(std::string(op) + ": device " + std::to_string(current) + " is current, but the tensors are on " +
+                      std::to_string(device));
+  const Stream stream = current_stream(device);
+  if (is_capturing(stream))
+    throw LaunchError(std::string(op) + ": a CUDA graph is being captured, which this backend does not take part in; "
+                      "use backend=\"triton\" with capturable=True");
+  return {device, stream};
+}
+
+std::shared_ptr<const Plan> find_plan(const Walk& walk, const Call& call, const Place& place) {
+  // A list for each way of walking, the plan of the last call first. The GIL protects it. It lives as long as the process,
+  // as its tensors cannot be given back when Python is gone.
+  static auto& known = *new std::map<const Walk*, std::list<Known>>;
+  std::vector<Form> forms(call.like.size());
+  PlanKey key;
+  key.words.reserve(2 + 6 * forms.size());
+  key.words = {place.device, reinterpret_cast<int64_t>(place.stream)};
+  for (int64_t k = 0; k < call.like.size(); ++k) {
+    const Form& f = forms[k] = form_of(call, k);
+    for (const int64_t word : {f.rows, f.cols, static_cast<int64_t>(f.index), static_cast<int64_t>(f.counter_row),
+                               static_cast<int64_t>(f.first_eight), static_cast<int64_t>(f.flags | f.shift << kShiftBit)})
+      key.words.push_back(word);
+  }
+  std::list<Known>& plans = known[&walk];
+  const auto found = std::find_if(plans.begin(), plans.end(), [&](const Known& k) { return k.key == key; });
+  if (found != plans.end()) {
+    plans.splice(plans.begin(), plans, found);
+    return found->plan;
+  }
+  plans.push_front({std::move(key), make_plan(walk, forms, place)});
+  if (plans.size() > kMostPlans) plans.pop_back();
+  return plans.front().plan;
+}
+
+}  // namespace flatkern::cuda

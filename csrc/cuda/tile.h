@@ -1,0 +1,50 @@
+// How the tensors of a call are cut into tiles, one a block: a table on the device, made once per plan.
+//
+// A *row* is a filter; where an operation sums nothing over filters, it is all of a tensor. A row of at most kResident
+// columns stays in one block from the first load to the last store. A longer one is cut into segments.
+//
+// A *team* of threads has one row, or one segment, of a tile. A thread takes eight neighbours at a time, because a draw of
+// Philox gives eight normals; 32 threads take a *chunk* of 256 columns. Sums are taken in an order that depends on the
+// length of a row alone (rows.cuh), so that it does not matter how many teams share a block.
+#pragma once
+
+#include <cstdint>
+
+namespace flatkern::cuda {
+
+constexpr int kEight = 8;
+constexpr int kWarp = 32;
+constexpr int kChunk = kEight * kWarp;
+constexpr int kResident = 32768;
+constexpr int kSegment = 4096;
+
+// Of Tile::flags; above them, from bit kShiftBit on, the place of the first element in its eight.
+constexpr uint32_t kWhole = 1;     // no eight is cut short, and all may be moved 16 bytes at a time
+constexpr uint32_t kSegments = 2;  // teams have segments of one row
+constexpr uint32_t kFlat = 4;      // rank <= 1: a history and a mask have an entry per element
+constexpr uint32_t kShiftBit = 8;
+
+struct alignas(16) Tile {
+  // Where its teams are:
+  int64_t start;             // offset of the first element in its tensor
+  uint32_t tensor;           // which one of a launch
+  uint16_t length, last;     // elements of a row or segment; of the last team's
+  uint16_t teams, flags;
+  uint8_t warps, log_lanes;  // of a team; where warps is 0, several teams of 2^log_lanes threads share one
+  uint16_t reciprocal;       // of warps: 1024 / warps, rounded up
+  uint32_t row, long_row;    // the first row; of segments, which of the long rows
+  // Which normals they draw:
+  uint32_t counter_row;      // of the first element: the row of the unsharded tensor,
+  uint32_t counter_eight;    // and which eight of its columns
+  uint32_t index;            // of its parameter
+  uint32_t segment;          // of segments, which one is the first here
+};
+static_assert(sizeof(Tile) == 48);
+
+// A row that is cut into segments.
+struct LongRow {
+  int64_t columns;
+  uint32_t first, segments;  // its partial sums
+};
+
+}  // namespace flatkern::cuda

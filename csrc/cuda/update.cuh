@@ -1,0 +1,298 @@
+// The pass that every rule shares, for one tile: restore, form the gradient, apply the rule, update the history, store, and
+// perturb again. A rule is a struct: its arguments of a tensor, and `apply` for eight elements (sgd.cu, adam.cu).
+#pragma once
+
+#include <type_traits>
+
+#include "../math/mask.h"
+#include "../math/update.h"
+#include "perturbation.cuh"
+
+namespace flatkern::cuda {
+
+// Types of the lists of a call; clean gradients are like gradients.
+// What a kernel is compiled for. The general one has what the fast ones leave out: histories, masks, a key and rates that
+// are on the device, and everything at once.
+enum class Kind { kPlain, kRolling, kGeneral };
+
+template <class P, class G, class C, class S, Kind kKind>
+struct UpdateTypes {
+  using Param = P;
+  using Grad = G;
+  using Clean = C;
+  using State = S;
+  static constexpr bool kGeneral = kKind == Kind::kGeneral, kHasRows = kKind != Kind::kPlain;
+
+  // Rolling: noise is added to what was stored.
+  template <class Args>
+  FK_DEVICE_MEMBER static bool perturbs(const Args& a) {
+    return kKind == Kind::kRolling || (kGeneral && a.perturbs);
+  }
+  // A clean gradient is part of the final one.
+  template <class Args>
+  FK_DEVICE_MEMBER static bool mixes(const Args& a, uint32_t k) {
+    return kKind != Kind::kRolling && a.clean_grads[k] != nullptr;
+  }
+};
+
+struct UpdateCall {
+  const Tile* tiles;
+  LongRows long_rows;
+  uint32_t* step_tickets;       // how many blocks have read the step of a tensor; 0 between launches
+  const uint32_t* step_readers;  // how many there are
+  Key key;
+  DeviceNumbers lrs, sigmas;
+  Scalar grad_scale, clip, found_inf;
+  bool perturbs;    // rolling
+  bool has_copy;    // clean weights are in masters or backups,
+  bool keeps_copy;  // and are written there
+};
+
+// Codes of dtypes, two bits each.
+enum UpdateCode { kParamCode = 0, kCleanCode = 2, kGradCode = 4, kCleanGradCode = 6, kFirstCode = 8, kSecondCode = 10 };
+
+template <class Own, size_t kBytes>
+struct UpdateArguments : UpdateCall {
+  static constexpr int kTensors =
+      (kBytes - sizeof(UpdateCall)) / (6 * sizeof(void*) + sizeof(Own) + 6 * sizeof(float) + sizeof(uint16_t));
+  void* params[kTensors];
+  void* clean[kTensors];
+  float* history[kTensors];
+  const void* grads[kTensors];
+  const void* clean_grads[kTensors];
+  const uint8_t* masks[kTensors];
+  Own own[kTensors];
+  float grad_weight[kTensors], clean_weight[kTensors], kappa[kTensors], beta[kTensors], sigma[kTensors], eta[kTensors];
+  uint16_t codes[kTensors];
+};
+
+// The dtype of a tensor's state, where only the call knows it.
+template <class T, class Args>
+FK_DEVICE uint32_t code_of(const Args& a, uint32_t k, UpdateCode which) {
+  return std::is_same_v<T, AnyFloat> ? a.codes[k] >> which & 3 : 0;
+}
+
+// g <- clip (factor g + clean_weight g_clean).
+struct FinalGradient {
+  float factor, clean_weight, clip;
+  bool mixes, scales;
+
+  template <class Args>
+  FK_DEVICE_MEMBER FinalGradient(const Args& a, uint32_t k, bool mixes)
+      : factor(a.grad_weight[k] * a.grad_scale.get()),
+        clean_weight(a.clean_weight[k]),
+        clip(a.clip.get()),
+        mixes(mixes),
+        scales(factor != 1.0f || clip != 1.0f) {}
+
+  FK_DEVICE_MEMBER float of(float g, float clean) const {
+    return mixes ? math::mixed(g, clean, factor, clean_weight, clip) : scales ? math::mixed(g, factor, clip) : g;
+  }
+};
+
+// Where IRE lengthens the step of eight elements, a bit each.
+template <bool kWhole>
+FK_DEVICE uint32_t mask_bits(const uint8_t* mask, const LongRows& long_rows, const Tile& t, const Team<kWhole>& team,
+                             const Span<kWhole>& s) {
+  if ((t.flags & kFlat) == 0) {
+    const bool segments = (t.flags & kSegments) != 0;
+    const int64_t columns = segments ? long_rows.rows[t.long_row].columns : t.length;
+    const int64_t first = segments ? static_cast<int64_t>(t.segment + team.number_in(t)) * kSegment : 0;
+    return mask[team.row(t) * ((columns + 7) / 8) + (first + s.place) / 8];
+  }
+  uint32_t bits = 0;
+#pragma unroll
+  for (int j = 0; j < 8; ++j)
+    if (j < s.count && mask[team.start + s.place + j] != 0) bits |= 1u << j;
+  return bits;
+}
+
+// What a tile's first pass is made of: the lists of a tensor, from a team's row on.
+template <class Types, bool kWhole, class Args, class Rule>
+struct Step {
+  using P = typename Types::Param;
+  using G = typename Types::Grad;
+  using C = typename Types::Clean;
+  static constexpr bool kGeneral = Types::kGeneral, kAny = std::is_same_v<P, AnyFloat>;
+
+  const Args& a;
+  const Tile& t;
+  const Team<kWhole>& team;
+  const Rule& rule;
+  uint32_t k, codes;
+  bool skip, stores_param;
+
+  FK_DEVICE_MEMBER Step(const Args& a, const Tile& t, const Team<kWhole>& team, const Rule& rule)
+      : a(a), t(t), team(team), rule(rule), k(t.tensor), codes(kAny ? a.codes[k] : 0), skip(rule.skip) {
+    // Now, unless it will be perturbed in this block, from its copy.
+    stores_param = Types::perturbs(a) ? !a.has_copy && !skip : a.has_copy || !skip;
+  }
+
+  FK_DEVICE_MEMBER Elements<P> param() const { return {a.params[k], codes >> kParamCode & 3, team.start}; }
+  FK_DEVICE_MEMBER Elements<C> clean() const { return {a.clean[k], codes >> kCleanCode & 3, team.start}; }
+  FK_DEVICE_MEMBER Elements<G> grad() const { return {a.grads[k], codes >> kGradCode & 3, team.start}; }
+  FK_DEVICE_MEMBER Elements<G> clean_grad() const { return {a.clean_grads[k], codes >> kCleanGradCode & 3, team.start}; }
+  FK_DEVICE_MEMBER bool has_history() const { return kGeneral && a.history[k] != nullptr; }
+  FK_DEVICE_MEMBER bool has_mask() const { return kGeneral && a.masks[k] != nullptr; }
+  FK_DEVICE_MEMBER bool is_flat() const { return (t.flags & kFlat) != 0; }
+
+  // Eight whole elements: their new weights. `squares` are those of what is stored, `gradient` those that a history takes.
+  FK_DEVICE_MEMBER void whole(const Span<true>& s, float& squares, float& gradient) const {
+    const int64_t first = team.start + s.place;
+    Quads<C> clean(a.clean[k], first);
+    Quads<P> param(a.params[k], first);
+    Quads<G> grad(a.grads[k], first), clean_grad(a.clean_grads[k], first);
+    typename Rule::Quads state(a, k, first);
+    const FinalGradient final(a, k, Types::mixes(a, k));
+    const uint32_t bits = has_mask() ? mask_bits(a.masks[k], a.long_rows, t, team, s) : 0;
+    Squares of_weights, of_gradient;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      in_order();
+      float w[4];
+      clean.get(h, w);
+      if (!skip) {
+        float g[4];
+        grad.get(h, g);
+        if (has_history()) {
+          const float scale = a.grad_scale.get();
+#pragma unroll
+          for (int j = 0; j < 4; ++j) of_gradient.take(j, g[j] * scale);
+        }
+        if (final.mixes) {
+          float other[4];
+          clean_grad.get(h, other);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) g[j] = math::mixed(g[j], other[j], final.factor, final.clean_weight, final.clip);
+        } else if (final.scales) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) g[j] = math::mixed(g[j], final.factor, final.clip);
+        }
+        take_step(state, h, bits >> 4 * h, w, g);
+        Quads<C>::round(w);
+        if (a.keeps_copy) clean.put(h, w);
+      }
+      if (stores_param) param.template put<Use::kAgain>(h, w);
+      of_weights.take(w);
+    }
+    squares = of_weights.sum();
+    gradient = of_gradient.sum();
+  }
+
+  // The rule for four elements, and IRE's longer step where a bit is set.
+  FK_DEVICE_MEMBER void take_step(typename Rule::Quads& state, int h, uint32_t bits, float (&w)[4],
+                                  float (&g)[4]) const {
+    if (!has_mask()) return rule.apply(a, k, state, h, w, g);
+    float old[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) old[j] = w[j];
+    rule.apply(a, k, state, h, w, g);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if ((bits >> j & 1) != 0) w[j] = math::amplified(w[j], old[j], a.kappa[k]);
+  }
+
+  // The same for elements one by one.
+  FK_DEVICE_MEMBER void one_by_one(const Span<false>& s, float& squares, float& gradient) const {
+    const uint32_t bits = has_mask() ? mask_bits(a.masks[k], a.long_rows, t, team, s) : 0;
+    const FinalGradient final(a, k, Types::mixes(a, k));
+    Squares of_weights, of_gradient;
+#pragma unroll 1
+    for (int j = 0; j < s.count; ++j) {
+      const int place = s.place + j;
+      float w = clean().get(place);
+      if (!skip) {
+        const float g = grad().get(place), old = w;
+        if (has_history()) {
+          const float scaled = g * a.grad_scale.get();
+          of_gradient.take(j, scaled);
+          if (is_flat()) {
+            float& history = a.history[k][team.start + place];
+            history = math::update_history(history, math::square(scaled), a.beta[k]);
+          }
+        }
+        rule.apply_one(a, k, team.start, place, w, final.of(g, final.mixes ? clean_grad().get(place) : 0.0f));
+        if ((bits >> j & 1) != 0) w = math::amplified(w, old, a.kappa[k]);
+        // It goes straight to its parameter where a backup has served.
+        if (a.keeps_copy || !a.has_copy) w = clean().rounded_one(w);
+        if (a.keeps_copy) clean().put(place, w);
+      }
+      if (stores_param) param().put(place, w);
+      of_weights.take(j, w);
+    }
+    squares = of_weights.sum();
+    gradient = of_gradient.sum();
+  }
+};
+
+// The two sums of a row: of the squares of its new weights, and of its gradient, which a history takes.
+template <int kThreads, int kEights>
+struct UpdateSums {
+  ChunkSums<kThreads, kEights> weights, gradients;
+};
+
+// One tile. Eights come one after the other, so that registers suffice for five blocks on a multiprocessor; the new weights,
+// which the noise needs when their row is measured, are then in a cache.
+template <class Types, int kEights, bool kWhole, class Args, class Rule, class Sums>
+FK_DEVICE void update_tile(const Args& a, const Tile& t, const Rule& rule, Sums& sums) {
+  const Team<kWhole> team(t);
+  const Step<Types, kWhole, Args, Rule> step(a, t, team, rule);
+  const bool perturbs = Types::perturbs(a), has_rows = step.has_history() && !step.is_flat();
+  float norm_square = 0.0f, squares = 0.0f;
+  for_each_eight_in_turn<kEights, true>(team, [&](int i, const auto& s) {
+    float of_weights = 0.0f, of_gradient = 0.0f;
+    if (s.count > 0) {
+      if constexpr (kWhole) {
+        step.whole(s, of_weights, of_gradient);
+      } else {
+        step.one_by_one(s, of_weights, of_gradient);
+      }
+    }
+    if (perturbs) add_chunk<kEights>(t, team, i, of_weights, sums.weights, norm_square);
+    if (has_rows) add_chunk<kEights>(t, team, i, of_gradient, sums.gradients, squares);
+  });
+  if (!Types::kHasRows || (!perturbs && !has_rows)) return;
+
+  const uint32_t k = t.tensor;
+  const bool segments = (t.flags & kSegments) != 0;
+  float* history = step.has_history() ? a.history[k] + team.history_in(t) : nullptr;
+  float past = 0.0f;
+  if (has_rows) {
+    if (team.is_there(t)) past = *history;
+    squares = sum_of_chunks<kEights>(t, team, sums.gradients, squares);
+    __syncwarp();  // all have read it
+  }
+  if (perturbs) norm_square = sum_of_chunks<kEights>(t, team, sums.weights, norm_square);
+  if (segments) {
+    add_segment(t, team, a.long_rows, norm_square, squares, has_rows, [&](double all, double all_squares) {
+      a.long_rows.norms[t.long_row] = math::norm(all);
+      if (has_rows && !step.skip)
+        *history = math::update_history(*history, static_cast<float>(all_squares), a.beta[k]);
+    });
+    return;
+  }
+  if (!team.is_there(t)) return;
+  if (has_rows && !step.skip) {
+    past = math::update_history(past, squares, a.beta[k]);
+    if (team.leads(t)) *history = past;
+  }
+  if (!perturbs) return;
+  const float sigma = static_cast<float>(Types::kGeneral ? a.sigmas.get(k, a.sigma[k]) : a.sigma[k]);
+  const NoiseScale scale = {math::root(norm_square), sigma, a.eta[k], history, past};
+  add_noise_again<kEights>(Types::kGeneral ? a.key.get() : a.key, t, team, scale, step.clean(), step.param());
+}
+
+template <class Rule, class Types, int kThreads, int kBlocks, int kEights, class Args>
+__global__ void __launch_bounds__(kThreads, kBlocks) update_kernel(FK_PARAM(Args) a) {
+  using Sums = UpdateSums<kThreads, kEights>;
+  FK_SHARED(Sums, sums);
+  FK_SHARED(typename Rule::Shared, shared);
+  const Tile& t = a.tiles[blockIdx.x];
+  const Rule rule(a, t.tensor, shared);
+  if constexpr (!std::is_same_v<typename Types::Param, AnyFloat>) {
+    if ((t.flags & kWhole) != 0) return update_tile<Types, kEights, true>(a, t, rule, sums);
+  }
+  update_tile<Types, kEights, false>(a, t, rule, sums);
+}
+
+}  // namespace flatkern::cuda
