@@ -63,7 +63,7 @@ class Checker {
     count(name, list.size());
     for (int64_t k = 0; k < list.size(); ++k) {
       const View& t = on_device_or_cpu(name, list, k);
-      if (t.device != list[0].device) fail(name, k, "is not on the device of entry 0");
+      if (t.device != list[0].device) fail(name, k, std::string("is not on the device of ") + name + "[0]");
       if (!is_float32(t.dtype) || t.numel != 1) fail(name, k, "is not one float32");
     }
     return *this;

@@ -1,4 +1,4 @@
-// Reading whole lists of tensors for a backend that keeps tables of them on a device: what differs from its last call.
+// Describes whole lists of tensors for backends that keep tables on a device: what differs from the last call.
 #include <cstring>
 #include <vector>
 
@@ -7,7 +7,7 @@
 namespace flatkern {
 namespace {
 
-// Takes the words of a description.
+// Collects the words of a description.
 struct Writer {
   std::vector<int64_t> words;
 
@@ -21,7 +21,7 @@ struct Writer {
   }
 };
 
-// Holds them against those of an earlier one; false at the first that differs.
+// Compares them with those of an earlier description; false at the first that differs.
 struct Comparer {
   const int64_t *at, *end;
 
@@ -35,9 +35,9 @@ struct Comparer {
   }
 };
 
-constexpr int64_t kAbsent = -1;  // begins no tensor
+constexpr int64_t kAbsent = -1;  // no tensor's description begins with it
 
-// One pass over the arguments of a call. False where the sink is not interested any more, or with a Python error set.
+// One pass over the arguments of a call. False where `sink` said false, or with a Python error set.
 template <class Sink>
 struct Pass {
   DlpackReader read;
@@ -88,7 +88,7 @@ struct Pass {
   }
 };
 
-// The entries of every list; -1 with a Python error set where there is not one number.
+// The number of entries that all lists have; -1 with a Python error set where they differ.
 int64_t common_length(PyObject* lists) {
   Py_ssize_t count = -1;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(lists); ++i) {

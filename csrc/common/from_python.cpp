@@ -51,11 +51,11 @@ const Torch* torch() {
   return &found;
 }
 
-// Sorts (stride, size) of the dims that matter; a dense tensor's strides are the running products.
+// Whether the strides, in order of size, are the running products of the shape. Dims of size 1 may have any stride.
 bool is_dense(const View& v) {
-  constexpr int kMostDims = 64;
-  if (v.ndim > kMostDims) return false;
-  std::pair<int64_t, int64_t> dims[kMostDims];
+  constexpr int kMaxDims = 64;
+  if (v.ndim > kMaxDims) return false;
+  std::pair<int64_t, int64_t> dims[kMaxDims];
   int count = 0;
   for (int d = 0; d < v.ndim; ++d)
     if (v.shape[d] != 1) dims[count++] = {v.strides[d], v.shape[d]};
@@ -68,7 +68,7 @@ bool is_dense(const View& v) {
   return true;
 }
 
-// Fills what follows from shape and strides.
+// Fills in what follows from shape and strides.
 void derive(View& v) {
   int64_t numel = 1;
   bool contiguous = true;
