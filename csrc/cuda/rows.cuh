@@ -108,22 +108,6 @@ FK_DEVICE float row_sum(const Tile& t, const Team<kWhole>& team, const float (&x
   return sum_chunks(t, team, sums, kEights);
 }
 
-// The same in two steps: a thread's eights come one by one, as soon as they are known, and then the row is summed. In
-// between nothing is kept but `sum`, of a team that shares its warp.
-template <int kEights, bool kWhole, class Sums>
-FK_DEVICE void add_chunk(const Tile& t, const Team<kWhole>& team, int i, float x, Sums& sums, float& sum) {
-  if (t.warps == 0) {
-    if (i == 0) sum = fold_lanes(x, 1 << t.log_lanes);
-    return;
-  }
-  x = fold_lanes(x);
-  if (threadIdx.x % kWarp == 0 && team.is_there(t)) sums.of[chunk_of(t, team, i, kEights)] = x;
-}
-template <int kEights, bool kWhole, class Sums>
-FK_DEVICE float sum_of_chunks(const Tile& t, const Team<kWhole>& team, const Sums& sums, float sum) {
-  return t.warps == 0 ? sum : sum_chunks(t, team, sums, kEights);
-}
-
 // Sums the partial sums of a row, in a warp.
 FK_DEVICE double sum_partials(const double* partials, uint32_t count) {
   double sum = 0;

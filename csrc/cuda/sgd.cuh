@@ -42,8 +42,13 @@ struct Sgd {
     }
     float v[4];
     state.buffer.get(h, v);
+    if (scalars.nesterov) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) w[j] = math::sgd(w[j], g[j], v[j], scalars);
+      for (int j = 0; j < 4; ++j) w[j] = math::sgd(w[j], g[j], v[j], with_nesterov(scalars, true));
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) w[j] = math::sgd(w[j], g[j], v[j], with_nesterov(scalars, false));
+    }
     state.buffer.put(h, v);
   }
 
@@ -61,6 +66,12 @@ struct Sgd {
   }
 
  private:
+  // A selection would compute both for every element.
+  FK_DEVICE_MEMBER static math::SgdScalars with_nesterov(math::SgdScalars scalars, bool nesterov) {
+    scalars.nesterov = nesterov;
+    return scalars;
+  }
+
   template <class Args>
   FK_DEVICE_MEMBER static math::SgdScalars scalars_of(const Args& a, uint32_t k) {
     math::SgdScalars scalars = a.own[k].scalars;

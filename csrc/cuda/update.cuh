@@ -120,10 +120,18 @@ struct Step {
   const Team<kWhole>& team;
   const Rule& rule;
   uint32_t k, codes;
+  FinalGradient final;
   bool skip, stores_param;
 
   FK_DEVICE_MEMBER Step(const Args& a, const Tile& t, const Team<kWhole>& team, const Rule& rule)
-      : a(a), t(t), team(team), rule(rule), k(t.tensor), codes(kAny ? a.codes[k] : 0), skip(rule.skip) {
+      : a(a),
+        t(t),
+        team(team),
+        rule(rule),
+        k(t.tensor),
+        codes(kAny ? a.codes[k] : 0),
+        final(a, k, Types::mixes(a, k)),
+        skip(rule.skip) {
     // Now, unless it will be perturbed in this block, from its copy.
     stores_param = Types::perturbs(a) ? !a.has_copy && !skip : a.has_copy || !skip;
   }
@@ -146,7 +154,6 @@ struct Step {
     Quads<P> param(a.params[k], first);
     Quads<G> grad(a.grads[k], first), clean_grad(a.clean_grads[k], first);
     typename Rule::Quads state(a, k, first);
-    const FinalGradient final(a, k, Types::mixes(a, k));
     const uint32_t bits = has_mask() ? mask_bits(a.masks[k], a.long_rows, t, team, s) : 0;
     Squares of_weights, of_gradient;
 #pragma unroll
@@ -198,7 +205,6 @@ struct Step {
   // The same for elements one by one.
   FK_DEVICE_MEMBER void one_by_one(const Span<false>& s, float& squares, float& gradient) const {
     const uint32_t bits = has_mask() ? mask_bits(a.masks[k], a.long_rows, t, team, s) : 0;
-    const FinalGradient final(a, k, Types::mixes(a, k));
     Squares of_weights, of_gradient;
 #pragma unroll 1
     for (int j = 0; j < s.count; ++j) {
@@ -228,6 +234,13 @@ struct Step {
   }
 };
 
+// Number i of some, where the compiler does not know i: an index would put them into memory.
+template <int kCount>
+FK_DEVICE void set(float (&x)[kCount], int i, float value) {
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) x[j] = i == j ? value : x[j];
+}
+
 // The two sums of a row: of the squares of its new weights, and of its gradient, which a history takes.
 template <int kThreads, int kEights>
 struct UpdateSums {
@@ -241,31 +254,29 @@ FK_DEVICE void update_tile(const Args& a, const Tile& t, const Rule& rule, Sums&
   const Team<kWhole> team(t);
   const Step<Types, kWhole, Args, Rule> step(a, t, team, rule);
   const bool perturbs = Types::perturbs(a), has_rows = step.has_history() && !step.is_flat();
-  float norm_square = 0.0f, squares = 0.0f;
-  for_each_eight_in_turn<kEights, true>(team, [&](int i, const auto& s) {
-    float of_weights = 0.0f, of_gradient = 0.0f;
-    if (s.count > 0) {
-      if constexpr (kWhole) {
-        step.whole(s, of_weights, of_gradient);
-      } else {
-        step.one_by_one(s, of_weights, of_gradient);
-      }
+  float of_weights[kEights] = {}, of_gradient[kEights] = {};
+  for_each_eight_in_turn<kEights>(team, [&](int i, const auto& s) {
+    float weights, gradient;
+    if constexpr (kWhole) {
+      step.whole(s, weights, gradient);
+    } else {
+      step.one_by_one(s, weights, gradient);
     }
-    if (perturbs) add_chunk<kEights>(t, team, i, of_weights, sums.weights, norm_square);
-    if (has_rows) add_chunk<kEights>(t, team, i, of_gradient, sums.gradients, squares);
+    set(of_weights, i, weights);
+    set(of_gradient, i, gradient);
   });
   if (!Types::kHasRows || (!perturbs && !has_rows)) return;
 
   const uint32_t k = t.tensor;
   const bool segments = (t.flags & kSegments) != 0;
   float* history = step.has_history() ? a.history[k] + team.history_in(t) : nullptr;
-  float past = 0.0f;
+  float past = 0.0f, squares = 0.0f;
   if (has_rows) {
     if (team.is_there(t)) past = *history;
-    squares = sum_of_chunks<kEights>(t, team, sums.gradients, squares);
+    squares = row_sum<kEights>(t, team, of_gradient, sums.gradients);
     __syncwarp();  // all have read it
   }
-  if (perturbs) norm_square = sum_of_chunks<kEights>(t, team, sums.weights, norm_square);
+  const float norm_square = perturbs ? row_sum<kEights>(t, team, of_weights, sums.weights) : 0.0f;
   if (segments) {
     add_segment(t, team, a.long_rows, norm_square, squares, has_rows, [&](double all, double all_squares) {
       a.long_rows.norms[t.long_row] = math::norm(all);
