@@ -116,9 +116,10 @@ tree: $(COMPILED)
 
 # The same with the CUDA kernels, which stand nowhere else.
 CUDA := build/cuda
-.PHONY: cuda-tree
-cuda-tree: $(READY)
+.PHONY: cuda-library cuda-tree
+cuda-library:
 	@FLATKERN_BUILD=skip FLATKERN_CUDA=1 $(PY) setup.py -q build_ext --build-lib $(CUDA)/lib
+cuda-tree: $(READY) cuda-library
 	@rm -rf $(CUDA)/tree && mkdir -p $(CUDA)/tree/flatkern
 	@ln -s $$(ls -d $(CURDIR)/flatkern/* | grep -v '/_CUDA[.]') $(CURDIR)/triton_kernels \
 	  $(CURDIR)/$(CUDA)/lib/flatkern/_CUDA$(SUFFIX) $(CUDA)/tree/flatkern/

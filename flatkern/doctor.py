@@ -122,13 +122,13 @@ def brief(facts: dict[str, Any]) -> str:
 
 def cuda_rows(about: dict[str, Any]) -> Rows:
     """What the cuda backend was compiled for, what it needs, and what there is."""
-    rows: Rows = [("extension", about["file"]), ("toolkit", f"CUDA {about['toolkit']}")]
     if about["emulated"]:
-        return [*rows, ("emulated", "yes: kernels run on the CPU, for tests")]
+        return [("extension", about["file"]), ("emulated", "yes: kernels run on the CPU, for tests")]
     found = f"for CUDA {about['driver']}" if about["driver"] else "none"
     return [
-        *rows,
+        ("extension", about["file"]),
         ("emulated", "no"),
+        ("toolkit", f"CUDA {about['toolkit']}"),
         ("compiled for", f"compute capability {about['capabilities']}; newer ones by PTX of the highest"),
         ("driver", f"{found}; it needs {about['needs']}"),
         ("GPUs", f"{about['devices']}{about['problem'] and ': '}{about['problem']}"),

@@ -19,17 +19,22 @@ def build_command() -> tuple[str, ...]:
     (torch, say) the second half names better than make does.
     """
     with_this_python = "" if "MAKELEVEL" in os.environ else f" NO_VENV=1 PYTHON={shlex.quote(sys.executable)}"
-    make = f"make --no-print-directory{with_this_python}"
-    build = f"{make} build"
-    # For the GPUs that are here. In a dry run there is none, and kernels are emulated if anything.
+
+    def make(target: str) -> str:
+        return f"make --no-print-directory {target}{with_this_python}"
+
+    build, library = make("build"), make(f"cuda-library CUDA={CUDA}")
+    # For the GPUs that are here, beside the rest. In a dry run there is none, and kernels are emulated if anything.
     capabilities = "nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u | tr -d ."
     cuda = (
-        f'rm -rf {CUDA}/tree; [ "$FLATKERN_GPU_DRY" = 1 ] || '
-        f'FLATKERN_CUDA_ARCHS="${{FLATKERN_CUDA_ARCHS-$({capabilities})}}" timeout 60 {make} cuda-tree CUDA={CUDA};'
+        f'rm -rf {CUDA}/tree; cuda=; if [ "$FLATKERN_GPU_DRY" != 1 ]; then '
+        f'export FLATKERN_CUDA_ARCHS="${{FLATKERN_CUDA_ARCHS-$({capabilities})}}"; '
+        f"timeout 60 {library} & cuda=$!; fi;"
     )
+    built = f'if [ -n "$cuda" ] && wait "$cuda"; then {make(f"cuda-tree CUDA={CUDA}")}; fi;'
     # Meanwhile torch is read from a disk that is cold on a fresh machine: gigabytes of libraries.
     ahead = '"$0" -c "import torch, triton" > /dev/null 2>&1 &'
-    script = f'{ahead} {{ {build} || FLATKERN_BUILD=skip {build}; }}; {cuda} exec "$0" bench/gpu/stage.py live'
+    script = f'{ahead} {cuda} {{ {build} || FLATKERN_BUILD=skip {build}; }}; {built} exec "$0" bench/gpu/stage.py live'
     return "sh", "-c", script, sys.executable
 
 
