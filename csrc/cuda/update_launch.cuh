@@ -1,6 +1,8 @@
 // From the arguments of an update to its launches, for every rule.
 #pragma once
 
+#include <algorithm>
+
 #include "host.cuh"
 #include "operations.h"
 #include "update.cuh"
@@ -69,17 +71,16 @@ class UpdateLauncher {
         auto kernel = update_kernel<Device, Types, kShortThreads, kBlocks, kEights, Args>;
         // Where nothing is summed by rows none is longer than a segment.
         if constexpr (Types::kHasRows && (!Types::kGeneral || std::is_same_v<typename Types::Param, AnyFloat>))
-          if (launch.threads > kShortThreads) kernel = update_kernel<Device, Types, kLongThreads, 1, kLongEights, Args>;
+          if (is_long(launch)) kernel = update_kernel<Device, Types, kLongThreads, 1, kLongEights, Args>;
         start(op_, kernel, launch.count, launch.threads, stream_, args);
       });
     }
   }
 
-  bool has_long_blocks() const {
-    for (const Launch& launch : plan_.launches)
-      if (launch.threads > kShortThreads) return true;
-    return false;
+  static bool is_long(const Launch& launch) {
+    return launch.threads > kShortThreads || launch.eights > Rule::kRowEights;
   }
+  bool has_long_blocks() const { return std::any_of(plan_.launches.begin(), plan_.launches.end(), is_long); }
 
   template <class Args>
   void fill(Args& args, const Launch& launch) const {
