@@ -23,7 +23,7 @@ if INTERPRETING:
 
 # `make test-cuda` builds what these look at, and names it.
 if not os.environ.get("FLATKERN_CUDA_EMULATION"):
-    collect_ignore += ["test_cuda.py", "test_cuda_emulation.py"]
+    collect_ignore += [f"test_cuda{part}.py" for part in ("", "_emulation", "_launches", "_optim")]
 if not os.environ.get("FLATKERN_CUDA_BUILD"):
     collect_ignore += ["test_cuda_compile.py", "test_cuda_wheel.py"]
 
@@ -95,6 +95,18 @@ def set_isa(native):
     before = native.isa()
     yield native.set_isa
     native.set_isa(before)
+
+
+@pytest.fixture
+def emulated():
+    """The emulated module of the cuda backend; a test ends with it as it was at the beginning."""
+    live("cuda")
+    module = dispatch.compiled_module("cuda")
+    yield module
+    module.set_schedule("")
+    module.set_current_device(0)
+    module.noise_is_on_device(False)
+    module.steps_are_on_host(False)
 
 
 @pytest.fixture

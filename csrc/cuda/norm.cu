@@ -141,10 +141,9 @@ FK_DEVICE double sum_tile(const Args& a, const Tile& t) {
   return sum;
 }
 
-// The sum over a block, in its first thread.
+// The sum over a block, in its first thread. To be called again only behind a barrier.
 FK_DEVICE double block_sum(double x, double (&of_warps)[kShortThreads / kWarp]) {
   x = fold_lanes(x);
-  __syncthreads();  // what an earlier sum left is read
   if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = x;
   __syncthreads();
   double sum = 0;

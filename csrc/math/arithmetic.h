@@ -30,7 +30,7 @@ FK_HD uint32_t bits_of(float x) {
 FK_HD float fma(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return __fmaf_rn(a, b, c);
-#elif defined(__x86_64__) && !defined(__FMA__)
+#elif defined(__x86_64__) && !defined(__FMA__) && !defined(FK_EMULATION)
   // Without the instruction fmaf is a slow call. The sum below rounds twice, but only 65536 radii and 65536 angles ever
   // reach this function, and tests/test_noise.py compares all of them.
   return static_cast<float>(static_cast<double>(a) * b + c);
@@ -40,10 +40,11 @@ FK_HD float fma(float a, float b, float c) {
 }
 
 #if defined(__CUDACC__) || defined(FK_EMULATION)
-// A GPU has estimates; its exact root and quotient are calls for arguments out of the ordinary, and a call costs registers
-// even where it is never made. What follows is correctly rounded for all arguments, without one.
+// A GPU has estimates; its exact root and quotient are calls for arguments out of the ordinary, and a call costs
+// registers even where it is never made. What follows is correctly rounded for all arguments, without one.
 #define FK_ESTIMATES
 
+#if !defined(FK_OWN_ESTIMATES)  // a test's, which are as far off as a GPU's
 FK_HD float reciprocal_estimate(float x) {
 #if defined(__CUDA_ARCH__)
   float r;
@@ -73,11 +74,21 @@ FK_HD float reciprocal_root_estimate(float x) {
   return 1.0f / __builtin_sqrtf(x);
 #endif
 }
+#endif
 
-// The root of a number of [2^-96, 2^128), from its estimate.
-FK_HD float refined_root(float x) {
+// The root of a radius's square, from its estimate: the nearest float for those that there are, but not for all
+// numbers.
+FK_HD float root_of_radius(float x) {
   const float estimate = reciprocal_root_estimate(x), s = x * estimate;
   return fma(fma(-s, s, x), 0.5f * estimate, s);
+}
+
+// The root of a number of [2^-96, 2^128). Half its reciprocal is refined, too: some roots come that near to the middle
+// of two floats that an estimate which is off by one float would round them to the wrong one.
+FK_HD float refined_root(float x) {
+  const float estimate = reciprocal_root_estimate(x), s = x * estimate, h = 0.5f * estimate;
+  const float rest = fma(-s, h, 0.5f), nearer = fma(s, rest, s);
+  return fma(fma(-nearer, nearer, x), fma(h, rest, h), nearer);
 }
 
 FK_HD uint32_t exponent_of(float x) { return bits_of(x) >> 23 & 0xFF; }
@@ -85,7 +96,12 @@ FK_HD uint32_t exponent_of(float x) { return bits_of(x) >> 23 & 0xFF; }
 // For [2^-60, 2^60] no step of a quotient leaves the normal numbers.
 FK_HD bool is_moderate(float x) { return exponent_of(x) - 67u <= 120u; }
 
-FK_HD bool has_ordinary_quotient(float a, float b) { return (is_moderate(a) || bits_of(a) == 0) && is_moderate(b); }
+// The one kind of divisor for which refining an estimate can end next to its reciprocal (Markstein 1990): all ones.
+FK_HD bool is_stubborn(float b) { return (bits_of(b) & 0x007FFFFF) == 0x007FFFFF; }
+
+FK_HD bool has_ordinary_quotient(float a, float b) {
+  return (is_moderate(a) || bits_of(a) == 0) && is_moderate(b) && !is_stubborn(b);
+}
 
 FK_HD float ordinary_quotient(float a, float b) {
   float r = reciprocal_estimate(b);
@@ -97,7 +113,8 @@ FK_HD float ordinary_quotient(float a, float b) {
 
 // a / b where one of them is out of the ordinary: in float64 nothing is, but for zero and infinity.
 FK_HD float rare_quotient(float a, float b) {
-  if (a == 0.0f && b != 0.0f && exponent_of(b) != 255) return a * b;  // the sign of both
+  const bool is_lasting = a == 0.0f || exponent_of(a) == 255;
+  if (is_lasting && b != 0.0f && exponent_of(b) != 255) return a * b;  // zero, infinity or NaN, with the sign of both
   if (b == 0.0f || exponent_of(a) == 255 || exponent_of(b) == 255) return a * reciprocal_estimate(b);
   const double x = a, y = b;
   // The nearest that a quotient of two float32 numbers comes to the middle between two others is 2^-49 of it.

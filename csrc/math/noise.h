@@ -55,7 +55,7 @@ FK_HD float radius(uint32_t word) {
                            0x1.000176p+0f, -0x1.00001p+1f);
   const float t = fma(static_cast<float>(e), -0x1.62e43p+0f, log * f);
 #if defined(FK_ESTIMATES)
-  return refined_root(t);  // t is in [2^-17, 23]
+  return root_of_radius(t);  // t is in [2^-17, 23]
 #else
   return root(t);
 #endif

@@ -1,0 +1,192 @@
+"""Optimizers on the CUDA backend, emulated: the float64 oracle's trajectories, exact restores, eager's steps, refusals."""
+
+import copy
+
+import pytest
+import test_dispatch_cuda
+import torch
+from compare import assert_ulp
+from emulated import needs_emulation
+from test_paper import bound
+from trajectories import distance, library_path, oracle_path
+
+import flatkern
+
+pytestmark = needs_emulation
+
+# Every kernel of every rule, and every method with one of them.
+TRAJECTORIES = [
+    *[("momentum", method) for method in ("plain", "RWP", "ARWP", "m-RWP", "m-ARWP", "RWP 3 rounds", "rolling RWP")],
+    *[("adam", method) for method in ("plain", "m-ARWP", "rolling ARWP")],
+    *[("adamw", method) for method in ("RWP", "m-ARWP by losses", "rolling ARWP")],
+    *[("nesterov", "rolling ARWP"), ("dampening", "ARWP")],
+]
+
+
+@pytest.mark.parametrize("base, method", TRAJECTORIES)
+@pytest.mark.filterwarnings("error")
+def test_trajectory(base, method, emulated):
+    """As test_paper.py has it for the other backends: 50 steps in three groups, next to the oracle."""
+    path = library_path(flatkern, base, method, backend="cuda")
+    error, allowed = distance(path, oracle_path(base, method)), bound(base)
+    assert error < allowed
+
+
+RULES = {
+    "SGD": lambda params, **own: flatkern.SGD(params, **{"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1} | own),
+    "plain SGD": lambda params, **own: flatkern.SGD(params, **{"lr": 0.05} | own),
+    "Adam": lambda params, **own: flatkern.Adam(params, **{"lr": 0.01, "weight_decay": 0.1} | own),
+    "AdamW": lambda params, **own: flatkern.AdamW(params, **{"lr": 0.01, "weight_decay": 0.1} | own),
+}
+METHODS = {
+    "plain": {},
+    "RWP": dict(perturb=flatkern.RWP(0.02)),
+    "ARWP": dict(perturb=flatkern.RWP(0.05, eta=0.1)),
+    "m-RWP": dict(perturb=flatkern.RWP(0.02, lam=0.5)),
+    "m-ARWP": dict(perturb=flatkern.RWP(0.05, lam=0.5, eta=0.1)),
+    "rolling RWP": dict(perturb=flatkern.RWP(0.02, rolling=True)),
+    "rolling ARWP": dict(perturb=flatkern.RWP(0.05, eta=0.1, rolling=True)),
+}
+# The weights' dtype, and what else there is: kernels of their own, and the one of all other types.
+KINDS = {
+    "float32": dict(),
+    "float32, clipped": dict(max_grad_norm=0.1),
+    "bfloat16": dict(dtype=torch.bfloat16),
+    "bfloat16, masters": dict(dtype=torch.bfloat16, master_weights=True),
+    "float16, masters, clipped": dict(dtype=torch.float16, master_weights=True, max_grad_norm=0.1),
+}
+every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+class Run:
+    """A small network in training, with a filter that is longer than a block holds."""
+
+    def __init__(self, rule, method, backend="cuda", dtype=torch.float32, **own):
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3)).to(dtype)
+        self.long = torch.nn.Parameter((0.01 * torch.randn(1, 33000)).to(dtype))
+        self.params = [*self.net.parameters(), self.long]
+        self.x, self.y = torch.randn(8, 6).to(dtype), torch.randint(3, (8,))
+        self.opt = rule(self.params, backend=backend, **method, **own)
+
+    def backward(self):
+        loss = torch.nn.functional.cross_entropy(self.net(self.x).float(), self.y)
+        loss = loss + self.long.float().square().mean()
+        self.opt.zero_grad()
+        loss.backward()
+        return loss
+
+    def step(self, count=1):
+        for _ in range(count):
+            self.opt.step(self.backward)
+
+    def values(self):
+        state = [value for p in self.params for _, value in sorted(self.opt.state[p].items())]
+        return [t.detach().clone() for t in [*self.params, *state] if isinstance(t, torch.Tensor)]
+
+
+def is_rolling(method):
+    return "perturb" in method and method["perturb"].rolling
+
+
+def assert_same(got, want):
+    for k, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert_ulp(f"tensor {k}", a, b)
+
+
+def trained(rule, method, kind, backend):
+    run = Run(rule, method, backend, **kind)
+    if is_rolling(method):
+        run.opt.train()
+    run.step(3)
+    if is_rolling(method):
+        run.opt.eval()
+    return run.values()
+
+
+@every_kind
+@every_method
+@every_rule
+def test_three_steps_next_to_eager(rule, method, kind, emulated):
+    """Bit for bit where nothing is summed. A sum's last bits may round a bfloat16 weight the other way."""
+    got, want = (trained(rule, method, kind, backend) for backend in ("cuda", "eager"))
+    if not method and "max_grad_norm" not in kind:
+        return assert_same(got, want)
+    for a, b in zip(got, want, strict=True):
+        rough = a.dtype != torch.float32 or kind.get("dtype")  # its gradient passes through weights that were rounded
+        torch.testing.assert_close(a, b, rtol=0.02 if rough else 1e-5, atol=1e-2 if rough else 1e-6)
+
+
+@every_kind
+@pytest.mark.parametrize("method", [m for m in METHODS.values() if m], ids=[name for name in METHODS if METHODS[name]])
+def test_a_restore_is_exact(method, kind, emulated):
+    """All weights are perturbed in between."""
+    run = Run(RULES["AdamW"], method, **kind)
+    if is_rolling(method):
+        run.opt.train()
+    run.step(2)
+    if is_rolling(method):
+        run.opt.eval()
+    before = run.values()
+    run.opt.train() if is_rolling(method) else run.opt.perturb()
+    assert all((p != old).float().mean() > 0.2 for p, old in zip(run.params, before, strict=False))
+    run.opt.eval() if is_rolling(method) else run.opt.restore()
+    assert_same(run.values()[: len(run.params)], before[: len(run.params)])
+
+
+@every_kind
+@every_method
+@every_rule
+def test_a_rate_of_zero_changes_no_bit(rule, method, kind, emulated):
+    run = Run(rule, method, lr=0.0, **kind)
+    before = [p.detach().clone() for p in run.params]
+    if is_rolling(method):
+        run.opt.train()
+    run.step(2)
+    if is_rolling(method):
+        run.opt.eval()
+    assert_same([p.detach() for p in run.params], before)
+
+
+def test_launches_of_a_step(emulated):
+    """Perturb and update: one launch each, and one more for the filter that is cut into segments."""
+    run = Run(RULES["SGD"], METHODS["RWP"])
+    run.step()
+    run.opt.perturb()
+    run.backward()
+    before = emulated.launch_count()
+    run.opt.step()
+    assert emulated.launch_count() - before == 1
+    run.opt.perturb()
+    assert emulated.launch_count() - before == 3
+    run.opt.restore()
+    assert emulated.launch_count() - before == 4
+
+
+@pytest.mark.parametrize("make, op", test_dispatch_cuda.LACKING.values(), ids=test_dispatch_cuda.LACKING)
+def test_what_needs_a_missing_kernel_is_refused_when_made(make, op, emulated):
+    p = torch.nn.Parameter(torch.ones(3, 4))
+    count, version = emulated.launch_count(), p._version
+    with pytest.raises(RuntimeError, match=f"^{op}: .*cuda has no such kernel in this version; use backend=None"):
+        make(p)
+    assert emulated.launch_count() == count and p._version == version and p.eq(1).all()
+
+
+def test_cuda_graphs_are_refused_when_made(emulated):
+    with pytest.raises(ValueError, match="CUDA graphs need the triton backend, and cuda serves cpu"):
+        flatkern.SGD([torch.nn.Parameter(torch.ones(3))], backend="cuda", capturable=True)
+
+
+@pytest.mark.parametrize("method", [flatkern.SAM(), flatkern.ASAM()], ids=["SAM", "ASAM"])
+def test_a_group_that_needs_a_missing_kernel_changes_nothing(method, emulated):
+    """The optimizer goes on as if nobody had tried."""
+    run, other = Run(RULES["SGD"], METHODS["RWP"]), Run(RULES["SGD"], METHODS["RWP"])
+    groups = copy.copy(run.opt.param_groups)
+    with pytest.raises((RuntimeError, ValueError, TypeError)):
+        run.opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "perturb": method})
+    assert run.opt.param_groups == groups
+    run.step()
+    other.step()
+    assert_same(run.values(), other.values())
