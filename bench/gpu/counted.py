@@ -39,16 +39,12 @@ from flatkern import dispatch  # noqa: E402
 from flatkern.ops import OPS  # noqa: E402
 
 KERNELS = ROOT / "csrc" / "cuda"
-TILE = np.dtype(
-    "i8 start, u4 tensor, u2 length, u2 last, u2 teams, u2 flags, u1 warps, u1 log_lanes, u2 reciprocal, u4 row,"
-    "u4 long_row, u4 counter_row, u4 counter_eight, u4 index, u4 segment".replace(" ", ":").replace(",:", ",")
-    and [
-        ("start", "i8"), ("tensor", "u4"), ("length", "u2"), ("last", "u2"), ("teams", "u2"), ("flags", "u2"),
-        ("warps", "u1"), ("log_lanes", "u1"), ("reciprocal", "u2"), ("row", "u4"), ("long_row", "u4"),
-        ("counter_row", "u4"), ("counter_eight", "u4"), ("index", "u4"), ("segment", "u4"),
-    ]
-)  # fmt: skip
-KIND = ["length", "last", "teams", "flags", "warps", "log_lanes"]
+TILE = np.dtype([
+    ("start", "i8"), ("tensor", "u4"), ("length", "u2"), ("last", "u2"), ("reciprocal", "u4"), ("threads", "u2"),
+    ("teams", "u2"), ("flags", "u4"), ("row", "u4"), ("counter_row", "u4"), ("counter_eight", "u4"),
+    ("long_row", "u4"), ("segment", "u4"),
+])  # fmt: skip
+KIND = ["length", "last", "teams", "flags", "threads"]
 WHOLE, SEGMENTS = 1, 2
 # What an instruction is for, by the function of csrc in which its line is; the innermost one that is named here.
 PURPOSES = {

@@ -36,7 +36,7 @@ struct Rule {
   static constexpr int kRowEights = 2;
   template <class Types>
   static constexpr int blocks() {
-    return Types::kGeneral ? 3 : Types::kKind == Kind::kPlain ? 5 : 4;
+    return Types::kGeneral ? 3 : 4;
   }
 
   const AdamUpdate& a;

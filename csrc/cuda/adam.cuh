@@ -18,6 +18,7 @@ struct Adam {
   using State = typename Types::State;
   struct Shared {
     float step_size, correction, decay_factor;
+    float inverse;  // of the correction
   };
 
   const Shared& shared;
@@ -51,9 +52,9 @@ struct Adam {
     state.square.put(h, v);
     // What is rare is computed for all four again, apart, so that its registers are not needed where it is not.
     float next[4];
-    bool rare = false;
+    bool rare = shared.inverse == 0.0f;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) next[j] = math::ordinary_adam_step(w[j], m[j], v[j], scalars, rare);
+    for (int j = 0; j < 4; ++j) next[j] = math::ordinary_adam_step(w[j], m[j], v[j], scalars, shared.inverse, rare);
     if (rare) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) next[j] = forget(math::adam_step(w[j], forget(m[j]), v[j], scalars));  // one by one
@@ -86,23 +87,27 @@ struct Adam {
   template <class Args>
   FK_DEVICE_MEMBER void count_step(const Args& a, uint32_t k, Shared& room) const {
     const AdamOwn& own = a.own[k];
-    if (own.step == nullptr) {
-      room = {own.scalars.step_size, own.scalars.correction, own.scalars.decay_factor};
-      return;
-    }
-    const float step = *own.step + 1.0f;
+    math::AdamScalars scalars = own.scalars;
     const bool first = threadIdx.x == 0;
-    const double rest = 1.0 - exp2(static_cast<double>(step) * (first ? own.log2_beta1 : own.log2_beta2));
-    const double lr = Types::kGeneral ? a.lrs.get(k, own.lr) : own.lr;
+    float step = 0.0f;
+    if (own.step != nullptr) {
+      step = *own.step + 1.0f;
+      const double rest = 1.0 - exp2(static_cast<double>(step) * (first ? own.log2_beta1 : own.log2_beta2));
+      const double lr = Types::kGeneral ? a.lrs.get(k, own.lr) : own.lr;
+      scalars.step_size = static_cast<float>(lr / rest);
+      scalars.decay_factor = static_cast<float>(1.0 - lr * own.weight_decay);
+      scalars.correction = static_cast<float>(sqrt(rest));
+    }
     if (first) {
-      room.step_size = static_cast<float>(lr / rest);
-      room.decay_factor = static_cast<float>(1.0 - lr * own.weight_decay);
+      room.step_size = scalars.step_size;
+      room.decay_factor = scalars.decay_factor;
     } else {
-      room.correction = static_cast<float>(sqrt(rest));
+      room.correction = scalars.correction;
+      room.inverse = math::ordinary_correction(scalars);
     }
     // Both have read the step before the first one counts the block.
     __syncwarp(3);
-    if (!first) return;
+    if (!first || own.step == nullptr) return;
     __threadfence();
     const uint32_t readers = a.step_readers[k];
     if (atomicInc(a.step_tickets + k, readers - 1) == readers - 1 && !skip) *own.step = step;

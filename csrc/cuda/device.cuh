@@ -19,6 +19,13 @@
   name##_type& name = name##_storage
 #endif
 
+// Blocks of 256 threads on a multiprocessor. Compiled for sm_100 some kernels need two registers more than five leave.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define FK_MOST_BLOCKS 4
+#else
+#define FK_MOST_BLOCKS 5
+#endif
+
 #define FK_DEVICE static __device__ __forceinline__
 #define FK_DEVICE_MEMBER __device__ __forceinline__
 

@@ -295,31 +295,21 @@ class Quads<float> {
 template <bool kWhole>
 struct Team {
   int first, step;  // the columns of a thread: eight from `first` on, eight from `first + step` on, ...
-  int length;       // of the row or segment; 0 for threads that have none
+  int length;       // of the row or segment; -1 for threads that have none
   int64_t start;    // of it in its tensor
 
   FK_DEVICE_MEMBER explicit Team(const Tile& t) {
     const uint32_t number = number_in(t);
-    if (t.warps != 0) {
-      first = kEight * static_cast<int>(threadIdx.x - number * t.warps * kWarp);
-      step = kEight * kWarp * t.warps;
-    } else {
-      first = kEight * static_cast<int>(threadIdx.x & ((1u << t.log_lanes) - 1));
-      step = kEight << t.log_lanes;
-    }
-    length = number + 1 < t.teams ? t.length : number + 1 == t.teams ? t.last : 0;
+    first = kEight * static_cast<int>(threadIdx.x - number * t.threads);
+    step = kEight * t.threads;
+    length = number + 1 < t.teams ? t.length : number + 1 == t.teams ? t.last : -1;
     start = t.start + static_cast<int64_t>(number) * t.length;
   }
 
-  // Which of the tile's teams it is. A division by a small number: exact for all that 32 warps can ask.
-  FK_DEVICE_MEMBER static uint32_t number_in(const Tile& t) {
-    return t.warps != 0 ? threadIdx.x / kWarp * t.reciprocal >> 10 : threadIdx.x >> t.log_lanes;
-  }
-  FK_DEVICE_MEMBER static bool is_there(const Tile& t) { return number_in(t) < t.teams; }
-  FK_DEVICE_MEMBER static bool leads(const Tile& t) {
-    const uint32_t number = number_in(t);
-    return threadIdx.x == (t.warps != 0 ? number * t.warps * kWarp : number << t.log_lanes);
-  }
+  // Which of the tile's teams it is: threadIdx.x / t.threads, exact up to 1024.
+  FK_DEVICE_MEMBER static uint32_t number_in(const Tile& t) { return threadIdx.x * t.reciprocal >> 20; }
+  FK_DEVICE_MEMBER bool is_there() const { return length >= 0; }
+  FK_DEVICE_MEMBER bool leads() const { return first == 0 && is_there(); }
   FK_DEVICE_MEMBER static int64_t row(const Tile& t) { return t.row + ((t.flags & kSegments) != 0 ? 0 : number_in(t)); }
   // Where a history begins: one number a row, or one an element.
   FK_DEVICE_MEMBER static int64_t history_in(const Tile& t) {

@@ -8,10 +8,11 @@ namespace {
 
 template <size_t kBytes>
 struct FillArguments {
-  static constexpr int kTensors = (kBytes - sizeof(void*) - sizeof(Key)) / (sizeof(void*) + 1) - 1;
+  static constexpr int kTensors = (kBytes - sizeof(void*) - sizeof(Key)) / (sizeof(void*) + sizeof(uint32_t) + 1) - 1;
   const Tile* tiles;
   Key key;
   void* outs[kTensors];
+  uint32_t index[kTensors];
   uint8_t codes[kTensors];
 };
 
@@ -22,7 +23,7 @@ const Walk kFill = {"fill_normal_", FillArguments<kSmall>::kTensors, FillArgumen
 template <class T, bool kWhole, class Args>
 FK_DEVICE void fill_tile(const Args& a, const Tile& t) {
   const Team<kWhole> team(t);
-  const Counters counters(t, team);
+  const Counters counters(t, team, a.index[t.tensor]);
   const Key key = a.key.get();
   const Elements<T> out(a.outs[t.tensor], a.codes[t.tensor], team.start);
   for_each_eight<kEights>(team, [&](int, const auto& s) {
@@ -55,6 +56,7 @@ void run(const FillNormal& a, const Plan& plan, Stream stream) {
       args.key = key_of(a.noise);
       for (int64_t k = launch.begin; k < launch.end; ++k) {
         args.outs[k - launch.begin] = a.outs[k].data;
+        args.index[k - launch.begin] = static_cast<uint32_t>(a.index[k]);
         args.codes[k - launch.begin] = static_cast<uint8_t>(code_of(a.outs[k].dtype));
       }
       start(kFill.op, fill_kernel<T, decltype(args)>, launch.count, launch.threads, stream, args);
@@ -67,7 +69,7 @@ void run(const FillNormal& a, const Plan& plan, Stream stream) {
 void fill_normal_(const FillNormal& a) {
   if (a.outs.size() == 0) return;
   const Place place = place_of(kFill.op, a.outs);
-  const auto plan = find_plan(kFill, {true, false, a.outs, {}, &a.index, &a.offset}, place);
+  const auto plan = find_plan(kFill, {true, false, a.outs, {}, &a.offset}, place);
   const WithoutGil released;
   if (all_are(DType::kFloat32, {&a.outs})) {
     run<float>(a, *plan, place.stream);

@@ -24,7 +24,8 @@ struct Counters {
   int shift;
 
   template <bool kWhole>
-  FK_DEVICE_MEMBER Counters(const Tile& t, const Team<kWhole>& team) : index(t.index), shift(t.flags >> kShiftBit) {
+  FK_DEVICE_MEMBER Counters(const Tile& t, const Team<kWhole>& team, uint32_t index)
+      : index(index), shift(static_cast<int>(t.flags >> kShiftBit)) {
     const bool segments = (t.flags & kSegments) != 0;
     row = t.counter_row + (segments ? 0 : team.number_in(t));
     eight = t.counter_eight + (segments ? team.number_in(t) * (kSegment / kEight) : 0);

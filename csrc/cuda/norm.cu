@@ -36,7 +36,7 @@ FK_DEVICE void norms_tile(const Args& a, const Tile& t, Sums& sums) {
   if ((t.flags & kSegments) != 0) {
     add_segment(t, team, a.long_rows, sum, 0.0f, false,
                 [&](double all, double) { a.norms[k][t.row] = math::norm(all); });
-  } else if (team.leads(t) && team.is_there(t)) {
+  } else if (team.leads()) {
     a.norms[k][team.row(t)] = math::root(sum);
   }
 }
@@ -79,7 +79,7 @@ void run(const FilterNorms& a, const Plan& plan, Stream stream) {
 void filter_norms_(const FilterNorms& a) {
   if (a.params.size() == 0) return;
   const Place place = place_of(kNorms.op, a.params);
-  const auto plan = find_plan(kNorms, {true, false, a.params, {}, nullptr, nullptr}, place);
+  const auto plan = find_plan(kNorms, {true, false, a.params, {}, nullptr}, place);
   const WithoutGil released;
   if (all_are(DType::kFloat32, {&a.params})) {
     run<float>(a, *plan, place.stream);
@@ -205,7 +205,7 @@ void run(const GradientNorm& a, const Plan& plan, Stream stream) {
 
 void gradient_norm_(const GradientNorm& a) {
   const Place place = place_of(kGradient.op, a.grads.size() > 0 ? a.grads : a.norm);
-  const auto plan = find_plan(kGradient, {false, false, a.grads, {&a.clean_grads}, nullptr, nullptr}, place);
+  const auto plan = find_plan(kGradient, {false, false, a.grads, {&a.clean_grads}, nullptr}, place);
   const WithoutGil released;
   if (all_are(DType::kFloat32, {&a.grads, &a.clean_grads})) {
     run<float>(a, *plan, place.stream);

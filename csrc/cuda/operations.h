@@ -21,6 +21,7 @@ struct PerturbLists {
   const Table *params, *backups, *clean, *norms, *history;
   const Table &sigmas, &noise;
   const Floats &sigma, &eta;
+  const Ints& index;
 };
 
 // Starts it. `measures`: norms of rows that are cut into segments are computed, and nothing is written yet.

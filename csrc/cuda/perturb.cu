@@ -29,6 +29,7 @@ void fill(Args& a, const PerturbLists& lists, const Plan& plan, const Launch& la
     a.history[i] = pointer<float>(lists.history, k);
     a.sigma[i] = static_cast<float>(lists.sigma[k]);
     a.eta[i] = static_cast<float>(lists.eta[k]);
+    a.index[i] = static_cast<uint32_t>(lists.index[k]);
     const DType backup = a.backups[i] != nullptr ? (*lists.backups)[k].dtype : param.dtype;
     a.codes[i] = static_cast<uint16_t>(code_of(param.dtype) | code_of(backup) << 2 | code_of(clean.dtype) << 4);
   }
@@ -74,9 +75,10 @@ void perturb_gaussian_(const PerturbGaussian& a) {
   if (a.params.size() == 0) return;
   const Place place = place_of(kPerturb.op, a.params);
   const Table& clean = a.masters ? a.masters : a.params;
-  const auto plan = find_plan(
-      kPerturb, {true, a.history.present, a.params, {&a.backups, &a.masters, &a.history}, &a.index, &a.offset}, place);
-  const PerturbLists lists = {&a.params, &a.backups, &clean, &a.norms, &a.history, a.sigmas, a.noise, a.sigma, a.eta};
+  const auto plan =
+      find_plan(kPerturb, {true, a.history.present, a.params, {&a.backups, &a.masters, &a.history}, &a.offset}, place);
+  const PerturbLists lists = {&a.params, &a.backups, &clean,  &a.norms, &a.history,
+                              a.sigmas,  a.noise,    a.sigma, a.eta,    a.index};
   const bool measures = !a.norms && !plan->segments.empty();
   const WithoutGil released;
   launch_perturb(kPerturb.op, lists, *plan, plan->launches, place.stream, measures);
@@ -143,7 +145,7 @@ void run_restore(const Restore& a, const Plan& plan, Stream stream) {
 void restore_(const Restore& a) {
   if (a.params.size() == 0) return;
   const Place place = place_of(kRestore.op, a.params);
-  const auto plan = find_plan(kRestore, {false, false, a.params, {&a.backups}, nullptr, nullptr}, place);
+  const auto plan = find_plan(kRestore, {false, false, a.params, {&a.backups}, nullptr}, place);
   const WithoutGil released;
   // What is equal is moved as it is, whatever it means.
   if (all_are(DType::kFloat32, {&a.params, &a.backups})) {

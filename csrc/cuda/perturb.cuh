@@ -24,13 +24,14 @@ struct PerturbCall {
 
 template <size_t kBytes>
 struct PerturbArguments : PerturbCall {
-  static constexpr int kTensors = (kBytes - sizeof(PerturbCall)) / (5 * sizeof(void*) + 2 * sizeof(float) + 2);
+  static constexpr int kTensors = (kBytes - sizeof(PerturbCall)) / (5 * sizeof(void*) + 3 * sizeof(float) + 2);
   void* params[kTensors];
   void* backups[kTensors];
   const void* clean[kTensors];
   const float* norms[kTensors];
   const float* history[kTensors];
   float sigma[kTensors], eta[kTensors];
+  uint32_t index[kTensors];
   uint16_t codes[kTensors];  // of params, backups, clean; two bits each
 };
 
@@ -76,9 +77,9 @@ FK_DEVICE void perturb_tile(const Args& a, const Tile& t, Sums& sums) {
   } else if (measures) {
     norm = a.long_rows.norms[t.long_row];
   } else {
-    norm = team.is_there(t) ? a.norms[k][team.row(t)] : 0.0f;
+    norm = team.is_there() ? a.norms[k][team.row(t)] : 0.0f;
   }
-  if (!team.is_there(t)) return;
+  if (!team.is_there()) return;
   const float* history = kGeneral ? a.history[k] : nullptr;
   if (history != nullptr) history += team.history_in(t);
   const NoiseScale scale = {norm, static_cast<float>(a.sigmas.get(k, a.sigma[k])), a.eta[k], history,
@@ -92,7 +93,8 @@ FK_DEVICE void perturb_tile(const Args& a, const Tile& t, Sums& sums) {
 }
 
 template <class Types, int kThreads, int kBlocks, int kEights, class Args>
-__global__ void __launch_bounds__(kThreads, kBlocks) perturb_kernel(FK_PARAM(Args) a) {
+__global__ void __launch_bounds__(kThreads, kBlocks < FK_MOST_BLOCKS ? kBlocks : FK_MOST_BLOCKS)
+    perturb_kernel(FK_PARAM(Args) a) {
   using Sums = ChunkSums<kThreads, kEights>;
   FK_SHARED(Sums, sums);
   const Tile& t = a.tiles[blockIdx.x];

@@ -11,6 +11,7 @@ struct NoiseScale {
   float norm, sigma, eta;
   const float* history;  // where it begins for a team; null without one
   float of_filter;       // what it is for a row
+  uint32_t index;        // which parameter it is, for its normals
 
   FK_DEVICE_MEMBER float of_row() const {
     return history == nullptr ? math::noise_scale(norm, sigma) : math::noise_scale(norm, sigma, of_filter, eta);
@@ -22,7 +23,7 @@ struct NoiseScale {
 template <int kEights, class Stored, class P>
 FK_DEVICE void add_noise(const Key& key, const Tile& t, const Team<true>& team, const NoiseScale& scale,
                          const Stored (&clean)[kEights], const Elements<P>& param) {
-  const Counters counters(t, team);
+  const Counters counters(t, team, scale.index);
   const float of_row = scale.of_row();
   for_each_eight<kEights>(team, [&](int i, const auto& s) {
     float z[8], w[8];
@@ -38,7 +39,7 @@ FK_DEVICE void add_noise(const Key& key, const Tile& t, const Team<true>& team, 
 template <int kEights, class C, class P>
 FK_DEVICE void add_noise_again(const Key& key, const Tile& t, const Team<true>& team, const NoiseScale& scale,
                                const Elements<C>& clean, const Elements<P>& param) {
-  const Counters counters(t, team);
+  const Counters counters(t, team, scale.index);
   const float of_row = scale.of_row();
   for_each_eight_in_turn<kEights>(team, [&](int, const auto& s) {
     float z[8], w[8];
@@ -55,7 +56,7 @@ FK_DEVICE void add_noise_again(const Key& key, const Tile& t, const Team<true>& 
 template <int kEights, class C, class P>
 FK_DEVICE void add_noise_again(const Key& key, const Tile& t, const Team<false>& team, const NoiseScale& scale,
                                const Elements<C>& clean, const Elements<P>& param) {
-  const Counters counters(t, team);
+  const Counters counters(t, team, scale.index);
   const bool by_element = scale.history != nullptr && (t.flags & kFlat) != 0;
   const float of_row = by_element ? 0.0f : scale.of_row();
   for_each_eight_in_turn<kEights>(team, [&](int, const auto& s) {

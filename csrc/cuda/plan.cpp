@@ -20,16 +20,18 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // What of one tensor decides about its tiles.
 struct Form {
   int64_t rows, cols;
-  uint32_t index, counter_row;
+  uint32_t counter_row;
   uint64_t first_eight;
   uint32_t flags;  // kFlat, and kWhole where its rows may be moved 16 bytes at a time
   uint32_t shift;
 
   bool is_cut(int64_t resident) const { return cols > resident; }
-  // 32 lanes have a chunk of 256 columns, and a thread as many eights.
-  int warps(int eights) const {
-    return cols <= kChunk ? 0
-                          : static_cast<int>(ceil_div(ceil_div(std::min<int64_t>(cols, kResident), kChunk), eights));
+  // Threads of a team: a power of two inside of a warp, or whole warps; 32 have a chunk, and each so many eights.
+  int threads(int eights) const {
+    if (cols > kChunk) return kWarp * static_cast<int>(ceil_div(ceil_div(cols, kChunk), eights));
+    int lanes = 1;
+    while (lanes * kEight < cols) lanes *= 2;
+    return lanes;
   }
 };
 
@@ -47,7 +49,6 @@ Form form_of(const Call& call, int64_t k) {
   Form f = {};
   f.rows = call.by_rows ? t.rows : 1;
   f.cols = call.by_rows ? t.cols : t.numel;
-  f.index = call.index != nullptr ? static_cast<uint32_t>((*call.index)[k]) : 0;
   f.counter_row = flat ? 0 : static_cast<uint32_t>(offset);
   f.first_eight = flat ? static_cast<uint64_t>(offset) / kEight : 0;
   f.shift = flat ? static_cast<uint32_t>(offset % kEight) : 0;
@@ -65,44 +66,39 @@ struct Builder {
   std::vector<LongRow> long_rows;
   std::vector<uint32_t> blocks;  // of each tensor
   uint32_t segments = 0;
-  int block_warps = 0, eights = 0;
+  int block_threads = 0, eights = 0;
   size_t first_tensor = 0;  // of the launch that is being made
 
-  void add(Tile tile, const Form& f, uint32_t tensor, int64_t length, int64_t last, int64_t teams, int warps) {
+  void add(Tile tile, const Form& f, uint32_t tensor, int64_t length, int64_t last, int64_t teams, int threads) {
     tile.tensor = tensor;
-    tile.index = f.index;
     tile.length = static_cast<uint16_t>(length);
     tile.last = static_cast<uint16_t>(last);
     tile.teams = static_cast<uint16_t>(teams);
-    tile.warps = static_cast<uint8_t>(warps);
-    tile.reciprocal = static_cast<uint16_t>(warps != 0 ? ceil_div(1024, warps) : 0);
-    uint32_t lanes = 1;
-    while (warps == 0 && lanes * kEight < length) lanes *= 2, ++tile.log_lanes;
+    tile.threads = static_cast<uint16_t>(threads);
+    tile.reciprocal = static_cast<uint32_t>(ceil_div(int64_t{1} << 20, threads));
     const bool whole = (f.flags & kWhole) != 0 && length % kEight == 0 && last % kEight == 0;
-    tile.flags |= static_cast<uint16_t>((f.flags & kFlat) | (whole ? kWhole : 0) | f.shift << kShiftBit);
+    tile.flags |= ((f.flags & kFlat) | (whole ? kWhole : 0) | f.shift << kShiftBit);
     tiles.push_back(tile);
     ++blocks[first_tensor + tensor];
   }
 
   void add_rows(const Form& f, uint32_t tensor) {
-    const int warps = f.warps(eights);
-    int lanes = 1;
-    while (lanes * kEight < f.cols) lanes *= 2;
-    const int64_t teams = warps != 0 ? block_warps / warps : block_warps * kWarp / lanes;
+    const int threads = f.threads(eights);
+    const int64_t teams = block_threads / threads;
     for (int64_t row = 0; row < f.rows; row += teams) {
       Tile tile = {};
       tile.start = row * f.cols;
       tile.row = static_cast<uint32_t>(row);
       tile.counter_row = f.counter_row + static_cast<uint32_t>(row);
       tile.counter_eight = static_cast<uint32_t>(f.first_eight);
-      add(tile, f, tensor, f.cols, f.cols, std::min(teams, f.rows - row), warps);
+      add(tile, f, tensor, f.cols, f.cols, std::min(teams, f.rows - row), threads);
     }
   }
 
   // Of rows that are cut; teams have segments of one of them.
   void add_segments(const Form& f, uint32_t tensor) {
-    const int warps = static_cast<int>(ceil_div(kSegment / kChunk, eights));
-    const int64_t teams = block_warps / warps, count = ceil_div(f.cols, kSegment);
+    const int threads = kWarp * static_cast<int>(ceil_div(kSegment / kChunk, eights));
+    const int64_t teams = block_threads / threads, count = ceil_div(f.cols, kSegment);
     for (int64_t row = 0; row < f.rows; ++row) {
       for (int64_t first = 0; first < count; first += teams) {
         const int64_t here = std::min(teams, count - first);
@@ -115,7 +111,7 @@ struct Builder {
         tile.long_row = static_cast<uint32_t>(long_rows.size());
         tile.segment = static_cast<uint32_t>(first);
         const int64_t last = std::min<int64_t>(kSegment, f.cols - (first + here - 1) * kSegment);
-        add(tile, f, tensor, kSegment, last, here, warps);
+        add(tile, f, tensor, kSegment, last, here, threads);
       }
       if (!walk.sums) continue;
       long_rows.push_back({f.cols, segments, static_cast<uint32_t>(count)});
@@ -153,20 +149,19 @@ std::shared_ptr<const Plan> make_plan(const Walk& walk, const std::vector<Form>&
   // Without tensors there is one launch, too, of an empty tile: a norm is then zero.
   for (int64_t begin = 0; begin == 0 || begin < count; begin += most) {
     const int64_t end = std::min(count, begin + most);
-    constexpr int kShortWarps = kShortThreads / kWarp;
     const auto needed = [&](int eights) {
-      int warps = kShortWarps;
+      int threads = kShortThreads;
       for (int64_t k = begin; k < end; ++k)
-        if (!forms[k].is_cut(walk.resident)) warps = std::max(warps, forms[k].warps(eights));
-      return warps;
+        if (!forms[k].is_cut(walk.resident)) threads = std::max(threads, forms[k].threads(eights));
+      return threads;
     };
-    const bool is_long = needed(walk.eights) > kShortWarps;
+    const bool is_long = needed(walk.eights) > kShortThreads;
     b.eights = is_long ? kLongEights : walk.eights;
-    b.block_warps = is_long ? needed(kLongEights) : kShortWarps;
+    b.block_threads = is_long ? needed(kLongEights) : kShortThreads;
     Range range = {b.tiles.size(), 0, 0};
     b.first_tensor = b.blocks.size();
     b.blocks.resize(b.first_tensor + std::max<int64_t>(1, end - begin));
-    if (count == 0) b.add(Tile{}, Form{}, 0, 0, 0, 0, 0);
+    if (count == 0) b.add(Tile{}, Form{}, 0, 0, 0, 0, 1);
     // Tiles with segments come last, so that a second pass over them is a range.
     for (const bool cut : {false, true}) {
       if (cut) range.cut = b.tiles.size();
@@ -175,12 +170,12 @@ std::shared_ptr<const Plan> make_plan(const Walk& walk, const std::vector<Form>&
         const auto tensor = static_cast<uint32_t>(k - begin);
         cut ? b.add_segments(forms[k], tensor) : b.add_rows(forms[k], tensor);
         // An empty tensor has a step to count, too.
-        if (b.blocks[b.first_tensor + tensor] == 0) b.add(Tile{}, forms[k], tensor, 0, 0, 0, 0);
+        if (b.blocks[b.first_tensor + tensor] == 0) b.add(Tile{}, forms[k], tensor, 0, 0, 0, 1);
       }
     }
     range.end = b.tiles.size();
     ranges.push_back(range);
-    plan->launches.push_back({begin, end, static_cast<unsigned>(b.block_warps * kWarp), b.eights, nullptr, 0});
+    plan->launches.push_back({begin, end, static_cast<unsigned>(b.block_threads), b.eights, nullptr, 0});
   }
 
   Parts table, scratch;
@@ -253,13 +248,12 @@ std::shared_ptr<const Plan> find_plan(const Walk& walk, const Call& call, const 
   static auto& known = *new std::map<const Walk*, std::list<Known>>;
   std::vector<Form> forms(call.like.size());
   PlanKey key;
-  key.words.reserve(2 + 6 * forms.size());
+  key.words.reserve(2 + 5 * forms.size());
   key.words = {place.device, reinterpret_cast<int64_t>(place.stream)};
   for (int64_t k = 0; k < call.like.size(); ++k) {
     const Form& f = forms[k] = form_of(call, k);
-    for (const int64_t word :
-         {f.rows, f.cols, static_cast<int64_t>(f.index), static_cast<int64_t>(f.counter_row),
-          static_cast<int64_t>(f.first_eight), static_cast<int64_t>(f.flags | f.shift << kShiftBit)})
+    for (const int64_t word : {f.rows, f.cols, static_cast<int64_t>(f.counter_row), static_cast<int64_t>(f.first_eight),
+                               static_cast<int64_t>(f.flags | f.shift << kShiftBit)})
       key.words.push_back(word);
   }
   std::list<Known>& plans = known[&walk];

@@ -29,7 +29,6 @@ struct Call {
   bool odd_vectors;   // something has an entry per element of a vector, so that these are walked one by one
   const Table& like;  // the tensors that are walked
   std::initializer_list<const Table*> beside;  // lists like it, whose alignment matters
-  const Ints* index;                           // null where no normals are drawn
   const Ints* offset;
 };
 

@@ -36,7 +36,7 @@ FK_DEVICE float sum_squares(const float (&x)[8]) {
   return squares.sum();
 }
 
-// Sums over the lanes of a warp, or of the 2^log_lanes that a team has of it, in every lane.
+// Sums over the lanes of a warp, or those that a team has of it, a power of two; in every lane.
 template <class T>
 FK_DEVICE T fold_lanes(T x, int lanes = kWarp) {
 #pragma unroll
@@ -74,38 +74,30 @@ struct ChunkSums {
   float of[kThreads / kWarp * kEights];
 };
 
-// Where the sum of a warp's chunk, its `i`th, is kept.
+// Where the sums of a team's chunks begin: threads before it have chunks, too.
 template <bool kWhole>
-FK_DEVICE int chunk_of(const Tile& t, const Team<kWhole>& team, int i, int eights) {
-  const int warp = static_cast<int>(threadIdx.x / kWarp), before = static_cast<int>(team.number_in(t)) * t.warps;
-  return before * eights + warp - before + i * t.warps;
-}
-
-// The sum of a row's chunks, in all threads of its team.
-template <bool kWhole, class Sums>
-FK_DEVICE float sum_chunks(const Tile& t, const Team<kWhole>& team, const Sums& sums, int eights) {
-  __syncthreads();
-  const int chunks = (team.length + kChunk - 1) / kChunk, base = static_cast<int>(team.number_in(t)) * t.warps * eights;
-  float total = 0.0f;
-#pragma unroll
-  for (int c = 0; c < static_cast<int>(sizeof(sums.of) / sizeof(float)); c += kWarp) {
-    const int chunk = c + static_cast<int>(threadIdx.x % kWarp);
-    if (chunk < chunks) total += sums.of[base + chunk];
-  }
-  return fold_lanes(total);
+FK_DEVICE int first_chunk(const Team<kWhole>& team, int eights) {
+  return static_cast<int>(threadIdx.x - team.first / kEight) / kWarp * eights;
 }
 
 // The sum over a team's row, in all of its threads; `x` has what a thread has of it, by its eights. To be called by
 // every thread of a block, with a ChunkSums that no earlier call used.
 template <int kEights, bool kWhole, class Sums>
 FK_DEVICE float row_sum(const Tile& t, const Team<kWhole>& team, const float (&x)[kEights], Sums& sums) {
-  if (t.warps == 0) return fold_lanes(x[0], 1 << t.log_lanes);
-  const int lane = static_cast<int>(threadIdx.x % kWarp);
+  if (t.length <= kChunk) return fold_lanes(x[0], t.threads);
+  const int lane = static_cast<int>(threadIdx.x % kWarp), base = first_chunk(team, kEights);
   const float sum = fold_several<kEights>(x, lane);
   // Lanes 0, 16, 8, 24 have the numbers 0, 1, 2, 3.
   const int i = (lane >> 4) + 2 * (lane >> 3 & 1);
-  if (lane % 8 == 0 && i < kEights && team.is_there(t)) sums.of[chunk_of(t, team, i, kEights)] = sum;
-  return sum_chunks(t, team, sums, kEights);
+  if (lane % 8 == 0 && i < kEights && team.is_there())
+    sums.of[base + team.first / kChunk + i * (team.step / kChunk)] = sum;
+  __syncthreads();
+  const int chunks = (team.length + kChunk - 1) / kChunk;
+  float total = 0.0f;
+#pragma unroll
+  for (int c = 0; c < static_cast<int>(sizeof(sums.of) / sizeof(float)); c += kWarp)
+    if (c + lane < chunks) total += sums.of[base + c + lane];
+  return fold_lanes(total);
 }
 
 // Sums the partial sums of a row, in a warp.
@@ -123,7 +115,7 @@ FK_DEVICE void add_segment(const Tile& t, const Team<kWhole>& team, const LongRo
   const LongRow row = all.rows[t.long_row];
   double* partials = all.partials + row.first;
   bool last = false;
-  if (team.leads(t) && team.is_there(t)) {
+  if (team.leads()) {
     const uint32_t segment = t.segment + team.number_in(t);
     partials[segment] = first;
     if (has_second) partials[all.segments + segment] = second;
@@ -135,7 +127,7 @@ FK_DEVICE void add_segment(const Tile& t, const Team<kWhole>& team, const LongRo
   __syncwarp();  // a shuffle orders no memory
   const double sum = sum_partials(partials, row.segments);
   const double other = has_second ? sum_partials(partials + all.segments, row.segments) : 0.0;
-  if (team.leads(t)) finish(sum, other);
+  if (team.leads()) finish(sum, other);
 }
 
 }  // namespace flatkern::cuda

@@ -25,19 +25,18 @@ constexpr uint32_t kFlat = 4;      // rank <= 1: a history and a mask have an en
 constexpr uint32_t kShiftBit = 8;
 
 struct alignas(16) Tile {
-  // Where its teams are:
+  // Where its teams are, 32 bytes:
   int64_t start;          // offset of the first element in its tensor
   uint32_t tensor;        // which one of a launch
   uint16_t length, last;  // elements of a row or segment; of the last team's
-  uint16_t teams, flags;
-  uint8_t warps, log_lanes;  // of a team; where warps is 0, several teams of 2^log_lanes threads share one
-  uint16_t reciprocal;       // of warps: 1024 / warps, rounded up
-  uint32_t row, long_row;    // the first row; of segments, which of the long rows
-  // Which normals they draw:
-  uint32_t counter_row;    // of the first element: the row of the unsharded tensor,
-  uint32_t counter_eight;  // and which eight of its columns
-  uint32_t index;          // of its parameter
-  uint32_t segment;        // of segments, which one is the first here
+  uint32_t reciprocal;    // of a team's threads: 2^20 / threads, rounded up
+  uint16_t threads, teams;
+  uint32_t flags;
+  uint32_t row;  // the first row
+  // What is seldom needed, 16 bytes:
+  uint32_t counter_row, counter_eight;  // of the first element's normals: the row of the unsharded tensor, and which
+                                        // eight of its columns
+  uint32_t long_row, segment;           // of segments: which of the long rows, and which segment of it is the first
 };
 static_assert(sizeof(Tile) == 48);
 

@@ -55,7 +55,7 @@ enum UpdateCode { kParamCode = 0, kCleanCode = 2, kGradCode = 4, kCleanGradCode 
 template <class Own, size_t kBytes>
 struct UpdateArguments : UpdateCall {
   static constexpr int kTensors =
-      (kBytes - sizeof(UpdateCall)) / (6 * sizeof(void*) + sizeof(Own) + 6 * sizeof(float) + sizeof(uint16_t));
+      (kBytes - sizeof(UpdateCall)) / (6 * sizeof(void*) + sizeof(Own) + 7 * sizeof(float) + sizeof(uint16_t));
   void* params[kTensors];
   void* clean[kTensors];
   float* history[kTensors];
@@ -64,6 +64,7 @@ struct UpdateArguments : UpdateCall {
   const uint8_t* masks[kTensors];
   Own own[kTensors];
   float grad_weight[kTensors], clean_weight[kTensors], kappa[kTensors], beta[kTensors], sigma[kTensors], eta[kTensors];
+  uint32_t index[kTensors];
   uint16_t codes[kTensors];
 };
 
@@ -108,44 +109,50 @@ FK_DEVICE uint32_t mask_bits(const uint8_t* mask, const LongRows& long_rows, con
   return bits;
 }
 
-// What a tile's first pass is made of: the lists of a tensor, from a team's row on.
-template <class Types, bool kWhole, class Args, class Rule>
-struct Step {
+// The lists of a tensor, from a team's row on.
+template <class Types, bool kWhole, class Args>
+struct Rows {
   using P = typename Types::Param;
   using G = typename Types::Grad;
   using C = typename Types::Clean;
-  static constexpr bool kGeneral = Types::kGeneral, kAny = std::is_same_v<P, AnyFloat>;
+  static constexpr bool kGeneral = Types::kGeneral;
 
   const Args& a;
   const Tile& t;
   const Team<kWhole>& team;
+
+  FK_DEVICE_MEMBER uint32_t code(UpdateCode which) const { return code_of<P>(a, t.tensor, which); }
+  FK_DEVICE_MEMBER Elements<P> param() const { return {a.params[t.tensor], code(kParamCode), team.start}; }
+  FK_DEVICE_MEMBER Elements<C> clean() const { return {a.clean[t.tensor], code(kCleanCode), team.start}; }
+  FK_DEVICE_MEMBER Elements<G> grad() const { return {a.grads[t.tensor], code(kGradCode), team.start}; }
+  FK_DEVICE_MEMBER Elements<G> clean_grad() const {
+    return {a.clean_grads[t.tensor], code(kCleanGradCode), team.start};
+  }
+  FK_DEVICE_MEMBER bool has_history() const { return kGeneral && a.history[t.tensor] != nullptr; }
+  FK_DEVICE_MEMBER bool has_mask() const { return kGeneral && a.masks[t.tensor] != nullptr; }
+  FK_DEVICE_MEMBER bool is_flat() const { return (t.flags & kFlat) != 0; }
+};
+
+// What a tile's first pass is made of.
+template <class Types, bool kWhole, class Args, class Rule>
+struct Step : Rows<Types, kWhole, Args> {
+  using Base = Rows<Types, kWhole, Args>;
+  using Base::a, Base::t, Base::team, Base::param, Base::clean, Base::grad, Base::clean_grad;
+  using Base::has_history, Base::has_mask, Base::is_flat;
+  using typename Base::C;
+  using typename Base::G;
+  using typename Base::P;
+
   const Rule& rule;
-  uint32_t k, codes;
+  uint32_t k;
   FinalGradient final;
   bool skip, stores_param;
 
-  FK_DEVICE_MEMBER Step(const Args& a, const Tile& t, const Team<kWhole>& team, const Rule& rule)
-      : a(a),
-        t(t),
-        team(team),
-        rule(rule),
-        k(t.tensor),
-        codes(kAny ? a.codes[k] : 0),
-        final(a, k, Types::mixes(a, k)),
-        skip(rule.skip) {
+  FK_DEVICE_MEMBER Step(const Base& rows, const Rule& rule)
+      : Base(rows), rule(rule), k(t.tensor), final(a, k, Types::mixes(a, k)), skip(rule.skip) {
     // Now, unless it will be perturbed in this block, from its copy.
     stores_param = Types::perturbs(a) ? !a.has_copy && !skip : a.has_copy || !skip;
   }
-
-  FK_DEVICE_MEMBER Elements<P> param() const { return {a.params[k], codes >> kParamCode & 3, team.start}; }
-  FK_DEVICE_MEMBER Elements<C> clean() const { return {a.clean[k], codes >> kCleanCode & 3, team.start}; }
-  FK_DEVICE_MEMBER Elements<G> grad() const { return {a.grads[k], codes >> kGradCode & 3, team.start}; }
-  FK_DEVICE_MEMBER Elements<G> clean_grad() const {
-    return {a.clean_grads[k], codes >> kCleanGradCode & 3, team.start};
-  }
-  FK_DEVICE_MEMBER bool has_history() const { return kGeneral && a.history[k] != nullptr; }
-  FK_DEVICE_MEMBER bool has_mask() const { return kGeneral && a.masks[k] != nullptr; }
-  FK_DEVICE_MEMBER bool is_flat() const { return (t.flags & kFlat) != 0; }
 
   // Eight whole elements: their new weights. `squares` are those of what is stored, `gradient` those that a history
   // takes.
@@ -153,7 +160,7 @@ struct Step {
     const int64_t first = team.start + s.place;
     Quads<C> clean(a.clean[k], first);
     Quads<P> param(a.params[k], first);
-    Quads<G> grad(a.grads[k], first), clean_grad(a.clean_grads[k], first);
+    const Quads<G> grad(a.grads[k], first), clean_grad(a.clean_grads[k], first);
     typename Rule::Quads state(a, k, first);
     const uint32_t bits = has_mask() ? mask_bits(a.masks[k], a.long_rows, t, team, s) : 0;
     Squares of_weights, of_gradient;
@@ -248,13 +255,47 @@ struct UpdateSums {
   ChunkSums<kThreads, kEights> weights, gradients;
 };
 
-// One tile. Eights come one after the other, so that registers suffice for five blocks on a multiprocessor; the new
+// The second pass: what takes the sums of a row, its history and its noise.
+template <class Types, int kEights, bool kWhole, class Args, class Sums>
+FK_DEVICE void finish_rows(const Args& a, const Tile& t, const Team<kWhole>& team, bool skip,
+                           const float (&of_weights)[kEights], const float (&of_gradient)[kEights], Sums& sums) {
+  const Rows<Types, kWhole, Args> rows{a, t, team};
+  const uint32_t k = t.tensor;
+  const bool perturbs = Types::perturbs(a), segments = (t.flags & kSegments) != 0;
+  const bool has_rows = rows.has_history() && !rows.is_flat();
+  if (!perturbs && !has_rows) return;
+  float* history = rows.has_history() ? a.history[k] + team.history_in(t) : nullptr;
+  float past = 0.0f, squares = 0.0f;
+  if (has_rows) {
+    if (team.is_there()) past = *history;
+    squares = row_sum<kEights>(t, team, of_gradient, sums.gradients);
+    __syncwarp();  // all have read it
+  }
+  const float norm_square = perturbs ? row_sum<kEights>(t, team, of_weights, sums.weights) : 0.0f;
+  if (segments) {
+    add_segment(t, team, a.long_rows, norm_square, squares, has_rows, [&](double all, double all_squares) {
+      a.long_rows.norms[t.long_row] = math::norm(all);
+      if (has_rows && !skip) *history = math::update_history(*history, static_cast<float>(all_squares), a.beta[k]);
+    });
+    return;
+  }
+  if (!team.is_there()) return;
+  if (has_rows && !skip) {
+    past = math::update_history(past, squares, a.beta[k]);
+    if (team.leads()) *history = past;
+  }
+  if (!perturbs) return;
+  const float sigma = static_cast<float>(Types::kGeneral ? a.sigmas.get(k, a.sigma[k]) : a.sigma[k]);
+  const NoiseScale scale = {math::root(norm_square), sigma, a.eta[k], history, past, a.index[k]};
+  add_noise_again<kEights>(Types::kGeneral ? a.key.get() : a.key, t, team, scale, rows.clean(), rows.param());
+}
+
+// One tile. Eights come one after the other, so that registers suffice for many blocks on a multiprocessor; the new
 // weights, which the noise needs when their row is measured, are then in a cache.
 template <class Types, int kEights, bool kWhole, class Args, class Rule, class Sums>
 FK_DEVICE void update_tile(const Args& a, const Tile& t, const Rule& rule, Sums& sums) {
   const Team<kWhole> team(t);
-  const Step<Types, kWhole, Args, Rule> step(a, t, team, rule);
-  const bool perturbs = Types::perturbs(a), has_rows = step.has_history() && !step.is_flat();
+  const Step<Types, kWhole, Args, Rule> step({a, t, team}, rule);
   float of_weights[kEights] = {}, of_gradient[kEights] = {};
   for_each_eight_in_turn<kEights>(team, [&](int i, const auto& s) {
     float weights, gradient;
@@ -266,34 +307,13 @@ FK_DEVICE void update_tile(const Args& a, const Tile& t, const Rule& rule, Sums&
     set(of_weights, i, weights);
     set(of_gradient, i, gradient);
   });
-  if (!Types::kHasRows || (!perturbs && !has_rows)) return;
-
-  const uint32_t k = t.tensor;
-  const bool segments = (t.flags & kSegments) != 0;
-  float* history = step.has_history() ? a.history[k] + team.history_in(t) : nullptr;
-  float past = 0.0f, squares = 0.0f;
-  if (has_rows) {
-    if (team.is_there(t)) past = *history;
-    squares = row_sum<kEights>(t, team, of_gradient, sums.gradients);
-    __syncwarp();  // all have read it
+  if constexpr (Types::kGeneral) {
+    // The general kernel is short of registers for what the first pass does not need.
+    const Tile& again = a.tiles[forget(static_cast<int>(blockIdx.x))];
+    finish_rows<Types>(a, again, Team<kWhole>(again), rule.skip, of_weights, of_gradient, sums);
+  } else if constexpr (Types::kHasRows) {
+    finish_rows<Types>(a, t, team, rule.skip, of_weights, of_gradient, sums);
   }
-  const float norm_square = perturbs ? row_sum<kEights>(t, team, of_weights, sums.weights) : 0.0f;
-  if (segments) {
-    add_segment(t, team, a.long_rows, norm_square, squares, has_rows, [&](double all, double all_squares) {
-      a.long_rows.norms[t.long_row] = math::norm(all);
-      if (has_rows && !step.skip) *history = math::update_history(*history, static_cast<float>(all_squares), a.beta[k]);
-    });
-    return;
-  }
-  if (!team.is_there(t)) return;
-  if (has_rows && !step.skip) {
-    past = math::update_history(past, squares, a.beta[k]);
-    if (team.leads(t)) *history = past;
-  }
-  if (!perturbs) return;
-  const float sigma = static_cast<float>(Types::kGeneral ? a.sigmas.get(k, a.sigma[k]) : a.sigma[k]);
-  const NoiseScale scale = {math::root(norm_square), sigma, a.eta[k], history, past};
-  add_noise_again<kEights>(Types::kGeneral ? a.key.get() : a.key, t, team, scale, step.clean(), step.param());
 }
 
 template <class Rule, class Types, int kThreads, int kBlocks, int kEights, class Args>

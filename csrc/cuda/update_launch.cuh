@@ -107,6 +107,7 @@ class UpdateLauncher {
       args.beta[i] = static_cast<float>(a_.beta[k]);
       args.sigma[i] = static_cast<float>(a_.sigma[k]);
       args.eta[i] = static_cast<float>(a_.eta[k]);
+      args.index[i] = static_cast<uint32_t>(a_.index[k]);
       args.codes[i] = codes(k, clean);
     }
   }
@@ -132,7 +133,8 @@ void launch_update(const char* op, const Update& a, const Rule& rule, const Plan
   launcher.run();
   if (!a.noise || plan.segments.empty()) return;
   const Table& clean = launcher.clean();
-  const PerturbLists lists = {&a.params, nullptr, &clean, nullptr, &a.history, a.sigmas, a.noise, a.sigma, a.eta};
+  const PerturbLists lists = {&a.params, nullptr, &clean,  nullptr, &a.history,
+                              a.sigmas,  a.noise, a.sigma, a.eta,   a.index};
   launch_perturb(op, lists, plan, plan.segments, stream, false);
 }
 
@@ -149,8 +151,8 @@ constexpr UpdateWalks update_walks(const char* op) {
 inline std::shared_ptr<const Plan> find_update_plan(const UpdateWalks& walks, const Update& a,
                                                     std::initializer_list<const Table*> beside, const Place& place) {
   const bool by_rows = a.noise || a.history || a.masks;
-  return find_plan(by_rows ? walks.by_rows : walks.flat,
-                   {by_rows, a.history.present, a.params, beside, &a.index, &a.offset}, place);
+  return find_plan(by_rows ? walks.by_rows : walks.flat, {by_rows, a.history.present, a.params, beside, &a.offset},
+                   place);
 }
 
 }  // namespace flatkern::cuda

@@ -93,8 +93,10 @@ FK_HD float refined_root(float x) {
 
 FK_HD uint32_t exponent_of(float x) { return bits_of(x) >> 23 & 0xFF; }
 
-// For [2^-60, 2^60] no step of a quotient leaves the normal numbers.
-FK_HD bool is_moderate(float x) { return exponent_of(x) - 67u <= 120u; }
+// For [2^-60, 2^61) no step of a quotient leaves the normal numbers.
+FK_HD bool is_moderate(float x) {
+  return (bits_of(x) & 0x7FFFFFFF) - bits_of(0x1p-60f) < bits_of(0x1p61f) - bits_of(0x1p-60f);
+}
 
 // The one kind of divisor for which refining an estimate can end next to its reciprocal (Markstein 1990): all ones.
 FK_HD bool is_stubborn(float b) { return (bits_of(b) & 0x007FFFFF) == 0x007FFFFF; }
@@ -103,12 +105,16 @@ FK_HD bool has_ordinary_quotient(float a, float b) {
   return (is_moderate(a) || bits_of(a) == 0) && is_moderate(b) && !is_stubborn(b);
 }
 
-FK_HD float ordinary_quotient(float a, float b) {
-  float r = reciprocal_estimate(b);
-  r = fma(fma(-b, r, 1.0f), r, r);
-  float q = a * r;
-  q = fma(fma(-b, q, a), r, q);
-  return fma(fma(-b, q, a), r, q);
+FK_HD float refined_reciprocal(float b) {
+  const float r = reciprocal_estimate(b);
+  return fma(fma(-b, r, 1.0f), r, r);
+}
+
+// a / b, from the refined reciprocal of b.
+FK_HD float ordinary_quotient(float a, float b, float reciprocal) {
+  float q = a * reciprocal;
+  q = fma(fma(-b, q, a), reciprocal, q);
+  return fma(fma(-b, q, a), reciprocal, q);
 }
 
 // a / b where one of them is out of the ordinary: in float64 nothing is, but for zero and infinity.
@@ -140,7 +146,7 @@ FK_HD float root(float x) {
 // a / b, correctly rounded.
 FK_HD float quotient(float a, float b) {
 #if defined(FK_ESTIMATES)
-  return has_ordinary_quotient(a, b) ? ordinary_quotient(a, b) : rare_quotient(a, b);
+  return has_ordinary_quotient(a, b) ? ordinary_quotient(a, b, refined_reciprocal(b)) : rare_quotient(a, b);
 #else
   return a / b;
 #endif

@@ -72,11 +72,20 @@ FK_HD float adam(float p, float g, float& m, float& v, const AdamScalars& s) {
 }
 
 #if defined(FK_ESTIMATES)
-// adam_step where its quotients are ordinary, else `rare` is set.
-FK_HD float ordinary_adam_step(float p, float m, float v, const AdamScalars& s, bool& rare) {
-  const float r = root(v), denominator = ordinary_quotient(r, s.correction) + s.eps;
-  rare |= !(has_ordinary_quotient(r, s.correction) && has_ordinary_quotient(m, denominator));
-  return p - s.step_size * ordinary_quotient(m, denominator);
+// 1 / s.correction for ordinary_adam_step; 0 where the step of no element is ordinary with these scalars.
+FK_HD float ordinary_correction(const AdamScalars& s) {
+  const bool ordinary = s.correction >= 0x1p-14f && s.correction <= 1.0f && !is_stubborn(s.correction) && s.eps <= 1.0f;
+  return ordinary ? refined_reciprocal(s.correction) : 0.0f;
+}
+
+// adam_step where neither its root nor its quotients leave the numbers for which estimates can be refined; else `rare`
+// is set. With v in [2^-90, 2^90] the denominator is in [2^-45, 2^60].
+FK_HD float ordinary_adam_step(float p, float m, float v, const AdamScalars& s, float inverse, bool& rare) {
+  const float denominator = ordinary_quotient(refined_root(v), s.correction, inverse) + s.eps;
+  rare |= bits_of(v) - bits_of(0x1p-90f) > bits_of(0x1p90f) - bits_of(0x1p-90f);
+  rare |= !is_moderate(m);
+  rare |= is_stubborn(denominator);
+  return p - s.step_size * ordinary_quotient(m, denominator, refined_reciprocal(denominator));
 }
 #endif
 
