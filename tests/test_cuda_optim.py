@@ -1,4 +1,4 @@
-"""Optimizers on the CUDA backend, emulated: the float64 oracle's trajectories, exact restores, eager's steps, refusals."""
+"""Optimizers on the CUDA backend, emulated: the float64 oracle's trajectories, exact restores, eager's steps."""
 
 import copy
 
