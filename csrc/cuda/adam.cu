@@ -41,8 +41,11 @@ class Steps {
 struct Rule {
   template <class Types>
   using Device = Adam<Types>;
-  // A division and a root keep more in registers than five blocks leave.
-  static constexpr int kBlocks = 4;
+  static constexpr int kRowEights = 2;
+  template <class Types>
+  static constexpr int blocks() {
+    return Types::kGeneral ? 3 : Types::kKind == Kind::kPlain ? 5 : 4;
+  }
 
   const AdamUpdate& a;
   const Steps& steps;
@@ -69,7 +72,7 @@ struct Rule {
   }
 };
 
-const UpdateWalks kWalks = update_walks<Arguments>("adam_update_");
+const UpdateWalks kWalks = update_walks<Rule, Arguments>("adam_update_");
 
 }  // namespace
 

@@ -6,6 +6,8 @@
 #include "operations.h"
 #include "runtime.h"
 #ifdef FK_EMULATION
+#include <dlfcn.h>
+
 #include "scheduler.h"
 #endif
 
@@ -50,6 +52,22 @@ struct Cuda {
   }
 };
 
+#ifdef FK_EMULATION
+// Which kernel it is: how far its machine code is from the beginning of this library.
+void watch(py::object see) {
+  if (see.is_none()) return cuda::emulation::watch(nullptr);
+  Dl_info library;
+  dladdr(reinterpret_cast<void*>(watch), &library);
+  // It lives as long as the process, as the function is dropped only for another one.
+  auto* kept = new py::object(std::move(see));
+  cuda::emulation::watch([kept, base = reinterpret_cast<uintptr_t>(library.dli_fbase)](const auto& launch) {
+    const py::gil_scoped_acquire held;
+    (*kept)(reinterpret_cast<uintptr_t>(launch.kernel) - base,
+            py::bytes(static_cast<const char*>(launch.arguments), launch.size), launch.grid, launch.block);
+  });
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_CUDA, m) {
@@ -86,6 +104,7 @@ PYBIND11_MODULE(_CUDA, m) {
   m.def("current_device", cuda::emulation::current_device);
   m.def("set_current_device", cuda::emulation::set_current_device, "index"_a);
   m.def("launch_nothing", cuda::emulation::launch_nothing, "on"_a, "For measurements: launches run nothing.");
+  m.def("watch", watch, "see"_a, "see(kernel, arguments, grid, block) is called before each launch; None: no more.");
   m.def("set_schedule", cuda::emulation::set_schedule, "text"_a, "In which order threads run.");
   m.def("noise_is_on_device", [](bool on) { cuda::noise_is_on_device = on; }, "on"_a);
   m.def("steps_are_on_host", [](bool on) { cuda::steps_are_on_host = on; }, "on"_a);

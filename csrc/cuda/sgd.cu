@@ -11,7 +11,12 @@ struct Arguments : UpdateArguments<SgdOwn, kBytes> {};
 struct Rule {
   template <class Types>
   using Device = Sgd<Types>;
-  static constexpr int kBlocks = 5;
+  static constexpr int kRowEights = 4;
+  template <class Types>
+  static constexpr int blocks() {
+    constexpr bool kHasMasters = !std::is_same_v<typename Types::Param, typename Types::Clean>;
+    return Types::kGeneral ? 3 : Types::kKind == Kind::kPlain && kHasMasters ? 4 : 5;
+  }
 
   const SgdUpdate& a;
 
@@ -26,7 +31,7 @@ struct Rule {
   }
 };
 
-const UpdateWalks kWalks = update_walks<Arguments>("sgd_update_");
+const UpdateWalks kWalks = update_walks<Rule, Arguments>("sgd_update_");
 
 }  // namespace
 

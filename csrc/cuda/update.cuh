@@ -15,12 +15,13 @@ namespace flatkern::cuda {
 // that are on the device, and everything at once.
 enum class Kind { kPlain, kRolling, kGeneral };
 
-template <class P, class G, class C, class S, Kind kKind>
+template <class P, class G, class C, class S, Kind kGiven>
 struct UpdateTypes {
   using Param = P;
   using Grad = G;
   using Clean = C;
   using State = S;
+  static constexpr Kind kKind = kGiven;
   static constexpr bool kGeneral = kKind == Kind::kGeneral, kHasRows = kKind != Kind::kPlain;
 
   // Rolling: noise is added to what was stored.

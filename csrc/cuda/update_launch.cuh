@@ -1,18 +1,22 @@
 // From the arguments of an update to its launches, for every rule.
 #pragma once
 
+#include <algorithm>
+
 #include "host.cuh"
 #include "operations.h"
 #include "update.cuh"
 
 namespace flatkern::cuda {
 
-constexpr int kUpdateEights = 4;
+constexpr int kFlatEights = 2;
 
 // A rule, as the host sees it: `Device<Types>` is its struct in a kernel, `Own` its arguments of a tensor.
-//   Own own(int64_t k) const               those of tensor k
-//   all_state_is(DType) const, state(i)    the lists of its state
-//   lrs() const
+//   own(k)             those of tensor k
+//   state_is(dtype)    whether all of its state is of a dtype, and
+//   state_codes(k)     the codes of tensor k's
+//   kRowEights         eights that a thread of a block of 256 takes of a row
+//   blocks<Types>()    blocks of 256 that a multiprocessor holds: what the registers of a kernel allow
 template <class Rule, template <size_t> class Arguments>
 class UpdateLauncher {
  public:
@@ -26,11 +30,13 @@ class UpdateLauncher {
     const DType param = a_.params[0].dtype, clean = this->clean()[0].dtype;
     const bool alike = all_are(param, {&a_.params, &a_.grads, &a_.clean_grads}) && all_are(clean, {&this->clean()}) &&
                        rule_.state_is(clean);
-    if (alike && param == DType::kFloat32 && clean == DType::kFloat32) {
+    // In blocks of 1024 threads the general kernel has too few registers for rows that are moved 16 bytes at a time.
+    const bool shared = !alike || (general && has_long_blocks());
+    if (!shared && param == DType::kFloat32 && clean == DType::kFloat32) {
       run_kind<float, float>(general);
-    } else if (alike && param == DType::kBFloat16 && clean == DType::kFloat32) {
+    } else if (!shared && param == DType::kBFloat16 && clean == DType::kFloat32) {
       run_kind<BFloat16, float>(general);
-    } else if (alike && param == DType::kBFloat16 && clean == DType::kBFloat16 && !general) {
+    } else if (!shared && param == DType::kBFloat16 && clean == DType::kBFloat16 && !general) {
       run_kind<BFloat16, BFloat16>(false);
     } else {
       launch_all<UpdateTypes<AnyFloat, AnyFloat, AnyFloat, AnyFloat, Kind::kGeneral>>();
@@ -60,15 +66,21 @@ class UpdateLauncher {
         using Args = Arguments<decltype(bytes)::value>;
         Args args;
         fill(args, launch);
-        constexpr int kBlocks = Types::kGeneral ? 4 : Rule::kBlocks;
-        auto kernel = update_kernel<Device, Types, kShortThreads, kBlocks, kUpdateEights, Args>;
+        constexpr int kBlocks = Rule::template blocks<Types>();
+        constexpr int kEights = Types::kKind == Kind::kPlain ? kFlatEights : Rule::kRowEights;
+        auto kernel = update_kernel<Device, Types, kShortThreads, kBlocks, kEights, Args>;
         // Where nothing is summed by rows none is longer than a segment.
-        if constexpr (Types::kHasRows)
-          if (launch.threads > kShortThreads) kernel = update_kernel<Device, Types, kLongThreads, 1, kLongEights, Args>;
+        if constexpr (Types::kHasRows && (!Types::kGeneral || std::is_same_v<typename Types::Param, AnyFloat>))
+          if (is_long(launch)) kernel = update_kernel<Device, Types, kLongThreads, 1, kLongEights, Args>;
         start(op_, kernel, launch.count, launch.threads, stream_, args);
       });
     }
   }
+
+  static bool is_long(const Launch& launch) {
+    return launch.threads > kShortThreads || launch.eights > Rule::kRowEights;
+  }
+  bool has_long_blocks() const { return std::any_of(plan_.launches.begin(), plan_.launches.end(), is_long); }
 
   template <class Args>
   void fill(Args& args, const Launch& launch) const {
@@ -128,10 +140,10 @@ void launch_update(const char* op, const Update& a, const Rule& rule, const Plan
 struct UpdateWalks {
   Walk flat, by_rows;
 };
-template <template <size_t> class Arguments>
+template <class Rule, template <size_t> class Arguments>
 constexpr UpdateWalks update_walks(const char* op) {
   constexpr int kFew = Arguments<kSmall>::kTensors, kMany = Arguments<kLarge>::kTensors;
-  return {{op, kFew, kMany, kUpdateEights, kSegment, false}, {op, kFew, kMany, kUpdateEights, kResident, true}};
+  return {{op, kFew, kMany, kFlatEights, kSegment, false}, {op, kFew, kMany, Rule::kRowEights, kResident, true}};
 }
 
 inline std::shared_ptr<const Plan> find_update_plan(const UpdateWalks& walks, const Update& a,

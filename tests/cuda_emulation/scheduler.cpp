@@ -59,6 +59,7 @@ class Machine {
   SwitchedOff switched_off;
   std::string wanted_schedule;
   bool launch_nothing = false;
+  std::function<void(const Launch&)> see;
   int device = 0;
   std::atomic<int64_t> launches{0};
 
@@ -144,6 +145,7 @@ void Machine::run(const Launch& launch) {
   random_ = Random(schedule_.seed);
   switched_off.read(environment("FLATKERN_EMULATION_WITHOUT"));
   ++launches;
+  if (see) see(launch);
   if (launch_nothing) return;
   launch_ = launch;
   blockDim = dim3(launch.block);
@@ -414,6 +416,7 @@ void set_schedule(const std::string& text) {
   machine.wanted_schedule = text;
 }
 void launch_nothing(bool on) { machine.launch_nothing = on; }
+void watch(std::function<void(const Launch&)> see) { machine.see = std::move(see); }
 int64_t launches() { return machine.launches; }
 int current_device() { return machine.device; }
 void set_current_device(int index) {

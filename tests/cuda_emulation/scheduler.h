@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <stdexcept>
 #include <string>
 
@@ -30,6 +31,10 @@ void set_schedule(const std::string& text);
 
 // From now on launches are checked and counted, and run nothing.
 void launch_nothing(bool on);
+
+// From now on `see`, unless it is empty, is told of every launch before it runs.
+struct Launch;
+void watch(std::function<void(const Launch&)> see);
 
 // Launches since the library was loaded, those of launch_nothing() among them, refused ones not.
 int64_t launches();
