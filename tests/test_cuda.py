@@ -49,6 +49,15 @@ def test_matches_eager_where_rows_are_long(op, words, dtype):
     assert_like_eager(op, (LONG, "mixed" if dtype == "bfloat16" and "masters" not in words else dtype, words))
 
 
+@pytest.mark.parametrize("columns", [6144, 6152, 8192, 8200])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed"])
+@every_op
+def test_the_longest_rows_of_small_blocks(op, dtype, columns):
+    """In blocks of 256 threads, each of which takes 24 or 32 columns; and the next longer rows."""
+    for words in (RICHEST[op.name], "backups noise"):
+        assert_like_eager(op, ([(2, columns), (3, 5)], dtype, words))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "mixed"])
 @every_op
 def test_rows_of_every_short_length(op, dtype):

@@ -236,6 +236,28 @@ def test_memory_that_cannot_be_had(op, emulated, uploads):
     assert_within(op, run(op, "cuda", values), run(op, "eager", before))
 
 
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_launch_that_fails(failing, emulated):
+    """The second of two: the first has written, so versions have moved. The first: nothing has changed."""
+    params, ones = ([value.clone() for _ in range(3000)] for value in (torch.zeros(3), torch.ones(3)))
+    left = [failing]
+
+    def fail(*launch):
+        left[0] -= 1
+        if left[0] == 0:
+            raise RuntimeError("no more launches")
+
+    emulated.watch(fail)
+    try:
+        with pytest.raises(RuntimeError, match="no more launches"):
+            run(OPS["restore_"], "cuda", dict(params=params, backups=ones))
+    finally:
+        emulated.watch(None)
+    written = [bool(p.eq(1).all()) for p in params]
+    assert written == sorted(written, reverse=True) and any(written) == (failing == 2) and not all(written)
+    assert all((p._version > 0) == (failing == 2) for p in params)
+
+
 BAD = {
     "a list too short": lambda v: v | {"grads": v["grads"][:-1]},
     "another shape": lambda v: v | {"grads": [*v["grads"][:-1], torch.zeros(3)]},
