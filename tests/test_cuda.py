@@ -45,13 +45,22 @@ def test_matches_eager(op, words, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("op, words", ALL_VARIANTS, ids=name_of)
-def test_matches_eager_where_rowsare_long(op, words, dtype):
+def test_matches_eager_where_rows_are_long(op, words, dtype):
     assert_like_eager(op, (LONG, "mixed" if dtype == "bfloat16" and "masters" not in words else dtype, words))
+
+
+@pytest.mark.parametrize("columns", [6144, 6152, 8192, 8200])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed"])
+@every_op
+def test_the_longest_rows_of_small_blocks(op, dtype, columns):
+    """In blocks of 256 threads, each of which takes 24 or 32 columns; and the next longer rows."""
+    for words in (RICHEST[op.name], "backups noise"):
+        assert_like_eager(op, ([(2, columns), (3, 5)], dtype, words))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "mixed"])
 @every_op
-def test_rowsof_every_short_length(op, dtype):
+def test_rows_of_every_short_length(op, dtype):
     """Each length has its own number of lanes, of eights that are cut short, and of rows to a warp."""
     shapes = [shape for n in range(1, 41) for shape in ((1 + n % 7, n), (n,))]
     assert_like_eager(op, (shapes, dtype, RICHEST[op.name]))
@@ -183,11 +192,10 @@ def test_a_shard_draws_what_the_whole_does(length):
         assert_ulp(f"offset {offset}", fill("cuda", (length,), noise, 7, offset), whole[offset:][:length])
 
 
-@pytest.mark.parametrize(
-    "op, words",
-    [(op, f"{words} noise") for op, words in ALL_VARIANTS if "noise" in words or op.name == "perturb_gaussian_"],
-    ids=name_of,
-)
+DRAWING = [(op, words) for op, words in ALL_VARIANTS if "noise" in words.split() or op.name == "perturb_gaussian_"]
+
+
+@pytest.mark.parametrize("op, words", DRAWING, ids=name_of)
 def test_noise_read_on_the_device(op, words, emulated):
     """As under a captured graph: the kernel reads the words, and the host does not look at them."""
     want = run(op, "cuda", make(op, FEW, "float32", words))
@@ -245,9 +253,7 @@ NEIGHBOURS = {
     "unaligned": lambda found: [[torch.cat([row[:1], row])[1:].view(1, -1)] for row in found],
     "eleven rows": lambda found: [[row.expand(11, -1).contiguous()] for row in found[:-3]],
     "longer ones beside it": lambda found: [[row.view(1, -1) for row in found]],
-    "shorter ones beside it": lambda found: [
-        [row.view(1, -1) for row in found if len(row) <= most] for most in LENGTHS
-    ],
+    "shorter ones beside it": lambda found: [[row.view(1, -1) for row in found[:k]] for k in range(len(found))],
     "in another order": lambda found: [[row.view(1, -1) for row in reversed(found)]],
 }
 

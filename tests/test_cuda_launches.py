@@ -74,8 +74,8 @@ def goes_wrong(emulated, op, values):
 def test_no_barrier_can_be_left_out(place, line, emulated, monkeypatch):
     """Shapes are this test's alone: after a fault the counters of a call like it are not what they should be."""
     monkeypatch.setenv("FLATKERN_EMULATION_WITHOUT", place)
-    rows_ = 20 + BARRIERS.index((place, line))
-    shapes = [(rows_, 9), (rows_, 300), (2, 32768 + rows_), (rows_,)]
+    rows = 20 + BARRIERS.index((place, line))
+    shapes = [(rows, 9), (rows, 300), (2, 32768 + rows), (rows,)]
     noticed = any(goes_wrong(emulated, op, make(op, shapes, "float32", RICHEST[op.name])) for op in CUDA)
     assert noticed != any(line.endswith(words) for words in NOT_NOTICED), f"{place}: {line}"
 
@@ -97,17 +97,16 @@ def uploads(emulated):
     emulated.use_torch(allocate, upload, stream)
 
 
-@pytest.mark.parametrize("times", [1, 5])
 @pytest.mark.parametrize("longest", [100, 9000, 32768, 32769])
 @pytest.mark.parametrize("op, words", VARIANTS, ids=name_of)
-def test_one_launch(op, words, longest, times, emulated):
+def test_one_launch(op, words, longest, emulated):
     """However many tensors there are; two where noise waits for the norms of rows that are cut into segments."""
-    values = make(op, [(3, 16), (2, longest), (24,)] * times, "float32", words)
-    measures = (op.family == "update" and "noise" in words) or (op.family == "perturb" and "norms" not in words.split())
-    measures &= op.name != "restore_" and longest > 32768
-    before = emulated.launch_count()
-    run(op, "cuda", values)
-    assert emulated.launch_count() - before == (2 if measures else 1)
+    waits = "noise" in words.split() or (op.name == "perturb_gaussian_" and "norms" not in words.split())
+    for times in (1, 5):
+        values = make(op, [(3, 16), (2, longest), (24,)] * times, "float32", words)
+        before = emulated.launch_count()
+        run(op, "cuda", values)
+        assert emulated.launch_count() - before == (2 if waits and longest > 32768 else 1)
 
 
 @every_op
@@ -235,6 +234,28 @@ def test_memory_that_cannot_be_had(op, emulated, uploads):
     assert_same_bits(op, values, before)
     emulated.use_torch(allocate, upload, stream)
     assert_within(op, run(op, "cuda", values), run(op, "eager", before))
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_launch_that_fails(failing, emulated):
+    """The second of two: the first has written, so versions have moved. The first: nothing has changed."""
+    params, ones = ([value.clone() for _ in range(3000)] for value in (torch.zeros(3), torch.ones(3)))
+    left = [failing]
+
+    def fail(*launch):
+        left[0] -= 1
+        if left[0] == 0:
+            raise RuntimeError("no more launches")
+
+    emulated.watch(fail)
+    try:
+        with pytest.raises(RuntimeError, match="no more launches"):
+            run(OPS["restore_"], "cuda", dict(params=params, backups=ones))
+    finally:
+        emulated.watch(None)
+    written = [bool(p.eq(1).all()) for p in params]
+    assert written == sorted(written, reverse=True) and any(written) == (failing == 2) and not all(written)
+    assert all((p._version > 0) == (failing == 2) for p in params)
 
 
 BAD = {

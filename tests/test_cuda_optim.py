@@ -1,10 +1,9 @@
-"""Optimizers on the CUDA backend, emulated: the float64 oracle's trajectories, exact restores, eager's steps, refusals."""
-
-import copy
+"""Optimizers on the CUDA backend, emulated: the float64 oracle's trajectories, exact restores, eager's steps."""
 
 import pytest
 import test_dispatch_cuda
 import torch
+import trajectories
 from compare import assert_ulp
 from emulated import needs_emulation
 from test_paper import bound
@@ -14,12 +13,12 @@ import flatkern
 
 pytestmark = needs_emulation
 
-# Every kernel of every rule, and every method with one of them.
+# Every method that has all its kernels here, with two rules; the others with a few.
 TRAJECTORIES = [
-    *[("momentum", method) for method in ("plain", "RWP", "ARWP", "m-RWP", "m-ARWP", "RWP 3 rounds", "rolling RWP")],
-    *[("adam", method) for method in ("plain", "m-ARWP", "rolling ARWP")],
-    *[("adamw", method) for method in ("RWP", "m-ARWP by losses", "rolling ARWP")],
-    *[("nesterov", "rolling ARWP"), ("dampening", "ARWP")],
+    (base, method)
+    for base in trajectories.BASES
+    for method in trajectories.METHODS
+    if "SAM" not in method and (base in ("momentum", "adamw") or method in ("plain", "m-ARWP", "rolling ARWP"))
 ]
 
 
@@ -110,13 +109,13 @@ def trained(rule, method, kind, backend):
 @every_method
 @every_rule
 def test_three_steps_next_to_eager(rule, method, kind, emulated):
-    """Bit for bit where nothing is summed. A sum's last bits may round a bfloat16 weight the other way."""
+    """Bit for bit where nothing is summed. A sum's last bits may round a bfloat16 weight the other method."""
     got, want = (trained(rule, method, kind, backend) for backend in ("cuda", "eager"))
     if not method and "max_grad_norm" not in kind:
         return assert_same(got, want)
     for a, b in zip(got, want, strict=True):
         rough = a.dtype != torch.float32 or kind.get("dtype")  # its gradient passes through weights that were rounded
-        torch.testing.assert_close(a, b, rtol=0.02 if rough else 1e-5, atol=1e-2 if rough else 1e-6)
+        torch.testing.assert_close(a, b, rtol=0.01 if rough else 1e-5, atol=2e-3 if rough else 1e-6)
 
 
 @every_kind
@@ -177,16 +176,3 @@ def test_what_needs_a_missing_kernel_is_refused_when_made(make, op, emulated):
 def test_cuda_graphs_are_refused_when_made(emulated):
     with pytest.raises(ValueError, match="CUDA graphs need the triton backend, and cuda serves cpu"):
         flatkern.SGD([torch.nn.Parameter(torch.ones(3))], backend="cuda", capturable=True)
-
-
-@pytest.mark.parametrize("method", [flatkern.SAM(), flatkern.ASAM()], ids=["SAM", "ASAM"])
-def test_a_group_that_needs_a_missing_kernel_changes_nothing(method, emulated):
-    """The optimizer goes on as if nobody had tried."""
-    run, other = Run(RULES["SGD"], METHODS["RWP"]), Run(RULES["SGD"], METHODS["RWP"])
-    groups = copy.copy(run.opt.param_groups)
-    with pytest.raises((RuntimeError, ValueError, TypeError)):
-        run.opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "perturb": method})
-    assert run.opt.param_groups == groups
-    run.step()
-    other.step()
-    assert_same(run.values(), other.values())

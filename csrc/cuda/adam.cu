@@ -13,9 +13,11 @@ struct Arguments : UpdateArguments<AdamOwn, kBytes> {};
 // Steps that torch keeps on the host are counted there. Whether they count, the host must then know.
 class Steps {
  public:
-  explicit Steps(const AdamUpdate& a) : a_(a), on_host_(steps_are_on_host || !is_on_device(a.steps[0])) {
-    if (on_host_ && a.found_inf && is_on_device(a.found_inf[0]) && kDevice != DeviceType::kCpu)
-      throw Mismatch("steps are on the CPU, but found_inf is on the device");
+  Steps(const char* op, const AdamUpdate& a) : a_(a), on_host_(steps_are_on_host || !is_on_device(a.steps[0])) {
+    if (on_host_ && kDevice != DeviceType::kCpu) {
+      check_readable(op, "found_inf", a.found_inf);
+      check_readable(op, "lrs", a.lrs);
+    }
     counts_ = !on_host_ || !a.found_inf || *a.found_inf[0].as<float>() == 0.0f;
   }
 
@@ -26,6 +28,12 @@ class Steps {
   }
 
  private:
+  static void check_readable(const char* op, const char* name, const Table& t) {
+    if (t && is_on_device(t[0]))
+      throw Mismatch(std::string(op) + ": steps are on the CPU, but " + name +
+                     " is on the device, where the host does not read it; move the steps beside the parameters");
+  }
+
   const AdamUpdate& a_;
   bool on_host_, counts_;
 };
@@ -74,7 +82,7 @@ void adam_update_(const AdamUpdate& a) {
   const Place place = place_of(op, a.params);
   const auto plan = find_update_plan(
       kWalks, a, {&a.backups, &a.masters, &a.history, &a.grads, &a.clean_grads, &a.exp_avgs, &a.exp_avg_sqs}, place);
-  const Steps steps(a);
+  const Steps steps(op, a);
   const WithoutGil released;
   launch_update<Rule, Arguments>(op, a, Rule{a, steps}, *plan, place.stream);
   steps.advance();
