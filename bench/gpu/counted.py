@@ -39,10 +39,8 @@ from flatkern import dispatch  # noqa: E402
 from flatkern.ops import OPS  # noqa: E402
 
 KERNELS = ROOT / "csrc" / "cuda"
-TILE = np.dtype(
-    "i8 start, u4 tensor, u2 length, u2 last, u2 teams, u2 flags, u1 warps, u1 log_lanes, u2 reciprocal, u4 row,"
-    "u4 long_row, u4 counter_row, u4 counter_eight, u4 index, u4 segment".replace(" ", ":").replace(",:", ",")
-    and [
+TILE = np.dtype(  # as in csrc/cuda/tile.h
+    [
         ("start", "i8"), ("tensor", "u4"), ("length", "u2"), ("last", "u2"), ("teams", "u2"), ("flags", "u2"),
         ("warps", "u1"), ("log_lanes", "u1"), ("reciprocal", "u2"), ("row", "u4"), ("long_row", "u4"),
         ("counter_row", "u4"), ("counter_eight", "u4"), ("index", "u4"), ("segment", "u4"),

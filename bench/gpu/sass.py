@@ -8,10 +8,14 @@ made of; any other one is an error when it is reached, and so is a call.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +46,19 @@ class Code:
     name: str
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+
+
+def tool(name: str) -> str:
+    """The path of cuobjdump or nvdisasm: CUDA's, or those that Triton brings along."""
+    bin_ = [str(Path(home) / "bin") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    with contextlib.suppress(ImportError):
+        import triton
+
+        bin_.append(str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin"))
+    found = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", os.defpath), *bin_]))
+    if found is None:
+        raise FileNotFoundError(f"{name} is not installed: neither on PATH nor in {', '.join(bin_)}")
+    return found
 
 
 def read(listing: str) -> dict[str, Code]:

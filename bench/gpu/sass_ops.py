@@ -354,8 +354,12 @@ def compare(b: Block, suffixes: list[str], o: list[str], active: Array, x: Array
     holds, join = COMPARISONS[suffixes[0]](x, y), JOINS[next(s for s in suffixes if s in JOINS)]
     if "EX" in suffixes:  # of two words the upper one; the last predicate is what the lower ones said
         lower = b.predicate(o[5])
-        holds = holds & lower if suffixes[0] == "EQ" else holds | lower if suffixes[0] == "NE" else np.where(
-            x == y, lower, holds
+        holds = (
+            holds & lower
+            if suffixes[0] == "EQ"
+            else holds | lower
+            if suffixes[0] == "NE"
+            else np.where(x == y, lower, holds)
         )
     other = b.predicate(o[4])
     b.set_predicate(o[0], join(holds, other), active)
