@@ -44,14 +44,8 @@ from flatkern import dispatch
 from flatkern.ops import OPS
 
 KERNELS = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-TILE = np.dtype(  # as in csrc/cuda/tile.h
-    [
-        ("start", "i8"), ("tensor", "u4"), ("length", "u2"), ("last", "u2"), ("teams", "u2"), ("flags", "u2"),
-        ("warps", "u1"), ("log_lanes", "u1"), ("reciprocal", "u2"), ("row", "u4"), ("long_row", "u4"),
-        ("counter_row", "u4"), ("counter_eight", "u4"), ("index", "u4"), ("segment", "u4"),
-    ]
-)  # fmt: skip
-KIND = ["length", "last", "teams", "flags", "warps", "log_lanes"]
+# Of a tile, what does not matter to what it takes.
+PLACE = ("start", "tensor", "row", "long_row", "counter_row", "counter_eight", "index", "segment")
 WHOLE, SEGMENTS = 1, 2  # of its flags
 MOST_THREADS, REGISTERS = 2048, 65536  # of a multiprocessor
 # The innermost function that is named here says what an instruction is for.
@@ -166,6 +160,15 @@ def compiled(source: str) -> dict[str, Code]:
         return read(cubin, lines=True)
 
 
+@cache
+def tile_type() -> np.dtype[Any]:
+    """struct Tile of csrc/cuda/tile.h."""
+    body = re.search(r"struct alignas\(16\) Tile \{(.*?)\n\};", (KERNELS / "tile.h").read_text(), re.DOTALL)
+    fields = re.findall(r"^ *(u?int)(\d+)_t ([\w, ]+);", body[1] if body else "", re.MULTILINE)
+    types = [(name, f"{kind[0]}{int(bits) // 8}") for kind, bits, names in fields for name in names.split(", ")]
+    return np.dtype(types, align=True)
+
+
 @dataclass
 class Counts:
     """Of a kind of tiles: how many there are, and what one of them has and takes."""
@@ -184,12 +187,13 @@ class Counts:
 
 def counted(case: Case, launch: Launch, code: Code, values: dict[str, Any], memory: sass.Memory) -> Iterator[Counts]:
     at = int.from_bytes(launch.arguments[:8], "little")
-    tiles = np.frombuffer(memory.read(at, launch.grid * TILE.itemsize), TILE)
+    tiles = np.frombuffer(memory.read(at, launch.grid * tile_type().itemsize), tile_type())
+    kind = [name for name in tiles.dtype.names or () if name not in PLACE]
     has_rows = values.get("noise") is not None
     moves = np.array([re.match(r"(LD|ST)G\.E.*\.(64|128)$", i.name) is not None for i in code.instructions])
-    _, places, numbers = np.unique(tiles[KIND], return_index=True, return_counts=True)
+    _, places, numbers = np.unique(tiles[kind], return_index=True, return_counts=True)
     for place, number in zip(places.tolist(), numbers.tolist(), strict=True):
-        tile = {name: int(tiles[place][name]) for name in TILE.names or ()}
+        tile = {name: int(tiles[place][name]) for name in tiles.dtype.names or ()}
         elements = max(0, tile["teams"] - 1) * tile["length"] + tile["last"]
         fill(values, tile["tensor"], tile["start"], tile["start"] + elements)
         issued = launch.run(code, memory, place)
