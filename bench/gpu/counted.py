@@ -190,7 +190,7 @@ def counted(case: Case, launch: Launch, code: Code, values: dict[str, Any], memo
     tiles = np.frombuffer(memory.read(at, launch.grid * tile_type().itemsize), tile_type())
     kind = [name for name in tiles.dtype.names or () if name not in PLACE]
     has_rows = values.get("noise") is not None
-    moves = np.array([re.match(r"(LD|ST)G\.E.*\.(64|128)$", i.name) is not None for i in code.instructions])
+    moves = np.array([re.match(r"LDG\.E\.EF|STG\.E.*\.(64|128)$", i.name) is not None for i in code.instructions])
     _, places, numbers = np.unique(tiles[kind], return_index=True, return_counts=True)
     for place, number in zip(places.tolist(), numbers.tolist(), strict=True):
         tile = {name: int(tiles[place][name]) for name in tiles.dtype.names or ()}
