@@ -77,6 +77,21 @@ def test_machine_code_writes_the_same_bits(case):
     assert [key for key, tensor in tensors(got).items() if not torch.equal(tensor, tensors(want)[key])] == []
 
 
+# Instructions for an element, in rows of GPT-2 and ResNet-50: with more of them the kernels would wait for the
+# multiprocessors instead of for memory.
+FEW = {"perturb": 50, "sgd": 26, "sgd, rolling": 62, "adamw, rolling, masters": 125}
+
+
+@pytest.mark.parametrize("which", FEW)
+def test_few_instructions(which):
+    case, memory = CASES[which], sass.Memory()
+    values, counts = made(case, [(16, 768), (2, 4608)]), []
+    for launch in counted.launches(case, values):
+        memory.look()
+        counts += counted.counted(case, launch, codes()[launch.kernel], values, memory)
+    assert counted.summary(which, "", counts)["whole"] <= FEW[which]
+
+
 # Longer than 8192 columns, so that a block has 1024 threads.
 @pytest.mark.parametrize("which", ["perturb", "adamw, rolling, masters"])
 def test_machine_code_for_long_rows_writes_the_same_bits(which):
