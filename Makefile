@@ -174,7 +174,7 @@ test-triton: $(READY) ## the Triton kernels in Triton's interpreter (no GPU need
 # What nvcc compiles is looked at and not run; what is run is the same sources, compiled by the C++ compiler for a GPU that
 # is emulated (tests/cuda_emulation).
 HAS_NVCC = $(call has,setuptools) && $(PY) -c 'import runpy; runpy.run_path("setup.py")["find_nvcc"]()' 2> /dev/null
-COMPILED_CUDA_TESTS := $(wildcard tests/test_cuda_compile.py tests/test_cuda_wheel.py)
+COMPILED_CUDA_TESTS := $(wildcard tests/test_cuda_compile.py tests/test_cuda_code.py tests/test_cuda_wheel.py)
 EMULATED_CUDA_TESTS := $(filter-out $(COMPILED_CUDA_TESTS) tests/test_cuda_build.py,$(wildcard tests/test_cuda*.py))
 test-cuda: $(READY) ## the CUDA kernels: emulated on the CPU, and compiled where nvcc is (no GPU needed)
 	@$(call has,pytest) || { echo "error: pytest is not installed for $(PY)" >&2; exit 1; }

@@ -1,25 +1,29 @@
 """Instructions that the CUDA kernels issue for an element, by executing their machine code. No GPU is needed.
 
 The emulated library (tests/cuda_emulation) cuts a model's tensors into tiles and tells the arguments of each launch;
-nvcc compiles the kernels; one block of each kind of tile is then executed, instruction by instruction (sass.py), and
-counts as often as there are such tiles. "whole" are tiles of whole eights whose rows are not cut into segments, and
-warps that have a row; "all" is everything. An instruction counts once a warp. Where they go is told by the line of the
-source that each belongs to.
+nvcc compiles the kernels for sm_90; a block of each kind of tile is then executed, instruction by instruction
+(sass.py), and counts as often as there are such tiles. An instruction counts once a warp, whatever it takes.
+
+    whole      what is issued for an element of tiles of whole eights, whose rows are not cut, by warps that have a row
+    of         the elements that are in such tiles
+    all        the same of all tiles and warps
+    occupancy  of the kernel that has most of the elements: threads that its registers leave room for
+
+Then what they are for, by the functions whose lines they are compiled from.
 
     python tests/cuda_emulation/build.py module
-    FLATKERN_CUDA_EMULATION=build/cuda-emulation/_CUDA_emul... python bench/gpu/counted.py [--arch 90] [--json FILE]
+    FLATKERN_CUDA_EMULATION=build/cuda-emulation/_CUDA_emul... python bench/gpu/counted.py [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
-from collections import Counter, defaultdict
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -28,303 +32,261 @@ from typing import Any
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
 if __package__ in (None, ""):  # run as a script: the installed flatkern, if any, stays in front
-    sys.path.append(str(ROOT))
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-import flatkern  # noqa: E402
-from bench.gpu import sass  # noqa: E402
-from bench.models import MODELS  # noqa: E402
-from flatkern import dispatch  # noqa: E402
-from flatkern.ops import OPS  # noqa: E402
+import flatkern
+from bench.gpu import sass
+from bench.gpu.disassembly import Code, output, plain, read
+from bench.gpu.host import NUMBERS
+from bench.models import MODELS
+from flatkern import dispatch
+from flatkern.ops import OPS
 
-KERNELS = ROOT / "csrc" / "cuda"
-TILE = np.dtype([
-    ("start", "i8"), ("tensor", "u4"), ("length", "u2"), ("last", "u2"), ("reciprocal", "u4"), ("threads", "u2"),
-    ("teams", "u2"), ("flags", "u4"), ("row", "u4"), ("counter_row", "u4"), ("counter_eight", "u4"),
-    ("long_row", "u4"), ("segment", "u4"),
-])  # fmt: skip
-KIND = ["length", "last", "teams", "flags", "threads"]
-WHOLE, SEGMENTS = 1, 2
-# What an instruction is for, by the function of csrc in which its line is; the innermost one that is named here.
+KERNELS = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+# Of a tile, what does not matter to what it takes.
+PLACE = ("start", "tensor", "row", "long_row", "counter_row", "counter_eight", "index", "segment")
+WHOLE, SEGMENTS = 1, 2  # of its flags
+MOST_THREADS, REGISTERS = 2048, 65536  # of a multiprocessor
+# The innermost function that is named here says what an instruction is for.
 PURPOSES = {
-    "decode": "Team number_in is_there leads row history_in span for_each_eight for_each_eight_in_turn Counters",
-    "memory": "load store get put Elements Quads load_once store_once values set of pack unpack round rounded forget",
-    "noise": "draw philox4x32 multiply high exclusive_or normals radius angle horner refined_root",
+    "tile": "Team number_in is_there leads row history_in span for_each_eight for_each_eight_in_turn Counters",
+    "memory": "load store get put Elements Quads load_once store_once values set of pack unpack round rounded",
+    "noise": "draw philox4x32 multiply high exclusive_or normals radius angle horner",
     "sums": "sum_squares take sum fold_lanes fold_several row_sum add_chunk sum_chunks sum_of_chunks chunk_of",
     "rule": "apply take_step sgd adam adam_moments adam_step ordinary_adam_step quotient ordinary_quotient scalars_of "
-    "root has_ordinary_quotient is_moderate exponent_of rare_quotient count_step Adam Sgd FinalGradient mixed",
-    "segments": "add_segment sum_partials",
+    "has_ordinary_quotient is_moderate exponent_of rare_quotient count_step Adam Sgd FinalGradient mixed",
 }
 PURPOSE = {name: purpose for purpose, names in PURPOSES.items() for name in names.split()}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Case:
     op: str
-    optional: tuple[str, ...]
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    source: str
+    optional: tuple[str, ...] = ()
+    bfloat16: tuple[str, ...] = ()  # lists that are not float32
 
 
-F32 = {"": torch.float32}
-BF16 = {"": torch.float32, "params": torch.bfloat16, "grads": torch.bfloat16}
+MIXED = ("params", "grads")
 CASES = {
-    "perturb": Case("perturb_gaussian_", ("backups",), F32),
-    "perturb from masters": Case("perturb_gaussian_", ("masters",), BF16),
-    "sgd": Case("sgd_update_", ("momentum_buffers",), F32),
-    "sgd, rolling": Case("sgd_update_", ("momentum_buffers", "backups", "noise"), F32),
-    "adamw": Case("adamw_update_", (), F32),
-    "adamw, rolling": Case("adamw_update_", ("backups", "noise"), F32),
-    "adamw bf16, rolling, masters": Case("adamw_update_", ("masters", "noise"), BF16),
+    "perturb": Case("perturb_gaussian_", "perturb.cu", ("backups",)),
+    "perturb from masters": Case("perturb_gaussian_", "perturb.cu", ("masters",), MIXED),
+    "sgd": Case("sgd_update_", "sgd.cu", ("momentum_buffers",)),
+    "sgd, rolling": Case("sgd_update_", "sgd.cu", ("momentum_buffers", "backups", "noise")),
+    "adamw": Case("adamw_update_", "adam.cu"),
+    "adamw, rolling": Case("adamw_update_", "adam.cu", ("backups", "noise")),
+    "adamw, rolling, masters": Case("adamw_update_", "adam.cu", ("masters", "noise"), MIXED),
 }
-NUMBERS = {
-    "sigma": 0.01, "eta": -1.0, "beta": 0.99, "grad_weight": 1.0, "clean_weight": 0.0, "lr": 1e-3, "momentum": 0.9,
-    "dampening": 0.0, "weight_decay": 1e-4, "nesterov": False, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "offset": 0,
-    "kappa": 2.0,
-}  # fmt: skip
-
-
-@dataclass
-class Launch:
-    kernel: str
-    arguments: bytes
-    grid: int
-    block: int
-
-    def tiles(self) -> Any:
-        at = int.from_bytes(self.arguments[:8], "little")
-        return np.frombuffer(MEMORY().bytes[at - sass.Memory.BASE :][: self.grid * TILE.itemsize].tobytes(), TILE)
-
-
-@cache
-def MEMORY() -> sass.Memory:
-    return sass.Memory()
-
-
-def tool(name: str) -> str:
-    """A disassembler: CUDA's own, or the one that Triton brings along."""
-    import shutil
-
-    for folder in [*os.environ.get("PATH", "").split(os.pathsep), "/usr/local/cuda/bin"]:
-        if found := shutil.which(name, path=folder):
-            return found
-    import triton
-
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def plain(demangled: str) -> str:
-    """A kernel's name without what nvcc and g++ write differently."""
-    demangled = demangled.replace("(anonymous namespace)::", "").removeprefix("void ")
-    return re.sub(r">\(.*", ">", demangled.replace("flatkern::cuda::", "")).replace("ul>", ">").replace("ul ", " ")
-
-
-@dataclass
-class Compiled:
-    codes: dict[str, sass.Code]
-    registers: dict[str, int]
-
-
-def compiled(source: str, arch: str) -> Compiled:
-    """Kernels by their plain names."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = str(Path(folder) / "kernels.cubin")
-        nvcc = os.environ.get("FLATKERN_NVCC", "nvcc")
-        flags = ["-std=c++17", "-O3", "-DNDEBUG", "--fmad=false", "-lineinfo", f"-arch=sm_{arch}", "-cubin"]
-        output(nvcc, *flags, "-o", cubin, str(KERNELS / source))
-        codes = sass.read(output(tool("nvdisasm"), "-c", "-gi", cubin))
-        usage = output(tool("cuobjdump"), "-res-usage", cubin)
-    registers = {name: int(n) for name, n in re.findall(r"Function (\S+):\s+REG:(\d+)", usage)}
-    names = dict(zip(codes, output("c++filt", *codes).splitlines(), strict=True))
-    return Compiled(
-        {plain(names[name]): code for name, code in codes.items()},
-        {plain(names[name]): registers[name] for name in codes},
-    )
-
-
-def launches(case: Case, values: dict[str, Any]) -> list[Launch]:
-    module, found = dispatch.compiled_module("cuda"), []
-    names = symbols(module.__file__)
-
-    def see(place: int, arguments: bytes, grid: int, block: int) -> None:
-        found.append(Launch(names[place], arguments, grid, block))
-
-    module.launch_nothing(True)
-    module.watch(see)
-    op, run = OPS[case.op], dispatch.load(OPS[case.op], "cuda")
-    run(
-        *[values[a.name] for a in op.arguments if not a.keyword_only],
-        **{a.name: values[a.name] for a in op.arguments if a.keyword_only},
-    )
-    module.watch(None)
-    return found
-
-
-@cache
-def symbols(library: str) -> dict[int, str]:
-    """Kernels of the emulated library by their places."""
-    lines = re.findall(r"^(\w+) [tT] (void flatkern::cuda::.*)$", output("nm", "-C", library), re.MULTILINE)
-    return {int(place, 16): plain(name) for place, name in lines}
 
 
 def arguments(case: Case, shapes: list[tuple[int, ...]]) -> dict[str, Any]:
-    """Values of all arguments; nothing is written into the tensors yet, so that they take no memory."""
+    """Values of all arguments. Tensors are not written yet, so that they take no memory."""
     values: dict[str, Any] = {}
     for a in OPS[case.op].arguments:
-        dtype = case.dtypes.get(a.name, case.dtypes[""])
+        dtype = torch.bfloat16 if a.name in case.bfloat16 else torch.float32
         if a.type.endswith("?") and a.name not in case.optional:
             values[a.name] = None
         elif a.name == "noise":
             values[a.name] = torch.tensor([1, 2, 3])
         elif a.name == "steps":
             values[a.name] = [torch.tensor(7.0) for _ in shapes]
+        elif a.name == "norms":
+            values[a.name] = [torch.empty(shape[0] if len(shape) > 1 else 1) for shape in shapes]
         elif a.type.startswith("Tensor[]"):
             values[a.name] = [torch.empty(shape, dtype=dtype) for shape in shapes]
         else:
             values[a.name] = list(range(len(shapes))) if a.name == "index" else [NUMBERS[a.name]] * len(shapes)
-    if case.op == "perturb_gaussian_" and values.get("noise") is None:
-        values["noise"] = torch.tensor([1, 2, 3])
     return values
 
 
-def fill(case: Case, values: dict[str, Any], tensor: int, start: int, count: int) -> None:
-    """Ordinary numbers, where a block reads."""
-    generator = torch.Generator().manual_seed(1)
+def fill(values: dict[str, Any], tensor: int, start: int, end: int) -> None:
+    """Ordinary numbers for some elements of a tensor and of those that stand beside it."""
+    generator = torch.Generator().manual_seed(tensor)
     for name, each in values.items():
-        if isinstance(each, list) and isinstance(each[0], torch.Tensor) and each[0].dim() > 0 or name == "params":
-            part = each[tensor].view(-1)[start : start + count]
-            part.copy_(torch.randn(part.shape, generator=generator) * 0.02)
-            if name == "exp_avg_sqs":
-                part.abs_().add_(1e-4)
+        if name in ("steps", "norms") or not (isinstance(each, list) and isinstance(each[0], torch.Tensor)):
+            continue
+        part = each[tensor].view(-1)[start:end]
+        part.copy_(torch.randn(part.shape, generator=generator) * 0.02)
+        if name == "exp_avg_sqs":
+            part.square_()
+
+
+def call(case: Case, values: dict[str, Any]) -> None:
+    op = OPS[case.op]
+    numbers = {a.name: values[a.name] for a in op.arguments if a.keyword_only}
+    dispatch.load(op, "cuda")(*[values[a.name] for a in op.arguments if not a.keyword_only], **numbers)
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: str
+    arguments: bytes
+    grid: int
+    block: int
+
+    def run(self, code: Code, memory: sass.Memory, block: int) -> Any:
+        return sass.Block(code, memory, self.arguments, self.block, block).run()
+
+
+def launches(case: Case, values: dict[str, Any]) -> list[Launch]:
+    """What a call would launch; nothing is run."""
+    module, found = dispatch.compiled_module("cuda"), []
+    names = kernels_of(module.__file__)
+    module.launch_nothing(True)
+    module.watch(lambda place, *rest: found.append(Launch(names[place], *rest)))
+    try:
+        call(case, values)
+    finally:
+        module.watch(None)
+        module.launch_nothing(False)
+    return found
+
+
+@cache
+def kernels_of(library: str) -> dict[int, str]:
+    """Kernels of the emulated library by their places."""
+    symbols = re.findall(r"^(\w+) [tT] (void flatkern::cuda::.*)$", output("nm", "-C", library), re.MULTILINE)
+    return {int(place, 16): plain(name) for place, name in symbols}
+
+
+@cache
+def compiled(source: str) -> dict[str, Code]:
+    """The kernels of a file, with the lines that they are made of."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        flags = ["-std=c++17", "-O3", "-DNDEBUG", "--fmad=false", "-lineinfo", "-arch=sm_90", "-cubin"]
+        output("nvcc", *flags, "-o", cubin, KERNELS / source)
+        return read(cubin, lines=True)
+
+
+@cache
+def tile_type() -> np.dtype[Any]:
+    """struct Tile of csrc/cuda/tile.h."""
+    body = re.search(r"struct alignas\(16\) Tile \{(.*?)\n\};", (KERNELS / "tile.h").read_text(), re.DOTALL)
+    fields = re.findall(r"^ *(u?int)(\d+)_t ([\w, ]+);", body[1] if body else "", re.MULTILINE)
+    types = [(name, f"{kind[0]}{int(bits) // 8}") for kind, bits, names in fields for name in names.split(", ")]
+    return np.dtype(types, align=True)
 
 
 @dataclass
 class Counts:
-    """Of tiles of one kind."""
+    """Of a kind of tiles: how many there are, and what one of them has and takes."""
 
     kernel: str
+    code: Code
+    threads: int
     tiles: int
-    elements: int  # of one tile
-    whole: bool
-    cut: bool
-    issued: int  # of one tile, by warps that have a row
-    idle: int  # by the others
-    purposes: Counter[str]
-    columns: int
+    elements: int
+    columns: str
+    ordinary: bool
+    busy: int  # instructions of warps that have a row
+    idle: int  # and of the others
+    purposes: Counter[str] = field(default_factory=Counter)
 
 
-def count(case: Case, launch: Launch, code: sass.Code, values: dict[str, Any], first_tensor: int) -> list[Counts]:
-    tiles, found = launch.tiles(), []
-    MEMORY().look()
-    kinds, places, numbers = np.unique(tiles[KIND], return_index=True, return_counts=True)
-    for place, number in zip(places, numbers, strict=True):
-        tile = tiles[place]
-        elements = max(0, int(tile["teams"]) - 1) * int(tile["length"]) + int(tile["last"])
-        fill(case, values, first_tensor + int(tile["tensor"]), int(tile["start"]), elements)
-        parameters = bytes(0x210) + launch.arguments
-        block = sass.Block(code, MEMORY(), parameters, launch.block, int(place))
-        counts = block.run()
-        moves = [re.match(r"[LS][DT]G\.E(\.\w+)*\.(64|128)\b", i.name) is not None for i in code.instructions]
-        busy = counts[np.array(moves)].any(axis=0) if tile["flags"] & WHOLE else np.ones(counts.shape[1], bool)
-        purposes: Counter[str] = Counter()
-        for instruction, times in zip(code.instructions, counts[:, busy].sum(axis=1), strict=True):
-            if times:
-                purposes[purpose(instruction)] += int(times)
-        flags = int(tile["flags"])
-        found.append(
-            Counts(
-                launch.kernel, int(number), elements, bool(flags & WHOLE), bool(flags & SEGMENTS),
-                int(counts[:, busy].sum()), int(counts[:, ~busy].sum()), purposes, int(tile["length"]),
-            )
+def counted(case: Case, launch: Launch, code: Code, values: dict[str, Any], memory: sass.Memory) -> Iterator[Counts]:
+    at = int.from_bytes(launch.arguments[:8], "little")
+    tiles = np.frombuffer(memory.read(at, launch.grid * tile_type().itemsize), tile_type())
+    kind = [name for name in tiles.dtype.names or () if name not in PLACE]
+    has_rows = values.get("noise") is not None
+    moves = np.array([re.match(r"LDG\.E\.EF|STG\.E.*\.(64|128)$", i.name) is not None for i in code.instructions])
+    _, places, numbers = np.unique(tiles[kind], return_index=True, return_counts=True)
+    for place, number in zip(places.tolist(), numbers.tolist(), strict=True):
+        tile = {name: int(tiles[place][name]) for name in tiles.dtype.names or ()}
+        elements = max(0, tile["teams"] - 1) * tile["length"] + tile["last"]
+        fill(values, tile["tensor"], tile["start"], tile["start"] + elements)
+        issued = launch.run(code, memory, place)
+        whole, cut = bool(tile["flags"] & WHOLE), bool(tile["flags"] & SEGMENTS) and has_rows
+        busy = issued[moves].any(axis=0) if whole else np.ones(issued.shape[1], bool)
+        found = Counts(
+            launch.kernel, code, launch.block, number, elements,
+            f"{tile['length']}{'' if whole else ', not whole'}{', cut' if cut else ''}", whole and not cut,
+            int(issued[:, busy].sum()), int(issued[:, ~busy].sum()),
         )  # fmt: skip
-    return found
+        for instruction, times in zip(code.instructions, issued[:, busy].sum(axis=1).tolist(), strict=True):
+            found.purposes[purpose(instruction.source)] += times
+        yield found
 
 
-def purpose(instruction: sass.Instruction) -> str:
-    for file, line in instruction.source:
-        if "/csrc/" in file:
-            name = functions(file)[line]
-            if name in PURPOSE:
-                return PURPOSE[name]
-    return "the rest"
+def purpose(source: tuple[tuple[str, int], ...]) -> str:
+    names = [functions(file)[line - 1] for file, line in source if "/csrc/" in file]
+    return next((PURPOSE[name] for name in names if name in PURPOSE), "the rest")
 
 
 @cache
-def functions(file: str) -> dict[int, str]:
-    """The function, by line: the last one that was begun. Constructors of nested structs are named as those."""
-    found: dict[int, str] = defaultdict(lambda: "?")
-    name = "?"
-    for number, line in enumerate(Path(file).read_text().splitlines(), 1):
-        begun = re.match(r"\s*(?:FK_\w+|__global__|template <.*>\s+FK_\w+)\b.*?([A-Za-z_]\w*)\(", line)
-        if begun and not line.lstrip().startswith("#"):
-            name = begun[1]
-        found[number] = name
+def functions(file: str) -> list[str]:
+    """The function of each line: the one that began last."""
+    found, name = [], "?"
+    for line in Path(file).read_text().splitlines():
+        begun = re.match(r"\s*(?:template <.*> )?(?:FK_DEVICE|FK_DEVICE_MEMBER|FK_HD|__global__)\b.*?(\w+)\(", line)
+        name = begun[1] if begun else name
+        found.append(name)
     return found
 
 
-def report(label: str, model: str, counts: list[Counts], registers: dict[str, int]) -> dict[str, Any]:
+def occupancy(counts: Counts) -> float:
+    registers = -(-counts.code.used["REG"] // 8) * 8
+    return REGISTERS // (registers * counts.threads) * counts.threads / MOST_THREADS
+
+
+def summary(label: str, model: str, counts: list[Counts]) -> dict[str, Any]:
     useful = sum(c.tiles * c.elements for c in counts)
-    whole = [c for c in counts if c.whole and not c.cut]
-    elements = sum(c.tiles * c.elements for c in whole)
+    ordinary = [c for c in counts if c.ordinary]
+    elements = sum(c.tiles * c.elements for c in ordinary)
     purposes: Counter[str] = Counter()
-    for c in whole:
+    columns: dict[str, list[float]] = {}
+    for c in ordinary:
         for name, times in c.purposes.items():
-            purposes[name] += times * c.tiles * sass.WARP
-    rest = sum(c.tiles * (c.issued + c.idle) for c in counts) * sass.WARP
-    row = {
+            purposes[name] += times * c.tiles
+    for c in counts:
+        row = columns.setdefault(c.columns, [0.0, 0.0])
+        row[0] += c.tiles * c.elements
+        row[1] += c.tiles * (c.busy + c.idle) * sass.WARP
+    largest = max(counts, key=lambda c: c.tiles * c.elements)
+    return {
         "case": label,
         "model": model,
-        "whole": sum(c.tiles * c.issued for c in whole) * sass.WARP / elements,
+        "whole": sum(c.tiles * c.busy for c in ordinary) * sass.WARP / elements,
         "of": elements / useful,
-        "all": rest / useful,
-        "purposes": {name: times / elements for name, times in purposes.most_common()},
-        "kernels": {c.kernel: registers[c.kernel] for c in counts},
-        "by columns": {
-            f"{c.columns}{'' if c.whole else ' not whole'}{' cut' if c.cut else ''}": [
-                round(c.tiles * c.elements / useful, 4),
-                round((c.issued + c.idle) * sass.WARP / max(1, c.elements), 1),
-            ]
-            for c in sorted(counts, key=lambda c: -c.tiles * c.elements)
+        "all": sum(c.tiles * (c.busy + c.idle) for c in counts) * sass.WARP / useful,
+        "registers": largest.code.used["REG"],
+        "occupancy": occupancy(largest),
+        "kernel": largest.kernel,
+        "purposes": {name: times * sass.WARP / elements for name, times in purposes.most_common() if times},
+        "columns": {
+            name: {"of": here / useful, "all": issued / max(1, here)}
+            for name, (here, issued) in sorted(columns.items(), key=lambda item: -item[1][0])
         },
     }
-    print(
-        f"{label:30}{model:10}{row['whole']:8.1f}{row['of']:8.1%}{row['all']:8.1f}   "
-        + ", ".join(f"{name} {times:.1f}" for name, times in row["purposes"].items()),
-        flush=True,
-    )
-    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="90")
-    parser.add_argument("--models", nargs="+", default=["gpt2", "resnet50"], choices=MODELS)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--models", nargs="+", default=["gpt2", "resnet50"], choices=MODELS, metavar="NAME")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES, metavar="NAME", help=str(list(CASES)))
+    parser.add_argument("--json", type=Path, help="write everything here, by the length of rows too")
     args = parser.parse_args()
     state = flatkern.backends()["cuda"]
     if not (state["live"] and state["about"]["emulated"]):
         sys.exit("error: FLATKERN_CUDA_EMULATION should be the library that `make test-cuda` builds")
-    sources = {CASES[name].op.split("_")[0] for name in args.cases}
-    kernels = Compiled({}, {})
-    for source in sorted({"sgd": "sgd", "adamw": "adam", "perturb": "perturb"}[s] for s in sources | {"perturb"}):
-        found = compiled(f"{source}.cu", args.arch)
-        kernels.codes.update(found.codes)
-        kernels.registers.update(found.registers)
-    rows = []
-    print(f"{'case':30}{'model':10}{'whole':>8}{'of':>8}{'all':>8}")
+    rows, memory = [], sass.Memory()
+    print(f"{'':26}{'':10}{'whole':>7}{'of':>7}{'all':>7}{'registers':>11}{'occupancy':>11}  what for")
     for label in args.cases:
+        case = CASES[label]
+        codes = compiled("perturb.cu") | compiled(case.source)
         for model in args.models:
-            values = arguments(CASES[label], MODELS[model].shapes())
-            counts = []
-            for launch in launches(CASES[label], values):
-                code = kernels.codes[launch.kernel]
-                counts += count(CASES[label], launch, code, values, 0)
-            rows.append(report(label, model, counts, kernels.registers))
+            values, counts = arguments(case, MODELS[model].shapes()), []
+            for launch in launches(case, values):
+                memory.look()
+                counts += counted(case, launch, codes[launch.kernel], values, memory)
+            row = summary(label, model, counts)
+            rows.append(row)
+            print(
+                f"{label:26}{model:10}{row['whole']:7.1f}{row['of']:7.0%}{row['all']:7.1f}{row['registers']:11}"
+                f"{row['occupancy']:11.0%}  " + ", ".join(f"{name} {n:.1f}" for name, n in row["purposes"].items()),
+                flush=True,
+            )
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
 

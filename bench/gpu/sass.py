@@ -1,4 +1,4 @@
-"""Executes the machine code of a kernel (SASS, as nvdisasm prints it) for one block, and counts its instructions.
+"""Executes the machine code of a kernel (SASS, of sm_90) for one block, and counts its instructions.
 
 All threads of a block are one array for each register. Threads at the lowest address go first, so that those that have
 parted meet again; what waits at a barrier is let go when all are there. A warp's instruction counts once, whichever of
@@ -11,61 +11,20 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from bench.gpu.disassembly import Code
+
 WARP = 32
-SHARED = 0x400  # where the shared memory of a block begins
+SHARED = 0x400  # where the shared memory of a block begins,
+PARAMETERS = 0x210  # and in the constant bank the parameters of a kernel
 Array = np.ndarray[Any, Any]
 
 
 class Unknown(Exception):
     """An instruction, or an operand, that is not executed here."""
-
-
-@dataclass
-class Instruction:
-    guard: str  # "", or the predicate without which it does nothing
-    name: str
-    operands: list[str]
-    text: str
-    source: tuple[tuple[str, int], ...] = ()  # file and line, then where that was inlined
-    run: Callable[[Array], None] | None = None
-
-
-@dataclass
-class Code:
-    """A kernel's instructions, and where its labels are."""
-
-    name: str
-    instructions: list[Instruction] = field(default_factory=list)
-    labels: dict[str, int] = field(default_factory=dict)
-
-
-def read(listing: str) -> dict[str, Code]:
-    """Kernels by their (mangled) names, from what `nvdisasm -c` prints, with or without -gi."""
-    codes: dict[str, Code] = {}
-    code, source = None, []
-    for line in listing.splitlines():
-        if found := re.match(r"\.text\.(\S+):", line):
-            code = codes[found[1]] = Code(found[1])
-        elif found := re.match(r'\s*//## File "([^"]*)", line (\d+)( inlined at)?', line):
-            # A chain: each line but the last one says where it is inlined.
-            if not (source and source[-1][2]):
-                source = []
-            source.append((found[1], int(found[2]), bool(found[3])))
-        elif code is None:
-            continue
-        elif found := re.match(r"(\.L\w+):", line):
-            code.labels[found[1]] = len(code.instructions)
-        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@(!?U?P\w+) )?\s*([A-Z][\w.]*)\s*(.*?)\s*;", line):
-            operands = [part.strip() for part in re.split(r",(?![^\[]*\])", found[3])] if found[3] else []
-            text = f"{found[2]} {found[3]}"
-            where = tuple((file, number) for file, number, _ in source)
-            code.instructions.append(Instruction(found[1] or "", found[2], operands, text, where))
-    return codes
 
 
 def f32(x: Array) -> Array:
@@ -117,8 +76,11 @@ class Memory:
         with open("/proc/self/maps") as maps:
             for line in maps:
                 begin, end, rights = re.match(r"(\w+)-(\w+) (\S+)", line).groups()  # type: ignore[union-attr]
-                if rights.startswith("r") and int(end, 16) < 1 << 47:
+                if rights.startswith("r") and int(end, 16) < 1 << 47:  # above is the kernel's
                     self.ranges.append((int(begin, 16), int(end, 16)))
+
+    def read(self, address: int, size: int) -> bytes:
+        return self.bytes[address - self.BASE :][:size].tobytes()
 
     def at(self, addresses: Array, size: int) -> Array:
         """The bytes at some addresses, as places of `bytes`."""
@@ -134,9 +96,9 @@ class Memory:
 class Block:
     """One block of a launch."""
 
-    def __init__(self, code: Code, memory: Memory, constants: bytes, threads: int, index: int) -> None:
+    def __init__(self, code: Code, memory: Memory, parameters: bytes, threads: int, index: int) -> None:
         self.code, self.memory, self.threads, self.index = code, memory, threads, index
-        self.constants = np.frombuffer(constants + bytes(16), np.uint8)
+        self.constants = np.frombuffer(bytes(PARAMETERS) + parameters + bytes(16), np.uint8)
         self.shared = np.full(64 << 10, 0xFF, np.uint8)
         shape = (256, threads)
         self.r, self.ur = np.zeros(shape, np.uint32), np.zeros(shape, np.uint32)
@@ -257,7 +219,7 @@ class Block:
 
     def run(self, most: int = 1_000_000) -> Array:
         """Executes the block; how often each instruction was issued, by warp."""
-        from bench.gpu import sass_ops
+        from bench.gpu.sass_ops import execute
 
         for _ in range(most):
             runnable = self.there & (self.waits < 0)
@@ -273,9 +235,9 @@ class Block:
             guarded = active & self.predicate(instruction.guard) if instruction.guard else active
             try:
                 with np.errstate(all="ignore"):
-                    sass_ops.execute(self, instruction, guarded)
+                    execute(self, instruction, guarded)
             except (Unknown, IndexError, ValueError, KeyError) as error:
-                raise Unknown(f"{instruction.text}: {type(error).__name__}: {error}") from error
+                raise Unknown(f"{instruction}: {type(error).__name__}: {error}") from error
         raise Unknown(f"more than {most} instructions")
 
     def jump(self, label: str, active: Array) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from bench.gpu.disassembly import Instruction
 from bench.gpu.sass import (
     COMPARISONS,
     JOINS,
@@ -14,10 +15,8 @@ from bench.gpu.sass import (
     WARP,
     Array,
     Block,
-    Instruction,
     Unknown,
     bytes_to_words,
-    f32,
     fused,
     u32,
 )
@@ -354,8 +353,12 @@ def compare(b: Block, suffixes: list[str], o: list[str], active: Array, x: Array
     holds, join = COMPARISONS[suffixes[0]](x, y), JOINS[next(s for s in suffixes if s in JOINS)]
     if "EX" in suffixes:  # of two words the upper one; the last predicate is what the lower ones said
         lower = b.predicate(o[5])
-        holds = holds & lower if suffixes[0] == "EQ" else holds | lower if suffixes[0] == "NE" else np.where(
-            x == y, lower, holds
+        holds = (
+            holds & lower
+            if suffixes[0] == "EQ"
+            else holds | lower
+            if suffixes[0] == "NE"
+            else np.where(x == y, lower, holds)
         )
     other = b.predicate(o[4])
     b.set_predicate(o[0], join(holds, other), active)
@@ -409,18 +412,20 @@ def compare_doubles(b: Block, suffixes: list[str], o: list[str], active: Array) 
     compare(b, suffixes, o, active, b.double(o[2]), b.double(o[3]))
 
 
-@op("DADD", "DMUL", "DFMA")
-def double_arithmetic(b: Block, suffixes: list[str], o: list[str], active: Array) -> None:
-    values = [b.double(text).astype(np.longdouble) for text in o[1:]]  # nearly rounded once
-    total = values[0] + values[1] if len(values) == 2 else values[0] * values[1] + values[2]
-    b.set_pair(o[0], np.ascontiguousarray(total.astype(np.float64)), active)
+@op("DADD")
+def add_doubles(b: Block, _: list[str], o: list[str], active: Array) -> None:
+    b.set_pair(o[0], b.double(o[1]) + b.double(o[2]), active)
 
 
-def double_product(b: Block, _: list[str], o: list[str], active: Array) -> None:
+@op("DMUL")
+def multiply_doubles(b: Block, _: list[str], o: list[str], active: Array) -> None:
     b.set_pair(o[0], b.double(o[1]) * b.double(o[2]), active)
 
 
-OPS["DMUL"] = double_product
+@op("DFMA")
+def fused_multiply_add_doubles(b: Block, _: list[str], o: list[str], active: Array) -> None:
+    x, y, z = (b.double(text).astype(np.longdouble) for text in o[1:4])
+    b.set_pair(o[0], (x * y + z).astype(np.float64), active)  # of 64 bits instead of all, which is hardly ever seen
 
 
 @op("MUFU")
@@ -481,6 +486,3 @@ def constant(b: Block, suffixes: list[str], o: list[str], active: Array) -> None
         raise Unknown("arithmetic of float16")
     bits = [int(np.float16(float(text.replace("QNAN", "nan"))).view(np.uint16)) for text in o[3:5]]
     b.set(o[0], np.full(b.threads, bits[0] << 16 | bits[1], np.uint32), active)
-
-
-__all__ = ["OPS", "execute", "f32"]
