@@ -38,8 +38,8 @@ class Case:
 CASES = {
     "fill float": Case(6, 0, 4),
     "fill AnyFloat": Case(6),
-    "norms float 256": Case(8, 8, 0),
-    "norms float 1024": Case(2, 8, 0),
+    "norms float 256": Case(6, 8, 0),
+    "norms float 1024": Case(1, 8, 0),
     "norms AnyFloat 256": Case(6),
     "norms AnyFloat 1024": Case(2),
     "gradient float": Case(6, 16, 0),
@@ -53,37 +53,35 @@ CASES = {
     "perturb AnyFloat 256": Case(4),
     "perturb AnyFloat 1024": Case(1),
     "restore float": Case(4, 8, 8),
-    "restore BFloat16": Case(8, 4, 4),
+    "restore BFloat16": Case(6, 4, 4),
     "restore AnyFloat": Case(4),
     "sgd float plain 256": Case(5, 8, 6),
     "sgd float rolling 256": Case(5, 8, 8),
     "sgd float rolling 1024": Case(1, 8, 8),
-    "sgd float general 256": Case(3, 12, 10),
+    "sgd float general 256": Case(4, 12, 10),
     "sgd BFloat16 plain 256": Case(5, 0, 0, 8),
     "sgd BFloat16 rolling 256": Case(5, 1, 1, 6),
     "sgd BFloat16 rolling 1024": Case(1, 1, 1, 6),
     "sgd BFloat16 float plain 256": Case(4, 4, 4, 4),
     "sgd BFloat16 float rolling 256": Case(5, 6, 5, 2),
     "sgd BFloat16 float rolling 1024": Case(1, 6, 5, 2),
-    "sgd BFloat16 float general 256": Case(3, 8, 7, 4),
-    "sgd AnyFloat general 256": Case(3),
+    "sgd BFloat16 float general 256": Case(4, 8, 7, 4),
+    "sgd AnyFloat general 256": Case(4),
     "sgd AnyFloat general 1024": Case(1),
-    "adam float plain 256": Case(4, 10, 8),
-    "adam float rolling 256": Case(4, 10, 10),
+    "adam float plain 256": Case(5, 10, 8),
+    "adam float rolling 256": Case(5, 10, 10),
     "adam float rolling 1024": Case(1, 10, 10),
-    "adam float general 256": Case(3, 16, 14),
-    "adam BFloat16 plain 256": Case(4, 0, 0, 10),
-    "adam BFloat16 rolling 256": Case(4, 1, 1, 8),
+    "adam float general 256": Case(4, 16, 14),
+    "adam BFloat16 plain 256": Case(5, 0, 0, 10),
+    "adam BFloat16 rolling 256": Case(5, 1, 1, 8),
     "adam BFloat16 rolling 1024": Case(1, 1, 1, 8),
-    "adam BFloat16 float plain 256": Case(4, 6, 6, 4),
-    "adam BFloat16 float rolling 256": Case(4, 8, 7, 2),
+    "adam BFloat16 float plain 256": Case(5, 6, 6, 4),
+    "adam BFloat16 float rolling 256": Case(5, 8, 7, 2),
     "adam BFloat16 float rolling 1024": Case(1, 8, 7, 2),
-    "adam BFloat16 float general 256": Case(3, 12, 11, 4),
-    "adam AnyFloat general 256": Case(3),
+    "adam BFloat16 float general 256": Case(4, 12, 11, 4),
+    "adam AnyFloat general 256": Case(4),
     "adam AnyFloat general 1024": Case(1),
 }
-
-WIDER = {("sm_100", "perturb float 256")}  # needs two registers more than five blocks leave (FK_MOST_BLOCKS)
 
 
 def label(name):
@@ -124,7 +122,9 @@ def test_compiled(which, architecture):
     case, threads = CASES[which], 1024 if which.endswith("1024") else 256
     for code in kernels(architecture)[which]:
         # A multiprocessor has 65536 registers, and a thread gets a multiple of 8.
-        blocks = min(case.blocks, 4) if (architecture, which) in WIDER else case.blocks
+        # As blocks_here() of csrc/cuda/device.cuh says.
+        wide = architecture == "sm_100" or (architecture == "sm_80" and which.startswith("adam"))
+        blocks = min(case.blocks, 4) if wide and threads == 256 and case.blocks == 5 else case.blocks
         assert code.used["REG"] <= 65536 // (blocks * threads) // 8 * 8
         assert (code.used["STACK"], code.used["LOCAL"]) == (0, 0), "registers are spilled"
         assert not code.count(r"(?:LDL|STL)\S*")

@@ -44,7 +44,7 @@ struct Rule {
   static constexpr int kRowEights = 2;
   template <class Types>
   static constexpr int blocks() {
-    return Types::kGeneral ? 3 : 4;
+    return Types::kGeneral ? 4 : 5;
   }
 
   const AdamUpdate& a;

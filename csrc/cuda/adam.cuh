@@ -21,6 +21,8 @@ struct Adam {
     float inverse;  // of the correction
   };
 
+  static constexpr bool kIsShortOfRegisters = true;
+
   const Shared& shared;
   bool skip;
 

@@ -19,17 +19,25 @@
   name##_type& name = name##_storage
 #endif
 
-// Blocks of 256 threads on a multiprocessor. Compiled for sm_100 some kernels need two registers more than five leave.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-#define FK_MOST_BLOCKS 4
-#else
-#define FK_MOST_BLOCKS 5
-#endif
-
 #define FK_DEVICE static __device__ __forceinline__
 #define FK_DEVICE_MEMBER __device__ __forceinline__
 
 namespace flatkern::cuda {
+
+// Blocks of a kernel that a multiprocessor should hold, so that it is compiled with as few registers as they leave.
+// Some need a few more than five blocks of 256 threads leave: all that are compiled for sm_100, and `large` ones for
+// sm_80.
+constexpr int blocks_here(int wanted, [[maybe_unused]] bool large) {
+#if !defined(__CUDA_ARCH__)
+  return wanted;
+#elif __CUDA_ARCH__ >= 1000
+  return wanted < 4 ? wanted : 4;
+#elif __CUDA_ARCH__ < 900
+  return wanted > 4 && large ? 4 : wanted;
+#else
+  return wanted;
+#endif
+}
 
 // float16 and bfloat16 as they lie in memory. Two of them are a word, the first one low; rounded to nearest even.
 struct Half {

@@ -334,13 +334,14 @@ FK_DEVICE void for_each_eight(const Team<kWhole>& team, const Body& body) {
   }
 }
 
-// The same, one after the other: where nothing of an eight is kept in registers for later.
-template <int kEights, bool kWhole, class Body>
+// The same, one after the other: where nothing of an eight is kept in registers for later. kAll: also for those without
+// elements.
+template <int kEights, bool kAll = false, bool kWhole, class Body>
 FK_DEVICE void for_each_eight_in_turn(const Team<kWhole>& team, const Body& body) {
   Span<kWhole> s = team.span(0);
 #pragma unroll 1
   for (int i = 0; i < kEights; ++i) {
-    if (s.count > 0) body(i, s);
+    if (kAll || s.count > 0) body(i, s);
     s.place += team.step;
     const int rest = team.length - s.place;
     s.count = kWhole || rest < kEight ? rest : kEight;

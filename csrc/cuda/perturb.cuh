@@ -97,8 +97,7 @@ FK_DEVICE void perturb_tile(const Args& a, const Tile& t, Sums& sums) {
 }
 
 template <class Types, int kThreads, int kBlocks, int kEights, class Args>
-__global__ void __launch_bounds__(kThreads, kBlocks < FK_MOST_BLOCKS ? kBlocks : FK_MOST_BLOCKS)
-    perturb_kernel(FK_PARAM(Args) a) {
+__global__ void __launch_bounds__(kThreads, blocks_here(kBlocks, false)) perturb_kernel(FK_PARAM(Args) a) {
   using Sums = ChunkSums<kThreads, kEights>;
   FK_SHARED(Sums, sums);
   const Tile& t = a.tiles[blockIdx.x];

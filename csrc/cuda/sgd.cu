@@ -15,7 +15,7 @@ struct Rule {
   template <class Types>
   static constexpr int blocks() {
     constexpr bool kHasMasters = !std::is_same_v<typename Types::Param, typename Types::Clean>;
-    return Types::kGeneral ? 3 : Types::kKind == Kind::kPlain && kHasMasters ? 4 : 5;
+    return Types::kGeneral ? 4 : Types::kKind == Kind::kPlain && kHasMasters ? 4 : 5;
   }
 
   const SgdUpdate& a;

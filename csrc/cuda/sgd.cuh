@@ -15,6 +15,7 @@ struct Sgd {
   using Own = SgdOwn;
   using State = typename Types::State;
   struct Shared {};
+  static constexpr bool kIsShortOfRegisters = false;
 
   bool skip;
 

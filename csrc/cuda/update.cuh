@@ -242,11 +242,13 @@ struct Step : Rows<Types, kWhole, Args> {
   }
 };
 
-// Number i of some, where the compiler does not know i: an index would put them into memory.
+// Appends a number to some, of which the first one goes. To put it at an index that the compiler does not know would
+// take twice the instructions, or memory.
 template <int kCount>
-FK_DEVICE void set(float (&x)[kCount], int i, float value) {
+FK_DEVICE void push(float (&x)[kCount], float value) {
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) x[j] = i == j ? value : x[j];
+  for (int j = 0; j + 1 < kCount; ++j) x[j] = x[j + 1];
+  x[kCount - 1] = value;
 }
 
 // The two sums of a row: of the squares of its new weights, and of its gradient, which a history takes.
@@ -297,18 +299,20 @@ FK_DEVICE void update_tile(const Args& a, const Tile& t, const Rule& rule, Sums&
   const Team<kWhole> team(t);
   const Step<Types, kWhole, Args, Rule> step({a, t, team}, rule);
   float of_weights[kEights] = {}, of_gradient[kEights] = {};
-  for_each_eight_in_turn<kEights>(team, [&](int i, const auto& s) {
-    float weights, gradient;
-    if constexpr (kWhole) {
-      step.whole(s, weights, gradient);
-    } else {
-      step.one_by_one(s, weights, gradient);
+  for_each_eight_in_turn<kEights, true>(team, [&](int, const auto& s) {
+    float weights = 0.0f, gradient = 0.0f;
+    if (s.count > 0) {
+      if constexpr (kWhole) {
+        step.whole(s, weights, gradient);
+      } else {
+        step.one_by_one(s, weights, gradient);
+      }
     }
-    set(of_weights, i, weights);
-    set(of_gradient, i, gradient);
+    push(of_weights, weights);
+    push(of_gradient, gradient);
   });
-  if constexpr (Types::kGeneral) {
-    // The general kernel is short of registers for what the first pass does not need.
+  if constexpr (Types::kHasRows && (Types::kGeneral || Rule::kIsShortOfRegisters)) {
+    // What the first pass does not need is found out anew.
     const Tile& again = a.tiles[forget(static_cast<int>(blockIdx.x))];
     finish_rows<Types>(a, again, Team<kWhole>(again), rule.skip, of_weights, of_gradient, sums);
   } else if constexpr (Types::kHasRows) {
@@ -317,7 +321,8 @@ FK_DEVICE void update_tile(const Args& a, const Tile& t, const Rule& rule, Sums&
 }
 
 template <class Rule, class Types, int kThreads, int kBlocks, int kEights, class Args>
-__global__ void __launch_bounds__(kThreads, kBlocks) update_kernel(FK_PARAM(Args) a) {
+__global__ void __launch_bounds__(kThreads, blocks_here(kBlocks, Rule::kIsShortOfRegisters))
+    update_kernel(FK_PARAM(Args) a) {
   using Sums = UpdateSums<kThreads, kEights>;
   FK_SHARED(Sums, sums);
   FK_SHARED(typename Rule::Shared, shared);

@@ -12,7 +12,16 @@ constexpr uint32_t kKeyStep0 = 0x9E3779B9, kKeyStep1 = 0xBB67AE85;
 struct Word {
   uint64_t x;
 };
-FK_HD Word multiply(Word a, uint32_t b) { return {(a.x & 0xFFFFFFFFu) * b}; }
+FK_HD Word multiply(Word a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  // One instruction. Of the same in C++ nvcc makes two: it adds what the upper half of a.x & 0xFFFFFFFF contributes, 0.
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(static_cast<uint32_t>(a.x)), "r"(b));
+  return {product};
+#else
+  return {(a.x & 0xFFFFFFFFu) * b};
+#endif
+}
 FK_HD Word high(Word a) { return {a.x >> 32}; }
 FK_HD Word exclusive_or(Word a, Word b, uint32_t c) { return {a.x ^ b.x ^ c}; }
 
