@@ -48,8 +48,7 @@ CALLS = {  # label: op, and which optional arguments it is given
 
 
 def make(name: str, given: str, shapes: list[tuple[int, ...]]) -> dict:
-    """Arguments of one op. Shared memory does, as no kernel runs."""
-    room = torch.zeros(max(torch.Size(s).numel() for s in shapes))
+    """Arguments of one op. Their memory is never written, and so hardly there, as no kernel runs."""
     values: dict = {}
     for a in OPS[name].arguments:
         if a.type.endswith("?") and a.name not in given.split():
@@ -61,7 +60,7 @@ def make(name: str, given: str, shapes: list[tuple[int, ...]]) -> dict:
         elif a.name == "steps":
             values[a.name] = [torch.tensor(1.0) for _ in shapes]
         elif a.type.startswith("Tensor[]"):
-            values[a.name] = [room[: torch.Size(s).numel()].view(s) for s in shapes]
+            values[a.name] = [torch.empty(s) for s in shapes]
         else:
             values[a.name] = list(range(len(shapes))) if a.name == "index" else [NUMBERS[a.name]] * len(shapes)
     values["params"] = [torch.nn.Parameter(p) for p in values["params"]]

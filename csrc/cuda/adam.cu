@@ -1,5 +1,6 @@
 // Adam and AdamW on CUDA.
 #include <cmath>
+#include <cstring>
 
 #include "adam.cuh"
 #include "update_launch.cuh"
@@ -50,21 +51,36 @@ struct Rule {
   const AdamUpdate& a;
   const Steps& steps;
 
+  // What tensors of one group share. Its logarithms and powers take the host longer than all the rest of a tensor.
+  struct Rates {
+    double step, lr, beta1, beta2, eps, weight_decay;
+  };
+  mutable Rates rates = {};
+  mutable AdamOwn of_rates = {};
+  mutable bool is_first = true;
+
   AdamOwn own(int64_t k) const {
     const double lr = a.lrs && steps.on_host() && kDevice == DeviceType::kCpu
                           ? a.lrs[0].as<double>()[k * a.lrs[0].strides[0]]
                           : a.lr[k];
-    AdamOwn own;
+    const double step = steps.on_host() ? steps.next(k) : 1.0;
+    const Rates here = {step, lr, a.beta1[k], a.beta2[k], a.eps[k], a.weight_decay[k]};
+    if (is_first || std::memcmp(&here, &rates, sizeof here) != 0) find(here);
+    AdamOwn own = of_rates;
     own.exp_avg = a.exp_avgs[k].data;
     own.exp_avg_sq = a.exp_avg_sqs[k].data;
     own.step = steps.on_host() ? nullptr : a.steps[k].as<float>();
-    own.lr = lr;
-    own.weight_decay = a.weight_decay[k];
-    own.log2_beta1 = std::log2(a.beta1[k]);
-    own.log2_beta2 = std::log2(a.beta2[k]);
-    own.scalars = math::adam_scalars(steps.on_host() ? steps.next(k) : 1.0, lr, a.beta1[k], a.beta2[k], a.eps[k],
-                                     a.weight_decay[k], a.decoupled);
     return own;
+  }
+  void find(const Rates& here) const {
+    is_first = false;
+    rates = here;
+    of_rates.lr = here.lr;
+    of_rates.weight_decay = here.weight_decay;
+    of_rates.log2_beta1 = std::log2(here.beta1);
+    of_rates.log2_beta2 = std::log2(here.beta2);
+    of_rates.scalars =
+        math::adam_scalars(here.step, here.lr, here.beta1, here.beta2, here.eps, here.weight_decay, a.decoupled);
   }
   bool state_is(DType dtype) const { return all_are(dtype, {&a.exp_avgs, &a.exp_avg_sqs}); }
   int state_codes(int64_t k) const {
