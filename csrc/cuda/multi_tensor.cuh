@@ -28,10 +28,6 @@ struct Eight {
     for (int j = 0; j < 4; ++j) e.words[j] = T::pack(x[2 * j], x[2 * j + 1]);
     return e;
   }
-  FK_DEVICE_MEMBER void set(int h, const float (&x)[4]) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) words[2 * h + j] = T::pack(x[2 * j], x[2 * j + 1]);
-  }
   FK_DEVICE_MEMBER void values(float (&x)[8]) const {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -50,10 +46,6 @@ struct Eight<float> {
 #pragma unroll
     for (int j = 0; j < 8; ++j) e.x[j] = values[j];
     return e;
-  }
-  FK_DEVICE_MEMBER void set(int h, const float (&values)[4]) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) x[4 * h + j] = values[j];
   }
   FK_DEVICE_MEMBER void values(float (&out)[8]) const {
 #pragma unroll

@@ -83,7 +83,7 @@ FK_DEVICE void perturb_tile(const Args& a, const Tile& t, Sums& sums) {
   const float* history = kGeneral ? a.history[k] : nullptr;
   if (history != nullptr) history += team.history_in(t);
   const NoiseScale scale = {norm,
-                            static_cast<float>(a.sigmas.get(k, a.sigma[k])),
+                            static_cast<float>(kGeneral ? a.sigmas.get(k, a.sigma[k]) : a.sigma[k]),
                             a.eta[k],
                             history,
                             history != nullptr && (t.flags & kFlat) == 0 ? *history : 0.0f,
