@@ -99,7 +99,7 @@ void adam_update_(const AdamUpdate& a) {
   const auto plan = find_update_plan(
       kWalks, a, {&a.backups, &a.masters, &a.history, &a.grads, &a.clean_grads, &a.exp_avgs, &a.exp_avg_sqs}, place);
   const Steps steps(op, a);
-  const WithoutGil released;
+  const Launching launching(*plan);
   launch_update<Rule, Arguments>(op, a, Rule{a, steps}, *plan, place.stream);
   steps.advance();
 }

@@ -40,12 +40,15 @@ struct Cuda {
 
   template <class Args>
   static auto call(const Args& args, PyObject* written) -> decltype(run(args)) {
-    // Of several launches the first ones may have written when a later one fails, so versions move in any case.
+    // Of several launches the first ones may have written when a later one fails.
     const int64_t before = cuda::launch_count();
     try {
       run(args);
     } catch (...) {
-      if (written != nullptr && cuda::launch_count() != before && !PyErr_Occurred()) increment_version(written);
+      if (cuda::launch_count() != before) {
+        cuda::forget_plans();
+        if (written != nullptr && !PyErr_Occurred()) increment_version(written);
+      }
       throw;
     }
     if (written != nullptr && !increment_version(written)) throw py::error_already_set();

@@ -70,7 +70,7 @@ void fill_normal_(const FillNormal& a) {
   if (a.outs.size() == 0) return;
   const Place place = place_of(kFill.op, a.outs);
   const auto plan = find_plan(kFill, {true, false, a.outs, {}, &a.offset}, place);
-  const WithoutGil released;
+  const Launching launching(*plan);
   if (all_are(DType::kFloat32, {&a.outs})) {
     run<float>(a, *plan, place.stream);
   } else {

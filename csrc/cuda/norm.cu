@@ -80,7 +80,7 @@ void filter_norms_(const FilterNorms& a) {
   if (a.params.size() == 0) return;
   const Place place = place_of(kNorms.op, a.params);
   const auto plan = find_plan(kNorms, {true, false, a.params, {}, nullptr}, place);
-  const WithoutGil released;
+  const Launching launching(*plan);
   if (all_are(DType::kFloat32, {&a.params})) {
     run<float>(a, *plan, place.stream);
   } else {
@@ -206,7 +206,7 @@ void run(const GradientNorm& a, const Plan& plan, Stream stream) {
 void gradient_norm_(const GradientNorm& a) {
   const Place place = place_of(kGradient.op, a.grads.size() > 0 ? a.grads : a.norm);
   const auto plan = find_plan(kGradient, {false, false, a.grads, {&a.clean_grads}, nullptr}, place);
-  const WithoutGil released;
+  const Launching launching(*plan);
   if (all_are(DType::kFloat32, {&a.grads, &a.clean_grads})) {
     run<float>(a, *plan, place.stream);
   } else {

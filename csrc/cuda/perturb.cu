@@ -80,7 +80,7 @@ void perturb_gaussian_(const PerturbGaussian& a) {
   const PerturbLists lists = {&a.params, &a.backups, &clean,  &a.norms, &a.history,
                               a.sigmas,  a.noise,    a.sigma, a.eta,    a.index};
   const bool measures = !a.norms && !plan->segments.empty();
-  const WithoutGil released;
+  const Launching launching(*plan);
   launch_perturb(kPerturb.op, lists, *plan, plan->launches, place.stream, measures);
   if (measures) launch_perturb(kPerturb.op, lists, *plan, plan->segments, place.stream, false);
 }
@@ -146,7 +146,7 @@ void restore_(const Restore& a) {
   if (a.params.size() == 0) return;
   const Place place = place_of(kRestore.op, a.params);
   const auto plan = find_plan(kRestore, {false, false, a.params, {&a.backups}, nullptr}, place);
-  const WithoutGil released;
+  const Launching launching(*plan);
   // What is equal is moved as it is, whatever it means.
   if (all_are(DType::kFloat32, {&a.params, &a.backups})) {
     run_restore<float>(a, *plan, place.stream);

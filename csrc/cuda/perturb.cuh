@@ -82,12 +82,9 @@ FK_DEVICE void perturb_tile(const Args& a, const Tile& t, Sums& sums) {
   if (!team.is_there()) return;
   const float* history = kGeneral ? a.history[k] : nullptr;
   if (history != nullptr) history += team.history_in(t);
-  const NoiseScale scale = {norm,
-                            static_cast<float>(kGeneral ? a.sigmas.get(k, a.sigma[k]) : a.sigma[k]),
-                            a.eta[k],
-                            history,
-                            history != nullptr && (t.flags & kFlat) == 0 ? *history : 0.0f,
-                            a.index[k]};
+  const NoiseScale scale = {
+      norm,    static_cast<float>(kGeneral ? a.sigmas.get(k, a.sigma[k]) : a.sigma[k]), a.eta[k],
+      history, history != nullptr && (t.flags & kFlat) == 0 ? *history : 0.0f,          a.index[k]};
   const Key key = kGeneral ? a.key.get() : a.key;
   if constexpr (kWhole) {
     add_noise<kEights>(key, t, team, scale, stored, param);

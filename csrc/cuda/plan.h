@@ -3,6 +3,7 @@
 
 #include <initializer_list>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "../common/table.h"
@@ -50,6 +51,17 @@ struct Plan {
   double* sums = nullptr;            // one for each tile
   uint32_t tiles = 0;
   Buffer table, scratch;
+  mutable std::mutex in_use;  // from a call's first launch to its last: what one leaves in `scratch` the next one needs
+};
+
+// While a call starts its kernels: other threads may run Python, and wait with calls of the same plan.
+class Launching {
+ public:
+  explicit Launching(const Plan& plan) : lock_(plan.in_use) {}
+
+ private:
+  WithoutGil released_;
+  std::lock_guard<std::mutex> lock_;
 };
 
 // The device and the stream of a call. Throws WrongDevice where another device is current.
@@ -61,5 +73,8 @@ Place place_of(const char* op, const Table& like);
 
 // The plan of a call; made, and its tables uploaded, where there is none.
 std::shared_ptr<const Plan> find_plan(const Walk& walk, const Call& call, const Place& place);
+
+// After a call that failed between two launches, which may have left counts in a plan's tables.
+void forget_plans();
 
 }  // namespace flatkern::cuda

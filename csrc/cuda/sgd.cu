@@ -40,7 +40,7 @@ void sgd_update_(const SgdUpdate& a) {
   const Place place = place_of("sgd_update_", a.params);
   const auto plan = find_update_plan(
       kWalks, a, {&a.backups, &a.masters, &a.history, &a.grads, &a.clean_grads, &a.momentum_buffers}, place);
-  const WithoutGil released;
+  const Launching launching(*plan);
   launch_update<Rule, Arguments>("sgd_update_", a, Rule{a}, *plan, place.stream);
 }
 
