@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 EMULATION = "FLATKERN_CUDA_EMULATION"  # environment variable: the path of the emulated library, which runs on the CPU
-# The oldest driver for programs of a CUDA version. CUDA 12.0's is 525, but kernel parameters over 4 KB need that of 12.1.
+# The oldest driver for programs of a CUDA version. That of 12.0 is 525, but kernel parameters over 4 KB need 12.1's.
 DRIVERS = {12: 530, 13: 580}
 
 
@@ -156,7 +156,7 @@ def stream(index: int) -> int:
 def _on_the_cpu() -> tuple[Callable[..., Any], ...]:
     """The three above, for kernels that are emulated."""
     return (
-        lambda index, size: torch.empty(size, dtype=torch.uint8),
+        lambda index, size: torch.empty(size, dtype=torch.uint8, device="cpu"),
         lambda index, data: torch.frombuffer(bytearray(data), dtype=torch.uint8).clone(),  # aligned as torch's
         lambda index: 0,
     )
