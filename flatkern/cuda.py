@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 EMULATION = "FLATKERN_CUDA_EMULATION"  # environment variable: the path of the emulated library, which runs on the CPU
-DRIVERS = {12: 525, 13: 580}  # the oldest driver that runs programs of a CUDA version
+# The oldest driver for programs of a CUDA version. That of 12.0 is 525, but kernel parameters over 4 KB need 12.1's.
+DRIVERS = {12: 530, 13: 580}
 
 
 def is_emulated() -> bool:
@@ -143,11 +144,6 @@ def allocate(index: int, size: int) -> Tensor:
 
 def upload(index: int, data: bytes) -> Tensor:
     """`data` on a GPU. From pinned memory, so that the host does not wait for the copy."""
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "a CUDA graph captures a call whose tables are not on the device yet; run the same steps on the same "
-            "tensors before the capture, as torch.cuda.graph asks"
-        )
     host = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return host.pin_memory().to(f"cuda:{index}", non_blocking=True)
 
@@ -160,7 +156,7 @@ def stream(index: int) -> int:
 def _on_the_cpu() -> tuple[Callable[..., Any], ...]:
     """The three above, for kernels that are emulated."""
     return (
-        lambda index, size: torch.empty(size, dtype=torch.uint8),
+        lambda index, size: torch.empty(size, dtype=torch.uint8, device="cpu"),
         lambda index, data: torch.frombuffer(bytearray(data), dtype=torch.uint8).clone(),  # aligned as torch's
         lambda index: 0,
     )

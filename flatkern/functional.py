@@ -132,7 +132,7 @@ def perturb_(
                 raise ValueError(f"perturb_: {name} has {len(values)} entries, but params has {len(params)}")
         if backups is not None:
             _check_backups("perturb_", params, backups)
-    noise = torch.tensor([seed, stream, round], dtype=torch.int64)
+    noise = torch.tensor([seed, stream, round], dtype=torch.int64, device="cpu")  # whatever torch's default is
     for device, which in _by_device(params).items():
         n = len(which)
         _run(

@@ -236,6 +236,39 @@ def test_memory_that_cannot_be_had(op, emulated, uploads):
     assert_within(op, run(op, "cuda", values), run(op, "eager", before))
 
 
+def test_memory_that_is_none(emulated, uploads):
+    """A tensor without memory, as under FakeTensorMode, is refused, and no later call finds a plan with it."""
+    op = OPS["filter_norms_"]
+    values = make(op, [(7, 91)], "float32", RICHEST[op.name])
+    allocate, upload, stream = cuda._on_the_cpu()
+    emulated.use_torch(lambda index, size: torch.empty(0), upload, stream)
+    with pytest.raises(RuntimeError, match="torch gives no memory here"):
+        run(op, "cuda", values)
+    emulated.use_torch(allocate, upload, stream)
+    assert_within(op, run(op, "cuda", values), run(op, "eager", copy.deepcopy(values)))
+
+
+def test_a_gradient_norm_after_one_that_failed(emulated):
+    """The first launch of two leaves no count that the next call's blocks would go on with."""
+    op, many = OPS["gradient_norm_"], 3000
+    numbers = {"grad_weight": [1.0] * many, "clean_weight": [0.0] * many}
+    values = dict(norm=torch.zeros(()), grads=[torch.ones(3)] * many, clean_grads=None, grad_scale=None, **numbers)
+    left = [2]
+
+    def fail(*launch):
+        left[0] -= 1
+        if left[0] == 0:
+            raise RuntimeError("no more launches")
+
+    emulated.watch(fail)
+    try:
+        with pytest.raises(RuntimeError, match="no more launches"):
+            run(op, "cuda", values)
+    finally:
+        emulated.watch(None)
+    assert_within(op, run(op, "cuda", values), run(op, "eager", copy.deepcopy(values)))
+
+
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_launch_that_fails(failing, emulated):
     """The second of two: the first has written, so versions have moved. The first: nothing has changed."""

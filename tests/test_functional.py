@@ -71,6 +71,15 @@ def test_perturb_adds_the_noise_of_its_key(backend, dtype, sigma):
     assert any(not torch.equal(p, w) for p, w in zip(params, clean, strict=True))
 
 
+def test_torchs_default_device_does_not_matter(backend):
+    """The key stays on the CPU, where every backend takes it, and where no call has to wait for it."""
+    here, there = (torch.ones(3, 5) for _ in range(2))
+    flatkern.perturb_([here], 0.1, seed=1, round=2, backend=backend)
+    with torch.device("meta"):
+        flatkern.perturb_([there], 0.1, seed=1, round=2, backend=backend)
+    assert here.equal(there)
+
+
 def test_stream_is_zero_unless_given(backend):
     given, default = parameters(), parameters()
     flatkern.perturb_(given, 0.1, **KEY, stream=0, backend=backend)

@@ -51,9 +51,9 @@ MOST_THREADS, REGISTERS = 2048, 65536  # of a multiprocessor
 # The innermost function that is named here says what an instruction is for.
 PURPOSES = {
     "tile": "Team number_in is_there leads row history_in span for_each_eight for_each_eight_in_turn Counters",
-    "memory": "load store get put Elements Quads load_once store_once values set of pack unpack round rounded",
+    "memory": "load store get put Elements Quads load_once store_once values of pack unpack round rounded",
     "noise": "draw philox4x32 multiply high exclusive_or normals radius angle horner",
-    "sums": "sum_squares take sum fold_lanes fold_several row_sum add_chunk sum_chunks sum_of_chunks chunk_of",
+    "sums": "sum_squares take sum fold_lanes fold_several row_sum",
     "rule": "apply take_step sgd adam adam_moments adam_step ordinary_adam_step quotient ordinary_quotient scalars_of "
     "has_ordinary_quotient is_moderate exponent_of rare_quotient count_step Adam Sgd FinalGradient mixed",
 }

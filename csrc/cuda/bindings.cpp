@@ -45,10 +45,7 @@ struct Cuda {
     try {
       run(args);
     } catch (...) {
-      if (cuda::launch_count() != before) {
-        cuda::forget_plans();
-        if (written != nullptr && !PyErr_Occurred()) increment_version(written);
-      }
+      if (written != nullptr && cuda::launch_count() != before && !PyErr_Occurred()) increment_version(written);
       throw;
     }
     if (written != nullptr && !increment_version(written)) throw py::error_already_set();

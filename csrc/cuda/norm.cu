@@ -95,7 +95,7 @@ namespace {
 struct GradientCall {
   const Tile* tiles;
   double* sums;         // of each tile, those of earlier launches before them
-  uint32_t* ticket;     // tiles that are summed; 0 between calls
+  uint32_t* ticket;     // tiles of the last launch that are summed; 0 between launches
   uint32_t first, all;  // the launch's first tile, and tiles of all launches
   float* norm;
   Scalar grad_scale;
@@ -158,10 +158,13 @@ __global__ void __launch_bounds__(kShortThreads) gradient_kernel(FK_PARAM(Args) 
   FK_SHARED(bool[1], is_last);
   const Tile& t = a.tiles[blockIdx.x];
   const double sum = block_sum((t.flags & kWhole) != 0 ? sum_tile<T, true>(a, t) : sum_tile<T, false>(a, t), of_warps);
+  if (threadIdx.x == 0) a.sums[a.first + blockIdx.x] = sum;
+  // Earlier launches are done when the last one begins, so that it alone counts: a call that fails between two of them
+  // leaves no count.
+  if (a.first + gridDim.x != a.all) return;
   if (threadIdx.x == 0) {
-    a.sums[a.first + blockIdx.x] = sum;
     __threadfence();
-    is_last[0] = atomicInc(a.ticket, a.all - 1) == a.all - 1;
+    is_last[0] = atomicInc(a.ticket, gridDim.x - 1) == gridDim.x - 1;
     __threadfence();
   }
   __syncthreads();

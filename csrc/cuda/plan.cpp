@@ -226,13 +226,6 @@ struct Known {
   std::shared_ptr<const Plan> plan;
 };
 
-// A list for each way of walking, the plan of the last call first. The GIL protects it. It lives as long as the
-// process, as its tensors cannot be given back when Python is gone.
-std::map<const Walk*, std::list<Known>>& known_plans() {
-  static auto& known = *new std::map<const Walk*, std::list<Known>>;
-  return known;
-}
-
 }  // namespace
 
 Place place_of(const char* op, const Table& like) {
@@ -250,6 +243,9 @@ Place place_of(const char* op, const Table& like) {
 }
 
 std::shared_ptr<const Plan> find_plan(const Walk& walk, const Call& call, const Place& place) {
+  // A list for each way of walking, the plan of the last call first. The GIL protects it. It lives as long as the
+  // process, as its tensors cannot be given back when Python is gone.
+  static auto& known = *new std::map<const Walk*, std::list<Known>>;
   std::vector<Form> forms(call.like.size());
   PlanKey key;
   key.words.reserve(2 + 5 * forms.size());
@@ -260,7 +256,7 @@ std::shared_ptr<const Plan> find_plan(const Walk& walk, const Call& call, const 
                                static_cast<int64_t>(f.flags | f.shift << kShiftBit)})
       key.words.push_back(word);
   }
-  std::list<Known>& plans = known_plans()[&walk];
+  std::list<Known>& plans = known[&walk];
   const auto found = std::find_if(plans.begin(), plans.end(), [&](const Known& k) { return k.key == key; });
   if (found != plans.end()) {
     plans.splice(plans.begin(), plans, found);
@@ -270,7 +266,5 @@ std::shared_ptr<const Plan> find_plan(const Walk& walk, const Call& call, const 
   if (plans.size() > kMostPlans) plans.pop_back();
   return plans.front().plan;
 }
-
-void forget_plans() { known_plans().clear(); }
 
 }  // namespace flatkern::cuda

@@ -74,7 +74,4 @@ Place place_of(const char* op, const Table& like);
 // The plan of a call; made, and its tables uploaded, where there is none.
 std::shared_ptr<const Plan> find_plan(const Walk& walk, const Call& call, const Place& place);
 
-// After a call that failed between two launches, which may have left counts in a plan's tables.
-void forget_plans();
-
 }  // namespace flatkern::cuda

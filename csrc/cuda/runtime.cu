@@ -1,10 +1,12 @@
 // The CUDA runtime: devices, the driver, errors.
+#include <atomic>
+
 #include "launch.cuh"
 
 namespace flatkern::cuda {
 namespace {
 
-int64_t count = 0;
+std::atomic<int64_t> count{0};  // the GIL is released while kernels are started
 
 #ifndef FK_EMULATION
 // A function of the driver; null without one.

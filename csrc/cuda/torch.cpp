@@ -16,6 +16,9 @@ Buffer buffer_of(PyObject* tensor) {
   PyObject* pointer = PyObject_CallMethod(tensor, "data_ptr", nullptr);
   void* data = pointer != nullptr ? PyLong_AsVoidPtr(pointer) : nullptr;
   Py_XDECREF(pointer);
+  // A tensor that only pretends has none, and a plan with it would be found again by every later call.
+  if (data == nullptr && !PyErr_Occurred())
+    PyErr_SetString(PyExc_RuntimeError, "torch gives no memory here; leave FakeTensorMode or what traces the call");
   if (PyErr_Occurred()) {
     Py_DECREF(tensor);
     throw PythonError();

@@ -10,11 +10,11 @@
 
 namespace flatkern::cuda {
 
-// Types of the lists of a call; clean gradients are like gradients.
 // What a kernel is compiled for. The general one has what the fast ones leave out: histories, masks, a key and rates
 // that are on the device, and everything at once.
 enum class Kind { kPlain, kRolling, kGeneral };
 
+// Types of the lists of a call; clean gradients are like gradients.
 template <class P, class G, class C, class S, Kind kGiven>
 struct UpdateTypes {
   using Param = P;

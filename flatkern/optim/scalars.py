@@ -86,7 +86,7 @@ class OnHost:
             words = [check_uint32(where, key, word) for key, word in zip(WORDS, words, strict=True)]
             check_uint32(where, "round", words[2] + 1)
         words[2] += ahead
-        return torch.tensor(words, dtype=torch.int64)
+        return torch.tensor(words, dtype=torch.int64, device="cpu")  # whatever torch's default is
 
     def _common_key(self) -> tuple[Any, ...]:
         """(seed, stream, round) of all groups; the last may be a tensor."""
