@@ -165,7 +165,8 @@ def output(*command: str) -> str:
     except OSError as error:
         raise BuildError(f"{command[0]} cannot be run: {error.strerror}") from error
     if done.returncode != 0:
-        raise BuildError(f"{shlex.join(command)} fails: {(done.stderr or done.stdout).strip()[-300:]}")
+        said = (done.stderr or done.stdout).strip()[-300:] or f"it says nothing, exit status {done.returncode}"
+        raise BuildError(f"{shlex.join(command)} fails: {said}")
     return done.stdout + done.stderr
 
 

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 EMULATION = "FLATKERN_CUDA_EMULATION"  # environment variable: the path of the emulated library, which runs on the CPU
-# The oldest driver for programs of a CUDA version. That of 12.0 is 525, but kernel parameters over 4 KB need 12.1's.
-DRIVERS = {12: 530, 13: 580}
+DRIVERS = {12010: 530, 13000: 580}  # the driver that came with a version of CUDA
 
 
 def is_emulated() -> bool:
@@ -79,7 +78,7 @@ def _check_gpus(module: Any) -> None:
     if torch.version.hip is not None:
         raise ImportError(f"torch {torch.__version__} is built for ROCm, which Triton serves, and this is for CUDA")
     version, needed, devices, problem = module.driver()
-    if problem or not devices:
+    if problem or not devices or version < oldest_driver(needed):
         raise ImportError(_no_device(version, needed, problem))
     if torch.version.cuda is None:
         raise ImportError(f"torch {torch.__version__} is built without CUDA; install one that is built with it")
@@ -101,7 +100,7 @@ def _no_device(version: int, needed: int, problem: str) -> str:
     """What is wrong with the driver."""
     if not version:
         return f"no NVIDIA driver is loaded, and it needs {driver_for(needed)}"
-    if version // 1000 < needed // 1000:
+    if version < oldest_driver(needed):
         return (
             f"the NVIDIA driver is for CUDA {release(version)}, but it needs {driver_for(needed)}; update the driver, "
             "or build flatkern with an older nvcc"
@@ -116,10 +115,18 @@ def release(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
+def oldest_driver(version: int) -> int:
+    """For which CUDA a driver must be that runs programs of this one: the first of its generation.
+
+    Of generation 12 it is 12.1, the first that passes more than 4 KB to a kernel.
+    """
+    return max(version // 1000 * 1000, 12010)
+
+
 def driver_for(version: int) -> str:
     """The driver that a program of this CUDA version needs."""
-    oldest = DRIVERS.get(version // 1000)
-    return f"one for CUDA {version // 1000}" + (f" ({oldest} or later)" if oldest else "")
+    oldest = oldest_driver(version)
+    return f"one for CUDA {release(oldest)}" + (f" ({DRIVERS[oldest]} or later)" if oldest in DRIVERS else "")
 
 
 def capabilities(architectures: str) -> str:

@@ -129,7 +129,11 @@ def cuda_rows(about: dict[str, Any]) -> Rows:
         ("extension", about["file"]),
         ("emulated", "no"),
         ("toolkit", f"CUDA {about['toolkit']}"),
-        ("compiled for", f"compute capability {about['capabilities']}; newer ones by PTX of the highest"),
+        (
+            "compiled for",
+            f"compute capability {about['capabilities']}; later ones of these generations too, newer generations by "
+            "PTX of the highest",
+        ),
         ("driver", f"{found}; it needs {about['needs']}"),
         ("GPUs", f"{about['devices']}{about['problem'] and ': '}{about['problem']}"),
     ]

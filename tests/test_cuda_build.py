@@ -111,6 +111,7 @@ class TestWhatNvccIs:
         for text, message in (
             ("echo hello", "names no release: 'hello'"),
             ("echo broken >&2; exit 3", "fails: broken"),
+            ("exit 3", "fails: it says nothing, exit status 3"),
         ):
             with pytest.raises(setup.BuildError, match=message):
                 setup.toolkit_version(script(tmp_path / "nvcc", text))

@@ -70,11 +70,12 @@ def module(monkeypatch):
 
 # ---- what it runs on
 
-NEEDS_580 = "one for CUDA 13 (580 or later)"
+NEEDS_580 = "one for CUDA 13.0 (580 or later)"
 DRIVERS = {  # what the module says of the driver, and what the error says of that
     "none": ((0, 13000, 0, "insufficient"), f"no NVIDIA driver is loaded, and it needs {NEEDS_580}"),
     "too old": ((12040, 13000, 0, "insufficient"), f"is for CUDA 12.4, but it needs {NEEDS_580}; update the driver"),
-    "of a toolkit to come": ((13000, 14010, 0, "insufficient"), "is for CUDA 13.0, but it needs one for CUDA 14;"),
+    "of a toolkit to come": ((13000, 14010, 0, "insufficient"), "is for CUDA 13.0, but it needs one for CUDA 14.0;"),
+    "that takes 4 KB": ((12000, 12040, 1, ""), "is for CUDA 12.0, but it needs one for CUDA 12.1 (530 or later)"),
     "hidden": ((13000, 13000, 0, "no device"), r"no GPU is there (no device; CUDA_VISIBLE_DEVICES is '')"),
     "torch without CUDA": ((13000, 13000, 1, ""), f"torch {torch.__version__} is built without CUDA"),
 }

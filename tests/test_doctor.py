@@ -137,7 +137,7 @@ def test_text(tmp_path, before):
 
 ABOUT = {
     "emulated": False, "file": "/there/_CUDA.so", "toolkit": "13.0", "capabilities": "8.0, 9.0",
-    "driver": "12.4", "needs": "one for CUDA 13 (580 or later)", "devices": 0, "problem": "insufficient",
+    "driver": "12.4", "needs": "one for CUDA 13.0 (580 or later)", "devices": 0, "problem": "insufficient",
 }  # fmt: skip
 
 
@@ -148,8 +148,9 @@ def test_the_cuda_backend_is_described():
         "extension": "/there/_CUDA.so",
         "toolkit": "CUDA 13.0",
         "emulated": "no",
-        "compiled for": "compute capability 8.0, 9.0; newer ones by PTX of the highest",
-        "driver": "for CUDA 12.4; it needs one for CUDA 13 (580 or later)",
+        "compiled for": "compute capability 8.0, 9.0; later ones of these generations too, newer generations by "
+        "PTX of the highest",
+        "driver": "for CUDA 12.4; it needs one for CUDA 13.0 (580 or later)",
         "GPUs": "0: insufficient",
     }
     assert dict(doctor.cuda_rows(ABOUT | {"emulated": True}))["emulated"].startswith("yes")

@@ -89,7 +89,7 @@ PYBIND11_MODULE(_CUDA, m) {
         cuda::use_functions(allocate.ptr(), upload.ptr(), stream.ptr());
       },
       "allocate"_a, "upload"_a, "stream"_a, "Where memory and streams come from.");
-  m.def("launch_count", cuda::launch_count, "Kernels that were started since import.");
+  m.def("launch_count", cuda::launch_count, "Kernels that this thread has started.");
   m.def(
       "driver",
       [] {

@@ -1,12 +1,10 @@
 // The CUDA runtime: devices, the driver, errors.
-#include <atomic>
-
 #include "launch.cuh"
 
 namespace flatkern::cuda {
 namespace {
 
-std::atomic<int64_t> count{0};  // the GIL is released while kernels are started
+thread_local int64_t count = 0;  // the GIL is released while kernels are started
 
 #ifndef FK_EMULATION
 // A function of the driver; null without one.
@@ -28,7 +26,8 @@ void* driver_function(const char* name) {
 void launched(const char* op, const char* error) {
   if (error != nullptr)
     throw LaunchError(std::string(op) + ": the launch failed: " + error +
-                      "; `python -m flatkern doctor` tells what was compiled and which driver there is");
+                      "; an earlier kernel may have caused it, and FLATKERN_CUDA_SYNC=1 names its operation; "
+                      "`python -m flatkern doctor` tells what was compiled and which driver there is");
   ++count;
 }
 

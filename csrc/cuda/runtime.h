@@ -21,7 +21,7 @@ struct LaunchError : std::runtime_error {
 
 int current_device();
 bool is_capturing(Stream stream);
-int64_t launch_count();
+int64_t launch_count();  // of this thread
 
 struct Driver {
   int version, needed, devices;  // as CUDA counts versions: 13000 is 13.0
