@@ -26,11 +26,10 @@ from emulated import (
     needs_emulation,
 )
 from test_backends import assert_same_bits, lists, make, name_of, run
-from test_noise import COUNTERS, KNOWN, fill, numbers, philox, strict_fma
+from test_noise import COUNTERS, KNOWN, assert_normals_of, fill, numbers, strict_fma
 
 from flatkern import checks
 from flatkern.ops import OPS
-from flatkern.reference import noise as reference_noise
 
 pytestmark = needs_emulation
 
@@ -173,15 +172,8 @@ def test_normals_of_every_radius_and_angle():
 @pytest.mark.parametrize("key", [numbers(key) for _, key, _ in KNOWN], ids="{0[0]:08x}".format)
 def test_which_normals_a_counter_gives(key):
     """As test_noise.py has it."""
-    for column, row, index, round_ in COUNTERS:
-        words = torch.tensor(philox([column, row, index, round_], key))
-        r, (cos, sin) = reference_noise.radius(words), reference_noise.angle(words)
-        want = torch.stack([r * cos, r * sin], dim=1).flatten()
-        if row:
-            got = fill("cuda", (1, 8 * column + 8), [*key, round_], index, row)[0, 8 * column :]
-        else:
-            got = fill("cuda", (8,), [*key, round_], index, 8 * column)
-        assert_ulp("normals", got, want)
+    for counter in COUNTERS:
+        assert_normals_of("cuda", counter, key)
 
 
 @pytest.mark.parametrize("length", [5, 64, 300, 5000, 9000, 40000])

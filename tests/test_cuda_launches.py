@@ -1,5 +1,6 @@
 """The CUDA backend, emulated: orders of threads, barriers, launches, tables, values on the device, refusals."""
 
+import contextlib
 import copy
 import re
 from pathlib import Path
@@ -248,12 +249,10 @@ def test_memory_that_is_none(emulated, uploads):
     assert_within(op, run(op, "cuda", values), run(op, "eager", copy.deepcopy(values)))
 
 
-def test_a_gradient_norm_after_one_that_failed(emulated):
-    """The first launch of two leaves no count that the next call's blocks would go on with."""
-    op, many = OPS["gradient_norm_"], 3000
-    numbers = {"grad_weight": [1.0] * many, "clean_weight": [0.0] * many}
-    values = dict(norm=torch.zeros(()), grads=[torch.ones(3)] * many, clean_grads=None, grad_scale=None, **numbers)
-    left = [2]
+@contextlib.contextmanager
+def failing_launch(emulated, which):
+    """The launch of this number, from 1, fails, and with it the block."""
+    left = [which]
 
     def fail(*launch):
         left[0] -= 1
@@ -263,9 +262,18 @@ def test_a_gradient_norm_after_one_that_failed(emulated):
     emulated.watch(fail)
     try:
         with pytest.raises(RuntimeError, match="no more launches"):
-            run(op, "cuda", values)
+            yield
     finally:
         emulated.watch(None)
+
+
+def test_a_gradient_norm_after_one_that_failed(emulated):
+    """The first launch of two leaves no count that the next call's blocks would go on with."""
+    op, many = OPS["gradient_norm_"], 3000
+    numbers = {"grad_weight": [1.0] * many, "clean_weight": [0.0] * many}
+    values = dict(norm=torch.zeros(()), grads=[torch.ones(3)] * many, clean_grads=None, grad_scale=None, **numbers)
+    with failing_launch(emulated, 2):
+        run(op, "cuda", values)
     assert_within(op, run(op, "cuda", values), run(op, "eager", copy.deepcopy(values)))
 
 
@@ -273,19 +281,8 @@ def test_a_gradient_norm_after_one_that_failed(emulated):
 def test_a_launch_that_fails(failing, emulated):
     """The second of two: the first has written, so versions have moved. The first: nothing has changed."""
     params, ones = ([value.clone() for _ in range(3000)] for value in (torch.zeros(3), torch.ones(3)))
-    left = [failing]
-
-    def fail(*launch):
-        left[0] -= 1
-        if left[0] == 0:
-            raise RuntimeError("no more launches")
-
-    emulated.watch(fail)
-    try:
-        with pytest.raises(RuntimeError, match="no more launches"):
-            run(OPS["restore_"], "cuda", dict(params=params, backups=ones))
-    finally:
-        emulated.watch(None)
+    with failing_launch(emulated, failing):
+        run(OPS["restore_"], "cuda", dict(params=params, backups=ones))
     written = [bool(p.eq(1).all()) for p in params]
     assert written == sorted(written, reverse=True) and any(written) == (failing == 2) and not all(written)
     assert all((p._version > 0) == (failing == 2) for p in params)

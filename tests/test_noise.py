@@ -68,9 +68,7 @@ COUNTERS = [  # that a tensor can reach: vectors have row 0, and matrices of a r
 ]
 
 
-@pytest.mark.parametrize("key", [numbers(key) for _, key, _ in KNOWN], ids="{0[0]:08x}".format)
-@pytest.mark.parametrize("counter", COUNTERS, ids="{0[0]:x} {0[1]:x}".format)
-def test_which_normals_a_counter_gives(backend, counter, key):
+def assert_normals_of(backend, counter, key):
     """Key (seed, stream), counter (column // 8, row, index, round); word j gives columns 2j and 2j + 1."""
     words = torch.tensor(philox(counter, key))
     r, (cos, sin) = reference.radius(words), reference.angle(words)
@@ -81,6 +79,12 @@ def test_which_normals_a_counter_gives(backend, counter, key):
     else:
         got = fill(backend, (8,), [*key, round_], index, 8 * column)
     assert_ulp("normals", got, want)
+
+
+@pytest.mark.parametrize("key", [numbers(key) for _, key, _ in KNOWN], ids="{0[0]:08x}".format)
+@pytest.mark.parametrize("counter", COUNTERS, ids="{0[0]:x} {0[1]:x}".format)
+def test_which_normals_a_counter_gives(backend, counter, key):
+    assert_normals_of(backend, counter, key)
 
 
 # From words to normals: 65536 radii, 65536 angles.

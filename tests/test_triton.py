@@ -19,13 +19,12 @@ from capturing import TRAINED
 from compare import assert_ulp, assert_within, bits
 from flatkern.triton_kernels import launch, update
 from patterns import same
-from test_noise import COUNTERS, KNOWN, fill, numbers, philox, strict_fma, strict_radii
+from test_noise import COUNTERS, KNOWN, assert_normals_of, numbers, strict_fma, strict_radii
 
 import flatkern
 from flatkern import checks, dispatch, triton_kernels
 from flatkern.dispatch import resolve
 from flatkern.ops import OPS
-from flatkern.reference import noise as reference_noise
 
 TRITON = [op for op in OPS.values() if "triton" in op.backends.split()]
 VARIANTS = [(op, words) for op in TRITON for words in cases.VARIANTS[op.name]]
@@ -119,15 +118,8 @@ def test_the_root_of_a_radius_needs_no_exact_estimate():
 @pytest.mark.parametrize("key", [numbers(key) for _, key, _ in KNOWN], ids="{0[0]:08x}".format)
 def test_which_normals_a_counter_gives(key):
     """Those of Philox in Python integers, at every counter of test_noise.py."""
-    for column, row, index, round_ in COUNTERS:
-        words = torch.tensor(philox([column, row, index, round_], key))
-        r, (cos, sin) = reference_noise.radius(words), reference_noise.angle(words)
-        want = torch.stack([r * cos, r * sin], dim=1).flatten()
-        if row:
-            got = fill("triton", (1, 8 * column + 8), [*key, round_], index, row)[0, 8 * column :]
-        else:
-            got = fill("triton", (8,), [*key, round_], index, 8 * column)
-        assert_ulp("normals", got, want)
+    for counter in COUNTERS:
+        assert_normals_of("triton", counter, key)
 
 
 @pytest.mark.parametrize("name", ["fill_normal_", "perturb_gaussian_", "sgd_update_"])

@@ -245,6 +245,19 @@ def extended(b: Block, text: str) -> Array:
     return u64(b.word(text))
 
 
+def set_sum(
+    b: Block, suffixes: list[str], target: str, total: Array, predicates: tuple[list[str], list[str]], active: Array
+) -> None:
+    """A sum of 32 bits, which takes carries in with .X, and the carries that it writes."""
+    written, taken = predicates
+    if "X" in suffixes:
+        for text in taken:
+            total = total + u64(b.predicate(text))
+    b.set(target, low(total), active)
+    for text in written:
+        b.set_predicate(text, total >> np.uint64(32) > 0, active)
+
+
 @op("IADD3", "UIADD3", "IADD", "VIADD")
 def add(b: Block, suffixes: list[str], o: list[str], active: Array) -> None:
     written, numbers, taken = carries(b, o)
@@ -275,12 +288,7 @@ def multiply_add(b: Block, suffixes: list[str], o: list[str], active: Array) -> 
             b.set(o[0], low((product >> np.uint64(32)) + u64(b.word(third))), active)
         return
     total = u64(low(u64(b.word(first)) * u64(b.word(second)))) + extended(b, third)
-    if "X" in suffixes:
-        for text in taken:
-            total = total + u64(b.predicate(text))
-    b.set(o[0], low(total), active)
-    for text in written:
-        b.set_predicate(text, total >> np.uint64(32) > 0, active)
+    set_sum(b, suffixes, o[0], total, (written, taken), active)
 
 
 @op("LEA", "ULEA")
@@ -296,12 +304,7 @@ def shift_add(b: Block, suffixes: list[str], o: list[str], active: Array) -> Non
         total = u64(low((whole << shift) >> np.uint64(32))) + second
     else:
         total = u64(low(u64(first) << shift)) + second
-    if "X" in suffixes:
-        for text in taken:
-            total = total + u64(b.predicate(text))
-    b.set(o[0], low(total), active)
-    for text in written:
-        b.set_predicate(text, total >> np.uint64(32) > 0, active)
+    set_sum(b, suffixes, o[0], total, (written, taken), active)
 
 
 @op("SHF", "USHF")
