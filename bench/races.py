@@ -21,7 +21,7 @@ class Entry:
     label: str
     dtype: str = "float32"
     masters: bool = False
-    tuning: tuple[int, int] | None = None  # of the Triton kernels; None: theirs
+    tuning: tuple[int, ...] | None = None  # of the Triton kernels; None: theirs
 
 
 @dataclass(frozen=True)

@@ -255,18 +255,20 @@ def test_a_sweep_has_every_tuning_and_leaves_none(small, plans, capfd):
     assert racing.run(wanted.sweep(), usual=1e9, most=1.0, racer=sweep.Sweeper) == 0
     found = findings(capfd.readouterr().out)
     assert [tuple(f["tuning"]) for f in found] == 3 * list(wanted.TUNINGS) and found[0]["of_copy"]
-    assert plans.TUNING["sm_90"] == usual == plans.Tuning(*wanted.TUNINGS[0])
+    assert plans.TUNING["sm_90"] == usual and (usual.usual, usual.adam) == tuple(
+        plans.Tuning(*t) for t in wanted.TUNINGS[:2]
+    )
 
 
 def test_tables_have_the_tuning_of_their_candidate(plans):
     like = [torch.ones(64, 16)]
     make = lambda: plans.build(like, ["params"], [(None,)], [True], True, [0], [0], torch.from_numpy)  # noqa: E731
-    for tuning, rows in (((2048, 512), 128), ((4096, 512), 256)):
+    for tuning, rows in ((wanted.TUNINGS[0], 128), (wanted.TUNINGS[1], 256)):
         with wanted.tuned(tuning, torch.device("cpu")):
-            assert make().groups[0].kind.rows == rows
+            assert make().groups[0].shapes == ((rows, 16),)
     with wanted.no_new_plans(torch.device("cpu")), pytest.raises(AttributeError):
         make()
-    assert make().groups[0].kind.rows == 128
+    assert make().groups[0].shapes == ((128, 16),)
 
 
 @pytest.mark.parametrize("name", wanted.STAGES)
@@ -279,7 +281,9 @@ def test_kernels_that_have_to_be_compiled_are_known(name, plans):
     if name == "keys":
         assert found["gpt2 plain adamw bfloat16 True None"][0] == 124_439_808
     if name == "sweep":
-        assert {tuning for _, tuning in found.values()} == {plans.Tuning(*t) for t in wanted.TUNINGS}
+        assert {tuning for _, tuning in found.values()} == {
+            plans.Tunings(*3 * [plans.Tuning(*t)]) for t in wanted.TUNINGS
+        }
 
 
 # Clocks.

@@ -164,14 +164,15 @@ def test_every_element_is_in_one_tile(name, kernel, first, by_rows, driver):
     times = [torch.zeros(t.shape if by_rows and t.dim() > 1 else (1, t.numel())) for t in values[first]]
     for x in launched(driver, OPS[name], values):
         given = dict(zip(kernel.arg_names, x.arguments, strict=True))
-        for k, row, column, end in given["tiles"].tolist():
-            stop = min(end, column + given["COLUMNS"])
+        for k, row, column, end, shape in given["tiles"].tolist():
+            rows, columns = given["SHAPES"][shape] if by_rows else (1, SEGMENT)
+            stop = min(end, column + columns)
             aligned = k % 3 > 0
             if given["EVEN"]:
                 assert aligned and column % 8 == stop % 8 == 0
             elif aligned and not by_rows:
                 assert column % 8 == 0 and (stop - column < 8 or values[first][k].numel() < SEGMENT)
-            times[k][row : row + given["ROWS"], column:stop] += 1
+            times[k][row : row + rows, column:stop] += 1
     assert all((t == 1).all() for t in times)
 
 

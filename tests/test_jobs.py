@@ -63,18 +63,19 @@ def test_a_training_launches_what_was_foreseen(base, method, options):
         assert [name for key, name in launched.items() if key not in foreseen] == []
 
 
-def fits_kinds(t, types=(1,)):
-    """The kinds that a tensor is cut into, by rows and not."""
-    tuning = plan.TUNING["sm_90"]
+def cuts(t, by_element):
+    """What a tensor is compiled for alone, by rows and not."""
+    names, types = ("params", "masks"), (1, 1 if by_element else None)
     every = itertools.product((True, False), (True, False), (0, 3))
-    return {
-        (by_rows, kind)
+    plans = [
+        (by_rows, plan.build([t], names, [types], [even], by_rows, [0], [shift], torch.from_numpy))
         for by_rows, even, shift in every
-        for kind, _, _ in plan.parts_of(t, types, tuning, by_rows, even, shift)
-    }
+    ]
+    return {(by_rows, group.config, group.shapes) for by_rows, cut in plans for group in cut.groups}
 
 
-def test_a_small_tensor_stands_for_a_large_one():
+def test_a_small_tensor_stands_for_a_large_one(monkeypatch):
+    monkeypatch.setattr(plan, "architecture", lambda device: "sm_90")
     dice = random.Random(1)
     edges = [0, 1, 7, 8, 9, 1023, 1024, 1025, 4095, 4096, 4097, 8191, 8192, 8193, 8200, 20000, 10**6 + 3]
     lengths = edges + [dice.randrange(10**5) for _ in range(200)]
@@ -83,7 +84,8 @@ def test_a_small_tensor_stands_for_a_large_one():
     for shape in shapes:
         t = torch.empty(shape, device="meta")
         small = torch.empty(plan.smallest_alike(t), device="meta")
-        assert fits_kinds(small) == fits_kinds(t), shape
+        for by_element in (True, False):
+            assert cuts(small, by_element) == cuts(t, by_element), shape
         assert small.numel() <= 8 * (plan.RESIDENT + 16) and min(small.dim(), 2) == min(t.dim(), 2), shape
 
 
@@ -158,7 +160,7 @@ def test_norms_of_long_rows_do_not_depend_on_a_scaler():
     def settled(*given):
         with recording() as jobs:
             call("sgd_update_", [(2, 8200)], ["noise", *given])
-        return {j.key for j in jobs if j.name.startswith("settle")}
+        return {j.key for j in jobs if j.name.startswith("finish_rows")}
 
     assert len(settled()) == 1 and settled() == settled("found_inf")
     assert settled("history") != settled("history", "found_inf")

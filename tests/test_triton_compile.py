@@ -17,7 +17,8 @@ triton = pytest.importorskip(
 
 import triton.language as tl  # noqa: E402
 from flatkern.triton_kernels import mask, noise, norm, perturb, update  # noqa: E402
-from flatkern.triton_kernels.plan import RESIDENT, SEGMENT, TUNING  # noqa: E402
+from flatkern.triton_kernels.job import options_of  # noqa: E402
+from flatkern.triton_kernels.plan import RESIDENT, SEGMENT, TUNING, rows_for  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -34,12 +35,13 @@ POINTERS = {name: "*i64" for name in ("tiles", "tensors", "pointers", "rows", "n
 WORDS = ("seed", "stream", "round_", "count", "lr_stride", "sigma_stride")
 F32, BF16 = tl.float32, tl.int16  # bfloat16 is moved as its bits
 
-FLAT = dict(ROWS=1, COLUMNS=SEGMENT, EVEN=True, LONG=True)
+FLAT = dict(EVEN=True)
+SEGMENTS = dict(SHAPES=((1, SEGMENT),), EVEN=True, LONG=True)
 
 
-def rows_of(columns):
-    """Whole rows of a matrix, as plan.py cuts them."""
-    return dict(ROWS=max(1, TUNING["sm_90"].elements // columns), COLUMNS=columns, EVEN=True, LONG=False)
+def rows_of(*columns):
+    """Whole rows of a matrix; plan.py says how many are in a tile."""
+    return dict(SHAPES=columns, EVEN=True, LONG=False)
 
 
 @dataclass
@@ -60,7 +62,7 @@ def updating(rule, shape, loads, stores, registers, type_=F32, absent=("found_in
     constants = dict(
         RULE=rule, PARAM=type_, BACKUP=None, MASTER=None, HISTORY=None, GRAD=type_, CLEAN_GRAD=None, MASK=None,
         FIRST=type_, SECOND=type_ if adam else None, NOISE=False, WIDTH=11 if adam else 9, SCALARS=15 if adam else 11,
-        VECTOR=False, SHIFTED=False,
+        BY_ELEMENT=False, SHIFTED=False,
     )  # fmt: skip
     absent = (*absent, *(() if adam else ("derived",)))
     absent += () if given.get("NOISE") == "device" else ("noise", "lrs", "sigmas")
@@ -71,32 +73,35 @@ def updating(rule, shape, loads, stores, registers, type_=F32, absent=("found_in
 def perturbing(shape, loads, stores, registers, param=F32, **given):
     constants = dict(
         PARAM=param, BACKUP=None, CLEAN=param, CLEAN_AT=0, NORM=None, NORM_AT=None, HISTORY=None, HISTORY_AT=4, WIDTH=5,
-        SIGMA=0, ETA=1, SCALARS=2, VECTOR=False, SHIFTED=False,
+        SIGMA=0, ETA=1, SCALARS=2, BY_ELEMENT=False, SHIFTED=False,
     )  # fmt: skip
     absent = () if given.pop("device", False) else ("noise", "sigmas")
     return Case(perturb.perturb_gaussian_kernel, constants | given | shape, loads, stores, registers, absent)
 
 
+ONE = rows_of(2048)
+SEVERAL = rows_of(4608, 2048, 768, 64)  # a choice at run time; 4608 = 4096 + 512, 768 = 512 + 256
+FEW = rows_of(4608, 64)
+LONGEST = rows_of(RESIDENT)
 CASES = {
-    "fill": Case(noise.fill_normal_kernel, dict(OUT=F32, WIDTH=1, SHIFTED=False) | FLAT, 0, 4, absent=("noise",)),
-    "norms": Case(norm.filter_norms_kernel, dict(PARAM=F32, AT=0, OUT_AT=1, WIDTH=2) | rows_of(1024), 4, 0, 64),
+    "fill": Case(noise.fill_normal_kernel, dict(OUT=F32, WIDTH=1, SHIFTED=False) | FEW, 0, 4, absent=("noise",)),
+    "norms": Case(norm.filter_norms_kernel, dict(PARAM=F32, AT=0, OUT_AT=1, WIDTH=2) | FEW, 4, 0, 64),
     "ascent norm": Case(norm.ascent_norm_kernel, dict(GRAD=F32, PARAM=F32, WIDTH=2) | FLAT, 8, 0, 64),
     "gradient norm": Case(norm.gradient_norm_kernel, dict(GRAD=F32, CLEAN=F32, WIDTH=2) | FLAT, 8, 0, 64),
     "total": Case(norm.total_kernel, {}, 0, 0, 64),
-    "settle": Case(norm.settle_kernel, dict(NORM=7, HISTORY=3, BETA=3, WIDTH=11, SCALARS=15), 0, 0, 64),
-    "perturb short rows": perturbing(rows_of(64), 4, 8, 72, BACKUP=F32),
-    "perturb": perturbing(rows_of(2048), 4, 8, 72, BACKUP=F32),
-    "perturb, captured": perturbing(rows_of(2048), 4, 8, 72, BACKUP=F32, device=True),
-    "perturb the longest rows": perturbing(rows_of(RESIDENT), 4, 8, 72, BACKUP=F32, HISTORY=F32),
-    "perturb from masters": perturbing(rows_of(1024), 4, 2, 72, BF16, CLEAN=F32, CLEAN_AT=2),
-    "perturb bfloat16": perturbing(FLAT, 2, 2, 72, BF16, NORM=F32, NORM_AT=3),
+    "finish rows": Case(norm.finish_rows_kernel, dict(NORM=7, HISTORY=3, BETA=3, WIDTH=11, SCALARS=15), 0, 0, 104),
+    "perturb": perturbing(SEVERAL, 4, 8, 96, BACKUP=F32),
+    "perturb, captured": perturbing(ONE, 4, 8, 64, BACKUP=F32, device=True),
+    "perturb the longest rows": perturbing(LONGEST, 4, 8, 96, BACKUP=F32, HISTORY=F32),
+    "perturb from masters": perturbing(SEVERAL, 4, 2, 128, BF16, CLEAN=F32, CLEAN_AT=2),
+    "perturb bfloat16": perturbing(SEGMENTS, 2, 2, 72, BF16, NORM=F32, NORM_AT=3),
     "ascent": Case(
         perturb.perturb_ascent_kernel, dict(PARAM=F32, BACKUP=F32, MASTER=None, GRAD=F32, WIDTH=4) | FLAT, 8, 8, 72,
     ),
     "restore": Case(perturb.restore_kernel, dict(PARAM=F32, BACKUP=F32, WIDTH=2) | FLAT, 4, 4, 64),
     "mix": Case(
         update.mix_gradients_kernel,
-        dict(GRAD=F32, HISTORY=F32, CLEAN_GRAD=F32, WIDTH=3, VECTOR=False) | rows_of(1024), 8, 4,
+        dict(GRAD=F32, HISTORY=F32, CLEAN_GRAD=F32, WIDTH=3, BY_ELEMENT=False) | FEW, 8, 4, 112,
     ),
     "count, first digit": Case(
         mask.count_magnitudes_kernel,
@@ -106,42 +111,62 @@ CASES = {
         mask.count_magnitudes_kernel,
         dict(GRAD=F32, WIDTH=1, KNOWN=2, SHIFT=0, BITS=10, KNOWN_BITS=10) | FLAT, 4, 0, 128,
     ),
-    "pack": Case(mask.pack_mask_kernel, dict(GRAD=F32, WIDTH=2, VECTOR=False) | rows_of(1024), 4, 0, 72),
+    "pack": Case(mask.pack_mask_kernel, dict(GRAD=F32, WIDTH=2, BY_ELEMENT=False) | FEW, 4, 0, 80),
     "amplify": Case(
-        mask.amplify_kernel, dict(PARAM=F32, PREVIOUS=F32, WIDTH=3, VECTOR=False) | rows_of(1024), 8, 4,
+        mask.amplify_kernel, dict(PARAM=F32, PREVIOUS=F32, WIDTH=3, BY_ELEMENT=False) | FEW, 8, 4,
     ),
     "advance": Case(
         update.advance_kernel, dict(STEP=10, WIDTH=11, SCALARS=15, LANES=128), 0, 0, 64, ("lrs", "found_inf"),
     ),
     "advance, captured": Case(update.advance_kernel, dict(STEP=10, WIDTH=11, SCALARS=15, LANES=128), 0, 0, 64),
-    "sgd": updating("sgd", FLAT, 12, 8, 72),
-    "sgd, restoring, two gradients": updating("sgd", FLAT, 16, 8, 96, BACKUP=F32, CLEAN_GRAD=F32, absent=()),
-    "sgd, rolling": updating("sgd", rows_of(1024), 12, 12, 96, BACKUP=F32, NOISE=True),
-    "sgd, rolling, captured": updating("sgd", rows_of(1024), 12, 12, 96, BACKUP=F32, NOISE="device"),
-    "adamw": updating("adamw", FLAT, 16, 12, 128),
-    "adam, rolling, masters": updating("adam", rows_of(1024), 10, 10, 128, BF16, MASTER=F32, NOISE=True),
+    "sgd": updating("sgd", SEGMENTS, 12, 8, 80),
+    "sgd, restoring, two gradients": updating("sgd", SEGMENTS, 16, 8, 96, BACKUP=F32, CLEAN_GRAD=F32, absent=()),
+    "sgd, rolling": updating("sgd", rows_of(2304, 2048, 768, 64), 12, 12, 128, BACKUP=F32, NOISE=True),
+    "sgd, rolling, captured": updating("sgd", ONE, 12, 12, 96, BACKUP=F32, NOISE="device"),
+    "adamw": updating("adamw", SEGMENTS, 16, 12, 128),
+    "adam, rolling, masters": updating(
+        "adam", SEVERAL, 14, 14, 128, BF16, MASTER=F32, FIRST=F32, SECOND=F32, NOISE=True,
+    ),
+    "adamw, everything": updating(
+        "adamw", FEW, 20, 16, 128, absent=(), BACKUP=F32, HISTORY=F32, CLEAN_GRAD=F32, MASK=tl.uint8,
+        NOISE="device",
+    ),
     "adamw, everything, the longest rows": updating(
-        "adamw", rows_of(RESIDENT), 20, 16, 128, absent=(), BACKUP=F32, HISTORY=F32, CLEAN_GRAD=F32, MASK=tl.uint8,
+        "adamw", LONGEST, 20, 16, 128, absent=(), BACKUP=F32, HISTORY=F32, CLEAN_GRAD=F32, MASK=tl.uint8,
         NOISE="device",
     ),
 }  # fmt: skip
 
 
 def compiled(case, architecture):
-    """The compiled kernel; what is neither a constant nor absent is a number, or a pointer that may be unaligned."""
+    """The compiled kernel, and the elements that its code has for a thread: of pieces that are wide enough for 16 bytes
+    a thread, whatever the dtype, and all. What is neither a constant nor absent is a number, or a pointer that may be
+    unaligned."""
+    tunings = TUNING[architecture]
+    tuning = {None: tunings.usual, "sgd": tunings.sgd}.get(case.constants.get("RULE"), tunings.adam)
+    fixed, sizes, warps = dict(case.constants), [SEGMENT], tuning.segment_warps
+    if not fixed.get("LONG", True):
+        fixed["SHAPES"] = tuple((rows_for(columns, tuning), columns) for columns in fixed["SHAPES"])
+        sizes = [rows * (columns & 1 << digit) for rows, columns in fixed["SHAPES"] for digit in range(14)]
+        largest = max(rows * columns for rows, columns in fixed["SHAPES"])
+        warps = tuning.warps * (2 if largest > tuning.most else 1)
+    if "EVEN" not in fixed:
+        sizes, warps = [], 4
     signature, constants = {}, {}
     for i, name in enumerate(case.kernel.arg_names):
-        if name in case.constants or name in case.absent:
-            signature[name], constants[i,] = "constexpr", case.constants.get(name)
+        if name in fixed or name in case.absent:
+            signature[name], constants[i,] = "constexpr", fixed.get(name)
         elif name in WORDS:
             signature[name] = "i32"
         else:
             signature[name] = POINTERS.get(name, "*fp32")
-    elements = case.constants.get("ROWS", 1) * case.constants.get("COLUMNS", 1024)
-    warps = min(16, max(1, elements // TUNING[architecture].per_warp)) if "ROWS" in case.constants else 4
+    target = TARGETS[architecture]
+    options = options_of(warps, {})
+    if target.backend == "hip":
+        options.pop("maxnreg")  # it has none
     source = ASTSource(case.kernel, signature, constexprs=constants)
-    options = dict(num_warps=warps, enable_fp_fusion=False)
-    return triton.compile(source, target=TARGETS[architecture], options=options)
+    each = [size / (target.warp_size * warps) for size in sizes]
+    return triton.compile(source, target=target, options=options), sum(n for n in each if n >= 8), sum(each)
 
 
 def tool(name, *arguments):
@@ -158,12 +183,12 @@ def own_cache(tmp_path):
 @pytest.mark.parametrize("architecture", [name for name in TARGETS if name.startswith("sm")])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_cuda(case, architecture, tmp_path):
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled(case, architecture).asm["cubin"])
+    cubin, (kernel, wide, elements) = tmp_path / "kernel.cubin", compiled(case, architecture)
+    cubin.write_bytes(kernel.asm["cubin"])
     code = tool("nvdisasm", "-c", cubin)
     used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", cubin)))
-    assert len(re.findall(r"\bLDG\S*\.128", code)) == case.loads
-    assert len(re.findall(r"\bSTG\S*\.128", code)) == case.stores
+    assert case.loads * wide <= 16 * len(re.findall(r"\bLDG\S*\.128", code)) <= case.loads * elements
+    assert case.stores * wide <= 16 * len(re.findall(r"\bSTG\S*\.128", code)) <= case.stores * elements
     assert not re.findall(r"\b(?:LDL|STL)\b", code)
     assert used["STACK"] == used["LOCAL"] == "0"
     assert int(used["REG"]) <= case.registers
@@ -171,9 +196,11 @@ def test_cuda(case, architecture, tmp_path):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_amd(case):
-    code = compiled(case, "gfx942").asm["amdgcn"]
-    assert len(re.findall(r"\b(?:global|buffer)_load_dwordx4", code)) >= case.loads
-    assert len(re.findall(r"\b(?:global|buffer)_store_dwordx4", code)) == case.stores
+    kernel, wide, elements = compiled(case, "gfx942")
+    code = kernel.asm["amdgcn"]
+    assert 16 * len(re.findall(r"\b(?:global|buffer)_load_dwordx4", code)) >= case.loads * wide
+    stores = 16 * len(re.findall(r"\b(?:global|buffer)_store_dwordx4", code))
+    assert case.stores * wide <= stores <= case.stores * elements
     assert re.findall(r"\.vgpr_spill_count:\s+(\d+)", code) == ["0"]
     assert re.findall(r"\.private_segment_fixed_size:\s+(\d+)", code) == ["0"]
 

@@ -20,10 +20,12 @@ from flatkern.jobs import Job
 
 NUMBERS = ("count", "lr_stride", "sigma_stride", "seed", "stream", "round_")
 DTYPES = {tl.float32: "float32", tl.float16: "float16", tl.int16: "bfloat16", tl.uint8: "uint8"}
-SHOWN = ("RULE", "ROWS", "COLUMNS", "KNOWN")  # constants that mean something to people, though no types and no flags
+SHOWN = ("RULE", "SHAPES", "KNOWN")  # constants that mean something to people, though no types and no flags
 PLACES = ("NORM", "HISTORY")  # a list by its number, or None; to people, a flag
 OPTIONAL = ("lrs", "sigmas", "noise", "grad_scale", "clip", "found_inf")  # arguments that may be absent
 INT32 = 2**31
+# So that a quarter of the warps that a multiprocessor can hold fit; a kernel with many shapes would take more.
+LIMITS = {} if torch.version.hip else {"maxnreg": 128}
 ATTEMPTS = 5  # at a kernel that another thread's compilation disturbs
 
 log = logging.getLogger("flatkern")
@@ -41,7 +43,7 @@ def kernel(function, aligned=()):
 def options_of(warps, constants):
     """What Triton takes by keyword. A fusion would change a rounding from one machine to the next; where one is meant,
     tl.fma says so."""
-    return dict(constants, num_warps=warps, enable_fp_fusion=False)
+    return dict(constants, num_warps=warps, enable_fp_fusion=False, **LIMITS)
 
 
 def job(kernel, warps, arguments, constants):

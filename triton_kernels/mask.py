@@ -1,5 +1,6 @@
 """The mask family in Triton: which gradients are small, and longer steps there. Mirrors flatkern/reference/mask.py."""
 
+import triton
 import triton.language as tl
 
 from flatkern.checks import MAGNITUDE_DIGITS
@@ -14,12 +15,15 @@ from .update import amplified, mask_bits
 def count_magnitudes_kernel(
     tiles, tensors, pointers, prefix, counts,
     GRAD: tl.constexpr, WIDTH: tl.constexpr, KNOWN: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr,
-    KNOWN_BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr,
+    KNOWN_BITS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """A histogram of a digit of |g| for a tile, what is below the known digits, what is not finite; added to all.
     Integers, so that the order does not matter."""
-    k, _row, _column, start, inside, mask = tile.begin(tiles, tensors, ROWS, COLUMNS, EVEN, LONG)
-    g = tile.widen(tile.load(pointers, k, 0, WIDTH, GRAD, start, inside, mask, EVEN), GRAD)
+    at = tile.tile_coordinates(tiles, tensors, EVEN, True)
+    where = tile.segment(at, EVEN)
+    g, mask = tile.load_float32(pointers + WIDTH * at.k, 0, GRAD, where, EVEN), where.mask
+    ROWS: tl.constexpr = 1
+    COLUMNS: tl.constexpr = tile.SEGMENT
     bits = g.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     BINS: tl.constexpr = 1 << BITS
     infinite = tl.sum(tl.reshape((mask & (bits >= 0x7F800000)).to(tl.int32), [ROWS * COLUMNS]), axis=0)
@@ -52,30 +56,43 @@ def count_magnitudes_(counts, grads, prefix):
             count_magnitudes_kernel, group, (group.tiles, call.tensors, call.pointers, prefix, counts),
             lambda group=group: dict(
                 GRAD=group.types["grads"], WIDTH=call.width, KNOWN=known, SHIFT=sum(MAGNITUDE_DIGITS[known + 1 :]),
-                BITS=MAGNITUDE_DIGITS[known], KNOWN_BITS=MAGNITUDE_DIGITS[1], **group.shape(),
+                BITS=MAGNITUDE_DIGITS[known], KNOWN_BITS=MAGNITUDE_DIGITS[1], **group.flat(),
             ),
         )  # fmt: skip
+
+
+@triton.jit
+def store_bits(tensors, base, at, bits, ROWS: tl.constexpr, FIRST: tl.constexpr, BYTES: tl.constexpr):
+    """Store [ROWS, 8 BYTES] bits of a tile's rows from their byte FIRST on."""
+    stride = (tile.field(tensors, at.k, tile.COLUMNS_OF) + 7) // 8
+    r, c = tl.arange(0, ROWS), at.column // 8 + FIRST + tl.arange(0, BYTES)
+    eights = tl.reshape(bits << (tl.arange(0, 8 * BYTES) % 8)[None, :], [ROWS, BYTES, 8])
+    there = tile.row_mask(at, ROWS)[:, None] & (c < stride)[None, :]
+    tl.store(base + (at.row + r)[:, None] * stride + c[None, :], tl.sum(eights, axis=2).to(tl.uint8), mask=there)
 
 
 @kernel
 def pack_mask_kernel(
     tiles, tensors, pointers, threshold,
-    GRAD: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr,
+    GRAD: tl.constexpr, WIDTH: tl.constexpr, BY_ELEMENT: tl.constexpr,
+    SHAPES: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """n = [ |g| <= threshold ]: a byte per element of a vector, else a bit, eight columns of a row to a byte."""
-    k, row, column, start, inside, mask = tile.begin(tiles, tensors, ROWS, COLUMNS, EVEN, LONG)
-    g = tile.widen(tile.load(pointers, k, 0, WIDTH, GRAD, start, inside, mask, EVEN), GRAD)
-    small = (mask & (tl.abs(g) <= tl.load(threshold))).to(tl.int32)
-    base = tile.pointer(pointers, k, 1, WIDTH, tl.uint8)
-    if VECTOR:
-        tl.store(base + start + inside, small.to(tl.uint8), mask=mask)
-    else:
-        stride = (tile.field(tensors, k, tile.COLUMNS_OF) + 7) // 8
-        eights = tl.reshape(small << (tl.arange(0, COLUMNS) % 8)[None, :], [ROWS, COLUMNS // 8, 8])
-        r, c = tl.arange(0, ROWS), column // 8 + tl.arange(0, COLUMNS // 8)
-        there = tile.row_mask(tensors, k, row, ROWS)[:, None] & (c < stride)[None, :]
-        tl.store(base + (row + r)[:, None] * stride + c[None, :], tl.sum(eights, axis=2).to(tl.uint8), mask=there)
+    at = tile.tile_coordinates(tiles, tensors, EVEN, LONG)
+    lists = pointers + WIDTH * at.k
+    base = tile.pointer(lists, 1, tl.uint8)
+    for shape in tl.static_range(len(SHAPES)):
+        if at.shape == shape:
+            ROWS: tl.constexpr = SHAPES[shape][0]
+            COLUMNS: tl.constexpr = SHAPES[shape][1]
+            for i in tl.static_range(tile.pieces(COLUMNS)):
+                where = tile.piece(at, i, ROWS, COLUMNS, EVEN, LONG)
+                g = tile.load_float32(lists, 0, GRAD, where, EVEN)
+                small = (where.mask & (tl.abs(g) <= tl.load(threshold))).to(tl.int32)
+                if BY_ELEMENT:
+                    tl.store(base + where.start + where.inside, small.to(tl.uint8), mask=where.mask)
+                else:
+                    store_bits(tensors, base, at, small, ROWS, tile.first(COLUMNS, i) // 8, tile.width(COLUMNS, i) // 8)
 
 
 def pack_mask_(masks, grads, threshold):
@@ -88,7 +105,7 @@ def pack_mask_(masks, grads, threshold):
         call.launch(
             pack_mask_kernel, group, (group.tiles, call.tensors, call.pointers, threshold),
             lambda group=group: dict(
-                GRAD=group.types["grads"], WIDTH=call.width, VECTOR=group.vector, **group.shape(),
+                GRAD=group.types["grads"], WIDTH=call.width, BY_ELEMENT=group.by_element, **group.by_rows(),
             ),
         )  # fmt: skip
 
@@ -96,15 +113,24 @@ def pack_mask_(masks, grads, threshold):
 @kernel
 def amplify_kernel(
     tiles, tensors, pointers, scalars,
-    PARAM: tl.constexpr, PREVIOUS: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr,
+    PARAM: tl.constexpr, PREVIOUS: tl.constexpr, WIDTH: tl.constexpr, BY_ELEMENT: tl.constexpr,
+    SHAPES: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
-    k, row, column, start, inside, mask = tile.begin(tiles, tensors, ROWS, COLUMNS, EVEN, LONG)
-    w = tile.widen(tile.load(pointers, k, 0, WIDTH, PARAM, start, inside, mask, EVEN), PARAM)
-    previous = tile.widen(tile.load(pointers, k, 1, WIDTH, PREVIOUS, start, inside, mask, EVEN), PREVIOUS)
-    longer = mask_bits(tensors, pointers, k, row, column, start, inside, mask, 2, WIDTH, ROWS, COLUMNS, VECTOR)
-    p = tl.where(longer, amplified(w, previous, tile.scalar(scalars, k, 0, 1)), w)
-    tile.store(pointers, k, 0, WIDTH, PARAM, start, inside, mask, EVEN, tile.narrow(p, PARAM))
+    at = tile.tile_coordinates(tiles, tensors, EVEN, LONG)
+    lists, kappa = pointers + WIDTH * at.k, tile.scalar(scalars + at.k, 0)
+    for shape in tl.static_range(len(SHAPES)):
+        if at.shape == shape:
+            ROWS: tl.constexpr = SHAPES[shape][0]
+            COLUMNS: tl.constexpr = SHAPES[shape][1]
+            for i in tl.static_range(tile.pieces(COLUMNS)):
+                where = tile.piece(at, i, ROWS, COLUMNS, EVEN, LONG)
+                w = tile.load_float32(lists, 0, PARAM, where, EVEN)
+                previous = tile.load_float32(lists, 1, PREVIOUS, where, EVEN)
+                longer = mask_bits(
+                    tensors, lists, at, where, 2, ROWS, tile.first(COLUMNS, i), tile.width(COLUMNS, i), BY_ELEMENT
+                )
+                p = tl.where(longer, amplified(w, previous, kappa), w)
+                tile.store(lists, 0, PARAM, where, EVEN, tile.to_storage(p, PARAM), None)
 
 
 def amplify_(params, previous, masks, *, kappa):
@@ -118,7 +144,7 @@ def amplify_(params, previous, masks, *, kappa):
         call.launch(
             amplify_kernel, group, (group.tiles, call.tensors, call.pointers, call.scalars),
             lambda group=group: dict(
-                PARAM=group.types["params"], PREVIOUS=group.types["previous"], WIDTH=call.width, VECTOR=group.vector,
-                **group.shape(),
+                PARAM=group.types["params"], PREVIOUS=group.types["previous"], WIDTH=call.width,
+                BY_ELEMENT=group.by_element, **group.by_rows(),
             ),
         )  # fmt: skip

@@ -3,6 +3,8 @@
 Words are uint32 from the first operation on: Triton takes a Python integer for int32 or int64 by its value.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -103,27 +105,46 @@ def key_of(noise, seed, stream, round_):
         return tl.load(noise).to(tl.uint32), tl.load(noise + 1).to(tl.uint32), tl.load(noise + 2).to(tl.uint32)
 
 
+class Counters(NamedTuple):
+    """Where the counters of a tile begin: the parameter's index, the tile's first row, its first eight of columns, and
+    at which of the eight it begins."""
+
+    index: tl.tensor
+    row: tl.tensor
+    eight: tl.tensor
+    place: tl.tensor
+
+
 @triton.jit
-def tile_normals(
-    tensors, k, row, column, seed, stream, round_, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHIFTED: tl.constexpr
-):
-    """The normals of a tile, float32 [ROWS, COLUMNS].
+def counters_of(tensors, at, SHIFTED: tl.constexpr):
+    """The Counters of a tile."""
+    index = tile.field(tensors, at.k, tile.INDEX_OF).to(tl.uint32)
+    row = tile.field(tensors, at.k, tile.FIRST_ROW_OF) + at.row
+    eight = tile.field(tensors, at.k, tile.FIRST_EIGHT_OF)
+    if SHIFTED:
+        return Counters(index, row, eight, tile.field(tensors, at.k, tile.SHIFT_OF) + at.column)
+    else:
+        return Counters(index, row, eight + at.column // 8, 0)
+
+
+@triton.jit
+def normals(counters, key, ROWS: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr, SHIFTED: tl.constexpr):
+    """The normals of COLUMNS columns of a tile from its column FIRST on, float32 [ROWS, COLUMNS].
 
     SHIFTED is a shard that begins inside one of the eights which share a counter. It is rare and short (a piece of a
     vector), and every element then draws a whole counter for itself.
     """
-    index = tile.field(tensors, k, tile.INDEX_OF).to(tl.uint32)
-    counted = tile.field(tensors, k, tile.FIRST_ROW_OF) + row + tl.arange(0, ROWS)
-    first = tile.field(tensors, k, tile.FIRST_EIGHT_OF)
+    seed, stream, round_ = key
+    rows = (counters.row + tl.arange(0, ROWS)).to(tl.uint32)
     if SHIFTED:
-        place = tile.field(tensors, k, tile.SHIFT_OF) + column + tl.arange(0, COLUMNS)
-        eight = (first + place // 8).to(tl.uint32)
+        place = counters.place + FIRST + tl.arange(0, COLUMNS)
+        eights = (counters.eight + place // 8).to(tl.uint32)
         zero = tl.zeros([ROWS, COLUMNS], tl.uint32)
     else:
-        eight = (first + column // 8 + tl.arange(0, COLUMNS // 8)).to(tl.uint32)
+        eights = (counters.eight + FIRST // 8 + tl.arange(0, COLUMNS // 8)).to(tl.uint32)
         zero = tl.zeros([ROWS, COLUMNS // 8], tl.uint32)
     w0, w1, w2, w3 = philox4x32(
-        zero + eight[None, :], zero + counted.to(tl.uint32)[:, None], zero + index, zero + round_, seed, stream
+        zero + eights[None, :], zero + rows[:, None], zero + counters.index, zero + round_, seed, stream
     )
     if SHIFTED:
         which = (place % 8).to(tl.int32)[None, :]
@@ -141,13 +162,23 @@ def tile_normals(
 @kernel
 def fill_normal_kernel(
     tiles, tensors, pointers, noise, seed, stream, round_,
-    OUT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    EVEN: tl.constexpr, LONG: tl.constexpr, SHIFTED: tl.constexpr,
+    OUT: tl.constexpr, WIDTH: tl.constexpr,
+    SHAPES: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    k, row, column, start, inside, mask = tile.begin(tiles, tensors, ROWS, COLUMNS, EVEN, LONG)
-    seed, stream, round_ = key_of(noise, seed, stream, round_)
-    z = tile_normals(tensors, k, row, column, seed, stream, round_, ROWS, COLUMNS, SHIFTED)
-    tile.store(pointers, k, 0, WIDTH, OUT, start, inside, mask, EVEN, tile.narrow(z, OUT))
+    at = tile.tile_coordinates(tiles, tensors, EVEN, LONG)
+    lists, key, counters = (
+        pointers + WIDTH * at.k,
+        key_of(noise, seed, stream, round_),
+        counters_of(tensors, at, SHIFTED),
+    )
+    for shape in tl.static_range(len(SHAPES)):
+        if at.shape == shape:
+            ROWS: tl.constexpr = SHAPES[shape][0]
+            COLUMNS: tl.constexpr = SHAPES[shape][1]
+            for i in tl.static_range(tile.pieces(COLUMNS)):
+                where = tile.piece(at, i, ROWS, COLUMNS, EVEN, LONG)
+                z = normals(counters, key, ROWS, tile.first(COLUMNS, i), tile.width(COLUMNS, i), SHIFTED)
+                tile.store(lists, 0, OUT, where, EVEN, tile.to_storage(z, OUT), None)
 
 
 def fill_normal_(outs, noise, *, index, offset):
@@ -158,7 +189,5 @@ def fill_normal_(outs, noise, *, index, offset):
     for group in call.groups:
         call.launch(
             fill_normal_kernel, group, (group.tiles, call.tensors, call.pointers, *call.key()),
-            lambda group=group: dict(
-                OUT=group.types["outs"], WIDTH=call.width, **group.shape(), SHIFTED=group.shifted,
-            ),
+            lambda group=group: dict(OUT=group.types["outs"], WIDTH=call.width, **group.drawing()),
         )  # fmt: skip

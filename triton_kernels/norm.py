@@ -25,30 +25,30 @@ SHRINK, GROW = tl.constexpr(2.0**-80), tl.constexpr(2.0**160)
 
 
 @triton.jit
-def fold(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sum of each row of [ROWS, COLUMNS], as a binary tree of neighbours; [ROWS]."""
+def fold(x):
+    """Sum of each row of [rows, columns], as a binary tree of neighbours; [rows]."""
     # Row by row in memory order, so a level pairs neighbours until one number is left of each row.
-    for level in tl.static_range(MOST_LEVELS):
-        if (COLUMNS >> (level + 1)) > 0:
-            x = tl.sum(tl.reshape(x, [ROWS, COLUMNS >> (level + 1), 2]), axis=2)
-    return tl.reshape(x, [ROWS])
+    for _ in tl.static_range(MOST_LEVELS):
+        if x.shape[1] > 1:
+            x = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]), axis=2)
+    return tl.reshape(x, [x.shape[0]])
 
 
 @triton.jit
-def sum_squares(x, mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sum of squares of each row of a tile, float32 [ROWS]."""
-    return fold(tl.where(mask, x * x, 0.0), ROWS, COLUMNS)
+def sum_squares(x, mask):
+    """Sum of squares of each row of a piece, float32 [rows]."""
+    return fold(tl.where(mask, x * x, 0.0))
 
 
 @triton.jit
-def partial_squares(x, mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def partial_squares(x, mask):
     """`sum_squares` of a tile for `sum_partials`: where it overflows, minus that of 2^-80 x, as no other is negative.
 
     What matters for the sum is then a normal number; infinity and NaN stay.
     """
-    squares = sum_squares(x, mask, ROWS, COLUMNS)
+    squares = sum_squares(x, mask)
     if tl.sum(squares, axis=0) == float("inf"):
-        squares = tl.where(squares == float("inf"), -sum_squares(x * SHRINK, mask, ROWS, COLUMNS), squares)
+        squares = tl.where(squares == float("inf"), -sum_squares(x * SHRINK, mask), squares)
     return squares
 
 
@@ -61,13 +61,13 @@ def sum_partials(partials, count):
     i = count * 0
     while i < count:
         block = tl.load(partials + i + lanes, mask=i + lanes < count, other=0.0).to(tl.float64)
-        total += fold(tl.where(block < 0, block * -GROW, block)[None, :], 1, BLOCK)
+        total += fold(tl.where(block < 0, block * -GROW, block)[None, :])
         i += BLOCK
     return total
 
 
 @triton.jit
-def remember(history, squares, beta):
+def updated_history(history, squares, beta):
     """F <- beta F + sum of g^2."""
     return beta * history + squares
 
@@ -76,22 +76,34 @@ def remember(history, squares, beta):
 def filter_norms_kernel(
     tiles, tensors, pointers, partials,
     PARAM: tl.constexpr, AT: tl.constexpr, OUT_AT: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr,
+    SHAPES: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """The norms of rows, or the partial sums of long ones; weights are list AT, norms list OUT_AT."""
-    k, row, _column, start, inside, mask = tile.begin(tiles, tensors, ROWS, COLUMNS, EVEN, LONG)
-    w = tile.widen(tile.load(pointers, k, AT, WIDTH, PARAM, start, inside, mask, EVEN), PARAM)
-    squares = sum_squares(w, mask, ROWS, COLUMNS)
-    r = tl.arange(0, ROWS)
-    if LONG:
-        tl.store(partials + tl.program_id(0) + r, squares)
-    else:
-        out = tile.pointer(pointers, k, OUT_AT, WIDTH, tl.float32)
-        tl.store(out + row + r, root(squares), mask=tile.row_mask(tensors, k, row, ROWS))
+    at = tile.tile_coordinates(tiles, tensors, EVEN, LONG)
+    lists = pointers + WIDTH * at.k
+    for shape in tl.static_range(len(SHAPES)):
+        if at.shape == shape:
+            ROWS: tl.constexpr = SHAPES[shape][0]
+            COLUMNS: tl.constexpr = SHAPES[shape][1]
+            squares = tl.zeros([ROWS], tl.float32)
+            for i in tl.static_range(tile.pieces(COLUMNS)):
+                where = tile.piece(at, i, ROWS, COLUMNS, EVEN, LONG)
+                squares = sum_squares(tile.load_float32(lists, AT, PARAM, where, EVEN), where.mask) + squares
+            if LONG:
+                store_partial(partials, squares)
+            else:
+                out = tile.pointer(lists, OUT_AT, tl.float32) + at.row + tl.arange(0, ROWS)
+                tl.store(out, root(squares), mask=tile.row_mask(at, ROWS))
+
+
+@triton.jit
+def store_partial(partials, squares):
+    """What the segment of this program has, [1]; `partials` are those of its group."""
+    tl.store(partials + tl.program_id(0) + tl.arange(0, 1), squares)
 
 
 @kernel
-def settle_kernel(
+def finish_rows_kernel(
     rows, pointers, scalars, partials, count, found_inf,
     NORM: tl.constexpr, HISTORY: tl.constexpr, BETA: tl.constexpr, WIDTH: tl.constexpr, SCALARS: tl.constexpr,
 ):  # fmt: skip
@@ -101,27 +113,27 @@ def settle_kernel(
     """
     entry = rows + 5 * tl.program_id(0).to(tl.int64)
     k, row, first, parts = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
-    one = tl.arange(0, 1)
+    lists, one = pointers + WIDTH * k, tl.arange(0, 1)
     if NORM is not None:
         norm = tl.sqrt(sum_partials(partials + first, parts)).to(tl.float32)
-        tl.store(tile.pointer(pointers, k, NORM, WIDTH, tl.float32) + row + one, norm)
+        tl.store(tile.pointer(lists, NORM, tl.float32) + row + one, norm)
     if HISTORY is not None:
         # Of a vector the history is per element, and done.
-        mask = (one == tl.load(entry + 4)) & tl.reshape(tile.is_live(found_inf), [1])
-        out = tile.pointer(pointers, k, HISTORY, WIDTH, tl.float32) + row + one
+        mask = (one == tl.load(entry + 4)) & tl.reshape(tile.should_update(found_inf), [1])
+        out = tile.pointer(lists, HISTORY, tl.float32) + row + one
         squares = sum_partials(partials + count + first, parts).to(tl.float32)
-        remembered = remember(tl.load(out, mask=mask, other=0.0), squares, tile.scalar(scalars, k, BETA, SCALARS))
-        tl.store(out, remembered, mask=mask)
+        beta = tile.scalar(scalars + SCALARS * k, BETA)
+        tl.store(out, updated_history(tl.load(out, mask=mask, other=0.0), squares, beta), mask=mask)
 
 
-def settle(call, norm=None, history=None, beta=None, found_inf=None, scalars=1):
+def finish_rows(call, norm=None, history=None, beta=None, found_inf=None, scalars=1):
     """Finish the long rows of a call whose partial sums are there."""
     if call.plan.long_row_count and (norm is not None or history is not None):
         numbers = call.scalars
         if history is None:  # norms depend on nothing else
             beta, scalars, numbers, found_inf = None, 1, None, None
         call.start(
-            settle_kernel, call.plan.long_row_count, 4,
+            finish_rows_kernel, call.plan.long_row_count, 4,
             (call.plan.long_rows, call.pointers, numbers, partials_of(call), call.plan.partials, found_inf),
             lambda: dict(NORM=norm, HISTORY=history, BETA=beta, WIDTH=call.width, SCALARS=scalars),
         )  # fmt: skip
@@ -142,10 +154,11 @@ def filter_norms_(norms, params):
         call.launch(
             filter_norms_kernel, group, (group.tiles, call.tensors, call.pointers, partials_of(call, group)),
             lambda group=group: dict(
-                PARAM=group.types["params"], AT=0, OUT_AT=None if group.long else 1, WIDTH=call.width, **group.shape(),
+                PARAM=group.types["params"], AT=0, OUT_AT=None if group.long else 1, WIDTH=call.width,
+                **group.by_rows(),
             ),
         )  # fmt: skip
-    settle(call, norm=1)
+    finish_rows(call, norm=1)
 
 
 @functools.partial(kernel, aligned=("partials",))  # whose memory begins there
@@ -161,16 +174,16 @@ def total(call, norm):
 @kernel
 def ascent_norm_kernel(
     tiles, tensors, pointers, scalars, partials,
-    GRAD: tl.constexpr, PARAM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    EVEN: tl.constexpr, LONG: tl.constexpr,
+    GRAD: tl.constexpr, PARAM: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    k, _row, _column, start, inside, mask = tile.begin(tiles, tensors, ROWS, COLUMNS, EVEN, LONG)
-    g = tile.widen(tile.load(pointers, k, 0, WIDTH, GRAD, start, inside, mask, EVEN), GRAD)
+    at = tile.tile_coordinates(tiles, tensors, EVEN, True)
+    where, lists = tile.segment(at, EVEN), pointers + WIDTH * at.k
+    g = tile.load_float32(lists, 0, GRAD, where, EVEN)
     if PARAM is not None:
-        eta = tile.scalar(scalars, k, 0, 2)
-        w = tile.widen(tile.load(pointers, k, 1, WIDTH, PARAM, start, inside, mask, EVEN), PARAM)
-        g = tl.where(tile.scalar(scalars, k, 1, 2) != 0, (tl.abs(w) + eta) * g, g)
-    tl.store(partials + tl.program_id(0) + tl.arange(0, ROWS), partial_squares(g, mask, ROWS, COLUMNS))
+        eta = tile.scalar(scalars + 2 * at.k, 0)
+        w = tile.load_float32(lists, 1, PARAM, where, EVEN)
+        g = tl.where(tile.scalar(scalars + 2 * at.k, 1) != 0, (tl.abs(w) + eta) * g, g)
+    store_partial(partials, partial_squares(g, where.mask))
 
 
 def adaptive(eta):
@@ -191,7 +204,7 @@ def ascent_norm_(norm, params, grads, *, eta):
             ascent_norm_kernel, group,
             (group.tiles, call.tensors, call.pointers, call.scalars, partials_of(call, group)),
             lambda group=group: dict(
-                GRAD=group.types["grads"], PARAM=group.types["params"], WIDTH=call.width, **group.shape(),
+                GRAD=group.types["grads"], PARAM=group.types["params"], WIDTH=call.width, **group.flat(),
             ),
         )  # fmt: skip
     total(call, norm)
@@ -199,32 +212,29 @@ def ascent_norm_(norm, params, grads, *, eta):
 
 @triton.jit
 def final_gradient(
-    pointers, k, g, scalars, grad_scale, clip, start, inside, mask,
-    CLEAN: tl.constexpr, AT: tl.constexpr, WIDTH: tl.constexpr, WEIGHT: tl.constexpr, SCALARS: tl.constexpr,
+    lists, g, scalars, grad_scale, clip, where, CLEAN: tl.constexpr, AT: tl.constexpr, WEIGHT: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
     """clip (grad_weight grad_scale g + clean_weight g_clean); list AT has the clean gradients, and the weights are
     scalars WEIGHT and WEIGHT + 1."""
-    factor = tile.scalar(scalars, k, WEIGHT, SCALARS) * tile.value_or_one(grad_scale)
+    factor = tile.scalar(scalars, WEIGHT) * tile.value_or_one(grad_scale)
     if CLEAN is None:
         return scaled(g, factor, tile.value_or_one(clip))
     else:
-        clean = tile.widen(tile.load(pointers, k, AT, WIDTH, CLEAN, start, inside, mask, EVEN), CLEAN)
-        return mixed(g, clean, factor, tile.scalar(scalars, k, WEIGHT + 1, SCALARS), tile.value_or_one(clip))
+        clean = tile.load_float32(lists, AT, CLEAN, where, EVEN)
+        return mixed(g, clean, factor, tile.scalar(scalars, WEIGHT + 1), tile.value_or_one(clip))
 
 
 @kernel
 def gradient_norm_kernel(
     tiles, tensors, pointers, scalars, partials, grad_scale,
-    GRAD: tl.constexpr, CLEAN: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    EVEN: tl.constexpr, LONG: tl.constexpr,
+    GRAD: tl.constexpr, CLEAN: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    k, _row, _column, start, inside, mask = tile.begin(tiles, tensors, ROWS, COLUMNS, EVEN, LONG)
-    g = tile.widen(tile.load(pointers, k, 0, WIDTH, GRAD, start, inside, mask, EVEN), GRAD)
-    g = final_gradient(
-        pointers, k, g, scalars, grad_scale, None, start, inside, mask, CLEAN, 1, WIDTH, 0, 2, EVEN
-    )  # fmt: skip
-    tl.store(partials + tl.program_id(0) + tl.arange(0, ROWS), partial_squares(g, mask, ROWS, COLUMNS))
+    at = tile.tile_coordinates(tiles, tensors, EVEN, True)
+    where, lists = tile.segment(at, EVEN), pointers + WIDTH * at.k
+    g = tile.load_float32(lists, 0, GRAD, where, EVEN)
+    g = final_gradient(lists, g, scalars + 2 * at.k, grad_scale, None, where, CLEAN, 1, 0, EVEN)
+    store_partial(partials, partial_squares(g, where.mask))
 
 
 def gradient_norm_(norm, grads, clean_grads, grad_scale, *, grad_weight, clean_weight):
@@ -241,7 +251,7 @@ def gradient_norm_(norm, grads, clean_grads, grad_scale, *, grad_weight, clean_w
             gradient_norm_kernel, group,
             (group.tiles, call.tensors, call.pointers, call.scalars, partials_of(call, group), call.scalar(grad_scale)),
             lambda group=group: dict(
-                GRAD=group.types["grads"], CLEAN=group.types["clean_grads"], WIDTH=call.width, **group.shape(),
+                GRAD=group.types["grads"], CLEAN=group.types["clean_grads"], WIDTH=call.width, **group.flat(),
             ),
         )  # fmt: skip
     total(call, norm)

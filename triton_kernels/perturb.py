@@ -7,8 +7,8 @@ from . import tile
 from .arithmetic import quotient, root
 from .job import kernel
 from .launch import begin_call, strided
-from .noise import key_of, tile_normals
-from .norm import adaptive, filter_norms_kernel, partials_of, settle, sum_squares
+from .noise import counters_of, key_of, normals
+from .norm import adaptive, filter_norms_kernel, finish_rows, partials_of, sum_squares
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def noise_scale(norm, sigma):
 
 
 @triton.jit
-def damped(scale, history, eta):
+def with_history(scale, history, eta):
     """The same with ARWP's history: scale / sqrt(1 + eta F)."""
     return quotient(scale, root(1.0 + eta * history))
 
@@ -31,30 +31,9 @@ def perturb_gaussian(w, z, scale):
 
 
 @triton.jit
-def perturbed(
-    tensors, k, row, column, w, norm, history, sigma, eta, noise, seed, stream, round_,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHIFTED: tl.constexpr,
-):  # fmt: skip
-    """A tile of weights `w` with the noise of its elements; `norm` [ROWS]; `history` of a tile's shape, or None."""
-    scale = noise_scale(norm, sigma)[:, None]
-    if history is not None:
-        scale = damped(scale, history, eta)
-    seed, stream, round_ = key_of(noise, seed, stream, round_)
-    z = tile_normals(tensors, k, row, column, seed, stream, round_, ROWS, COLUMNS, SHIFTED)
-    return perturb_gaussian(w, z, scale)
-
-
-@triton.jit
-def load_history(
-    pointers, k, WHICH: tl.constexpr, WIDTH: tl.constexpr, row, row_mask, start, inside, mask,
-    ROWS: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """History of a tile: per element of tensors of rank <= 1, else per row, [ROWS, 1]."""
-    base = tile.pointer(pointers, k, WHICH, WIDTH, tl.float32)
-    if VECTOR:
-        return tl.load(base + start + inside, mask=mask, other=0.0)
-    else:
-        return tl.load(base + row + tl.arange(0, ROWS), mask=row_mask, other=0.0)[:, None]
+def load_by_element(lists, WHICH: tl.constexpr, where):
+    """A piece of a vector's history."""
+    return tl.load(tile.pointer(lists, WHICH, tl.float32) + where.start + where.inside, mask=where.mask, other=0.0)
 
 
 @kernel
@@ -62,35 +41,42 @@ def perturb_gaussian_kernel(
     tiles, tensors, pointers, scalars, sigmas, sigma_stride, noise, seed, stream, round_,
     PARAM: tl.constexpr, BACKUP: tl.constexpr, CLEAN: tl.constexpr, CLEAN_AT: tl.constexpr, NORM: tl.constexpr,
     NORM_AT: tl.constexpr, HISTORY: tl.constexpr, HISTORY_AT: tl.constexpr, WIDTH: tl.constexpr,
-    SIGMA: tl.constexpr, ETA: tl.constexpr, SCALARS: tl.constexpr, VECTOR: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr, SHIFTED: tl.constexpr,
+    SIGMA: tl.constexpr, ETA: tl.constexpr, SCALARS: tl.constexpr, BY_ELEMENT: tl.constexpr,
+    SHAPES: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """p <- clean + s z. *_AT are columns of the table of pointers; params are column 0, backups 1."""
-    k, row, column, start, inside, mask = tile.begin(tiles, tensors, ROWS, COLUMNS, EVEN, LONG)
-    row_mask = tile.row_mask(tensors, k, row, ROWS)
-    stored = tile.load(pointers, k, CLEAN_AT, WIDTH, CLEAN, start, inside, mask, EVEN)
-    w = tile.widen(stored, CLEAN)
-    if BACKUP is not None:
-        if CLEAN_AT == 0:
-            old = stored
-        else:
-            old = tile.load(pointers, k, 0, WIDTH, PARAM, start, inside, mask, EVEN)
-        tile.store(pointers, k, 1, WIDTH, BACKUP, start, inside, mask, EVEN, tile.convert(old, PARAM, BACKUP))
-    if NORM is not None:
-        norms = tile.pointer(pointers, k, NORM_AT, WIDTH, tl.float32)
-        norm = tl.load(norms + row + tl.arange(0, ROWS), mask=row_mask, other=0.0)
-    else:
-        norm = root(sum_squares(w, mask, ROWS, COLUMNS))
-    if HISTORY is not None:
-        history = load_history(pointers, k, HISTORY_AT, WIDTH, row, row_mask, start, inside, mask, ROWS, VECTOR)
-    else:
-        history = None
-    sigma = tile.number(sigmas, sigma_stride, scalars, k, SIGMA, SCALARS)
-    eta = tile.scalar(scalars, k, ETA, SCALARS)
-    p = perturbed(
-        tensors, k, row, column, w, norm, history, sigma, eta, noise, seed, stream, round_, ROWS, COLUMNS, SHIFTED
-    )  # fmt: skip
-    tile.store(pointers, k, 0, WIDTH, PARAM, start, inside, mask, EVEN, tile.narrow(p, PARAM))
+    at = tile.tile_coordinates(tiles, tensors, EVEN, LONG)
+    lists, scalars = pointers + WIDTH * at.k, scalars + SCALARS * at.k
+    sigma, eta = tile.number(sigmas, sigma_stride, at.k, scalars, SIGMA), tile.scalar(scalars, ETA)
+    key, counters = key_of(noise, seed, stream, round_), counters_of(tensors, at, SHIFTED)
+    for shape in tl.static_range(len(SHAPES)):
+        if at.shape == shape:
+            ROWS: tl.constexpr = SHAPES[shape][0]
+            COLUMNS: tl.constexpr = SHAPES[shape][1]
+            weights, squares = (), tl.zeros([ROWS], tl.float32)
+            for i in tl.static_range(tile.pieces(COLUMNS)):
+                where = tile.piece(at, i, ROWS, COLUMNS, EVEN, LONG)
+                stored = tile.load(lists, CLEAN_AT, CLEAN, where, EVEN)
+                w = tile.to_float32(stored, CLEAN)
+                if BACKUP is not None:
+                    old = stored if CLEAN_AT == 0 else tile.load(lists, 0, PARAM, where, EVEN)
+                    tile.store(lists, 1, BACKUP, where, EVEN, tile.convert(old, PARAM, BACKUP), None)
+                if NORM is None:
+                    squares = sum_squares(w, where.mask) + squares
+                weights = weights + (w,)
+            scale = noise_scale(root(squares) if NORM is None else tile.load_rows(lists, NORM_AT, at, ROWS), sigma)
+            scale = scale[:, None]
+            if HISTORY is not None and not BY_ELEMENT:
+                scale = with_history(scale, tile.load_rows(lists, HISTORY_AT, at, ROWS)[:, None], eta)
+            for i in tl.static_range(tile.pieces(COLUMNS)):
+                where = tile.piece(at, i, ROWS, COLUMNS, EVEN, LONG)
+                if HISTORY is not None and BY_ELEMENT:
+                    each = with_history(scale, load_by_element(lists, HISTORY_AT, where), eta)
+                else:
+                    each = scale
+                z = normals(counters, key, ROWS, tile.first(COLUMNS, i), tile.width(COLUMNS, i), SHIFTED)
+                p = perturb_gaussian(weights[i], z, each)
+                tile.store(lists, 0, PARAM, where, EVEN, tile.to_storage(p, PARAM), None)
 
 
 def launch_perturb(call, group, clean, norms, backup, names, sigma_at, scalars, sigmas):
@@ -104,8 +90,7 @@ def launch_perturb(call, group, clean, norms, backup, names, sigma_at, scalars, 
             CLEAN_AT=names.index(clean), NORM=None if norms is None else tl.float32,
             NORM_AT=None if norms is None else names.index(norms), HISTORY=types["history"],
             HISTORY_AT=names.index("history") if by_history else None, WIDTH=call.width, SIGMA=sigma_at,
-            ETA=sigma_at + 1, SCALARS=scalars, VECTOR=by_history and group.vector, **group.shape(),
-            SHIFTED=group.shifted,
+            ETA=sigma_at + 1, SCALARS=scalars, BY_ELEMENT=by_history and group.by_element, **group.drawing(),
         ),
     )  # fmt: skip
 
@@ -130,11 +115,11 @@ def perturb_gaussian_(params, backups, masters, norms, history, sigmas, noise, *
         call.launch(
             filter_norms_kernel, group, (group.tiles, call.tensors, call.pointers, partials_of(call, group)),
             lambda group=group: dict(
-                PARAM=group.types[clean], AT=PERTURB.index(clean), OUT_AT=None, WIDTH=call.width, **group.shape(),
+                PARAM=group.types[clean], AT=PERTURB.index(clean), OUT_AT=None, WIDTH=call.width, **group.by_rows(),
             ),
         )  # fmt: skip
     if measured:
-        settle(call, norm=PERTURB.index("norms"))
+        finish_rows(call, norm=PERTURB.index("norms"))
     for group in call.groups:
         given = "norms" if norms is not None or group.long else None
         launch_perturb(call, group, clean, given, backups, PERTURB, 0, 2, sigmas)
@@ -158,21 +143,22 @@ def perturb_ascent(p, g, scale, eta, is_adaptive):
 def perturb_ascent_kernel(
     tiles, tensors, pointers, scalars, norm,
     PARAM: tl.constexpr, BACKUP: tl.constexpr, MASTER: tl.constexpr, GRAD: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
-    k, _row, _column, start, inside, mask = tile.begin(tiles, tensors, ROWS, COLUMNS, EVEN, LONG)
-    g = tile.widen(tile.load(pointers, k, 3, WIDTH, GRAD, start, inside, mask, EVEN), GRAD)
+    at = tile.tile_coordinates(tiles, tensors, EVEN, True)
+    where, lists, scalars = tile.segment(at, EVEN), pointers + WIDTH * at.k, scalars + 3 * at.k
+    g = tile.load_float32(lists, 3, GRAD, where, EVEN)
     if BACKUP is not None or MASTER is None:
-        stored = tile.load(pointers, k, 0, WIDTH, PARAM, start, inside, mask, EVEN)
+        stored = tile.load(lists, 0, PARAM, where, EVEN)
     if BACKUP is not None:
-        tile.store(pointers, k, 1, WIDTH, BACKUP, start, inside, mask, EVEN, tile.convert(stored, PARAM, BACKUP))
+        tile.store(lists, 1, BACKUP, where, EVEN, tile.convert(stored, PARAM, BACKUP), None)
     if MASTER is not None:
-        w = tile.widen(tile.load(pointers, k, 2, WIDTH, MASTER, start, inside, mask, EVEN), MASTER)
+        w = tile.load_float32(lists, 2, MASTER, where, EVEN)
     else:
-        w = tile.widen(stored, PARAM)
-    scale = ascent_scale(tile.scalar(scalars, k, 2, 3), tl.load(norm))
-    p = perturb_ascent(w, g, scale, tile.scalar(scalars, k, 0, 3), tile.scalar(scalars, k, 1, 3) != 0)
-    tile.store(pointers, k, 0, WIDTH, PARAM, start, inside, mask, EVEN, tile.narrow(p, PARAM))
+        w = tile.to_float32(stored, PARAM)
+    scale = ascent_scale(tile.scalar(scalars, 2), tl.load(norm))
+    p = perturb_ascent(w, g, scale, tile.scalar(scalars, 0), tile.scalar(scalars, 1) != 0)
+    tile.store(lists, 0, PARAM, where, EVEN, tile.to_storage(p, PARAM), None)
 
 
 def perturb_ascent_(params, backups, masters, grads, norm, *, rho, eta):
@@ -190,20 +176,19 @@ def perturb_ascent_(params, backups, masters, grads, norm, *, rho, eta):
             perturb_ascent_kernel, group, (group.tiles, call.tensors, call.pointers, call.scalars, norm),
             lambda group=group, types=types: dict(
                 PARAM=types["params"], BACKUP=types["backups"], MASTER=types["masters"], GRAD=types["grads"],
-                WIDTH=call.width, **group.shape(),
+                WIDTH=call.width, **group.flat(),
             ),
         )  # fmt: skip
 
 
 @kernel
 def restore_kernel(
-    tiles, tensors, pointers,
-    PARAM: tl.constexpr, BACKUP: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr,
-):  # fmt: skip
-    k, _row, _column, start, inside, mask = tile.begin(tiles, tensors, ROWS, COLUMNS, EVEN, LONG)
-    stored = tile.load(pointers, k, 1, WIDTH, BACKUP, start, inside, mask, EVEN)
-    tile.store(pointers, k, 0, WIDTH, PARAM, start, inside, mask, EVEN, tile.convert(stored, BACKUP, PARAM))
+    tiles, tensors, pointers, PARAM: tl.constexpr, BACKUP: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr
+):
+    at = tile.tile_coordinates(tiles, tensors, EVEN, True)
+    where, lists = tile.segment(at, EVEN), pointers + WIDTH * at.k
+    stored = tile.load(lists, 1, BACKUP, where, EVEN)
+    tile.store(lists, 0, PARAM, where, EVEN, tile.convert(stored, BACKUP, PARAM), None)
 
 
 def restore_(params, backups):
@@ -215,6 +200,6 @@ def restore_(params, backups):
         call.launch(
             restore_kernel, group, (group.tiles, call.tensors, call.pointers),
             lambda group=group: dict(
-                PARAM=group.types["params"], BACKUP=group.types["backups"], WIDTH=call.width, **group.shape(),
+                PARAM=group.types["params"], BACKUP=group.types["backups"], WIDTH=call.width, **group.flat(),
             ),
         )  # fmt: skip

@@ -1,8 +1,8 @@
 """The update family in Triton: SGD, Adam and AdamW with what a method wraps around them. Mirrors reference/update.py.
 
-One pass: fetch the clean weight, form the gradient, apply the rule, lengthen the step (IRE), remember ARWP's history,
+One pass: fetch the clean weight, form the gradient, apply the rule, lengthen the step (IRE), update ARWP's history,
 store; in rolling mode measure and perturb what was stored. Long rows are measured in that pass, their partial sums
-added by `settle`, and perturbed by perturb_gaussian_'s kernel.
+added by `finish_rows`, and perturbed by perturb_gaussian_'s kernel.
 """
 
 import math
@@ -16,8 +16,9 @@ from . import tile
 from .arithmetic import quotient, root
 from .job import kernel
 from .launch import begin_call, capturing, strided, upload
-from .norm import final_gradient, partials_of, remember, settle, sum_squares
-from .perturb import launch_perturb, load_history, perturbed
+from .noise import counters_of, key_of, normals
+from .norm import final_gradient, finish_rows, partials_of, store_partial, sum_squares, updated_history
+from .perturb import launch_perturb, load_by_element, noise_scale, perturb_gaussian, with_history
 
 # Columns of the table of pointers, and of the table of scalars; a rule's own come behind them.
 LISTS = ("params", "backups", "masters", "history", "grads", "clean_grads", "masks", "norms")
@@ -26,46 +27,48 @@ KAPPA, BETA, SIGMA, ETA, OWN = (tl.constexpr(i) for i in range(2, 7))
 
 
 @triton.jit
-def sgd_rule(p, g, v, lr, s, k, WIDTH: tl.constexpr, MOMENTUM: tl.constexpr):
+def sgd_rule(p, g, v, lr, s, MOMENTUM: tl.constexpr):
     """torch.optim.SGD; returns the weight and the momentum."""
-    d = g + tile.scalar(s, k, OWN + 3, WIDTH) * p
+    d = g + tile.scalar(s, OWN + 3) * p
     if MOMENTUM:
-        momentum = tile.scalar(s, k, OWN + 1, WIDTH)
-        v = momentum * v + tile.scalar(s, k, OWN + 2, WIDTH) * d
-        d = tl.where(tile.scalar(s, k, OWN + 4, WIDTH) != 0, d + momentum * v, v)
+        momentum = tile.scalar(s, OWN + 1)
+        v = momentum * v + tile.scalar(s, OWN + 2) * d
+        d = tl.where(tile.scalar(s, OWN + 4) != 0, d + momentum * v, v)
     return p - lr * d, v
 
 
 @triton.jit
-def adam_rule(p, g, m, v, s, k, derived, WIDTH: tl.constexpr, DECOUPLED: tl.constexpr):
-    """torch.optim.Adam, or AdamW where DECOUPLED; returns the weight and the moments. `derived` has, for each tensor,
+def adam_rule(p, g, m, v, s, derived, DECOUPLED: tl.constexpr):
+    """torch.optim.Adam, or AdamW where DECOUPLED; returns the weight and the moments. `derived` has, of the tensor,
     lr / (1 - beta1^t), sqrt(1 - beta2^t) and 1 - lr weight_decay."""
-    derived += 3 * k
     if DECOUPLED:
         p = p * tl.load(derived + 2)
     else:
-        decay = tile.scalar(s, k, OWN + 5, WIDTH)
+        decay = tile.scalar(s, OWN + 5)
         g = tl.where(decay != 0, g + decay * p, g)
-    m = tile.scalar(s, k, OWN, WIDTH) * m + tile.scalar(s, k, OWN + 1, WIDTH) * g
-    v = tile.scalar(s, k, OWN + 2, WIDTH) * v + tile.scalar(s, k, OWN + 3, WIDTH) * (g * g)
-    denominator = quotient(root(v), tl.load(derived + 1)) + tile.scalar(s, k, OWN + 4, WIDTH)
+    m = tile.scalar(s, OWN) * m + tile.scalar(s, OWN + 1) * g
+    v = tile.scalar(s, OWN + 2) * v + tile.scalar(s, OWN + 3) * (g * g)
+    denominator = quotient(root(v), tl.load(derived + 1)) + tile.scalar(s, OWN + 4)
     return p - tl.load(derived) * quotient(m, denominator), m, v
 
 
 @triton.jit
 def mask_bits(
-    tensors, pointers, k, row, column, start, inside, mask,
-    AT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
+    tensors, lists, at, where, AT: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
+    BY_ELEMENT: tl.constexpr,
 ):  # fmt: skip
-    """Where the mask of a tile is set: a byte per element of a vector, else a bit, eight columns of a row to a byte."""
-    base = tile.pointer(pointers, k, AT, WIDTH, tl.uint8)
-    if VECTOR:
-        return tl.load(base + start + inside, mask=mask, other=0) != 0
+    """Where the mask of a piece is set: a byte per element of a vector, else a bit, eight columns to a byte.
+    Every byte is loaded once."""
+    base = tile.pointer(lists, AT, tl.uint8)
+    if BY_ELEMENT:
+        return tl.load(base + where.start + where.inside, mask=where.mask, other=0) != 0
     else:
-        stride = (tile.field(tensors, k, tile.COLUMNS_OF) + 7) // 8
-        r, c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-        bytes_ = tl.load(base + (row + r)[:, None] * stride + (column // 8 + c // 8)[None, :], mask=mask, other=0)
-        return ((bytes_.to(tl.int32) >> (c % 8)[None, :]) & 1) != 0
+        stride = (tile.field(tensors, at.k, tile.COLUMNS_OF) + 7) // 8
+        r, c = tl.arange(0, ROWS), at.column // 8 + FIRST // 8 + tl.arange(0, COLUMNS // 8)
+        there = tile.row_mask(at, ROWS)[:, None] & (c < stride)[None, :]
+        bytes_ = tl.load(base + (at.row + r)[:, None] * stride + c[None, :], mask=there, other=0).to(tl.int32)
+        bits = (bytes_[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+        return tl.reshape(bits, [ROWS, COLUMNS]) != 0
 
 
 @triton.jit
@@ -74,25 +77,22 @@ def amplified(w, previous, kappa):
 
 
 @triton.jit
-def remember_tile(
-    pointers, k, row, row_mask, start, inside, mask, g, beta, live, partials,
-    AT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
-    LONG: tl.constexpr,
-):  # fmt: skip
-    """F <- beta F + sum over the row of g^2, where `live`; long rows leave a partial sum. Returns F, [ROWS, 1] or, of
-    vectors, a tile."""
-    out = tile.pointer(pointers, k, AT, WIDTH, tl.float32)
-    history = load_history(pointers, k, AT, WIDTH, row, row_mask, start, inside, mask, ROWS, VECTOR)
-    if VECTOR:
-        history = tl.where(live, remember(history, g * g, beta), history)
-        tl.store(out + start + inside, history, mask=mask & live)
-    else:
-        squares = sum_squares(g, mask, ROWS, COLUMNS)
-        if LONG:
-            tl.store(partials + tl.program_id(0) + tl.arange(0, ROWS), squares)
-        else:
-            history = tl.where(live, remember(history, squares[:, None], beta), history)
-            tl.store(out + row + tl.arange(0, ROWS)[:, None], history, mask=row_mask[:, None] & live)
+def update_history_by_element(lists, AT: tl.constexpr, where, g, beta, live):
+    """F <- beta F + g^2 of a piece of a vector, where `live`; returns F."""
+    history = load_by_element(lists, AT, where)
+    history = tl.where(live, updated_history(history, g * g, beta), history)
+    out = tile.pointer(lists, AT, tl.float32) + where.start + where.inside
+    tl.store(out, history, mask=where.mask & live)
+    return history
+
+
+@triton.jit
+def update_history(lists, AT: tl.constexpr, at, squares, beta, live, ROWS: tl.constexpr):
+    """F <- beta F + sum over the row of g^2, where `live`; returns F, [ROWS, 1]."""
+    history = tile.load_rows(lists, AT, at, ROWS)[:, None]
+    history = tl.where(live, updated_history(history, squares[:, None], beta), history)
+    out = tile.pointer(lists, AT, tl.float32) + at.row + tl.arange(0, ROWS)[:, None]
+    tl.store(out, history, mask=tile.row_mask(at, ROWS)[:, None] & live)
     return history
 
 
@@ -102,76 +102,92 @@ def update_kernel(
     noise, seed, stream, round_, partials, count,
     RULE: tl.constexpr, PARAM: tl.constexpr, BACKUP: tl.constexpr, MASTER: tl.constexpr, HISTORY: tl.constexpr,
     GRAD: tl.constexpr, CLEAN_GRAD: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-    NOISE: tl.constexpr, WIDTH: tl.constexpr, SCALARS: tl.constexpr, VECTOR: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr, SHIFTED: tl.constexpr,
+    NOISE: tl.constexpr, WIDTH: tl.constexpr, SCALARS: tl.constexpr, BY_ELEMENT: tl.constexpr,
+    SHAPES: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """FIRST and SECOND are the types of the rule's own state. NOISE: a perturbation is part of the call."""
-    k, row, column, start, inside, mask = tile.begin(tiles, tensors, ROWS, COLUMNS, EVEN, LONG)
-    live = tile.is_live(found_inf)
-    row_mask = tile.row_mask(tensors, k, row, ROWS)
+    at = tile.tile_coordinates(tiles, tensors, EVEN, LONG)
+    lists, scalars = pointers + WIDTH * at.k, scalars + SCALARS * at.k
+    live = tile.should_update(found_inf)
     CLEAN: tl.constexpr = MASTER if MASTER is not None else BACKUP if BACKUP is not None else PARAM
     CLEAN_AT: tl.constexpr = 2 if MASTER is not None else 1 if BACKUP is not None else 0
-
-    old = tile.widen(tile.load(pointers, k, CLEAN_AT, WIDTH, CLEAN, start, inside, mask, EVEN), CLEAN)
-    grad = tile.widen(tile.load(pointers, k, 4, WIDTH, GRAD, start, inside, mask, EVEN), GRAD)
-    g = final_gradient(
-        pointers, k, grad, scalars, grad_scale, clip, start, inside, mask, CLEAN_GRAD, 5, WIDTH, 0, SCALARS, EVEN
-    )  # fmt: skip
-
-    if FIRST is not None:
-        m = tile.widen(tile.load(pointers, k, 8, WIDTH, FIRST, start, inside, mask, EVEN), FIRST)
-    if RULE == "sgd":
-        lr = tile.number(lrs, lr_stride, scalars, k, OWN, SCALARS)
-        if FIRST is not None:
-            w, m = sgd_rule(old, g, m, lr, scalars, k, SCALARS, True)
-        else:
-            w, _ = sgd_rule(old, g, 0.0, lr, scalars, k, SCALARS, False)
-    else:
-        v = tile.widen(tile.load(pointers, k, 9, WIDTH, SECOND, start, inside, mask, EVEN), SECOND)
-        w, m, v = adam_rule(old, g, m, v, scalars, k, derived, SCALARS, RULE == "adamw")
-        tile.store(pointers, k, 9, WIDTH, SECOND, start, inside, mask & live, EVEN, tile.narrow(v, SECOND))
-    if FIRST is not None:
-        tile.store(pointers, k, 8, WIDTH, FIRST, start, inside, mask & live, EVEN, tile.narrow(m, FIRST))
-
-    if MASK is not None:
-        longer = mask_bits(tensors, pointers, k, row, column, start, inside, mask, 6, WIDTH, ROWS, COLUMNS, VECTOR)
-        w = tl.where(longer, amplified(w, old, tile.scalar(scalars, k, KAPPA, SCALARS)), w)
-    w = tl.where(live, w, old)
-
-    if HISTORY is not None:
-        unscaled = grad * tile.value_or_one(grad_scale)
-        beta = tile.scalar(scalars, k, BETA, SCALARS)
-        history = remember_tile(
-            pointers, k, row, row_mask, start, inside, mask, unscaled, beta, live, partials + count, 3, WIDTH,
-            ROWS, COLUMNS, VECTOR, LONG,
-        )  # fmt: skip
-    else:
-        history = None
-
-    stored = tile.narrow(w, CLEAN)
+    DRAWS: tl.constexpr = NOISE and not LONG  # of long rows the norm is not known yet
     # Without noise a backup has served, and is left as it was.
-    if MASTER is not None or (BACKUP is not None and NOISE):
-        tile.store(pointers, k, CLEAN_AT, WIDTH, CLEAN, start, inside, mask & live, EVEN, stored)
-    if NOISE:
-        # Norm and perturbation see the weight that was stored.
-        w = tile.widen(stored, CLEAN)
-        squares = sum_squares(w, mask, ROWS, COLUMNS)
-        if LONG:
-            tl.store(partials + tl.program_id(0) + tl.arange(0, ROWS), squares)
-            if CLEAN_AT == 0:
-                tile.store(pointers, k, 0, WIDTH, PARAM, start, inside, mask & live, EVEN, stored)
-        else:
-            sigma = tile.number(sigmas, sigma_stride, scalars, k, SIGMA, SCALARS)
-            eta = tile.scalar(scalars, k, ETA, SCALARS)
-            p = perturbed(
-                tensors, k, row, column, w, root(squares), history, sigma, eta, noise, seed, stream, round_,
-                ROWS, COLUMNS, SHIFTED,
-            )  # fmt: skip
-            tile.store(pointers, k, 0, WIDTH, PARAM, start, inside, mask, EVEN, tile.narrow(p, PARAM))
-    elif CLEAN_AT == 0:
-        tile.store(pointers, k, 0, WIDTH, PARAM, start, inside, mask & live, EVEN, stored)
-    else:
-        tile.store(pointers, k, 0, WIDTH, PARAM, start, inside, mask, EVEN, tile.narrow(w, PARAM))
+    KEEPS_CLEAN: tl.constexpr = (MASTER is not None or NOISE) if CLEAN_AT != 0 else not DRAWS
+    BY_ROW: tl.constexpr = HISTORY is not None and not BY_ELEMENT
+
+    for shape in tl.static_range(len(SHAPES)):
+        if at.shape == shape:
+            ROWS: tl.constexpr = SHAPES[shape][0]
+            COLUMNS: tl.constexpr = SHAPES[shape][1]
+            weights, histories = (), ()
+            squares, gradient_squares = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+            for i in tl.static_range(tile.pieces(COLUMNS)):
+                where = tile.piece(at, i, ROWS, COLUMNS, EVEN, LONG)
+                old = tile.load_float32(lists, CLEAN_AT, CLEAN, where, EVEN)
+                grad = tile.load_float32(lists, 4, GRAD, where, EVEN)
+                g = final_gradient(lists, grad, scalars, grad_scale, clip, where, CLEAN_GRAD, 5, 0, EVEN)
+                if FIRST is not None:
+                    m = tile.load_float32(lists, 8, FIRST, where, EVEN)
+                if RULE == "sgd":
+                    lr = tile.number(lrs, lr_stride, at.k, scalars, OWN)
+                    if FIRST is not None:
+                        w, m = sgd_rule(old, g, m, lr, scalars, True)
+                    else:
+                        w, _ = sgd_rule(old, g, 0.0, lr, scalars, False)
+                else:
+                    v = tile.load_float32(lists, 9, SECOND, where, EVEN)
+                    w, m, v = adam_rule(old, g, m, v, scalars, derived + 3 * at.k, RULE == "adamw")
+                    tile.store(lists, 9, SECOND, where, EVEN, tile.to_storage(v, SECOND), live)
+                if FIRST is not None:
+                    tile.store(lists, 8, FIRST, where, EVEN, tile.to_storage(m, FIRST), live)
+                if MASK is not None:
+                    longer = mask_bits(
+                        tensors, lists, at, where, 6, ROWS, tile.first(COLUMNS, i), tile.width(COLUMNS, i), BY_ELEMENT
+                    )
+                    w = tl.where(longer, amplified(w, old, tile.scalar(scalars, KAPPA)), w)
+                w = tl.where(live, w, old)
+
+                if HISTORY is not None:
+                    unscaled = grad * tile.value_or_one(grad_scale)
+                    if BY_ELEMENT:
+                        histories = histories + (
+                            update_history_by_element(lists, 3, where, unscaled, tile.scalar(scalars, BETA), live),
+                        )
+                    else:
+                        gradient_squares = sum_squares(unscaled, where.mask) + gradient_squares
+                stored = tile.to_storage(w, CLEAN)
+                if KEEPS_CLEAN:
+                    tile.store(lists, CLEAN_AT, CLEAN, where, EVEN, stored, live)
+                if CLEAN_AT != 0 and not NOISE:
+                    tile.store(lists, 0, PARAM, where, EVEN, tile.to_storage(w, PARAM), None)
+                if NOISE:
+                    # Norm and perturbation see the weight that was stored.
+                    w = tile.to_float32(stored, CLEAN)
+                    squares = sum_squares(w, where.mask) + squares
+                    weights = weights + (w,)
+
+            if BY_ROW and LONG:
+                store_partial(partials + count, gradient_squares)
+            elif BY_ROW:
+                history = update_history(lists, 3, at, gradient_squares, tile.scalar(scalars, BETA), live, ROWS)
+            if NOISE and LONG:
+                store_partial(partials, squares)
+            if DRAWS:
+                sigma, eta = tile.number(sigmas, sigma_stride, at.k, scalars, SIGMA), tile.scalar(scalars, ETA)
+                scale = noise_scale(root(squares), sigma)[:, None]
+                if BY_ROW:
+                    scale = with_history(scale, history, eta)
+                key, counters = key_of(noise, seed, stream, round_), counters_of(tensors, at, SHIFTED)
+                for i in tl.static_range(tile.pieces(COLUMNS)):
+                    where = tile.piece(at, i, ROWS, COLUMNS, EVEN, LONG)
+                    if HISTORY is not None and BY_ELEMENT:
+                        each = with_history(scale, histories[i], eta)
+                    else:
+                        each = scale
+                    z = normals(counters, key, ROWS, tile.first(COLUMNS, i), tile.width(COLUMNS, i), SHIFTED)
+                    p = perturb_gaussian(weights[i], z, each)
+                    tile.store(lists, 0, PARAM, where, EVEN, tile.to_storage(p, PARAM), None)
 
 
 def update(name, values, rule, state, own, derive=None):
@@ -187,7 +203,6 @@ def update(name, values, rule, state, own, derive=None):
     found_inf, grad_scale, clip = (call.scalar(values[n]) for n in ("found_inf", "grad_scale", "clip"))
     derived = derive(call, found_inf) if derive else None
     width = call.scalars.shape[1]
-    by_element = given["history"] or given["masks"]  # of a vector
     for group in call.groups:
         types = group.types
         call.launch(
@@ -201,11 +216,11 @@ def update(name, values, rule, state, own, derive=None):
                 RULE=rule, PARAM=types["params"], BACKUP=types["backups"], MASTER=types["masters"],
                 HISTORY=types["history"], GRAD=types["grads"], CLEAN_GRAD=types["clean_grads"], MASK=types["masks"],
                 FIRST=types[state[0]], SECOND=types[state[1]] if len(state) > 1 else None, NOISE=given["noise"],
-                WIDTH=call.width, SCALARS=width, VECTOR=by_element and group.vector, **group.shape(),
-                SHIFTED=given["noise"] and group.shifted and not group.long,
+                WIDTH=call.width, SCALARS=width, BY_ELEMENT=group.by_element,
+                **(group.drawing() if given["noise"] else group.by_rows() | {"SHIFTED": False}),
             ),
         )  # fmt: skip
-    settle(
+    finish_rows(
         call, LISTS.index("norms") if given["noise"] else None, LISTS.index("history") if given["history"] else None,
         SCALARS.index("beta"), found_inf, width,
     )  # fmt: skip
@@ -246,7 +261,7 @@ def advance_kernel(
     mask = k < count
     at = tl.load(pointers + WIDTH * k + STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
     step = tl.load(at, mask=mask, other=0.0) + 1.0
-    tl.store(at, step, mask=mask & tl.reshape(tile.is_live(found_inf), [1]))
+    tl.store(at, step, mask=mask & tl.reshape(tile.should_update(found_inf), [1]))
     t = step.to(tl.float64)
     if lrs is None:
         lr = tl.load(scalars + SCALARS * k + LR, mask=mask, other=0.0)
@@ -336,21 +351,33 @@ def adamw_update_(
 @kernel
 def mix_gradients_kernel(
     tiles, tensors, pointers, scalars, grad_scale, clip, partials, count,
-    GRAD: tl.constexpr, HISTORY: tl.constexpr, CLEAN_GRAD: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr,
+    GRAD: tl.constexpr, HISTORY: tl.constexpr, CLEAN_GRAD: tl.constexpr, WIDTH: tl.constexpr, BY_ELEMENT: tl.constexpr,
+    SHAPES: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
-    k, row, _column, start, inside, mask = tile.begin(tiles, tensors, ROWS, COLUMNS, EVEN, LONG)
-    grad = tile.widen(tile.load(pointers, k, 0, WIDTH, GRAD, start, inside, mask, EVEN), GRAD)
-    if HISTORY is not None:
-        row_mask = tile.row_mask(tensors, k, row, ROWS)
-        remember_tile(
-            pointers, k, row, row_mask, start, inside, mask, grad * tile.value_or_one(grad_scale),
-            tile.scalar(scalars, k, 2, 3), tile.is_live(None), partials + count, 1, WIDTH, ROWS, COLUMNS, VECTOR, LONG,
-        )  # fmt: skip
-    g = final_gradient(
-        pointers, k, grad, scalars, grad_scale, clip, start, inside, mask, CLEAN_GRAD, 2, WIDTH, 0, 3, EVEN
-    )  # fmt: skip
-    tile.store(pointers, k, 0, WIDTH, GRAD, start, inside, mask, EVEN, tile.narrow(g, GRAD))
+    at = tile.tile_coordinates(tiles, tensors, EVEN, LONG)
+    lists, scalars = pointers + WIDTH * at.k, scalars + 3 * at.k
+    live, beta = tile.should_update(None), tile.scalar(scalars, 2)
+    for shape in tl.static_range(len(SHAPES)):
+        if at.shape == shape:
+            ROWS: tl.constexpr = SHAPES[shape][0]
+            COLUMNS: tl.constexpr = SHAPES[shape][1]
+            squares = tl.zeros([ROWS], tl.float32)
+            for i in tl.static_range(tile.pieces(COLUMNS)):
+                where = tile.piece(at, i, ROWS, COLUMNS, EVEN, LONG)
+                grad = tile.load_float32(lists, 0, GRAD, where, EVEN)
+                if HISTORY is not None:
+                    unscaled = grad * tile.value_or_one(grad_scale)
+                    if BY_ELEMENT:
+                        update_history_by_element(lists, 1, where, unscaled, beta, live)
+                    else:
+                        squares = sum_squares(unscaled, where.mask) + squares
+                g = final_gradient(lists, grad, scalars, grad_scale, clip, where, CLEAN_GRAD, 2, 0, EVEN)
+                tile.store(lists, 0, GRAD, where, EVEN, tile.to_storage(g, GRAD), None)
+            if HISTORY is not None and not BY_ELEMENT:
+                if LONG:
+                    store_partial(partials + count, squares)
+                else:
+                    update_history(lists, 1, at, squares, beta, live, ROWS)
 
 
 def mix_gradients_(grads, history, clean_grads, grad_scale, clip, *, grad_weight, clean_weight, beta):
@@ -372,7 +399,7 @@ def mix_gradients_(grads, history, clean_grads, grad_scale, clip, *, grad_weight
             ),
             lambda group=group, types=types: dict(
                 GRAD=types["grads"], HISTORY=types["history"], CLEAN_GRAD=types["clean_grads"], WIDTH=call.width,
-                VECTOR=history is not None and group.vector, **group.shape(),
+                BY_ELEMENT=group.by_element, **group.by_rows(),
             ),
         )  # fmt: skip
-    settle(call, None, 1 if history is not None else None, 2, None, 3)
+    finish_rows(call, None, 1 if history is not None else None, 2, None, 3)

@@ -175,11 +175,14 @@ def sections(found: dict) -> Iterable[tuple[str, str]]:
     swept = [f for f in kinds.get("race", []) if "tuning" in f]
     if swept:
         rows = [
-            [title(f), f"{f['tuning'][0]} / {f['tuning'][1]}", number(f["us"]), share(f.get("of_copy")),
+            [title(f), " / ".join(map(str, f["tuning"])), number(f["us"]), share(f.get("of_copy")),
              ", ".join(f"{n} {number(c['us'])}" for n, c in f["calls"].items())]
             for f in swept
         ]  # fmt: skip
-        yield "Tile sizes", markdown(["race", "elements / a warp", "device us", "of copy", "calls, us"], rows)
+        yield (
+            "Tile sizes",
+            markdown(["race", "tile / at most / warps / of a segment", "device us", "of copy", "calls, us"], rows),
+        )
     if kinds.get("e2e"):
         rows = [
             [

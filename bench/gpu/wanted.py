@@ -19,8 +19,8 @@ from .goals import CUDA, OURS, PLAIN_OURS
 
 RIVALS = ("foreach", "loop", "papers")
 ASCENTS = ("m-rwp", "sam", "asam")
-# Elements of a tile and of a warp: as they are, then half and twice the work of a thread, and larger tiles.
-TUNINGS = ((2048, 512), (2048, 256), (2048, 1024), (4096, 512))
+# plan.Tuning of all operations: as most have it, as updates of Adam have it, half the work of a thread.
+TUNINGS = ((2048, 4608, 4, 8), (4096, 6144, 8, 8), (2048, 4608, 8, 16))
 
 
 def race(model: str, method: str, base: str, *rivals: str) -> Race:
@@ -158,14 +158,14 @@ def optimizers(stage: str) -> Iterator[tuple[str, Any]]:
 
 
 @contextmanager
-def tuned(tuning: tuple[int, int] | None, device: torch.device) -> Iterator[None]:
+def tuned(tuning: tuple[int, ...] | None, device: torch.device) -> Iterator[None]:
     """Inside, tensors that have not been walked yet are cut into tiles of this tuning; None: into the usual ones."""
     if tuning is None:
         yield
         return
-    from flatkern.triton_kernels.plan import Tuning
+    from flatkern.triton_kernels.plan import Tuning, Tunings
 
-    with replaced(Tuning(*tuning), device):
+    with replaced(Tunings(*3 * [Tuning(*tuning)]), device):
         yield
 
 
