@@ -17,7 +17,7 @@ triton = pytest.importorskip(
 
 import triton.language as tl  # noqa: E402
 from flatkern.triton_kernels import mask, noise, norm, perturb, update  # noqa: E402
-from flatkern.triton_kernels.job import options_of  # noqa: E402
+from flatkern.triton_kernels.job import limits_of  # noqa: E402
 from flatkern.triton_kernels.plan import RESIDENT, SEGMENT, TUNING, rows_for  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -161,9 +161,7 @@ def compiled(case, architecture):
         else:
             signature[name] = POINTERS.get(name, "*fp32")
     target = TARGETS[architecture]
-    options = options_of(warps, {})
-    if target.backend == "hip":
-        options.pop("maxnreg")  # it has none
+    options = dict(num_warps=warps, enable_fp_fusion=False, **(limits_of(fixed) if target.backend == "cuda" else {}))
     source = ASTSource(case.kernel, signature, constexprs=constants)
     each = [size / (target.warp_size * warps) for size in sizes]
     return triton.compile(source, target=target, options=options), sum(n for n in each if n >= 8), sum(each)

@@ -24,8 +24,6 @@ SHOWN = ("RULE", "SHAPES", "KNOWN")  # constants that mean something to people, 
 PLACES = ("NORM", "HISTORY")  # a list by its number, or None; to people, a flag
 OPTIONAL = ("lrs", "sigmas", "noise", "grad_scale", "clip", "found_inf")  # arguments that may be absent
 INT32 = 2**31
-# So that a quarter of the warps that a multiprocessor can hold fit; a kernel with many shapes would take more.
-LIMITS = {} if torch.version.hip else {"maxnreg": 128}
 ATTEMPTS = 5  # at a kernel that another thread's compilation disturbs
 
 log = logging.getLogger("flatkern")
@@ -43,7 +41,14 @@ def kernel(function, aligned=()):
 def options_of(warps, constants):
     """What Triton takes by keyword. A fusion would change a rounding from one machine to the next; where one is meant,
     tl.fma says so."""
-    return dict(constants, num_warps=warps, enable_fp_fusion=False, **LIMITS)
+    return dict(constants, num_warps=warps, enable_fp_fusion=False, **limits_of(constants))
+
+
+def limits_of(constants):
+    """Adam's rule with everything around it would take 200 registers: an eighth of the warps that a multiprocessor can
+    hold would fit. With 128 it is a quarter, and nothing is spilled. Other kernels take fewer when they are not told."""
+    is_adam = constants.get("RULE", "sgd") != "sgd"
+    return {"maxnreg": 128} if is_adam and not torch.version.hip else {}
 
 
 def job(kernel, warps, arguments, constants):
