@@ -235,7 +235,7 @@ def test_the_log_names_every_kernel_once(caplog, capsys):
     first = [r.message for r in caplog.records]
     assert len(first) == len(set(first)) == 2
     assert any(
-        "compiling perturb_gaussian_kernel PARAM=float32 BACKUP=float32 CLEAN=float32 ROWS=1 COLUMNS=1024 EVEN" in m
+        "compiling perturb_gaussian_kernel PARAM=float32 BACKUP=float32 CLEAN=float32 SHAPES=64x32 EVEN" in m
         for m in first
     )
     caplog.clear()

@@ -20,7 +20,7 @@ from flatkern.jobs import Job
 
 NUMBERS = ("count", "lr_stride", "sigma_stride", "seed", "stream", "round_")
 DTYPES = {tl.float32: "float32", tl.float16: "float16", tl.int16: "bfloat16", tl.uint8: "uint8"}
-SHOWN = ("RULE", "SHAPES", "KNOWN")  # constants that mean something to people, though no types and no flags
+SHOWN = ("RULE", "KNOWN")  # constants that mean something to people, though no types and no flags
 PLACES = ("NORM", "HISTORY")  # a list by its number, or None; to people, a flag
 OPTIONAL = ("lrs", "sigmas", "noise", "grad_scale", "clip", "found_inf")  # arguments that may be absent
 INT32 = 2**31
@@ -45,8 +45,8 @@ def options_of(warps, constants):
 
 
 def limits_of(constants):
-    """Adam's rule with everything around it would take 200 registers: an eighth of the warps that a multiprocessor can
-    hold would fit. With 128 it is a quarter, and nothing is spilled. Other kernels take fewer when they are not told."""
+    """Adam's rule with everything around it would take 200 registers, so that an eighth of the warps would fit that a
+    multiprocessor can hold. With 128 it is a quarter, and nothing is spilled. Others take fewer when not told."""
     is_adam = constants.get("RULE", "sgd") != "sgd"
     return {"maxnreg": 128} if is_adam and not torch.version.hip else {}
 
@@ -73,6 +73,8 @@ def _name(kernel, arguments, constants):
             parts.append(name)
         elif isinstance(value, tl.dtype):
             parts.append(f"{name}={DTYPES[value]}")
+        elif name == "SHAPES":
+            parts.append("SHAPES=" + ",".join(f"{rows}x{columns}" for rows, columns in value))
         elif name in SHOWN:
             parts.append(f"{name}={value}")
     given = dict(zip(kernel.arg_names, arguments, strict=False))
