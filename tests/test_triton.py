@@ -135,7 +135,7 @@ def test_noise_read_on_the_device(name, monkeypatch):
 
 
 def test_a_norm_is_a_tree_over_its_row():
-    """As norm.py says: neighbours are added first, whatever the length of the row and the pieces that it is cut into."""
+    """As norm.py says: neighbours first, whatever the length of the row and the pieces that it is cut into."""
     generator = np.random.default_rng(3)
     for length in (1, 5, 24, 768, 1000, 1600, 4608, 5630, 8192):
         row = generator.standard_normal(length, dtype=np.float32)
