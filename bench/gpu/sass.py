@@ -2,8 +2,8 @@
 
 All threads of a block are one array for each register. Threads at the lowest address go first, so that those that have
 parted meet again; what waits at a barrier is let go when all are there. A warp's instruction counts once, whichever of
-its threads take part. Global memory is that of this process. Instructions are those that the kernels of csrc/cuda are
-made of; any other one is an error when it is reached, and so is a call.
+its threads take part. Global memory is that of this process. Instructions are those that the kernels of csrc/cuda
+and those of Triton are made of; any other one is an error when it is reached.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.gpu.disassembly import Code
+from bench.gpu.disassembly import Code, Instruction
 
 WARP = 32
 SHARED = 0x400  # where the shared memory of a block begins,
@@ -36,8 +36,8 @@ def u32(x: Array) -> Array:
     return x.astype(np.float32, copy=False).view(np.uint32) if x.dtype.kind == "f" else x.astype(np.uint32)
 
 
-def fused(a: Array, b: Array, c: Array) -> Array:
-    """a b + c of float32 numbers, rounded once: in float64 the sum is rounded to odd, then nothing is rounded twice."""
+def to_odd(a: Array, b: Array, c: Array) -> Array:
+    """a b + c of float32 numbers in float64, rounded to odd: a second rounding, to float32, is then the only one."""
     product, other = a.astype(np.float64) * b, c.astype(np.float64)
     total = product + other
     back = total - product
@@ -45,7 +45,7 @@ def fused(a: Array, b: Array, c: Array) -> Array:
     odd = (total.view(np.int64) & 1) == 1
     toward = np.where((error > 0) == (total > 0), 1, -1)
     bits = total.view(np.int64) + np.where((error != 0) & ~odd & np.isfinite(total), toward, 0)
-    return bits.view(np.float64).astype(np.float32)
+    return bits.view(np.float64)
 
 
 COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
@@ -57,6 +57,29 @@ COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
 JOINS: dict[str, Callable[[Array, Array], Array]] = {
     "AND": np.logical_and, "OR": np.logical_or, "XOR": np.logical_xor,
 }  # fmt: skip
+
+
+Op = Callable[["Block", list[str], list[str], Array], None]  # block, suffixes, operands, active threads
+OPS: dict[str, Op] = {}  # by the names of instructions, without suffixes; of sass_ops.py and sass_numbers.py
+
+
+def op(*names: str) -> Callable[[Op], Op]:
+    def register(function: Op) -> Op:
+        OPS.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def execute(block: Block, instruction: Instruction, active: Array) -> None:
+    base, *suffixes = instruction.name.split(".")
+    # The uniform datapath does the same with other registers.
+    found = OPS.get(base) or (OPS.get(base[1:]) if base.startswith("U") else None)
+    if found is None:
+        raise Unknown("no such instruction is known")
+    operands = [text.replace(".reuse", "") for text in instruction.operands]
+    if active.any():
+        found(block, suffixes, operands, active)
 
 
 class Memory:
@@ -96,10 +119,12 @@ class Memory:
 class Block:
     """One block of a launch."""
 
-    def __init__(self, code: Code, memory: Memory, parameters: bytes, threads: int, index: int) -> None:
+    def __init__(
+        self, code: Code, memory: Memory, parameters: bytes, threads: int, index: int, shared: int = 64 << 10
+    ) -> None:
         self.code, self.memory, self.threads, self.index = code, memory, threads, index
         self.constants = np.frombuffer(bytes(PARAMETERS) + parameters + bytes(16), np.uint8)
-        self.shared = np.full(64 << 10, 0xFF, np.uint8)
+        self.shared = np.full(shared, 0xFF, np.uint8)
         shape = (256, threads)
         self.r, self.ur = np.zeros(shape, np.uint32), np.zeros(shape, np.uint32)
         self.p, self.up = np.zeros((8, threads), bool), np.zeros((8, threads), bool)
@@ -108,6 +133,8 @@ class Block:
         self.there = np.ones(threads, bool)
         self.joined = np.zeros((16, threads), bool)  # threads of a convergence barrier
         self.waits = np.full(threads, -1)  # for which one; 99: for the block
+        self.read: set[int] = set()  # sectors of 32 bytes of global memory,
+        self.written: set[int] = set()  # by their places
         self.counts = np.zeros((len(code.instructions), threads // WARP), np.int64)
 
     # ---- operands
@@ -219,7 +246,7 @@ class Block:
 
     def run(self, most: int = 1_000_000) -> Array:
         """Executes the block; how often each instruction was issued, by warp."""
-        from bench.gpu.sass_ops import execute
+        from bench.gpu import sass_numbers, sass_ops  # noqa: F401  (they fill OPS)
 
         for _ in range(most):
             runnable = self.there & (self.waits < 0)
@@ -242,6 +269,11 @@ class Block:
 
     def jump(self, label: str, active: Array) -> None:
         self.pc[active] = self.code.labels[label.strip("`()")]
+
+    def touch(self, sectors: set[int], addresses: Array, size: int) -> Array:
+        """Global memory that is read or written, as places of its bytes."""
+        sectors.update((addresses >> 5).tolist())
+        return self.memory.at(addresses, size)
 
     def wait(self, barrier: int, active: Array) -> None:
         self.waits[active] = barrier
