@@ -1,4 +1,5 @@
-"""Kernels as nvcc or Triton has compiled them: their machine code (SASS), read by CUDA's disassemblers or those of Triton."""
+"""Kernels as nvcc or Triton has compiled them: their machine code (SASS), read by CUDA's disassemblers or
+those of Triton."""
 
 from __future__ import annotations
 

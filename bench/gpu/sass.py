@@ -53,6 +53,7 @@ COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
     "LE": np.less_equal, "LT": np.less,
     "GEU": lambda a, b: ~(a < b), "GTU": lambda a, b: ~(a <= b), "LEU": lambda a, b: ~(a > b),
     "LTU": lambda a, b: ~(a >= b), "NAN": lambda a, b: np.isnan(a) | np.isnan(b),
+    "NUM": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
 }  # fmt: skip
 JOINS: dict[str, Callable[[Array, Array], Array]] = {
     "AND": np.logical_and, "OR": np.logical_or, "XOR": np.logical_xor,
@@ -125,6 +126,7 @@ class Block:
         self.code, self.memory, self.threads, self.index = code, memory, threads, index
         self.constants = np.frombuffer(bytes(PARAMETERS) + parameters + bytes(16), np.uint8)
         self.shared = np.full(shared, 0xFF, np.uint8)
+        self.local = np.zeros((threads, code.used["STACK"]), np.uint8)
         shape = (256, threads)
         self.r, self.ur = np.zeros(shape, np.uint32), np.zeros(shape, np.uint32)
         self.p, self.up = np.zeros((8, threads), bool), np.zeros((8, threads), bool)
@@ -135,6 +137,7 @@ class Block:
         self.waits = np.full(threads, -1)  # for which one; 99: for the block
         self.read: set[int] = set()  # sectors of 32 bytes of global memory,
         self.written: set[int] = set()  # by their places
+        self.trace: list[tuple[int, Array]] | None = None  # if it is a list: instructions, and which warps issued them
         self.counts = np.zeros((len(code.instructions), threads // WARP), np.int64)
 
     # ---- operands
@@ -256,7 +259,10 @@ class Block:
                 raise Unknown("all threads wait")
             at = int(self.pc[runnable].min())
             active = runnable & (self.pc == at)
-            self.counts[at] += active.reshape(-1, WARP).any(1)
+            warps = active.reshape(-1, WARP).any(1)
+            self.counts[at] += warps
+            if self.trace is not None:
+                self.trace.append((at, np.flatnonzero(warps)))
             instruction = self.code.instructions[at]
             self.pc[active] += 1
             guarded = active & self.predicate(instruction.guard) if instruction.guard else active

@@ -8,7 +8,6 @@ import numpy as np
 
 from bench.gpu.sass import COMPARISONS, JOINS, Array, Block, Unknown, op, to_odd, u32
 
-
 SMALLEST = np.finfo(np.float32).tiny  # normal number
 
 
@@ -219,7 +218,7 @@ def singles(b: Block, suffixes: list[str], operands: list[str]) -> list[Array]:
 
 
 def directed(rounded: Array, exact: Array, suffixes: list[str]) -> Array:
-    """What was rounded to the nearest number, with .RM, .RP or .RZ to one on the other side of the exact one instead."""
+    """What was rounded to nearest; with .RM, .RP or .RZ the number on the other side of the exact one, if need be."""
     down, up = rounded > exact, rounded < exact
     if "RZ" in suffixes:
         down, up = down & (exact > 0), up & (exact < 0)
@@ -249,8 +248,8 @@ def add_numbers(b: Block, suffixes: list[str], o: list[str], active: Array) -> N
 
 @op("FCHK")
 def check_division(b: Block, suffixes: list[str], o: list[str], active: Array) -> None:
-    """Whether a quotient needs more than a reciprocal and its corrections: NVIDIA does not say exactly when. Here, where
-    a number or the quotient is not normal, or nearly so; a dividend of zero is not."""
+    """Whether a quotient needs more than a reciprocal and its corrections; exactly when is not documented. Here, where a
+    number or the quotient is not normal, or nearly so; a dividend of zero is not."""
     exponents = [(b.word(text) >> np.uint32(23) & np.uint32(0xFF)).astype(np.int32) for text in o[1:3]]
     ordinary = (exponents[0] > 24) & (exponents[0] < 255) & (exponents[1] > 0) & (exponents[1] < 253)
     between = exponents[0] - exponents[1]
@@ -303,6 +302,8 @@ def convert(b: Block, suffixes: list[str], o: list[str], active: Array) -> None:
         return b.set_pair(o[0], b.single(o[1]).astype(np.float64), active)
     if suffixes[:2] == ["F32", "F64"]:
         return b.set(o[0], u32(b.double(o[1]).astype(np.float32)), active)
+    if suffixes[:2] == ["F16", "F32"]:
+        return b.set(o[0], b.single(o[1]).astype(np.float16).view(np.uint16).astype(np.uint32), active)
     raise Unknown("no such conversion is known")
 
 
@@ -320,6 +321,21 @@ def pack(b: Block, suffixes: list[str], o: list[str], active: Array) -> None:
         halves = [x.astype(np.float16).view(np.uint16).astype(np.uint32) for x in (upper, lower)]
         value = halves[0] << np.uint32(16) | halves[1]
     b.set(o[0], value, active)
+
+
+def halves(b: Block, text: str) -> list[Array]:
+    """Two numbers of float16, the lower one first; .H0_H0 and .H1_H1 take one of them twice."""
+    word = b.word(text.split(".")[0])
+    pair = [(word >> np.uint32(shift)).astype(np.uint16).view(np.float16) for shift in (0, 16)]
+    return [pair[int(name)] for name in re.findall(r"H(\d)", text)] or pair
+
+
+@op("HSETP2")
+def compare_halves(b: Block, suffixes: list[str], o: list[str], active: Array) -> None:
+    if o[4] != "PT" or suffixes[1:] != ["AND"]:
+        raise Unknown("halves that are compared otherwise")
+    for target, x, y in zip(o[:2], halves(b, o[2]), halves(b, o[3]), strict=True):
+        b.set_predicate(target, COMPARISONS[suffixes[0]](x, y), active)
 
 
 @op("HADD2")

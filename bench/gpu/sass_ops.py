@@ -107,6 +107,28 @@ def size_of(suffixes: list[str]) -> int:
     return next((int(s) // 8 if s.isdigit() else int(s[1:]) // 8 for s in suffixes if re.fullmatch(r"[US]?\d+", s)), 4)
 
 
+@op("LDL")
+def load_local(b: Block, suffixes: list[str], o: list[str], active: Array) -> None:
+    """What a thread has spilled, from memory of its own."""
+    size, (bank, index) = size_of(suffixes), b.number(o[0])
+    places = b.address(o[1])[active, None] + np.arange(size)
+    for i, word in enumerate(bytes_to_words(b.local[np.flatnonzero(active)[:, None], places])):
+        bank[index + i][active] = word
+
+
+@op("STL")
+def store_local(b: Block, suffixes: list[str], o: list[str], active: Array) -> None:
+    size, address = size_of(suffixes), b.address(o[0])[active]
+    b.local[np.flatnonzero(active)[:, None], address[:, None] + np.arange(size)] = stored(b, o[1], size, active)
+
+
+def stored(b: Block, text: str, size: int, active: Array) -> Array:
+    """The bytes of a register, or of those behind it, too."""
+    bank, index = b.number(text)
+    words = np.stack([bank[index if index == 255 else index + i][active] for i in range(max(1, size // 4))], axis=1)
+    return np.ascontiguousarray(words).view(np.uint8)[:, :size]
+
+
 @op("LDG", "LDS")
 def load(b: Block, suffixes: list[str], o: list[str], active: Array) -> None:
     size, address = size_of(suffixes), b.address(o[-1])[active]
@@ -122,9 +144,7 @@ def load(b: Block, suffixes: list[str], o: list[str], active: Array) -> None:
 @op("STG", "STS")
 def store(b: Block, suffixes: list[str], o: list[str], active: Array) -> None:
     size, address = size_of(suffixes), b.address(o[0])[active]
-    bank, index = b.number(o[1])
-    words = np.stack([bank[index if index == 255 else index + i][active] for i in range(max(1, size // 4))], axis=1)
-    values = np.ascontiguousarray(words).view(np.uint8)[:, :size]
+    values = stored(b, o[1], size, active)
     if "E" in suffixes:
         b.memory.bytes[b.touch(b.written, address, size)] = values
     else:
@@ -235,16 +255,16 @@ def permute(b: Block, _: list[str], o: list[str], active: Array) -> None:
     b.set(o[0], result.view(np.uint32)[:, 0], active)
 
 
-@op("P2R")
+@op("P2R", "UP2UR")
 def pack_predicates(b: Block, _: list[str], o: list[str], active: Array) -> None:
-    bits = sum(b.p[i].astype(np.uint32) << np.uint32(i) for i in range(7))
-    mask = b.word(o[3])
+    bank, mask = b.up if o[1] == "UPR" else b.p, b.word(o[3])
+    bits = sum(bank[i].astype(np.uint32) << np.uint32(i) for i in range(7))
     b.set(o[0], (bits & mask) | (b.word(o[2]) & ~mask), active)
 
 
-@op("R2P")
+@op("R2P", "UR2UP")
 def unpack_predicates(b: Block, _: list[str], o: list[str], active: Array) -> None:
-    value, mask = b.word(o[1]), int(o[2], 0)
+    value, mask, kind = b.word(o[1]), int(o[2], 0), "UP" if o[0] == "UPR" else "P"
     for i in range(7):
         if mask >> i & 1:
-            b.set_predicate(f"P{i}", (value >> np.uint32(i) & 1).astype(bool), active)
+            b.set_predicate(f"{kind}{i}", (value >> np.uint32(i) & 1).astype(bool), active)

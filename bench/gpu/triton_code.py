@@ -49,9 +49,10 @@ class Launch:
         # Behind the arguments stand two pointers of Triton's own, which are used by no kernel here.
         self.parameters = packed(launch.signature.values(), launch.arguments)
 
-    def run(self, memory: sass.Memory, index: int) -> sass.Block:
+    def run(self, memory: sass.Memory, index: int, trace: bool = False) -> sass.Block:
         """Executes a program."""
         block = sass.Block(self.code, memory, self.parameters, self.warps * sass.WARP, index, max(1024, self.shared))
+        block.trace = [] if trace else None
         block.run()
         return block
 
