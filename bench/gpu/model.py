@@ -26,7 +26,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass
-from math import prod
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,8 @@ class Counted:
     launch: Launch
     programs: int = 0
     elements: int = 0
-    issued: Any = 0  # how often warps issued each instruction
+    issued: Any = 0  # how often warps issued each instruction,
+    passes: Any = 0  # and how often each asked shared memory
     bytes: int = 0  # of the sectors that a program reads and writes
     latency: float = 0.0  # seconds that the longest program takes by itself,
     waited: float = 0.0  # and all of them, one after the other
@@ -75,12 +76,13 @@ class Counted:
     def instructions(self) -> int:
         return int(self.issued.sum())
 
+    @cached_property
     def cycles(self) -> dict[str, float]:
         """Of multiprocessors, by what they are spent on."""
-        return sass_time.cycles(self.launch.code.instructions, self.issued)
+        return sass_time.cycles(self.launch.code.instructions, self.issued, self.passes)
 
     def seconds(self, bytes_: float, copy: float, only_issuing: bool = False) -> float:
-        cycles = self.cycles()
+        cycles = self.cycles
         busiest = cycles["issue"] if only_issuing else max(cycles.values())
         taken = LAUNCH + max(bytes_ / copy, busiest / (EFFICIENCY * MULTIPROCESSORS * CLOCK))
         if only_issuing:
@@ -100,6 +102,7 @@ def counted(launch: Launch, values: dict[str, Any], memory: sass.Memory) -> Coun
         found.programs += kind.programs
         found.elements += kind.programs * kind.elements
         found.issued = found.issued + kind.programs * block.counts.sum(axis=1)
+        found.passes = found.passes + kind.programs * block.passes
         found.bytes += kind.programs * 32 * (len(block.read) + len(block.written))
         found.latency = max(found.latency, alone)
         found.waited += kind.programs * alone
@@ -143,27 +146,31 @@ def launches_of_selection() -> int:
     return mode.count
 
 
-def modelled(call: str, model: str, driver: silent_driver.Driver) -> dict[str, Any]:
-    """A row of the table."""
-    shapes, memory = MODELS[model].shapes(), sass.Memory()
-    elements = sum(map(prod, shapes))
-    parts: list[tuple[Part, list[Counted]]] = []
-    by_torch, between = 0, launches_of_selection() if call == "mask" else 0
+def executed(call: str, model: str, driver: silent_driver.Driver) -> list[tuple[Part, list[Counted], int]]:
+    """Of each part of a call its launches, and how many torch makes besides."""
+    shapes, memory, found = MODELS[model].shapes(), sass.Memory(), []
     for part in CALLS[call]:
         values = arguments(part, shapes)
         run, _ = caller(part.op, "triton")
         made = launches(driver, lambda run=run, values=values: run(values))  # type: ignore[misc]
         memory.look()
-        parts.append((part, [counted(launch, values, memory) for launch in made]))
+        counts = [counted(launch, values, memory) for launch in made]
         with TorchLaunches() as mode:  # now that the tables are there
             run(values)
-        by_torch += mode.count
-    every = [c for _, counts in parts for c in counts]
-    bytes_ = sum(part.bytes for part, _ in parts)
+        found.append((part, counts, mode.count))
+    return found
+
+
+def modelled(call: str, model: str, parts: list[tuple[Part, list[Counted], int]]) -> dict[str, Any]:
+    """A row of the table, of what was executed."""
+    elements = MODELS[model].numel
+    by_torch, between = sum(count for *_, count in parts), launches_of_selection() if call == "mask" else 0
+    every = [c for _, counts, _ in parts for c in counts]
+    bytes_ = sum(part.bytes for part, *_ in parts)
     largest = max(every, key=lambda c: c.instructions)
 
     def seconds(copy: float, only_issuing: bool) -> float:
-        ours = sum(c.seconds(part.bytes * c.elements, copy, only_issuing) for part, counts in parts for c in counts)
+        ours = sum(c.seconds(part.bytes * c.elements, copy, only_issuing) for part, counts, _ in parts for c in counts)
         return ours + LAUNCH * (by_torch + between)
 
     def of_copy(only_issuing: bool) -> dict[str, float]:
@@ -193,7 +200,7 @@ def of_kernel(counts: list[Counted]) -> dict[str, Any]:
     """Lists have an entry a launch."""
     elements = sum(c.elements for c in counts)
     largest = max(counts, key=lambda c: c.instructions)
-    pipes = largest.cycles()
+    pipes = largest.cycles
     found = {
         "programs": [c.programs for c in counts],
         "warps": [c.launch.warps for c in counts],
@@ -253,7 +260,7 @@ def main() -> None:
     print(HEADER)
     for call in args.calls:
         for model in args.models:
-            row = modelled(call, model, driver)
+            row = modelled(call, model, executed(call, model, driver))
             rows.append(row)
             print(line(row), flush=True)
             if args.kernels:

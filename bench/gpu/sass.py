@@ -19,7 +19,7 @@ from bench.gpu.disassembly import Code, Instruction
 
 WARP = 32
 SHARED = 0x400  # where the shared memory of a block begins,
-PARAMETERS = 0x210  # and in the constant bank the parameters of a kernel
+STACK, PARAMETERS = 0x28, 0x210  # and in the constant bank where its stack is, and the parameters of a kernel
 Array = np.ndarray[Any, Any]
 
 
@@ -124,7 +124,11 @@ class Block:
         self, code: Code, memory: Memory, parameters: bytes, threads: int, index: int, shared: int = 64 << 10
     ) -> None:
         self.code, self.memory, self.threads, self.index = code, memory, threads, index
-        self.constants = np.frombuffer(bytes(PARAMETERS) + parameters + bytes(16), np.uint8)
+        before = bytearray(PARAMETERS)
+        before[STACK : STACK + 4] = code.used["STACK"].to_bytes(
+            4, "little"
+        )  # whose top is the end of a thread's memory
+        self.constants = np.frombuffer(bytes(before) + parameters + bytes(16), np.uint8)
         self.shared = np.full(shared, 0xFF, np.uint8)
         self.local = np.zeros((threads, code.used["STACK"]), np.uint8)
         shape = (256, threads)
@@ -132,12 +136,14 @@ class Block:
         self.p, self.up = np.zeros((8, threads), bool), np.zeros((8, threads), bool)
         self.p[7] = self.up[7] = True
         self.pc = np.zeros(threads, np.int64)
+        self.at = 0  # the instruction that is executed
         self.there = np.ones(threads, bool)
         self.joined = np.zeros((16, threads), bool)  # threads of a convergence barrier
         self.waits = np.full(threads, -1)  # for which one; 99: for the block
         self.read: set[int] = set()  # sectors of 32 bytes of global memory,
         self.written: set[int] = set()  # by their places
         self.trace: list[tuple[int, Array]] | None = None  # if it is a list: instructions, and which warps issued them
+        self.passes = np.zeros(len(code.instructions), np.int64)  # over shared memory, by instruction
         self.counts = np.zeros((len(code.instructions), threads // WARP), np.int64)
 
     # ---- operands
@@ -257,7 +263,7 @@ class Block:
                 if not self.there.any():
                     return self.counts
                 raise Unknown("all threads wait")
-            at = int(self.pc[runnable].min())
+            at = self.at = int(self.pc[runnable].min())
             active = runnable & (self.pc == at)
             warps = active.reshape(-1, WARP).any(1)
             self.counts[at] += warps
@@ -280,6 +286,23 @@ class Block:
         """Global memory that is read or written, as places of its bytes."""
         sectors.update((addresses >> 5).tolist())
         return self.memory.at(addresses, size)
+
+    def in_shared(self, addresses: Array, size: int, active: Array, one_by_one: bool = False) -> Array:
+        """Places in shared memory; counts how often the 32 banks are asked, once where no two threads meet in one.
+
+        Accesses of 8 and 16 bytes are of a half and of a quarter of a warp at a time. Threads that ask a bank for the
+        same word are served together, unless they have to come one by one.
+        """
+        threads = np.flatnonzero(active)
+        words = np.repeat(addresses // 4, max(1, size // 4)) + np.tile(np.arange(max(1, size // 4)), len(addresses))
+        group = np.repeat(threads // (WARP // max(1, size // 4)), max(1, size // 4))
+        if not one_by_one:
+            group, words = np.unique(np.stack([group, words]), axis=1)
+        found, times = np.unique(group * WARP + words % WARP, return_counts=True)
+        most = np.zeros(self.threads, np.int64)
+        np.maximum.at(most, found // WARP, times)
+        self.passes[self.at] += most.sum()
+        return addresses - SHARED
 
     def wait(self, barrier: int, active: Array) -> None:
         self.waits[active] = barrier

@@ -248,7 +248,7 @@ def add_numbers(b: Block, suffixes: list[str], o: list[str], active: Array) -> N
 
 @op("FCHK")
 def check_division(b: Block, suffixes: list[str], o: list[str], active: Array) -> None:
-    """Whether a quotient needs more than a reciprocal and its corrections; exactly when is not documented. Here, where a
+    """Whether a quotient needs more than a reciprocal and its corrections; when is not documented. Here, where a
     number or the quotient is not normal, or nearly so; a dividend of zero is not."""
     exponents = [(b.word(text) >> np.uint32(23) & np.uint32(0xFF)).astype(np.int32) for text in o[1:3]]
     ordinary = (exponents[0] > 24) & (exponents[0] < 255) & (exponents[1] > 0) & (exponents[1] < 253)

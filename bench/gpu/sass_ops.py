@@ -135,7 +135,9 @@ def load(b: Block, suffixes: list[str], o: list[str], active: Array) -> None:
     if "E" in suffixes:
         found = b.memory.bytes[b.touch(b.read, address, size)]
     else:
-        found = b.shared[(address - SHARED)[:, None] + np.arange(size)]
+        found = b.shared[b.in_shared(address, size, active)[:, None] + np.arange(size)]
+    if {"S8", "S16"} & set(suffixes):
+        found = np.ascontiguousarray(found).view(f"i{size}").astype(np.int32).view(np.uint8)
     bank, index = b.number(o[-2])
     for i, word in enumerate(bytes_to_words(found)):
         bank[index + i][active] = word
@@ -148,7 +150,7 @@ def store(b: Block, suffixes: list[str], o: list[str], active: Array) -> None:
     if "E" in suffixes:
         b.memory.bytes[b.touch(b.written, address, size)] = values
     else:
-        b.shared[(address - SHARED)[:, None] + np.arange(size)] = values
+        b.shared[b.in_shared(address, size, active)[:, None] + np.arange(size)] = values
 
 
 @op("ATOMG", "RED")
@@ -175,12 +177,12 @@ def atomic(b: Block, suffixes: list[str], o: list[str], active: Array) -> None:
 def atomic_in_shared(b: Block, suffixes: list[str], o: list[str], active: Array) -> None:
     if o[0] != "RZ" or not {"ADD", "INC"} & set(suffixes) or "64" in suffixes:
         raise Unknown("no such atomic operation is known")
-    # .POPC.INC adds one for each thread that is there.
+    # .POPC.INC adds one for each thread that is there, for those with one address together.
     numbers = np.ones(b.threads, np.uint32) if "POPC" in suffixes else b.word(o[2])
     if "INC" in suffixes and "POPC" not in suffixes:
         raise Unknown("no such atomic operation is known")
-    words = b.shared.view(np.uint32)
-    np.add.at(words, (b.address(o[1])[active] - SHARED) // 4, numbers[active])
+    places = b.in_shared(b.address(o[1])[active], 4, active, one_by_one="POPC" not in suffixes)
+    np.add.at(b.shared.view(np.uint32), places // 4, numbers[active])
 
 
 def matrices(b: Block, suffixes: list[str], text: str) -> Array:

@@ -1,8 +1,8 @@
 """How long machine code takes on a multiprocessor of an H100 or H200: what its pipes can do, how long one block waits.
 
 Assumptions, not measurements. Throughputs are those of the CUDA C++ programming guide for compute capability 9.0;
-latencies are round numbers of the size that microbenchmarks of this generation find. Banks of shared memory are taken
-to be without conflicts, and loads to find nothing in a cache nearer than L2.
+latencies are round numbers of the size that microbenchmarks of this generation find, of loads that find nothing in a
+cache nearer than L2.
 """
 
 from __future__ import annotations
@@ -60,13 +60,16 @@ def cost(instruction: Instruction) -> tuple[str, float]:
     return pipe, cycles
 
 
-def cycles(instructions: list[Instruction], issued: Array) -> dict[str, float]:
-    """Cycles of a multiprocessor by pipe, and for issuing; `issued` is how often warps issued each instruction."""
+def cycles(instructions: list[Instruction], issued: Array, passes: Array) -> dict[str, float]:
+    """Cycles of a multiprocessor by pipe, and for issuing.
+
+    Of each instruction, `issued` is how often warps issued it, and `passes` how often shared memory was asked.
+    """
     found: Counter[str] = Counter({"issue": float(issued.sum()) / SCHEDULERS})
-    for instruction, times in zip(instructions, issued.tolist(), strict=True):
+    for instruction, times, asked in zip(instructions, issued.tolist(), passes.tolist(), strict=True):
         pipe, each = cost(instruction)
         if pipe:
-            found[pipe] += each * times
+            found[pipe] += THROUGHPUT[pipe] * asked if asked else each * times
     return dict(found)
 
 

@@ -6,6 +6,7 @@ arguments of the launcher. Choose it before the first kernel runs.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -90,8 +91,14 @@ class Driver(DriverBase):
         raise NotImplementedError("nothing runs here")
 
 
+@cache
+def the_driver() -> Driver:
+    """One a process: kernels that were compiled for it stay in Triton's caches, and launch by it."""
+    return Driver()
+
+
 def install() -> Driver:
     """Make it Triton's driver in this process."""
-    driver = Driver()
+    driver = the_driver()
     triton.runtime.driver.set_active(driver)
     return driver

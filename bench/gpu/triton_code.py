@@ -80,7 +80,8 @@ class Launch:
     def kinds(self) -> list[Kind]:
         if "tiles" in self.arguments:
             return list(alike(self.arguments["tiles"].numpy(), self.arguments["tensors"].numpy()))
-        return [Kind(index, 1, 0) for index in range(self.grid)]
+        # Of what walks a table, the last program may have less; the first one stands for the others.
+        return [Kind(0, self.grid - 1, 0)] * (self.grid > 1) + [Kind(self.grid - 1, 1, 0)]
 
 
 @cache
