@@ -23,7 +23,7 @@ CASES = {  # of each operation, what most of the others do is in it
     "filter_norms_": ["specials segmented"],
     "ascent_norm_": ["params"],
     "gradient_norm_": ["clean_grads grad_scale"],
-    "perturb_gaussian_": ["backups segmented", "masters history"],
+    "perturb_gaussian_": ["norms backups", "backups segmented", "masters history"],
     "perturb_ascent_": ["backups"],
     "restore_": [""],
     "mix_gradients_": ["history clean_grads grad_scale clip"],
