@@ -34,7 +34,7 @@ SANITIZE_TESTS ?= tests/test_backends.py tests/test_noise.py tests/test_describe
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env build demo test test-triton test-cuda check format bench gpu gpu-report sanitize wheel-check wheel-cuda show clean
+.PHONY: help env build demo test test-triton test-cuda check format bench gpu gpu-report gpu-model sanitize wheel-check wheel-cuda show clean
 
 NATIVE := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 TREE := $(CURDIR)/build/tree
@@ -146,6 +146,15 @@ gpu-report: $(if $(NO_VENV),,$(VENV)/.editable) ## a report of what `make gpu` w
 	@$(if $(FROM),,echo "error: FROM: name a folder that make gpu wrote: make gpu-report FROM=build/gpu" >&2; exit 1)
 	@$(RUN) bench/gpu/report.py $(call quoted,$(FROM))
 
+# By the Triton that is installed, and by the oldest one that is supported, which .ci/run installs there, too.
+OLDEST_TRITON := build/triton-3.6
+gpu-model: build ## what a GPU should make of the Triton kernels, by their compiled code (no GPU needed): bench/results/model.json
+	@$(if $(NO_VENV),,[ -d $(OLDEST_TRITON) ] || $(PY) -m pip install -qq --disable-pip-version-check --no-deps --target $(OLDEST_TRITON) triton==3.6.0)
+	@$(RUN) bench/gpu/model.py --json bench/results/model.json
+	@if [ -d $(OLDEST_TRITON) ]; then export PYTHONPATH=$(CURDIR)/$(OLDEST_TRITON); $(RUN) bench/gpu/model.py --json bench/results/model.json; \
+	else echo "not made: the part of Triton 3.6 ($(OLDEST_TRITON) is not there)"; fi
+	@$(RUN) bench/gpu/report.py
+
 # ---- checks
 
 # Arguments that need a plugin are given only where the plugin is. The benchmarks' own tests run by themselves,
@@ -160,7 +169,7 @@ test: build check ## build, check, every test (the wheel's too)
 	@$(PYTEST) $(ARGS)
 
 # Where there is a GPU, kernels that these compile for a stand-in would be launched on it.
-WITHOUT_GPU := tests/test_host.py tests/test_warm_up.py
+WITHOUT_GPU := tests/test_host.py tests/test_warm_up.py tests/test_triton_model.py tests/test_triton_code.py
 
 # The interpreter has to be chosen before triton is imported, so this is a process of its own. There is a triton for few
 # platforms only.

@@ -1,4 +1,5 @@
-"""Kernels as nvcc has compiled them: their machine code (SASS), read by CUDA's disassemblers or those of Triton."""
+"""Kernels as nvcc or Triton has compiled them: their machine code (SASS), read by CUDA's disassemblers or
+those of Triton."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ class Code:
                 operands = [part.strip() for part in re.split(r",(?![^\[]*\])", found[3])] if found[3] else []
                 where = tuple((file, number) for file, number, _ in source)
                 instructions.append(Instruction(found[1] or "", found[2], operands, where))
-            elif found := re.match(r"(\.L\w+):", line):
+            elif found := re.match(r"(\.L\w+|\$\S+):", line):  # $...: a function that is called
                 labels[found[1]] = len(instructions)
             elif found := re.match(r'\s*//## File "([^"]*)", line (\d+)( inlined at)?', line):
                 # A chain: each line but the last one says where it is inlined.
@@ -86,7 +87,7 @@ def output(*command: object, folder: str | None = None) -> str:
 def plain(demangled: str) -> str:
     """A kernel's name without its parameters, and without what nvcc and g++ write differently."""
     short = re.sub(r"^void |flatkern::cuda::|\(anonymous namespace\)::", "", demangled)
-    return re.sub(r"(?<=\d)ul\b", "", short[: short.rfind(">(") + 1])
+    return re.sub(r"(?<=\d)ul\b", "", short[: short.rfind(">(") + 1]) if ">(" in short else short
 
 
 def read(cubin: Path, lines: bool = False) -> dict[str, Code]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from . import predictions
+
 Finding = dict
 Values = tuple["float | None", ...]
 
@@ -28,7 +30,7 @@ class Goal:
     least: bool  # whether a bound is the least that will do, or the most
     show: Callable[[float], str]
     measure: Callable[[Sequence[Finding]], Values]
-    model: dict[str, str]  # by GPU, or "any": what arithmetic and compiled code say, before anything has run
+    model: predictions.Says  # of a GPU: what arithmetic and compiled code say, before anything has run
 
     @property
     def wanted(self) -> str:
@@ -41,7 +43,7 @@ class Goal:
         return [v is not None and (v >= bound if self.least else v <= bound) for v, bound in pairs]
 
     def modelled(self, gpu: str) -> str:
-        return self.model.get(gpu) or self.model.get("any", "-")
+        return self.model(gpu) or "-"
 
 
 def percent(value: float) -> str:
@@ -119,7 +121,9 @@ def spread(findings: Sequence[Finding]) -> Finding | None:
 # ---- the rows
 
 ASCENTS = (("m-rwp", 2.0), ("sam", 2.25), ("asam", 2.5))
-BY_BYTES = "1.80 / 2.00 / 2.20 by bytes"
+# The calls of a step, as the model has them.
+ASCENT_CALLS = (("perturb", "sgd, two gradients"), ("sam", "sgd, restoring"), ("asam", "sgd, restoring"))
+ROLLING_MASTERS, PLAIN_MASTERS = "adamw, rolling, masters", "adamw, masters"
 
 
 def against_fused(*races: tuple[str, str, str]) -> Callable[[Sequence[Finding]], Values]:
@@ -138,61 +142,72 @@ def ascents(model: str) -> tuple[tuple[str, str, str], ...]:
     return tuple((model, method, "sgd") for method, _ in ASCENTS)
 
 
-# The model: instructions of the code compiled for sm_90 by Triton 3.6 at 80 % of all issue slots, padded lanes
-# included, 4 us a launch, and each card's copy rate (3.0 and 4.3 TB/s).
+def modelled_ascents(model: str) -> predictions.Says:
+    return predictions.in_steps(predictions.fused("sgd"), *((model, calls) for calls in ASCENT_CALLS))
+
+
+def always(text: str) -> predictions.Says:
+    """What no model computes."""
+    return lambda gpu: text
+
+
 GOALS = (
     Goal(
         "`perturb()`, float32, share of a copy's rate: GPT-2, Llama 1.1B",
         (0.9, 0.9), True, percent,
         lambda found: (share_of_copy(found, "gpt2"), share_of_copy(found, "llama_1b")),
-        {"h100": "97 / 100 %", "h200": "91 / 96 %"},
+        predictions.shares_of_copy("perturb", "gpt2", "llama_1b"),
     ),
     Goal(
         "m-RWP / SAM / ASAM on GPT-2, float32, in steps of torch's fused SGD",
         tuple(bound for _, bound in ASCENTS), False, times, against_fused(*ascents("gpt2")),
-        {"h100": "1.82, SAM and ASAM by bytes 2.00 / 2.20", "h200": "1.86, SAM and ASAM by bytes 2.00 / 2.20"},
+        modelled_ascents("gpt2"),
     ),
     Goal(
         "the same on ResNet-50",
         tuple(bound for _, bound in ASCENTS), False, times, against_fused(*ascents("resnet50")),
-        {"h100": "2.06, by bytes 2.00 / 2.20", "h200": "2.25, by bytes 2.00 / 2.20"},
+        modelled_ascents("resnet50"),
     ),
     Goal(
         "rolling RWP on GPT-2, bfloat16 + float32 masters, in our plain AdamW steps of that layout",
         (1.1,), False, times,
         lambda found: (ours_against(found, PLAIN_OURS, model="gpt2", method="rolling", base="adamw", masters=True),),
-        {"h100": "1.01", "h200": "1.18"},
+        predictions.in_steps(predictions.plain(PLAIN_MASTERS), ("gpt2", (ROLLING_MASTERS,))),
     ),
     Goal(
         "rolling RWP, float32, in steps of torch's fused SGD: GPT-2, ResNet-50",
         (1.25, 1.25), False, times,
         against_fused(("gpt2", "rolling", "sgd"), ("resnet50", "rolling", "sgd")),
-        {"h100": "1.20 by bytes / 1.46", "h200": "1.20 by bytes / 1.58"},
+        predictions.in_steps(
+            predictions.fused("sgd"), *((model, ("sgd, rolling",)) for model in ("gpt2", "resnet50"))
+        ),
     ),
     Goal(
         "AdamW with IRE, masks included, in steps of torch's fused AdamW: GPT-2, ResNet-50",
         (1.15, 1.15), False, times,
         against_fused(("gpt2", "ire", "adamw"), ("resnet50", "ire", "adamw")),
-        {"any": "about 1.4: counting takes nine times what memory does"},
+        predictions.in_steps(
+            predictions.fused("adamw"), *((model, ("adamw, IRE", "mask")) for model in ("gpt2", "resnet50"))
+        ),
     ),
     Goal(
         "m-RWP faster than the papers' loop, ResNet-50",
         (15.0,), True, times, lambda found: (faster_than(found, "papers", model="resnet50"),),
-        {"any": "2.4 by bytes, the rest is launches"},
+        always("2.4 by bytes, the rest is launches"),
     ),
     Goal(
         "m-RWP faster than `_foreach` around torch's fused step, worst list",
         (2.0,), True, times, lambda found: (faster_than(found, "foreach"),),
-        {"any": "2.4 by bytes at most"},
+        always("2.4 by bytes at most"),
     ),
     Goal(
         "host time of a call on 161 tensors",
         (60.0,), False, microseconds, lambda found: (host_time(found),),
-        {"any": "64 to 103 us and the driver's part"},
+        always("64 to 103 us and the driver's part"),
     ),
     Goal(
         "a training step of a small GPT under bfloat16 autocast: rolling RWP against plain AdamW(fused)",
         (1.02,), False, times, lambda found: (end_to_end(found),),
-        {"any": "-"},
+        always("-"),
     ),
 )  # fmt: skip

@@ -2,8 +2,8 @@
 
 All threads of a block are one array for each register. Threads at the lowest address go first, so that those that have
 parted meet again; what waits at a barrier is let go when all are there. A warp's instruction counts once, whichever of
-its threads take part. Global memory is that of this process. Instructions are those that the kernels of csrc/cuda are
-made of; any other one is an error when it is reached, and so is a call.
+its threads take part. Global memory is that of this process. Instructions are those that the kernels of csrc/cuda
+and those of Triton are made of; any other one is an error when it is reached.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from bench.gpu.disassembly import Code
+from bench.gpu.disassembly import Code, Instruction
 
 WARP = 32
 SHARED = 0x400  # where the shared memory of a block begins,
-PARAMETERS = 0x210  # and in the constant bank the parameters of a kernel
+STACK, PARAMETERS = 0x28, 0x210  # and in the constant bank where its stack is, and the parameters of a kernel
 Array = np.ndarray[Any, Any]
 
 
@@ -36,8 +36,8 @@ def u32(x: Array) -> Array:
     return x.astype(np.float32, copy=False).view(np.uint32) if x.dtype.kind == "f" else x.astype(np.uint32)
 
 
-def fused(a: Array, b: Array, c: Array) -> Array:
-    """a b + c of float32 numbers, rounded once: in float64 the sum is rounded to odd, then nothing is rounded twice."""
+def to_odd(a: Array, b: Array, c: Array) -> Array:
+    """a b + c of float32 numbers in float64, rounded to odd: a second rounding, to float32, is then the only one."""
     product, other = a.astype(np.float64) * b, c.astype(np.float64)
     total = product + other
     back = total - product
@@ -45,7 +45,7 @@ def fused(a: Array, b: Array, c: Array) -> Array:
     odd = (total.view(np.int64) & 1) == 1
     toward = np.where((error > 0) == (total > 0), 1, -1)
     bits = total.view(np.int64) + np.where((error != 0) & ~odd & np.isfinite(total), toward, 0)
-    return bits.view(np.float64).astype(np.float32)
+    return bits.view(np.float64)
 
 
 COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
@@ -53,10 +53,34 @@ COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
     "LE": np.less_equal, "LT": np.less,
     "GEU": lambda a, b: ~(a < b), "GTU": lambda a, b: ~(a <= b), "LEU": lambda a, b: ~(a > b),
     "LTU": lambda a, b: ~(a >= b), "NAN": lambda a, b: np.isnan(a) | np.isnan(b),
+    "NUM": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
 }  # fmt: skip
 JOINS: dict[str, Callable[[Array, Array], Array]] = {
     "AND": np.logical_and, "OR": np.logical_or, "XOR": np.logical_xor,
 }  # fmt: skip
+
+
+Op = Callable[["Block", list[str], list[str], Array], None]  # block, suffixes, operands, active threads
+OPS: dict[str, Op] = {}  # by the names of instructions, without suffixes; of sass_ops.py and sass_numbers.py
+
+
+def op(*names: str) -> Callable[[Op], Op]:
+    def register(function: Op) -> Op:
+        OPS.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def execute(block: Block, instruction: Instruction, active: Array) -> None:
+    base, *suffixes = instruction.name.split(".")
+    # The uniform datapath does the same with other registers.
+    found = OPS.get(base) or (OPS.get(base[1:]) if base.startswith("U") else None)
+    if found is None:
+        raise Unknown("no such instruction is known")
+    operands = [text.replace(".reuse", "") for text in instruction.operands]
+    if active.any():
+        found(block, suffixes, operands, active)
 
 
 class Memory:
@@ -96,18 +120,30 @@ class Memory:
 class Block:
     """One block of a launch."""
 
-    def __init__(self, code: Code, memory: Memory, parameters: bytes, threads: int, index: int) -> None:
+    def __init__(
+        self, code: Code, memory: Memory, parameters: bytes, threads: int, index: int, shared: int = 64 << 10
+    ) -> None:
         self.code, self.memory, self.threads, self.index = code, memory, threads, index
-        self.constants = np.frombuffer(bytes(PARAMETERS) + parameters + bytes(16), np.uint8)
-        self.shared = np.full(64 << 10, 0xFF, np.uint8)
+        before = bytearray(PARAMETERS)
+        before[STACK : STACK + 4] = code.used["STACK"].to_bytes(
+            4, "little"
+        )  # whose top is the end of a thread's memory
+        self.constants = np.frombuffer(bytes(before) + parameters + bytes(16), np.uint8)
+        self.shared = np.full(shared, 0xFF, np.uint8)
+        self.local = np.zeros((threads, code.used["STACK"]), np.uint8)
         shape = (256, threads)
         self.r, self.ur = np.zeros(shape, np.uint32), np.zeros(shape, np.uint32)
         self.p, self.up = np.zeros((8, threads), bool), np.zeros((8, threads), bool)
         self.p[7] = self.up[7] = True
         self.pc = np.zeros(threads, np.int64)
+        self.at = 0  # the instruction that is executed
         self.there = np.ones(threads, bool)
         self.joined = np.zeros((16, threads), bool)  # threads of a convergence barrier
         self.waits = np.full(threads, -1)  # for which one; 99: for the block
+        self.read: set[int] = set()  # sectors of 32 bytes of global memory,
+        self.written: set[int] = set()  # by their places
+        self.trace: list[tuple[int, Array]] | None = None  # if it is a list: instructions, and which warps issued them
+        self.passes = np.zeros(len(code.instructions), np.int64)  # over shared memory, by instruction
         self.counts = np.zeros((len(code.instructions), threads // WARP), np.int64)
 
     # ---- operands
@@ -219,7 +255,7 @@ class Block:
 
     def run(self, most: int = 1_000_000) -> Array:
         """Executes the block; how often each instruction was issued, by warp."""
-        from bench.gpu.sass_ops import execute
+        from bench.gpu import sass_numbers, sass_ops  # noqa: F401  (they fill OPS)
 
         for _ in range(most):
             runnable = self.there & (self.waits < 0)
@@ -227,9 +263,12 @@ class Block:
                 if not self.there.any():
                     return self.counts
                 raise Unknown("all threads wait")
-            at = int(self.pc[runnable].min())
+            at = self.at = int(self.pc[runnable].min())
             active = runnable & (self.pc == at)
-            self.counts[at] += active.reshape(-1, WARP).any(1)
+            warps = active.reshape(-1, WARP).any(1)
+            self.counts[at] += warps
+            if self.trace is not None:
+                self.trace.append((at, np.flatnonzero(warps)))
             instruction = self.code.instructions[at]
             self.pc[active] += 1
             guarded = active & self.predicate(instruction.guard) if instruction.guard else active
@@ -242,6 +281,28 @@ class Block:
 
     def jump(self, label: str, active: Array) -> None:
         self.pc[active] = self.code.labels[label.strip("`()")]
+
+    def touch(self, sectors: set[int], addresses: Array, size: int) -> Array:
+        """Global memory that is read or written, as places of its bytes."""
+        sectors.update((addresses >> 5).tolist())
+        return self.memory.at(addresses, size)
+
+    def in_shared(self, addresses: Array, size: int, active: Array, one_by_one: bool = False) -> Array:
+        """Places in shared memory; counts how often the 32 banks are asked, once where no two threads meet in one.
+
+        Accesses of 8 and 16 bytes are of a half and of a quarter of a warp at a time. Threads that ask a bank for the
+        same word are served together, unless they have to come one by one.
+        """
+        threads = np.flatnonzero(active)
+        words = np.repeat(addresses // 4, max(1, size // 4)) + np.tile(np.arange(max(1, size // 4)), len(addresses))
+        group = np.repeat(threads // (WARP // max(1, size // 4)), max(1, size // 4))
+        if not one_by_one:
+            group, words = np.unique(np.stack([group, words]), axis=1)
+        found, times = np.unique(group * WARP + words % WARP, return_counts=True)
+        most = np.zeros(self.threads, np.int64)
+        np.maximum.at(most, found // WARP, times)
+        self.passes[self.at] += most.sum()
+        return addresses - SHARED
 
     def wait(self, barrier: int, active: Array) -> None:
         self.waits[active] = barrier

@@ -6,6 +6,7 @@ arguments of the launcher. Choose it before the first kernel runs.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,10 @@ from triton.backends.driver import DriverBase
 class Function:
     """A compiled kernel, which is another one for every set of types, constants and alignments."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, binary: bytes, shared: int) -> None:
         self.name = name
+        self.binary = binary  # its cubin
+        self.shared = shared  # bytes of memory that a program's threads share
 
 
 class Launch(NamedTuple):
@@ -28,6 +31,8 @@ class Launch(NamedTuple):
     grid: tuple[int, int, int]
     stream: int
     arguments: tuple[Any, ...]  # in the order of the kernel's signature, constants included
+    signature: dict[str, str]  # Triton's types of them, by their names
+    warps: int
 
 
 class Utils:
@@ -38,7 +43,7 @@ class Utils:
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[object, Function, int, int, int]:
         """Module, function, registers, spills, most threads."""
-        return object(), Function(name), 0, 0, 1024
+        return object(), Function(name, kernel, shared), 0, 0, 1024
 
     def unload_module(self, module: object) -> None:
         pass
@@ -55,7 +60,8 @@ class Driver(DriverBase):
         def launch(x: int, y: int, z: int, stream: int, function: Function, *rest: Any) -> None:
             if self.launches is not None:
                 # Behind what describes the kernel, and the hooks, the kernel's own arguments.
-                self.launches.append(Launch(function, (x, y, z), stream, rest[4:]))
+                given = rest[4:]
+                self.launches.append(Launch(function, (x, y, z), stream, given, source.signature, metadata.num_warps))
 
         return launch
 
@@ -85,8 +91,14 @@ class Driver(DriverBase):
         raise NotImplementedError("nothing runs here")
 
 
+@cache
+def the_driver() -> Driver:
+    """One a process: kernels that were compiled for it stay in Triton's caches, and launch by it."""
+    return Driver()
+
+
 def install() -> Driver:
     """Make it Triton's driver in this process."""
-    driver = Driver()
+    driver = the_driver()
     triton.runtime.driver.set_active(driver)
     return driver

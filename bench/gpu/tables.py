@@ -8,16 +8,12 @@ from bench.methods import METHODS, is_plain
 from bench.models import MODELS
 from bench.tables import lost, speedup
 
-from . import goals
+from . import goals, predictions
 
 CORRECT = ("smoke", "tests", "sanitizer")  # stages
 NOT_RUN = "not run on a GPU"
 NOTHING = "-"
 DIGITS = ".3g"
-MODEL_SAYS = (
-    "*Model*: instructions of the code compiled for sm_90, padded lanes included, 4 us a launch, and a copy's rate of "
-    "3.0 (H100) and 4.3 TB/s (H200); where it says *by bytes*, bytes alone. Nothing in these columns was measured."
-)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -60,6 +56,16 @@ def measured_cell(goal: dict | None) -> str:
     return " / ".join(NOTHING if text is None else text if reached else f"**{text}**" for text, reached in pairs)
 
 
+def model_says() -> str:
+    triton = ".".join(predictions.oldest().split(".")[:2])
+    return (
+        f"*Model*: what `make gpu-model` says of the code that Triton {triton} compiles for sm_90, padded lanes and "
+        "waiting included, with 80 % of all issue slots, 4 us a launch, and a copy's rate of 3.0 (H100) and 4.3 TB/s "
+        "(H200); torch's fused steps by their bytes; where it says *by bytes*, bytes alone. Nothing in these columns "
+        "was measured."
+    )
+
+
 def commit(run: dict) -> str:
     return run["commit"][:10] + (" with local changes" if run.get("dirty") else "")
 
@@ -74,7 +80,7 @@ def readme(gpus: list[str], measured: dict[str, dict]) -> str:
     for k, goal in enumerate(goals.GOALS):
         cells = [measured_cell(measured[gpu]["goals"][k] if gpu in measured else None) for gpu in gpus]
         rows.append([goal.what, goal.wanted, *(goal.modelled(gpu) for gpu in gpus), *cells])
-    note = [MODEL_SAYS]
+    note = [model_says()]
     for gpu in measured:
         last = measured[gpu]["runs"][-1]
         note.append(
