@@ -28,9 +28,10 @@ class Instruction:
 class Code:
     """A kernel: what nvdisasm prints of it, with or without -gi, and the registers and memory that it uses."""
 
-    def __init__(self, listing: str, used: dict[str, int]) -> None:
+    def __init__(self, listing: str, used: dict[str, int], numbers: bytes = b"") -> None:
         self.listing = listing
         self.used = used  # REG, STACK, LOCAL, ...
+        self.numbers = numbers  # bank 2 of the constants: where a jump goes that has many targets
 
     def count(self, pattern: str) -> int:
         """How many instructions have such a name, from its first letter to its last."""
@@ -98,9 +99,25 @@ def read(cubin: Path, lines: bool = False) -> dict[str, Code]:
     )
     names, listings = parts[1::2], parts[2::2]
     plains = [plain(name) for name in output("c++filt", *names).splitlines()] if names else []
+    numbers = numbers_of(cubin) if any("c[0x2]" in listing for listing in listings) else {}
     return {
-        short: Code(listing, {key: int(number) for key, number in re.findall(r"(\w+):(\d+)", usage[name])})
+        short: Code(
+            listing,
+            {key: int(number) for key, number in re.findall(r"(\w+):(\d+)", usage[name])},
+            numbers.get(name, b""),
+        )
         for name, short, listing in zip(names, plains, listings, strict=True)
+    }
+
+
+def numbers_of(cubin: Path) -> dict[str, bytes]:
+    """Bank 2 of the constants, by kernel."""
+    parts = re.split(r"^\.nv\.constant2\.(\S+):\n", output(tool("nvdisasm"), cubin), flags=re.M)
+    return {
+        name: bytes(
+            int(byte, 16) for line in re.findall(r"\.byte\t(.*)", text.split("\n\n")[0]) for byte in line.split(",")
+        )
+        for name, text in zip(parts[1::2], parts[2::2], strict=True)
     }
 
 

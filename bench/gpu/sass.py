@@ -205,16 +205,17 @@ class Block:
         return self.pair(text, "d").view(np.float64)
 
     def constant(self, text: str, size: int, further: int = 0) -> Array:
-        """From the constant bank: c[0x0][R3+0x210]."""
-        found = re.match(r"c\[0x0\]\[(?:(U?R\w+)(?:\.\w+)?)?\+?(-?0x\w+)?\]", text)
+        """From a constant bank: c[0x0][R3+0x210]."""
+        found = re.match(r"c\[0x([02])\]\[(?:(U?R\w+)(?:\.\w+)?)?\+?(-?0x\w+)?\]", text)
         if found is None:
             raise Unknown(f"operand {text}")
-        at = np.full(self.threads, int(found[2] or "0", 0) + further, np.int64)
-        if found[1]:
-            at = at + self.word(found[1]).view(np.int32)
-        if (at < 0).any() or (at + size > len(self.constants)).any():
-            at = np.clip(at, 0, len(self.constants) - size)  # of threads that take no part
-        return bytes_to_words(self.constants[at[:, None] + np.arange(size)])[0]
+        bank = self.constants if found[1] == "0" else np.frombuffer(self.code.numbers, np.uint8)
+        at = np.full(self.threads, int(found[3] or "0", 0) + further, np.int64)
+        if found[2]:
+            at = at + self.word(found[2]).view(np.int32)
+        if (at < 0).any() or (at + size > len(bank)).any():
+            at = np.clip(at, 0, len(bank) - size)  # of threads that take no part
+        return bytes_to_words(bank[at[:, None] + np.arange(size)])[0]
 
     def address(self, text: str) -> Array:
         """desc[UR6][R12.64+UR4+0x10], or [R3+0x10] of shared memory."""

@@ -22,6 +22,12 @@ def bra(b: Block, suffixes: list[str], o: list[str], active: Array) -> None:
     b.jump(o[-1], active)
 
 
+@op("BRX")
+def jump_by_table(b: Block, _: list[str], o: list[str], active: Array) -> None:
+    register, further = o[0].split()[:2]  # from behind this instruction
+    b.pc[active] += (b.word(register).view(np.int32)[active] + int(further, 0)) // INSTRUCTION
+
+
 @op("EXIT")
 def leave(b: Block, _: list[str], o: list[str], active: Array) -> None:
     b.there &= ~active

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from bench.gpu import sass, silent_driver
 from bench.gpu.disassembly import Code, read
 
+SEGMENT = 4096  # elements of a tile of what is walked without regard to rows
 PACKED = {"i1": "B", "i8": "b", "i16": "h", "i32": "i", "u32": "I", "i64": "q", "u64": "Q", "fp32": "f", "fp64": "d"}
 # Of an H100 and an H200: what a multiprocessor has for its blocks.
 REGISTERS, MOST_WARPS, MOST_BLOCKS, SHARED = 65536, 64, 32, 228 << 10
@@ -72,10 +74,11 @@ class Launch:
     def occupancy(self) -> float:
         return self.resident * self.warps / MOST_WARPS
 
-    @property
-    def lanes(self) -> int:
+    def lanes(self, index: int) -> int:
         """Elements for which a program has room; 0 for one that has no tile."""
-        return self.arguments["ROWS"] * self.arguments["COLUMNS"] if "tiles" in self.arguments else 0
+        if "tiles" not in self.arguments:
+            return 0
+        return prod(self.arguments.get("SHAPES", ((1, SEGMENT),))[self.arguments["tiles"][index, 4]])
 
     def kinds(self) -> list[Kind]:
         if "tiles" in self.arguments:
@@ -113,7 +116,7 @@ def packed(types: Any, arguments: Any) -> bytes:
 def alike(tiles: Any, tensors: Any) -> Iterator[Kind]:
     """Programs by what they have: the size of the tile, and the length of its rows where it has several.
 
-    A tile is (tensor, first row, first column, end of the columns, whatever else tells programs apart), and a tensor
+    A tile is (tensor, first row, first column, end of the columns, its shape), and a tensor
     begins with the length of a row and the number of rows. How far a tile goes is where the next one of that tensor
     begins.
     """
