@@ -62,15 +62,12 @@ class Counted:
     launch: Launch
     programs: int = 0
     elements: int = 0
+    lanes: int = 0
     issued: Any = 0  # how often warps issued each instruction,
     passes: Any = 0  # and how often each asked shared memory
     bytes: int = 0  # of the sectors that a program reads and writes
     latency: float = 0.0  # seconds that the longest program takes by itself,
     waited: float = 0.0  # and all of them, one after the other
-
-    @property
-    def lanes(self) -> int:
-        return self.launch.lanes * self.programs
 
     @property
     def instructions(self) -> int:
@@ -101,6 +98,7 @@ def counted(launch: Launch, values: dict[str, Any], memory: sass.Memory) -> Coun
         alone = sass_time.latency(launch.code.instructions, block.trace or [], launch.warps) / CLOCK
         found.programs += kind.programs
         found.elements += kind.programs * kind.elements
+        found.lanes += kind.programs * launch.lanes(kind)
         found.issued = found.issued + kind.programs * block.counts.sum(axis=1)
         found.passes = found.passes + kind.programs * block.passes
         found.bytes += kind.programs * 32 * (len(block.read) + len(block.written))

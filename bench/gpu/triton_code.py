@@ -36,6 +36,7 @@ class Kind:
     elements: int  # that one of them has
     tensor: int | None = None  # where those are, for programs that have a tile
     start: int = 0
+    rest: tuple[int, ...] = ()  # what the table says of their tiles besides
 
 
 class Launch:
@@ -72,10 +73,9 @@ class Launch:
     def occupancy(self) -> float:
         return self.resident * self.warps / MOST_WARPS
 
-    @property
-    def lanes(self) -> int:
+    def lanes(self, kind: Kind) -> int:
         """Elements for which a program has room; 0 for one that has no tile."""
-        return self.arguments["ROWS"] * self.arguments["COLUMNS"] if "tiles" in self.arguments else 0
+        return 0 if kind.tensor is None else self.arguments["ROWS"] * self.arguments["COLUMNS"]
 
     def kinds(self) -> list[Kind]:
         if "tiles" in self.arguments:
@@ -137,8 +137,8 @@ def alike(tiles: Any, tensors: Any) -> Iterator[Kind]:
     for first, count in zip(firsts.tolist(), counts.tolist(), strict=True):
         at = order[first]
         yield Kind(
-            int(at), count, int(high[first] * columns[first]), int(k[at]),
-            int(row[at] * length[at] + column[at]),
+            int(at), count, int(high[first] * columns[first]), int(k[at]), int(row[at] * length[at] + column[at]),
+            tuple(tiles[at, 4:].tolist()),
         )  # fmt: skip
 
 
