@@ -98,7 +98,7 @@ def counted(launch: Launch, values: dict[str, Any], memory: sass.Memory) -> Coun
         alone = sass_time.latency(launch.code.instructions, block.trace or [], launch.warps) / CLOCK
         found.programs += kind.programs
         found.elements += kind.programs * kind.elements
-        found.lanes += kind.programs * launch.lanes(kind.index)
+        found.lanes += kind.programs * launch.lanes(kind)
         found.issued = found.issued + kind.programs * block.counts.sum(axis=1)
         found.passes = found.passes + kind.programs * block.passes
         found.bytes += kind.programs * 32 * (len(block.read) + len(block.written))

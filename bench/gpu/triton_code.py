@@ -38,6 +38,7 @@ class Kind:
     elements: int  # that one of them has
     tensor: int | None = None  # where those are, for programs that have a tile
     start: int = 0
+    rest: tuple[int, ...] = ()  # what the table says of their tiles besides
 
 
 class Launch:
@@ -74,11 +75,11 @@ class Launch:
     def occupancy(self) -> float:
         return self.resident * self.warps / MOST_WARPS
 
-    def lanes(self, index: int) -> int:
+    def lanes(self, kind: Kind) -> int:
         """Elements for which a program has room; 0 for one that has no tile."""
-        if "tiles" not in self.arguments:
+        if kind.tensor is None:
             return 0
-        return prod(self.arguments.get("SHAPES", ((1, SEGMENT),))[self.arguments["tiles"][index, 4]])
+        return prod(self.arguments.get("SHAPES", ((1, SEGMENT),))[self.arguments["tiles"][kind.index, 4]])
 
     def kinds(self) -> list[Kind]:
         if "tiles" in self.arguments:
@@ -140,8 +141,8 @@ def alike(tiles: Any, tensors: Any) -> Iterator[Kind]:
     for first, count in zip(firsts.tolist(), counts.tolist(), strict=True):
         at = order[first]
         yield Kind(
-            int(at), count, int(high[first] * columns[first]), int(k[at]),
-            int(row[at] * length[at] + column[at]),
+            int(at), count, int(high[first] * columns[first]), int(k[at]), int(row[at] * length[at] + column[at]),
+            tuple(tiles[at, 4:].tolist()),
         )  # fmt: skip
 
 
