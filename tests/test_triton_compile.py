@@ -18,7 +18,7 @@ triton = pytest.importorskip(
 import triton.language as tl  # noqa: E402
 from flatkern.triton_kernels import mask, noise, norm, perturb, update  # noqa: E402
 from flatkern.triton_kernels.job import limits_of  # noqa: E402
-from flatkern.triton_kernels.plan import RESIDENT, SEGMENT, TUNING, rows_for  # noqa: E402
+from flatkern.triton_kernels.plan import RESIDENT, SEGMENT, TUNING, rows_for, warps_for  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -82,6 +82,7 @@ def perturbing(shape, loads, stores, registers, param=F32, **given):
 ONE = rows_of(2048)
 SEVERAL = rows_of(4608, 2048, 768, 64)  # a choice at run time; 4608 = 4096 + 512, 768 = 512 + 256
 FEW = rows_of(4608, 64)
+UNEVEN = rows_of(1152, 256) | {"EVEN": False}  # rows that are no multiples of eight
 LONGEST = rows_of(RESIDENT)
 CASES = {
     "fill": Case(noise.fill_normal_kernel, dict(OUT=F32, WIDTH=1, SHIFTED=False) | FEW, 0, 4, absent=("noise",)),
@@ -122,6 +123,7 @@ CASES = {
     "sgd": updating("sgd", SEGMENTS, 12, 8, 80),
     "sgd, restoring, two gradients": updating("sgd", SEGMENTS, 16, 8, 96, BACKUP=F32, CLEAN_GRAD=F32, absent=()),
     "sgd, rolling": updating("sgd", rows_of(2304, 2048, 768, 64), 12, 12, 128, BACKUP=F32, NOISE=True),
+    "sgd, rolling, uneven rows": updating("sgd", UNEVEN, 0, 0, 96, BACKUP=F32, NOISE=True),
     "sgd, rolling, captured": updating("sgd", ONE, 12, 12, 96, BACKUP=F32, NOISE="device"),
     "adamw": updating("adamw", SEGMENTS, 16, 12, 128),
     "adam, rolling, masters": updating(
@@ -130,6 +132,9 @@ CASES = {
     "adamw, everything": updating(
         "adamw", FEW, 20, 16, 128, absent=(), BACKUP=F32, HISTORY=F32, CLEAN_GRAD=F32, MASK=tl.uint8,
         NOISE="device",
+    ),
+    "adamw, everything, uneven rows": updating(
+        "adamw", UNEVEN, 0, 0, 128, absent=(), BACKUP=F32, HISTORY=F32, CLEAN_GRAD=F32, MASK=tl.uint8, NOISE="device",
     ),
     "adamw, everything, the longest rows": updating(
         "adamw", LONGEST, 20, 16, 128, absent=(), BACKUP=F32, HISTORY=F32, CLEAN_GRAD=F32, MASK=tl.uint8,
@@ -145,11 +150,13 @@ def compiled(case, architecture):
     tunings = TUNING[architecture]
     tuning = {None: tunings.usual, "sgd": tunings.sgd}.get(case.constants.get("RULE"), tunings.adam)
     fixed, sizes, warps = dict(case.constants), [SEGMENT], tuning.segment_warps
+    if not fixed.get("EVEN", True):
+        tuning = tuning.halved()
     if not fixed.get("LONG", True):
         fixed["SHAPES"] = tuple((rows_for(columns, tuning), columns) for columns in fixed["SHAPES"])
         sizes = [rows * (columns & 1 << digit) for rows, columns in fixed["SHAPES"] for digit in range(14)]
         largest = max(rows * columns for rows, columns in fixed["SHAPES"])
-        warps = tuning.warps * (2 if largest > tuning.most else 1)
+        warps = warps_for(largest, tuning)
     if "EVEN" not in fixed:
         sizes, warps = [], 4
     signature, constants = {}, {}

@@ -23,6 +23,7 @@ RESIDENT = 8192
 SEGMENT = tile.SEGMENT.value
 PIECES = 3  # of a row, at most
 FINEST = 128  # columns; pieces behind a row's first have that many, or a multiple
+MOST_WARPS = 16  # with more, a thread would have too few registers
 MOST_SHAPES = 12  # of a group: each is compiled for
 
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.int16, torch.uint8: tl.uint8}
@@ -33,9 +34,13 @@ class Tuning:
     """How large a program is; no result depends on it. Nothing is tuned at run time: kernels write in place."""
 
     elements: int  # of the first piece of a tile with short rows
-    most: int  # elements of a tile that `warps` share; twice as many warps share more
+    most: int  # elements of a tile that `warps` share; of more, twice as many
     warps: int
     segment_warps: int
+
+    def halved(self):
+        """For elements that are moved one by one, each with an address of its own, which takes registers."""
+        return replace(self, elements=self.elements // 2, most=self.most // 2)
 
 
 class Tunings(NamedTuple):
@@ -190,6 +195,14 @@ def rows_for(columns, tuning):
     return rows
 
 
+def warps_for(elements, tuning):
+    """The warps of a tile."""
+    warps, most = tuning.warps, tuning.most
+    while elements > most and warps < MOST_WARPS:
+        warps, most = 2 * warps, 2 * most
+    return warps
+
+
 def smallest_alike(t):
     """The shape of a small tensor of contiguous memory that is cut into the same tiles as `t`, by rows or not.
 
@@ -223,11 +236,12 @@ def shaped(config, parts, tuning):
     """(config, shapes, tiles) of each launch for parts, (k, rows, part), that have a config in common."""
     if config.long:
         return [(config, ((1, SEGMENT),), [tiles_of(k, rows, part, SEGMENT, 1, 0) for k, rows, part in parts])]
+    if not config.even:
+        tuning = tuning.halved()
     widths, found = widths_of([part for _, _, part in parts]), {}
     for columns in reversed(widths):  # the most work first
         rows = 1 if config.by_element else rows_for(columns, tuning)
-        warps = config.warps * (2 if rows * columns > tuning.most else 1)
-        found.setdefault(warps, []).append((rows, columns))
+        found.setdefault(warps_for(rows * columns, tuning), []).append((rows, columns))
     launches = []
     for warps, shapes in found.items():
         tiles = []
