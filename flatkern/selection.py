@@ -102,11 +102,10 @@ def _guess_first_digit(shards: list[Shard], quantile: Tensor, backend: str | Non
 
 def _sample(grads: list[Tensor]) -> list[Tensor]:
     """One cache line in 64, so that a 64th of the memory is read; tensors of less than 64 lines are left out."""
-    pieces = []
-    for g in grads:
-        count = g.numel() // (64 * CACHE_LINE_FLOATS)
-        pieces.append(g.as_strided((count, CACHE_LINE_FLOATS), (64 * CACHE_LINE_FLOATS, 1)).flatten())
-    return [torch.cat(pieces)]
+    step = 64 * CACHE_LINE_FLOATS
+    # The views are copied together: on a GPU a copy of each would be a launch of each.
+    lines = torch.cat([g.as_strided((g.numel() // step, CACHE_LINE_FLOATS), (step, 1)) for g in grads])
+    return [lines.flatten()]
 
 
 def _count(
