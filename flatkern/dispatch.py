@@ -261,14 +261,8 @@ def layouts_of(args: Sequence[Any]) -> bytes | None:
     read = _native("describe")
     if read is None:
         return None
-    lists, singles = (
-        tuple(a for a in args if isinstance(a, list)),
-        tuple(a for a in args if isinstance(a, torch.Tensor)),
-    )
     try:
-        described = read(lists, singles, b"", b"")
+        described = read(tuple(args), b"", b"", b"")
     except (TypeError, ValueError, RuntimeError):
         return None
-    # Which arguments there are, since absent ones are left out.
-    given = bytes(0 if a is None else 1 for a in args)
-    return None if described is None else given + described[1]
+    return None if described is None else described[2]

@@ -72,14 +72,15 @@ bool use_dlpack(bool enabled);
 
 // What tables of tensors depend on, read in one pass, on any device and without waiting for it.
 //
-// `lists` and `singles` are tuples, of lists of tensors and of tensors; None is one that is absent. The result is a
-// pair of bytes: the pointers of `lists`, int64, tensor by tensor and 0 for an absent list; and dtype, device, shape,
-// strides and alignment of everything, such that equal bytes mean equal layouts. Where one is as in an earlier result,
-// given as `pointers` and `layouts`, that very object is returned, for a caller to recognise by identity.
+// `arguments` is a tuple of lists of tensors, of tensors, and of None where one is absent. The result is a triple of
+// bytes: the pointers of the lists, int64, list by list without those that are absent; the pointers of the single
+// tensors; and dtype, device, shape, strides and alignment of everything, such that equal bytes mean equal layouts.
+// Where one is as in an earlier result, given as `pointers`, `singles` and `layouts`, that very object is returned, for
+// a caller to recognise by identity.
 //
 // None where torch does not offer DLPack's exchange interface. Null with a Python error set where lists differ in
 // length, or a tensor has elements but no memory.
-PyObject* describe(PyObject* lists, PyObject* singles, PyObject* pointers, PyObject* layouts);
+PyObject* describe(PyObject* arguments, PyObject* pointers, PyObject* singles, PyObject* layouts);
 
 // Whether each of `lists` holds the very objects of its counterpart in `copies`. False where one is no list.
 bool same_items(PyObject* lists, PyObject* copies);
