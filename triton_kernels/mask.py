@@ -6,7 +6,7 @@ from flatkern.checks import MAGNITUDE_DIGITS
 
 from . import tile
 from .job import kernel
-from .launch import begin_call
+from .launch import begin_call, repeatable
 from .update import amplified, mask_bits
 
 
@@ -78,6 +78,7 @@ def pack_mask_kernel(
         tl.store(base + (row + r)[:, None] * stride + c[None, :], tl.sum(eights, axis=2).to(tl.uint8), mask=there)
 
 
+@repeatable
 def pack_mask_(masks, grads, threshold):
     """The mask of the small gradients, a bit per element."""
     call = begin_call("pack_mask_", locals(), lists="grads masks", rows=True)
@@ -107,6 +108,7 @@ def amplify_kernel(
     tile.store(pointers, k, 0, WIDTH, PARAM, start, inside, mask, EVEN, tile.narrow(p, PARAM))
 
 
+@repeatable
 def amplify_(params, previous, masks, *, kappa):
     """Lengthen the step that led from `previous` to `params`, where the mask is set."""
     call = begin_call(

@@ -9,7 +9,7 @@ import triton.language as tl
 from . import tile
 from .arithmetic import fma
 from .job import kernel
-from .launch import begin_call
+from .launch import begin_call, repeatable
 
 MINUS_2_LN2 = tl.constexpr(float.fromhex("-0x1.62e43p+0"))
 PI_2_15 = tl.constexpr(float.fromhex("0x1.921fb6p-14"))
@@ -150,6 +150,7 @@ def fill_normal_kernel(
     tile.store(pointers, k, 0, WIDTH, OUT, start, inside, mask, EVEN, tile.narrow(z, OUT))
 
 
+@repeatable
 def fill_normal_(outs, noise, *, index, offset):
     """Fill tensors with the standard normals that a perturbation would draw for them."""
     call = begin_call("fill_normal_", locals(), lists="outs", rows=True)
