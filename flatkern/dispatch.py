@@ -177,6 +177,7 @@ def _compiled(op: Op, backend: str) -> Callable[..., None]:
     # gradients in silence. C++ bumps them itself, in the call, where no signal handler can come between.
     seen_by_autograd = [k for k, a in enumerate(op.arguments) if a.mutated and a.name in ("params", "grads", "outs")]
     to_bump = tuple(seen_by_autograd) if backend == "triton" else ()
+    bump = _native("increment_version") or torch._C._increment_version
 
     def run(*args: Any, **kwargs: Any) -> None:
         """Arguments are positional up to the keyword-only scalars, in the schema's order."""
@@ -186,7 +187,7 @@ def _compiled(op: Op, backend: str) -> Callable[..., None]:
             check(op, bind(op, args, kwargs))  # raises the same refusal with its remedy
             raise
         for k in to_bump:
-            torch._C._increment_version(args[k])
+            bump(args[k])
 
     # A call of CUDA may be several launches: of many tensors, or of long filters.
     run.progress = "whole" if backend == "cpp" else "launches"  # type: ignore[attr-defined]

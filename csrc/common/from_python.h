@@ -7,6 +7,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <string>
 #include <utility>
 
 #include "dlpack.h"
@@ -63,12 +64,16 @@ bool read(PyObject* object, Bools& out);
 bool increment_version(PyObject* tensors);
 
 // Fills in a tensor's pointer, shape and strides; 0, or -1 with a Python error set. Nothing is waited for, and nothing
-// is asked of a stream. Null before torch 2.10, or with a Python error set.
+// is asked of a stream. Null before torch 2.10, where attributes are read, or with a Python error set.
 using DlpackReader = int (*)(void* object, dlpack::Tensor* out);
 DlpackReader dlpack_reader();
 
-// Whether tensors are read through DLPack where torch offers it, or through their Python attributes. For tests.
-bool use_dlpack(bool enabled);
+// The ways in which tensors can be read here, the fastest first, of "libtorch dlpack attributes" (see direct.h for the
+// first). Empty with a Python error set.
+std::string readers();
+
+// Read them in no faster way than `name`; returns the previous one. For tests.
+std::string read_through(const std::string& name);
 
 // What tables of tensors depend on, read in one pass, on any device and without waiting for it.
 //

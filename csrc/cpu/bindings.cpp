@@ -60,6 +60,13 @@ PYBIND11_MODULE(_C, m) {
       "same_items", [](py::handle lists, py::handle copies) { return same_items(lists.ptr(), copies.ptr()); },
       "lists"_a, "copies"_a, "Whether each of some lists holds the very objects of its copy.");
 
+  m.def(
+      "increment_version",
+      [](py::handle tensors) {
+        if (!increment_version(tensors.ptr())) throw py::error_already_set();
+      },
+      "tensors"_a, "Tell autograd that a list of tensors was written.");
+
   m.def("isa", cpu::isa, "The instruction set that runs.");
   m.def("isas", cpu::isas, "The instruction sets that were compiled and that this CPU has.");
   m.def("set_isa", cpu::set_isa, "name"_a, "For tests: run another instruction set; returns the previous one.");
