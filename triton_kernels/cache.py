@@ -68,7 +68,7 @@ class OpCache:
     def last_call(self, tensors):
         """The last call that looked like one with these tensors; None where there was none."""
         like = tensors[self.first] if len(tensors) == len(self.tensors) else None
-        return self.last_calls.get(self.place(tensors)) if like and isinstance(like, (list, tuple)) else None
+        return self.last_calls.get(self.place(tensors)) if isinstance(like, (list, tuple)) and like else None
 
     def remember(self, place, last):
         self.last_calls.pop(place, None)
