@@ -177,7 +177,7 @@ def _compiled(op: Op, backend: str) -> Callable[..., None]:
     # gradients in silence. C++ bumps them itself, in the call, where no signal handler can come between.
     seen_by_autograd = [k for k, a in enumerate(op.arguments) if a.mutated and a.name in ("params", "grads", "outs")]
     to_bump = tuple(seen_by_autograd) if backend == "triton" else ()
-    bump = _native("increment_version") or torch._C._increment_version
+    bump = version_bumper()
 
     def run(*args: Any, **kwargs: Any) -> None:
         """Arguments are positional up to the keyword-only scalars, in the schema's order."""
@@ -254,6 +254,11 @@ def item_comparer() -> Callable[[tuple[list[Any], ...], tuple[list[Any], ...]], 
 def _compare_in_python(lists: tuple[list[Any], ...], copies: tuple[list[Any], ...]) -> bool:
     pairs = list(zip(lists, copies, strict=True))
     return all(len(a) == len(b) and all(map(is_, a, b)) for a, b in pairs)
+
+
+def version_bumper() -> Callable[[list[torch.Tensor]], None]:
+    """bump(tensors) tells autograd that they were written."""
+    return _native("increment_version") or torch._C._increment_version
 
 
 def layouts_of(args: Sequence[Any]) -> bytes | None:
