@@ -177,6 +177,7 @@ def _compiled(op: Op, backend: str) -> Callable[..., None]:
     # gradients in silence. C++ bumps them itself, in the call, where no signal handler can come between.
     seen_by_autograd = [k for k, a in enumerate(op.arguments) if a.mutated and a.name in ("params", "grads", "outs")]
     to_bump = tuple(seen_by_autograd) if backend == "triton" else ()
+    bump = version_bumper()
 
     def run(*args: Any, **kwargs: Any) -> None:
         """Arguments are positional up to the keyword-only scalars, in the schema's order."""
@@ -186,7 +187,7 @@ def _compiled(op: Op, backend: str) -> Callable[..., None]:
             check(op, bind(op, args, kwargs))  # raises the same refusal with its remedy
             raise
         for k in to_bump:
-            torch._C._increment_version(args[k])
+            bump(args[k])
 
     # A call of CUDA may be several launches: of many tensors, or of long filters.
     run.progress = "whole" if backend == "cpp" else "launches"  # type: ignore[attr-defined]
@@ -255,20 +256,19 @@ def _compare_in_python(lists: tuple[list[Any], ...], copies: tuple[list[Any], ..
     return all(len(a) == len(b) and all(map(is_, a, b)) for a, b in pairs)
 
 
+def version_bumper() -> Callable[[list[torch.Tensor]], None]:
+    """bump(tensors) tells autograd that they were written."""
+    return _native("increment_version") or torch._C._increment_version
+
+
 def layouts_of(args: Sequence[Any]) -> bytes | None:
     """Dtype, device, shape, strides of all tensors of a call, as bytes that are equal where those are; None where that
     cannot be told so fast, or where a check will say what is wrong."""
     read = _native("describe")
     if read is None:
         return None
-    lists, singles = (
-        tuple(a for a in args if isinstance(a, list)),
-        tuple(a for a in args if isinstance(a, torch.Tensor)),
-    )
     try:
-        described = read(lists, singles, b"", b"")
+        described = read(tuple(args), b"", b"", b"")
     except (TypeError, ValueError, RuntimeError):
         return None
-    # Which arguments there are, since absent ones are left out.
-    given = bytes(0 if a is None else 1 for a in args)
-    return None if described is None else given + described[1]
+    return None if described is None else described[2]

@@ -88,9 +88,9 @@ class Device:
 
 def install(monkeypatch):
     """For one test."""
-    from flatkern.triton_kernels import launch, update
+    from flatkern.triton_kernels import devices, launch, update
 
-    here, set_aside = Device(monkeypatch), launch._set_aside
+    here, set_aside = Device(monkeypatch), devices.set_aside
     replaced = {
         torch.cuda: dict(
             Stream=Stream, CUDAGraph=Graph, graph=here.graph, stream=here.stream,
@@ -100,11 +100,12 @@ def install(monkeypatch):
         ),
         torch.Tensor: dict(tolist=lambda t: here.tolist(t)),
         launch.Call: dict(start=here.looking(launch.Call.start)),
-        launch: dict(
+        launch: dict(check=here.looking(launch.check)),
+        devices: dict(
             on_host=lambda noise: False, capturing=lambda device: here.capturing,
             current_stream=lambda device: here.streams[-1].cuda_stream,
-            pinned=lambda shape, dtype: torch.empty(shape, dtype=dtype), check=here.looking(launch.check),
-            _set_aside=lambda plan, tables, device: set_aside(plan, tables, torch.device("cuda")),
+            pinned=lambda shape, dtype: torch.empty(shape, dtype=dtype),
+            set_aside=lambda plan, tables, device: set_aside(plan, tables, torch.device("cuda")),
         ),
         update: dict(capturing=lambda device: here.capturing),
     }  # fmt: skip

@@ -27,7 +27,7 @@ from flatkern.schedules import PerturbationScheduler
 if not INTERPRETING:
     pytest.skip("needs TRITON_INTERPRET=1, as make test-triton sets it", allow_module_level=True)
 
-from flatkern.triton_kernels import launch
+from flatkern.triton_kernels import devices, launch
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
 
@@ -38,7 +38,7 @@ every_rule = pytest.mark.parametrize("rule", RULES)
 @pytest.fixture(autouse=True)
 def a_device(monkeypatch):
     """Noise is read by the kernels where it lies, as on a GPU."""
-    monkeypatch.setattr(launch, "on_host", lambda noise: False)
+    monkeypatch.setattr(devices, "on_host", lambda noise: False)
 
 
 # Adam differs from AdamW in the decay alone, which no method touches.

@@ -4,7 +4,6 @@ A driver that launches nothing (bench/gpu/silent_driver.py) compiles for sm_90 a
 tensors are on the CPU and keep their values. What kernels compute is in test_triton.py and test_gpu.py.
 """
 
-import cases
 import pytest
 import stand_in_driver
 import torch
@@ -12,16 +11,23 @@ from conftest import live
 
 driver = stand_in_driver.driver  # without Triton, nothing below is imported
 
-from flatkern.triton_kernels import launch, noise, perturb, signature  # noqa: E402
+from flatkern.triton_kernels import devices, launch, launcher, noise, perturb, signature  # noqa: E402
 from flatkern.triton_kernels.plan import SEGMENT  # noqa: E402
+from launching import (  # noqa: E402
+    SHAPES,
+    SHORT,
+    VARIANTS,
+    WORDS,
+    assert_as_a_first_call,
+    forget,
+    launched,
+    make,
+    repeats,
+    seen,
+)  # fmt: skip
 
-from flatkern import dispatch  # noqa: E402
 from flatkern.ops import OPS  # noqa: E402
 
-# A matrix, a vector, and rows that are longer than a program holds.
-SHAPES = [(64, 16), (24,), (2, 8208)]
-SHORT = SHAPES[:2]
-WORDS = "backups noise momentum_buffers grad_scale"
 WALKED = ("params", "backups", "grads", "momentum_buffers")
 
 
@@ -45,51 +51,12 @@ def reader(request, monkeypatch):
 @pytest.fixture
 def uploads(monkeypatch):
     """Shapes of the tables that are uploaded."""
-    shapes, upload = [], launch.upload
-    monkeypatch.setattr(launch, "upload", lambda array, *rest: shapes.append(array.shape) or upload(array, *rest))
+    shapes, upload = [], devices.upload
+    monkeypatch.setattr(devices, "upload", lambda array, *rest: shapes.append(array.shape) or upload(array, *rest))
     return shapes
 
 
-def forget(monkeypatch):
-    monkeypatch.setattr(launch, "_known", {op.name: launch.Known(op) for op in OPS.values()})
-
-
-def make(op, shapes, words):
-    return getattr(cases, op.name)(shapes, torch.float32, variant=words)
-
-
-def launched(driver, op, values):
-    """What a call launches."""
-    driver.launches = []
-    cases.call(dispatch.load(op, "triton"), op, values)
-    return driver.launches
-
-
-def seen(launches):
-    """Launches as a kernel sees them; scratch is somewhere else in another plan."""
-
-    def content(argument):
-        if not isinstance(argument, torch.Tensor):
-            return argument
-        if argument.dtype in (torch.int64, torch.float64):
-            return argument.tolist()
-        return argument.data_ptr() if argument.dim() == 0 else tuple(argument.shape)
-
-    return [(x.function, x.grid, x.stream, [content(a) for a in x.arguments]) for x in launches]
-
-
-def assert_as_a_first_call(driver, op, values, got, monkeypatch):
-    """`got` is what a call launches for which nothing is remembered."""
-    with monkeypatch.context() as patch:
-        forget(patch)
-        assert seen(got) == seen(launched(driver, op, values))
-
-
 # Launches.
-
-
-# Those with most arguments: a kernel takes a second to compile.
-VARIANTS = [(op, words) for op in OPS.values() for words in sorted(cases.VARIANTS[op.name], key=len)[-2:]]
 
 
 @pytest.mark.parametrize("op, words", VARIANTS, ids=lambda x: getattr(x, "name", x))
@@ -103,15 +70,18 @@ def test_a_repeated_launch_is_what_triton_would_launch(op, words, driver):
     if values.get("noise") is not None:
         values["noise"][2] = 1  # Triton specializes ones, unless it is told not to
     direct = launched(driver, op, values)
-    (recent,) = launch._known[op.name].recent.values()
-    for remembered in (recent.plan, *recent.plan.groups):
-        assert remembered.launchers or remembered is recent.plan
+    (last,) = launch._caches[op.name].last_calls.values()
+    assert last.bound is not None or op.name == "count_magnitudes_"  # whose function does more than to launch
+    for remembered in (last.plan, *last.plan.groups):
+        assert remembered.launchers or remembered is last.plan
         remembered.launchers.clear()
+    last.launches = None
     by_triton = launched(driver, op, values)
     assert len(direct) == len(by_triton) > 0
     for got, want in zip(direct, by_triton, strict=True):
         assert got[:3] == want[:3]
-        assert all(a is b if isinstance(a, torch.Tensor) else a == b for a, b in zip(got[3], want[3], strict=True))
+        pairs = zip(got[3], want[3], strict=True)
+        assert all(a.data_ptr() == b.data_ptr() if isinstance(b, torch.Tensor) else a == b for a, b in pairs)
 
 
 @pytest.mark.parametrize("name", ["grad_scale", "clip", "found_inf"])
@@ -133,9 +103,10 @@ def test_what_is_no_compiled_kernel_is_launched_by_triton(driver, monkeypatch):
     values = make(op, SHORT, WORDS)
     want = seen(launched(driver, op, values))
     forget(monkeypatch)
-    monkeypatch.setattr(launch, "CompiledKernel", int)
+    monkeypatch.setattr(launcher, "CompiledKernel", int)
     for _ in range(2):
         assert seen(launched(driver, op, values)) == want
+    assert not repeats(op)
 
 
 @pytest.mark.parametrize("name", ["perturb_gaussian_", "adamw_update_"])
@@ -278,23 +249,23 @@ def test_a_table_that_a_replay_makes_is_not_used_outside(driver, uploads, monkey
     op = OPS["sgd_update_"]
     values = make(op, SHORT, WORDS)
     launched(driver, op, values)
-    (recent,) = launch._known[op.name].recent.values()
-    before = dict(recent.tables)
+    (last,) = launch._caches[op.name].last_calls.values()
+    before = dict(last.tables)
     # On a GPU every call outside a capture provides these, pinned.
-    recent.plan.spare = {name: [torch.empty_like(table) for _ in range(2)] for name, table in before.items()}
+    last.plan.spare = {name: [torch.empty_like(table) for _ in range(2)] for name, table in before.items()}
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "capturing", lambda device: True)
+        patch.setattr(devices, "capturing", lambda device: True)
         uploads.clear()
         launched(driver, op, values)
-        assert recent.tables == before and any(table is before["pointers"] for table in recent.plan.kept)
+        assert last.tables == before and any(table is before["pointers"] for table in last.plan.kept)
         values["grads"] = [g.clone() for g in values["grads"]]
         for _ in range(2):
             launched(driver, op, values)
         # Each of two graphs has its own, as nobody knows which is replayed first.
-        assert recent.tables == before and uploads == [] and recent.plan.spare["pointers"] == []
-        captured = recent.plan.kept[:]
+        assert last.tables == before and uploads == [] and last.plan.spare["pointers"] == []
+        captured = last.plan.kept[:]
     got = launched(driver, op, values)
-    assert len(uploads) == 1 and not any(recent.tables["pointers"] is table for table in captured)
+    assert len(uploads) == 1 and not any(last.tables["pointers"] is table for table in captured)
     assert_as_a_first_call(driver, op, values, got, monkeypatch)
 
 
@@ -343,11 +314,12 @@ def test_readers_agree(driver, monkeypatch, native):
     found = []
     for compiled in (native, None):
         monkeypatch.setattr(signature, "compiled", lambda compiled=compiled: compiled)
-        lists, singles = (values["params"], None, values["grads"], values["steps"]), (values["noise"], None)
-        pointers, layouts = signature.read(lists, singles)
-        again = signature.read(tuple(x and list(x) for x in lists), singles, pointers, layouts)
-        assert again[0] is pointers and again[1] is layouts
-        found.append(signature.table(pointers, lists, len(values["params"])).tolist())
+        tensors = values["params"], None, values["noise"], values["grads"], values["steps"], None, values["grad_scale"]
+        reading = signature.read(tensors)
+        again = signature.read(tuple(list(x) if isinstance(x, list) else x for x in tensors), reading)
+        assert all(a is b for a, b in zip(again, reading, strict=True))
+        found.append(signature.table(reading[0], [0, None, 1, 2], len(values["params"])).tolist())
+        assert signature.integers(reading[1]) == [values["noise"].data_ptr(), values["grad_scale"].data_ptr()]
     assert found[0] == found[1]
     given = zip(values["params"], values["grads"], values["steps"], strict=True)
     assert found[0] == [[p.data_ptr(), 0, g.data_ptr(), step.data_ptr()] for p, g, step in given]

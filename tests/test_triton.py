@@ -17,7 +17,7 @@ import test_mask
 import torch
 from capturing import TRAINED
 from compare import assert_ulp, assert_within, bits
-from flatkern.triton_kernels import launch, update
+from flatkern.triton_kernels import cache, devices, launch, update
 from patterns import same
 from test_noise import COUNTERS, KNOWN, assert_normals_of, numbers, strict_fma, strict_radii
 
@@ -201,8 +201,8 @@ def test_launches_do_not_grow_with_tensors(op, launches):
 
 def test_tables_are_made_once_and_uploaded_where_they_changed(monkeypatch):
     """The same tensors: nothing. New gradients: the pointers. Another learning rate: the scalars."""
-    op, uploads, upload = OPS["adamw_update_"], [], launch.upload
-    monkeypatch.setattr(launch, "upload", lambda array, *rest: uploads.append(array.shape) or upload(array, *rest))
+    op, uploads, upload = OPS["adamw_update_"], [], devices.upload
+    monkeypatch.setattr(devices, "upload", lambda array, *rest: uploads.append(array.shape) or upload(array, *rest))
     values = make(op, FEW, "mixed", "backups")
     run(op, "triton", values)
     uploads.clear()
@@ -245,9 +245,9 @@ def test_steps_that_are_kept_on_the_host(monkeypatch):
 
 
 def test_plans_do_not_accumulate():
-    for size in range(launch.MOST_PLANS + 5):
+    for size in range(cache.MOST_PLANS + 5):
         triton_kernels.restore_([torch.zeros(size + 1)], [torch.ones(size + 1)])
-    assert len(launch._known["restore_"].plans.found) == launch.MOST_PLANS
+    assert len(launch._caches["restore_"].plans.found) == cache.MOST_PLANS
 
 
 def test_no_tensors_at_all():
@@ -262,9 +262,9 @@ def test_no_tensors_at_all():
 @pytest.fixture
 def captured(monkeypatch):
     """Switches captures on and off; memory of the host stands for pinned memory."""
-    monkeypatch.setattr(launch, "pinned", lambda shape, dtype: torch.empty(shape, dtype=dtype))
-    monkeypatch.setattr(launch, "_known", {name: launch.Known(OPS[name]) for name in launch._known})
-    return lambda on: monkeypatch.setattr(launch, "capturing", lambda device: on)
+    monkeypatch.setattr(devices, "pinned", lambda shape, dtype: torch.empty(shape, dtype=dtype))
+    monkeypatch.setattr(launch, "_caches", {name: cache.OpCache(OPS[name]) for name in launch._caches})
+    return lambda on: monkeypatch.setattr(devices, "capturing", lambda device: on)
 
 
 def restore(size):
@@ -289,29 +289,29 @@ def test_what_a_capture_uploads_is_its_own(captured):
     """No call outside takes a table that only a replay will fill, and what replays read stays."""
     captured(False)
     kept = restore(5)
-    (recent,) = launch._known["restore_"].recent.values()
-    plan, outside = recent.plan, dict(recent.tables)
-    launch._set_aside(plan, recent.tables, torch.device("cuda"))
-    assert len(plan.spare["pointers"]) == launch.ASIDE
+    (last,) = launch._caches["restore_"].last_calls.values()
+    plan, outside = last.plan, dict(last.tables)
+    devices.set_aside(plan, last.tables, torch.device("cuda"))
+    assert len(plan.spare["pointers"]) == devices.SPARE
     captured(True)
-    pairs = [restore(5) for _ in range(launch.ASIDE)]
-    assert recent.tables == outside and not plan.spare["pointers"]
+    pairs = [restore(5) for _ in range(devices.SPARE)]
+    assert last.tables == outside and not plan.spare["pointers"]
     hosts = list(plan.kept)
-    with pytest.raises(RuntimeError, match=f"captured {launch.ASIDE} calls of one operation on the same shapes"):
+    with pytest.raises(RuntimeError, match=f"captured {devices.SPARE} calls of one operation on the same shapes"):
         restore(5)
     captured(False)
     addresses = [[t.data_ptr() for (t,) in pair] for pair in pairs]
     assert all(any(t.tolist() == [row] for t in hosts) for row in addresses)
-    for size in range(6, 6 + 2 * launch.MOST_PLANS):
+    for size in range(6, 6 + 2 * cache.MOST_PLANS):
         restore(size)
-    assert plan in launch._known["restore_"].plans.found.values()
+    assert plan in launch._caches["restore_"].plans.found.values()
     del kept
 
 
 def test_a_capture_finds_the_tables_of_another_stream():
     """A graph has its own stream; outside of captures streams share nothing."""
-    key = launch.Key(True, (), (), 1)
-    plans = launch.Plans()
+    key = cache.Key(True, (), (), 1)
+    plans = cache.Plans()
     warm = launch.build([torch.ones(3)], ("params",), [(None,)], [True], True, [0], [0], torch.as_tensor)
     plans.get(key, lambda: warm, False)
     warm.scratch["norms"] = torch.ones(1)

@@ -21,7 +21,7 @@ job, launch, perturb, triton = warming.job, warming.launch, warming.perturb, war
 
 
 def remembered():
-    return {name: (dict(known.recent), dict(known.plans.found)) for name, known in launch._known.items()}
+    return {name: (dict(cache.last_calls), dict(cache.plans.found)) for name, cache in launch._caches.items()}
 
 
 COMPILED = {
@@ -44,7 +44,7 @@ def test_nothing_is_left_to_compile(base, method, options, shapes, driver, loads
     count = flatkern.warm_up(opt, scaled=scaled, rounds=rounds)
     assert driver.launches == [] and len(loads) == count > 0
     if options.get("capturable"):  # on a GPU the noise's words are there
-        monkeypatch.setattr(launch, "on_host", lambda noise: False)
+        monkeypatch.setattr(launch.devices, "on_host", lambda noise: False)
     train(opt, scaled, rounds)
     assert driver.launches and len(loads) == count
     driver.launches = None

@@ -42,7 +42,7 @@ class Loads:
 def on_the_cpu(monkeypatch):
     """Triton serves the CPU too; nothing is remembered of other tests, neither by us nor by Triton."""
     monkeypatch.setitem(dispatch.DEVICES, "triton", ["cuda", "cpu"])
-    monkeypatch.setattr(launch, "_known", {op.name: launch.Known(op) for op in OPS.values()})
+    monkeypatch.setattr(launch, "_caches", {op.name: launch.OpCache(op) for op in OPS.values()})
     for kernel in KERNELS:
         kernel.device_caches.clear()
     job.announce.cache_clear()

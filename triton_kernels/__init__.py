@@ -1,7 +1,8 @@
 """Triton kernels, installed as flatkern.triton_kernels: every operation of the table, one module per family.
 
-`tile` is how a kernel walks memory, `plan` what a call is cut into, `signature` what its tensors are, `launch` how it
-is started, `job` what it is compiled for; no other module knows.
+`tile` is how a kernel walks memory, `plan` what a call is cut into, `signature` what its arguments are, `cache` what
+is remembered of it, `launch` and `launcher` how it is launched, `devices` what is asked of a device, `job` what a
+kernel is compiled for; no other module knows.
 """
 
 if __name__ == "triton_kernels":

@@ -7,7 +7,7 @@ from flatkern.checks import MAGNITUDE_DIGITS
 
 from . import tile
 from .job import kernel
-from .launch import begin_call
+from .launch import begin_call, repeatable
 from .update import amplified, mask_bits
 
 
@@ -95,6 +95,7 @@ def pack_mask_kernel(
                     store_bits(tensors, base, at, small, ROWS, tile.first(COLUMNS, i) // 8, tile.width(COLUMNS, i) // 8)
 
 
+@repeatable
 def pack_mask_(masks, grads, threshold):
     """The mask of the small gradients, a bit per element."""
     call = begin_call("pack_mask_", locals(), lists="grads masks", rows=True)
@@ -133,6 +134,7 @@ def amplify_kernel(
                 tile.store(lists, 0, PARAM, where, EVEN, tile.to_storage(p, PARAM), None)
 
 
+@repeatable
 def amplify_(params, previous, masks, *, kappa):
     """Lengthen the step that led from `previous` to `params`, where the mask is set."""
     call = begin_call(

@@ -11,7 +11,7 @@ import triton.language as tl
 from . import tile
 from .arithmetic import fma
 from .job import kernel
-from .launch import begin_call
+from .launch import begin_call, repeatable
 
 MINUS_2_LN2 = tl.constexpr(float.fromhex("-0x1.62e43p+0"))
 PI_2_15 = tl.constexpr(float.fromhex("0x1.921fb6p-14"))
@@ -181,6 +181,7 @@ def fill_normal_kernel(
                 tile.store(lists, 0, OUT, where, EVEN, tile.to_storage(z, OUT), None)
 
 
+@repeatable
 def fill_normal_(outs, noise, *, index, offset):
     """Fill tensors with the standard normals that a perturbation would draw for them."""
     call = begin_call("fill_normal_", locals(), lists="outs", rows=True)

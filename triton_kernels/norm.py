@@ -15,7 +15,7 @@ import triton.language as tl
 from . import tile
 from .arithmetic import mixed, root, scaled
 from .job import kernel
-from .launch import begin_call
+from .launch import begin_call, repeatable
 from .plan import RESIDENT
 
 BLOCK = tl.constexpr(1024)
@@ -145,6 +145,7 @@ def partials_of(call, group=None):
     return found if group is None else call.once(("partials", group.first), lambda: found[group.first :])
 
 
+@repeatable
 def filter_norms_(norms, params):
     """The L2 norm of every filter."""
     call = begin_call("filter_norms_", locals(), lists="params norms", rows=True)
@@ -191,6 +192,7 @@ def adaptive(eta):
     return [eta, [float(e >= 0) for e in eta]]
 
 
+@repeatable
 def ascent_norm_(norm, params, grads, *, eta):
     """The norm that scales SAM's climb, over all tensors at once."""
     call = begin_call(
@@ -237,6 +239,7 @@ def gradient_norm_kernel(
     store_partial(partials, partial_squares(g, where.mask))
 
 
+@repeatable
 def gradient_norm_(norm, grads, clean_grads, grad_scale, *, grad_weight, clean_weight):
     """The norm of the final gradient, as the update forms it before clipping."""
     call = begin_call(

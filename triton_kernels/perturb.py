@@ -6,7 +6,7 @@ import triton.language as tl
 from . import tile
 from .arithmetic import quotient, root
 from .job import kernel
-from .launch import begin_call, strided
+from .launch import begin_call, repeatable, strided
 from .noise import counters_of, key_of, normals
 from .norm import adaptive, filter_norms_kernel, finish_rows, partials_of, sum_squares
 
@@ -98,6 +98,7 @@ def launch_perturb(call, group, clean, norms, backup, names, sigma_at, scalars, 
 PERTURB = ("params", "backups", "masters", "norms", "history")
 
 
+@repeatable
 def perturb_gaussian_(params, backups, masters, norms, history, sigmas, noise, *, sigma, eta, index, offset):
     """Add filter-wise Gaussian noise to the weights and remember the way back.
 
@@ -161,6 +162,7 @@ def perturb_ascent_kernel(
     tile.store(lists, 0, PARAM, where, EVEN, tile.to_storage(p, PARAM), None)
 
 
+@repeatable
 def perturb_ascent_(params, backups, masters, grads, norm, *, rho, eta):
     """Climb to the SAM ascent point and remember the way back."""
     call = begin_call(
@@ -191,6 +193,7 @@ def restore_kernel(
     tile.store(lists, 0, PARAM, where, EVEN, tile.convert(stored, BACKUP, PARAM), None)
 
 
+@repeatable
 def restore_(params, backups):
     """Put the clean weights back, exactly."""
     call = begin_call("restore_", locals(), lists="params backups", rows=False)

@@ -3,17 +3,33 @@
 A tensor can get other memory, another shape or another dtype without becoming another object (`p.data = x`, `set_`,
 `resize_`), and a storage can lose its memory, so nothing follows from an object being the one of last time. Both ways
 of reading compare everything; neither relies on a hash. What they return is opaque and hashable, and the very object of
-last time where nothing changed. Reading is half of what a call costs, 55 ns a tensor in flatkern._C and 170 in Python:
-that is torch's price for a tensor's pointer, and it is paid so that no kernel writes to memory of others.
+last time where nothing changed. Reading is most of what an unchanged call costs, 40 ns a tensor in flatkern._C and 170
+in Python: that is torch's price for a tensor's pointer, and it is paid so that no kernel writes to memory of others.
 """
 
 import functools
+import math
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from flatkern import dispatch
+
+from . import devices
+
+# What arguments may raise that nobody has checked yet.
+UNREADABLE = (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError)
+UINT32 = 2**32
+
+
+class Reading(NamedTuple):
+    """What was read of the arguments of a call."""
+
+    pointers: object = b""  # of the lists, one after the other
+    singles: object = b""  # pointers of single tensors
+    layouts: object = b""  # of everything, and what is absent
 
 
 @functools.cache
@@ -25,31 +41,71 @@ def compiled():
         return None
 
 
-def read(lists, singles, pointers=b"", layouts=b""):
-    """(pointers, layouts) of a tuple of lists of tensors and of a tuple of tensors; any of them may be None.
+def read(arguments, before=Reading()):  # noqa: B008 it never changes
+    """The three of a Reading, for a tuple of lists of tensors, of tensors, and of None where one is absent.
 
-    `pointers`, of the lists, and `layouts`, of everything, are those of an earlier call.
+    Where one is as in `before`, an earlier reading, it is that very object.
     """
     native = compiled()
-    if native is not None and isinstance(layouts, bytes):
-        found = native.describe(lists, singles, pointers, layouts)
+    if native is not None and isinstance(before[2], bytes):
+        found = native.describe(arguments, *before)
         if found is not None:
             return found
-    return read_in_python(lists, singles, pointers, layouts)
+    return read_in_python(arguments, before)
 
 
-def table(pointers, lists, count):
-    """Pointers that were read, as int64 (count, lists); 0 where a list is absent."""
-    if isinstance(pointers, bytes):
-        return np.frombuffer(pointers, np.int64).reshape(count, len(lists)).copy()
-    columns, absent = iter(np.array(pointers, np.int64).reshape(-1, count)), np.zeros(count, np.int64)
-    return np.stack([absent if tensors is None else next(columns) for tensors in lists], axis=1)
+def table(pointers, columns, count):
+    """Pointers that were read, as int64 (count, columns). A column is a list by its place among those that are there,
+    or None for zeros."""
+    words = np.frombuffer(pointers, np.int64) if isinstance(pointers, bytes) else np.array(pointers, np.int64)
+    rows = words.reshape(-1, count)
+    found = np.zeros((count, len(columns)), np.int64)
+    for k, place in enumerate(columns):
+        if place is not None:
+            found[:, k] = rows[place]
+    return found
+
+
+def integers(singles):
+    """Pointers of single tensors, as integers."""
+    return np.frombuffer(singles, np.int64).tolist() if isinstance(singles, bytes) else list(singles)
 
 
 def same_numbers(lists, copies):
     """Whether lists of numbers are what they were, with another list of the same numbers, or the same with others."""
     native = compiled()
     return (native is not None and native.same_items(lists, copies)) or lists == copies
+
+
+def checked_numbers(lists, count, copies):
+    """Copies of lists of host scalars, those of `copies` where they are equal; None where one may change in place."""
+    found, plain = [], True
+    for k, numbers in enumerate(lists):
+        if copies is not None and numbers == copies[k]:
+            found.append(copies[k])
+        elif len(numbers) != count or not all(map(math.isfinite, numbers)):
+            raise ValueError("a list of host scalars has another length, or holds what is not finite")
+        else:
+            found.append(numbers[:])
+            plain = plain and {float, int, bool}.issuperset(map(type, numbers))
+    return tuple(found) if plain else None
+
+
+def drawn_of(values):
+    """Which normals the tensors draw, of a call's arguments by name."""
+    return tuple([tuple(values[name]) for name in ("index", "offset") if name in values])
+
+
+def words_of(noise):
+    """[seed, stream, round] where the host has them; on the device they are not read, as it would have to wait."""
+    return None if noise is None or not devices.on_host(noise) else noise.tolist()
+
+
+def signed(words):
+    """Words as int32, whatever the value, so that nothing is compiled anew."""
+    if not all([0 <= word < UINT32 for word in words]):
+        raise ValueError("seed, stream or round is outside [0, 2^32)")
+    return [word - UINT32 if word >= UINT32 // 2 else word for word in words]
 
 
 class Layouts:
@@ -59,9 +115,9 @@ class Layouts:
     all of them in a third of that. They are private to torch, so what they do not confirm is read.
     """
 
-    def __init__(self, present, tensors, aligned):
+    def __init__(self, kinds, tensors, aligned):
         forms = tuple([(t.shape, t.stride(), t.dtype, t.device, t.layout) for t in tensors])
-        self.present, self.aligned, self.key = present, aligned, (present, aligned, forms)
+        self.kinds, self.aligned, self.key = kinds, aligned, (kinds, aligned, forms)
         try:
             from torch._C._dynamo.guards import TensorGuards
 
@@ -75,33 +131,34 @@ class Layouts:
     def __hash__(self):
         return hash(self.key)
 
-    def hold_for(self, present, tensors, aligned):
+    def hold_for(self, kinds, tensors, aligned):
         """True only if these are the layouts of `tensors`."""
-        same = self.present == present and self.aligned == aligned
+        same = self.kinds == kinds and self.aligned == aligned
         return same and self.guards is not None and self.guards.check(*tensors)
 
 
-def read_in_python(lists, singles, pointers, layouts):
-    counts = {len(tensors) for tensors in lists if tensors is not None}
-    if len(counts) != 1:
-        raise ValueError("lists differ in length")
-    present = (*counts, *[given is not None for given in (*lists, *singles)])
-    listed = list(chain.from_iterable(tensors for tensors in lists if tensors is not None))
-    single = [t for t in singles if t is not None]
-    found = list(map(torch.Tensor.data_ptr, listed))
-    if 0 in found and any(p == 0 and t.numel() for p, t in zip(found, listed, strict=True)):
-        raise ValueError("a tensor has elements but no memory")
-    known = isinstance(layouts, Layouts)
-    moved = not known or found != pointers
-    aligned = (
-        tuple([p % 16 == 0 for p in found]) if moved else layouts.aligned[0],
-        tuple([t.data_ptr() % 16 == 0 for t in single]),
-    )
+def read_in_python(arguments, before):
+    kinds = tuple([None if a is None else len(a) if isinstance(a, (list, tuple)) else "tensor" for a in arguments])
+    if len({kind for kind in kinds if isinstance(kind, int)}) != 1:
+        raise ValueError("lists differ in length, or every list is absent")
+    listed = list(chain.from_iterable(a for a in arguments if isinstance(a, (list, tuple))))
+    single = [a for a, kind in zip(arguments, kinds, strict=True) if kind == "tensor"]
+    pointers, singles = (list(map(torch.Tensor.data_ptr, tensors)) for tensors in (listed, single))
     tensors = listed + single
-    if not (known and layouts.hold_for(present, tensors, aligned)):
-        now = Layouts(present, tensors, aligned)
-        if known and layouts == now:
-            layouts.guards = now.guards  # these know what has become of the tensors, or of the mode torch is in
-        else:
-            layouts = now
-    return (found if moved else pointers), layouts
+    found = pointers + singles
+    if 0 in found and any(p == 0 and t.numel() for p, t in zip(found, tensors, strict=True)):
+        raise ValueError("a tensor has elements but no memory")
+    known = before[2] if isinstance(before[2], Layouts) else None
+    moved = known is None or pointers != before[0]
+    aligned = (
+        tuple([p % 16 == 0 for p in pointers]) if moved else known.aligned[0],
+        tuple([p % 16 == 0 for p in singles]),
+    )
+    layouts = known
+    if known is None or not known.hold_for(kinds, tensors, aligned):
+        layouts = Layouts(kinds, tensors, aligned)
+        if known is not None and known == layouts:
+            known.guards = layouts.guards  # these know what has become of the tensors, or of the mode torch is in
+            layouts = known
+    same = known is not None and singles == before[1]
+    return (pointers if moved else before[0]), (before[1] if same else singles), layouts

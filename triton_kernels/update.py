@@ -14,8 +14,9 @@ import triton.language as tl
 
 from . import tile
 from .arithmetic import quotient, root
+from .devices import capturing, upload
 from .job import kernel
-from .launch import begin_call, capturing, strided, upload
+from .launch import begin_call, repeatable, strided
 from .noise import counters_of, key_of, normals
 from .norm import final_gradient, finish_rows, partials_of, store_partial, sum_squares, updated_history
 from .perturb import launch_perturb, load_by_element, noise_scale, perturb_gaussian, with_history
@@ -233,6 +234,7 @@ def update(name, values, rule, state, own, derive=None):
                 )
 
 
+@repeatable
 def sgd_update_(
     params, momentum_buffers, backups, masters, history, grads, clean_grads, masks, lrs, sigmas, noise,
     grad_scale, clip, found_inf, *, lr, momentum, dampening, weight_decay, nesterov,
@@ -330,6 +332,7 @@ def _adam(name, rule, values):
     )  # fmt: skip
 
 
+@repeatable
 def adam_update_(
     params, exp_avgs, exp_avg_sqs, steps, backups, masters, history, grads, clean_grads, masks, lrs, sigmas,
     noise, grad_scale, clip, found_inf, *, lr, beta1, beta2, eps, weight_decay,
@@ -339,6 +342,7 @@ def adam_update_(
     _adam("adam_update_", "adam", locals())
 
 
+@repeatable
 def adamw_update_(
     params, exp_avgs, exp_avg_sqs, steps, backups, masters, history, grads, clean_grads, masks, lrs, sigmas,
     noise, grad_scale, clip, found_inf, *, lr, beta1, beta2, eps, weight_decay,
@@ -380,6 +384,7 @@ def mix_gradients_kernel(
                     update_history(lists, 1, at, squares, beta, live, ROWS)
 
 
+@repeatable
 def mix_gradients_(grads, history, clean_grads, grad_scale, clip, *, grad_weight, clean_weight, beta):
     """Form the final gradient in place, for a base optimizer that is not ours."""
     call = begin_call(

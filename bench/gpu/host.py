@@ -1,12 +1,13 @@
 """What a call of a GPU's backend costs the host. Host side only: nothing is launched, and no GPU is needed.
 
-For Triton a stand-in driver compiles the kernels for sm_90 and drops the launches; the CUDA kernels' emulation drops
-them, too. So a launch counts without the CUDA driver's own part (a few microseconds each), and tables are made but not
-copied to a device. Tensors are as many as ResNet-50 has and of its shapes, or a thousand small ones; they are on the
-CPU and take no part.
+Triton compiles the kernels for sm_90 and launches them by its own launchers, on a libcuda that does nothing (see
+stub_driver.py); the CUDA kernels' emulation drops launches. So a launch counts without the CUDA driver's own part (a
+few microseconds each), and tables are made but not copied to a device. Tensors are as many as ResNet-50 has and of its
+shapes, or a thousand small ones; they are on the CPU and take no part.
 
     python bench/gpu/host.py
     python bench/gpu/host.py --plain     # without flatkern._C, as where no compiler was found
+    python bench/gpu/host.py --no-launcher     # without Triton's launchers, where there is no C compiler
     FLATKERN_CUDA_EMULATION=build/cuda-emulation/_CUDA_emul... python bench/gpu/host.py --cuda
 """
 
@@ -26,7 +27,7 @@ if __package__ in (None, ""):  # run as a script: the installed flatkern, if any
     sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import flatkern
-from bench.gpu import silent_driver
+from bench.gpu import silent_driver, stub_driver
 from bench.models import many_small, resnet50
 from flatkern import dispatch
 from flatkern.ops import OPS
@@ -121,7 +122,7 @@ def measure_cuda(name: str, given: str, shapes: list[tuple[int, ...]], rounds: i
     return interleaved({"unchanged": lambda: call(values), **changing(call, values)}, rounds), count
 
 
-def measure(name: str, given: str, shapes: list[tuple[int, ...]], driver: silent_driver.Driver, rounds: int) -> tuple:
+def measure(name: str, given: str, shapes: list[tuple[int, ...]], rounds: int) -> tuple:
     """Microseconds by column, and the number of launches."""
     from flatkern.triton_kernels import launch, signature
 
@@ -131,38 +132,35 @@ def measure(name: str, given: str, shapes: list[tuple[int, ...]], driver: silent
     def call() -> None:
         run(values)
 
-    call()
-    driver.launches = []
-    call()
-    count, driver.launches = len(driver.launches), None
-
-    lists = tuple([values[n] for n in tensors if not isinstance(values[n], torch.Tensor)])
-    singles = tuple([v for n in tensors if isinstance(v := values[n], torch.Tensor)])
-    seen = signature.read(lists, singles)
-    start, nothing = launch.Call.start, lambda *_: None
-
-    def without_launches() -> None:
-        launch.Call.start = nothing
+    for _ in range(3):  # it compiles, launches what it can repeat, repeats it
         call()
-        launch.Call.start = start
+    arguments = tuple([values[n] for n in tensors])
+    last = launch._caches[name].last_call(arguments)
+    launches, bump = last.bound, dispatch.version_bumper()
 
-    calls = {
-        "unchanged": call,
-        "reading": lambda: signature.read(lists, singles, *seen),
-        "versions": lambda: torch._C._increment_version(values["params"]),
-        "without": without_launches,
-        **changing(run, values),
-    }
-    found = interleaved(calls, rounds)
-    found["launches"] = found["unchanged"] - found.pop("without")
+    def launch_all() -> None:
+        for start, everything in launches:
+            start(*everything)
+
+    found = interleaved(
+        {
+            "unchanged": call,
+            "reading": lambda: signature.read(arguments, last.reading),
+            "versions": lambda: bump(values["params"]),
+            "launches": launch_all,
+            **changing(run, values),
+        },
+        rounds,
+    )
     found["the rest"] = found["unchanged"] - found["launches"] - found["reading"] - found["versions"]
-    return found, count
+    return found, len(launches)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--plain", action="store_true", help="read tensors in Python, as where there is no flatkern._C")
+    parser.add_argument("--no-launcher", action="store_true", help="without what Triton's launchers cost")
     parser.add_argument("--cuda", action="store_true", help="of the CUDA kernels, which FLATKERN_CUDA_EMULATION names")
     args = parser.parse_args()
     if args.cuda:
@@ -181,15 +179,22 @@ def report_cuda(rounds: int) -> None:
 
 
 def report_triton(args: argparse.Namespace) -> None:
-    driver = silent_driver.install()
+    if args.no_launcher:
+        silent_driver.install()
+    else:
+        try:
+            stub_driver.install()
+        except stub_driver.Unavailable as error:
+            sys.exit(f"error: {error}; --no-launcher measures without Triton's own part of a launch")
     import triton
     from flatkern.triton_kernels import signature
 
     if args.plain:
         signature.compiled = lambda: None
     read = "in Python" if signature.compiled() is None else "by flatkern._C"
-    print(f"us per call; host side only, nothing is launched; triton {triton.__version__}, tensors read {read}")
-    table(COLUMNS, lambda *case: measure(*case, driver, args.rounds))
+    launched = "nothing is launched" if args.no_launcher else "launched by Triton on a libcuda that does nothing"
+    print(f"us per call; host side only, {launched}; triton {triton.__version__}, tensors read {read}")
+    table(COLUMNS, lambda *case: measure(*case, args.rounds))
 
 
 def table(columns: list[str], measured: Callable[..., tuple]) -> None:

@@ -27,8 +27,8 @@ class Sweeper(Racer):
 def forget_calls() -> None:
     from flatkern.triton_kernels import launch
 
-    for known in launch._known.values():
-        known.recent.clear()
+    for cache in launch._caches.values():
+        cache.last_calls.clear()
 
 
 def main(arguments: list[str]) -> int:

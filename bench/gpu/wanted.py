@@ -182,8 +182,8 @@ def replaced(tuning: Any, device: torch.device) -> Iterator[None]:
     from flatkern.triton_kernels import launch, plan
 
     def forget() -> None:
-        for known in launch._known.values():
-            known.plans.found.clear()
+        for cache in launch._caches.values():
+            cache.plans.found.clear()
 
     row = plan.architecture(device)
     usual = plan.TUNING[row]

@@ -157,8 +157,16 @@ void define_operations(pybind11::module_& m) {
   using namespace bind;
   // Local to the module: with two modules loaded, each translates its own.
   py::register_local_exception<Mismatch>(m, "Mismatch", PyExc_ValueError);
-  m.def("_use_dlpack", use_dlpack, py::arg("enabled"),
-        "For tests: whether tensors are read through DLPack where torch has it; returns the previous setting.");
+  m.def(
+      "_readers",
+      [] {
+        const std::string found = readers();
+        if (found.empty()) throw py::error_already_set();
+        return found;
+      },
+      "For tests: the ways in which tensors can be read here, the fastest first.");
+  m.def("_read_through", read_through, py::arg("name"),
+        "For tests: read tensors in no faster way than this one; returns the previous one.");
 
   Operations<Backend> define(m);
   define.template op<FillNormal>("fill_normal_", join(tensors("outs"), tensor("noise")), ints("index", "offset"));

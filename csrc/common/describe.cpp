@@ -35,7 +35,10 @@ struct Comparer {
   }
 };
 
-constexpr int64_t kAbsent = -1;  // no tensor's description begins with it
+// What stands before an argument's tensors; no tensor's description begins with one of these.
+constexpr int64_t kAbsent = -1, kList = -2, kSingle = -3;
+
+bool is_list(PyObject* object) { return PyList_Check(object) || PyTuple_Check(object); }
 
 // One pass over the arguments of a call. False where `sink` said false, or with a Python error set.
 template <class Sink>
@@ -62,89 +65,98 @@ struct Pass {
            sink.take(t.strides, t.ndim);
   }
 
-  bool all(PyObject* lists, PyObject* singles, int64_t count, int64_t* pointers) {
-    const Py_ssize_t width = PyTuple_GET_SIZE(lists);
+  // Pointers of lists go to `listed`, list by list, and those of single tensors to `single`, 0 for one that is absent.
+  bool all(PyObject* arguments, int64_t count, int64_t* listed, int64_t* single) {
     if (!sink.take(count)) return false;
-    for (Py_ssize_t i = 0; i < width; ++i) {
-      PyObject* list = PyTuple_GET_ITEM(lists, i);
-      if (list == Py_None) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments); ++i) {
+      PyObject* argument = PyTuple_GET_ITEM(arguments, i);
+      if (argument == Py_None) {
         if (!sink.take(kAbsent)) return false;
-        for (int64_t k = 0; k < count; ++k) pointers[k * width + i] = 0;
-        continue;
+      } else if (!is_list(argument)) {
+        if (!sink.take(kSingle) || !tensor(argument, single++)) return false;
+      } else {
+        if (!sink.take(kList)) return false;
+        for (int64_t k = 0; k < count; ++k) {
+          // Reading a tensor may run Python code, which could shorten the list.
+          const Reference item(
+              Py_NewRef(k < PySequence_Fast_GET_SIZE(argument) ? PySequence_Fast_GET_ITEM(argument, k) : Py_None));
+          if (!tensor(item.get(), listed++)) return false;
+        }
       }
-      for (int64_t k = 0; k < count; ++k) {
-        // Reading a tensor may run Python code, which could shorten the list.
-        const Reference item(
-            Py_NewRef(k < PySequence_Fast_GET_SIZE(list) ? PySequence_Fast_GET_ITEM(list, k) : Py_None));
-        if (!tensor(item.get(), &pointers[k * width + i])) return false;
-      }
-    }
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(singles); ++i) {
-      PyObject* single = PyTuple_GET_ITEM(singles, i);
-      int64_t pointer;
-      if (single == Py_None ? !sink.take(kAbsent) : !tensor(single, &pointer)) return false;
     }
     return true;
   }
 };
 
-// The number of entries that all lists have; -1 with a Python error set where they differ.
-int64_t common_length(PyObject* lists) {
-  Py_ssize_t count = -1;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(lists); ++i) {
-    PyObject* list = PyTuple_GET_ITEM(lists, i);
-    if (list == Py_None) continue;
-    if (!PyList_Check(list) && !PyTuple_Check(list)) {
-      PyErr_Format(PyExc_TypeError, "expected a list of tensors, got a %s", Py_TYPE(list)->tp_name);
-      return -1;
-    }
-    const Py_ssize_t size = PySequence_Fast_GET_SIZE(list);
-    if (count >= 0 && size != count) {
-      PyErr_SetString(PyExc_ValueError, "lists differ in length");
-      return -1;
-    }
-    count = size;
-  }
-  if (count < 0) PyErr_SetString(PyExc_TypeError, "every list is absent");
-  return count;
-}
+// How many tensors there are: lists, which all have `count`, and single ones.
+struct Sizes {
+  int64_t count = -1, lists = 0, singles = 0;
 
-bool is_bytes(PyObject* object, const void* data, Py_ssize_t size) {
-  return PyBytes_GET_SIZE(object) == size && (size == 0 || std::memcmp(PyBytes_AS_STRING(object), data, size) == 0);
+  // False with a Python error set where the lists differ in length, or there is none.
+  bool read(PyObject* arguments) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments); ++i) {
+      PyObject* argument = PyTuple_GET_ITEM(arguments, i);
+      if (argument == Py_None) continue;
+      if (!is_list(argument)) {
+        ++singles;
+        continue;
+      }
+      const Py_ssize_t size = PySequence_Fast_GET_SIZE(argument);
+      if (lists++ > 0 && size != count) {
+        PyErr_SetString(PyExc_ValueError, "lists differ in length");
+        return false;
+      }
+      count = size;
+    }
+    if (lists == 0) PyErr_SetString(PyExc_TypeError, "every list is absent");
+    return lists > 0;
+  }
+};
+
+// New bytes of `count` words.
+PyObject* new_words(int64_t count) { return PyBytes_FromStringAndSize(nullptr, sizeof(int64_t) * count); }
+
+int64_t* words_of(PyObject* bytes) { return reinterpret_cast<int64_t*>(PyBytes_AS_STRING(bytes)); }
+
+// `old` where it holds the same bytes.
+PyObject* whichever_is_older(PyObject* old, const Reference& found) {
+  const Py_ssize_t size = PyBytes_GET_SIZE(found.get());
+  const bool same =
+      PyBytes_GET_SIZE(old) == size && std::memcmp(PyBytes_AS_STRING(old), PyBytes_AS_STRING(found.get()), size) == 0;
+  return same ? old : found.get();
 }
 
 }  // namespace
 
-PyObject* describe(PyObject* lists, PyObject* singles, PyObject* pointers, PyObject* layouts) {
+PyObject* describe(PyObject* arguments, PyObject* pointers, PyObject* singles, PyObject* layouts) {
   const DlpackReader read = dlpack_reader();
   if (PyErr_Occurred()) return nullptr;
   if (read == nullptr) Py_RETURN_NONE;
-  if (!PyTuple_Check(lists) || !PyTuple_Check(singles) || !PyBytes_Check(pointers) || !PyBytes_Check(layouts)) {
-    PyErr_SetString(PyExc_TypeError, "describe: expected two tuples, then two bytes");
+  if (!PyTuple_Check(arguments) || !PyBytes_Check(pointers) || !PyBytes_Check(singles) || !PyBytes_Check(layouts)) {
+    PyErr_SetString(PyExc_TypeError, "describe: expected a tuple, then three times bytes");
     return nullptr;
   }
-  const int64_t count = common_length(lists);
-  if (count < 0) return nullptr;
-  PyObject* found = PyBytes_FromStringAndSize(nullptr, sizeof(int64_t) * count * PyTuple_GET_SIZE(lists));
-  if (found == nullptr) return nullptr;
-  auto* table = reinterpret_cast<int64_t*>(PyBytes_AS_STRING(found));
+  Sizes sizes;
+  if (!sizes.read(arguments)) return nullptr;
+  const Reference listed(new_words(sizes.count * sizes.lists)), single(new_words(sizes.singles));
+  if (listed.get() == nullptr || single.get() == nullptr) return nullptr;
 
-  const auto* before = reinterpret_cast<const int64_t*>(PyBytes_AS_STRING(layouts));
+  const int64_t* before = words_of(layouts);
   Comparer comparer{before, before + PyBytes_GET_SIZE(layouts) / sizeof(int64_t)};
-  bool same = Pass<Comparer>{read, comparer}.all(lists, singles, count, table) && comparer.at == comparer.end;
-  Writer writer;
-  if (!same && (PyErr_Occurred() || !Pass<Writer>{read, writer}.all(lists, singles, count, table))) {
-    Py_DECREF(found);
-    return nullptr;
+  const bool same =
+      Pass<Comparer>{read, comparer}.all(arguments, sizes.count, words_of(listed.get()), words_of(single.get())) &&
+      comparer.at == comparer.end;
+  Reference layouts_now(Py_NewRef(layouts));
+  if (!same) {
+    Writer writer;
+    if (PyErr_Occurred() ||
+        !Pass<Writer>{read, writer}.all(arguments, sizes.count, words_of(listed.get()), words_of(single.get())))
+      return nullptr;
+    layouts_now = Reference(PyBytes_FromStringAndSize(reinterpret_cast<const char*>(writer.words.data()),
+                                                      sizeof(int64_t) * writer.words.size()));
+    if (layouts_now.get() == nullptr) return nullptr;
   }
-  PyObject* layouts_now = same ? Py_NewRef(layouts)
-                               : PyBytes_FromStringAndSize(reinterpret_cast<const char*>(writer.words.data()),
-                                                           sizeof(int64_t) * writer.words.size());
-  const bool moved = !is_bytes(pointers, table, PyBytes_GET_SIZE(found));
-  PyObject* result = layouts_now == nullptr ? nullptr : PyTuple_Pack(2, moved ? found : pointers, layouts_now);
-  Py_XDECREF(layouts_now);
-  Py_DECREF(found);
-  return result;
+  return PyTuple_Pack(3, whichever_is_older(pointers, listed), whichever_is_older(singles, single), layouts_now.get());
 }
 
 bool same_items(PyObject* lists, PyObject* copies) {

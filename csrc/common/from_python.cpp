@@ -1,13 +1,17 @@
-// Reading tensors costs most of a small step, so they are read through DLPack's C interface: about 40 ns each.
+// Reading tensors costs most of a small step, so they are read where torch keeps them, or through DLPack's C interface:
+// about 15 or 40 ns each.
 #include "from_python.h"
 
 #include <algorithm>
 #include <cstring>
 
+#include "direct.h"
+
 namespace flatkern {
 namespace {
 
-bool dlpack_enabled = true;
+constexpr char kLibtorch[] = "libtorch", kDlpack[] = "dlpack", kAttributes[] = "attributes";
+std::string fastest = kLibtorch;  // that may be used
 
 // What of torch is needed, looked up at the first tensor: importing this module does not import torch.
 struct Torch {
@@ -15,7 +19,14 @@ struct Torch {
   PyObject *float32 = nullptr, *float16 = nullptr, *bfloat16 = nullptr, *float64 = nullptr, *int64 = nullptr,
            *uint8 = nullptr;
   PyObject* increment_version = nullptr;
-  DlpackReader read = nullptr;  // null before torch 2.10
+  DlpackReader dlpack = nullptr;  // null before torch 2.10
+  DlpackReader direct = nullptr;  // null where tensors are not where they are looked for
+
+  // How to read a tensor now; null for its attributes.
+  DlpackReader reader() const {
+    if (fastest == kAttributes) return nullptr;
+    return direct != nullptr && fastest == kLibtorch ? direct : dlpack;
+  }
 };
 
 const Torch* torch() {
@@ -34,7 +45,7 @@ const Torch* torch() {
   PyObject* functions = PyObject_GetAttrString(module, "_C");
   if (functions != nullptr) t.increment_version = PyObject_GetAttrString(functions, "_increment_version");
   Py_XDECREF(functions);
-  Py_DECREF(module);
+  const Reference kept(module);
   if (tensor == nullptr || !t.float32 || !t.float16 || !t.bfloat16 || !t.float64 || !t.int64 || !t.uint8 ||
       !t.increment_version)
     return nullptr;
@@ -43,10 +54,11 @@ const Torch* torch() {
   if (capsule != nullptr && PyCapsule_IsValid(capsule, dlpack::kCapsuleName)) {
     auto* api = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, dlpack::kCapsuleName));
     while (api != nullptr && api->version_major != 1) api = api->previous;
-    if (api != nullptr) t.read = api->dltensor_from_py_object_no_sync;
+    if (api != nullptr) t.dlpack = api->dltensor_from_py_object_no_sync;
   }
   Py_XDECREF(capsule);
   PyErr_Clear();
+  t.direct = direct::try_out(t.dlpack, module);
   found = t;
   return &found;
 }
@@ -99,9 +111,9 @@ Device device_of(const dlpack::Tensor& t) {
   return {t.device_type == dlpack::kDeviceCuda ? DeviceType::kCuda : DeviceType::kOther, t.device_id};
 }
 
-bool read_through_dlpack(const Torch& torch, PyObject* object, View& v) {
+bool read_through_dlpack(DlpackReader reader, PyObject* object, View& v) {
   dlpack::Tensor t;
-  if (torch.read(object, &t) != 0) return false;
+  if (reader(object, &t) != 0) return false;
   v.data = static_cast<char*>(t.data) + t.byte_offset;
   if (t.data == nullptr) v.data = nullptr;
   v.shape = t.shape;
@@ -191,18 +203,18 @@ bool is_tensor(const Torch& torch, PyObject* object, Py_ssize_t k) {
 bool read_all(PyObject* const* objects, Py_ssize_t count, Table& out) {
   const Torch* torch = flatkern::torch();
   if (torch == nullptr) return false;
-  const bool fast = dlpack_enabled && torch->read != nullptr;
+  const DlpackReader reader = torch->reader();
   out.present = true;
   out.views = Array<View>(count);
   Dims dims;
   for (Py_ssize_t k = 0; k < count; ++k) {
     if (!is_tensor(*torch, objects[k], k)) return false;
     View& view = out.views[k];
-    if (!(fast ? read_through_dlpack(*torch, objects[k], view)
-               : read_through_attributes(*torch, objects[k], view, dims)))
+    if (!(reader != nullptr ? read_through_dlpack(reader, objects[k], view)
+                            : read_through_attributes(*torch, objects[k], view, dims)))
       return false;
   }
-  if (fast) return true;
+  if (reader != nullptr) return true;
   int64_t at = 0;
   for (Py_ssize_t k = 0; k < count; ++k) {
     View& view = out.views[k];
@@ -319,15 +331,30 @@ bool read(PyObject* object, Bools& out) {
 
 bool increment_version(PyObject* tensors) {
   const Torch* torch = flatkern::torch();
-  return torch != nullptr && Reference(PyObject_CallOneArg(torch->increment_version, tensors)).get() != nullptr;
+  if (torch == nullptr || !is_list(tensors, "tensors")) return false;
+  const Reference items = items_of(tensors);
+  if (items.get() == nullptr) return false;
+  const bool directly = torch->direct != nullptr && fastest == kLibtorch;
+  const Py_ssize_t done = directly ? direct::bump(items.get()) : 0, count = PyTuple_GET_SIZE(items.get());
+  if (done == count) return true;
+  const Reference rest(PyTuple_GetSlice(items.get(), done, count));
+  return rest.get() != nullptr && Reference(PyObject_CallOneArg(torch->increment_version, rest.get())).get() != nullptr;
 }
 
 DlpackReader dlpack_reader() {
   const Torch* torch = flatkern::torch();
-  return torch != nullptr && dlpack_enabled ? torch->read : nullptr;
+  return torch != nullptr ? torch->reader() : nullptr;
 }
 
-bool use_dlpack(bool enabled) { return std::exchange(dlpack_enabled, enabled); }
+std::string readers() {
+  const Torch* torch = flatkern::torch();
+  if (torch == nullptr) return "";
+  const std::string direct = torch->direct != nullptr ? "libtorch " : "",
+                    dlpack = torch->dlpack != nullptr ? "dlpack " : "";
+  return direct + dlpack + kAttributes;
+}
+
+std::string read_through(const std::string& name) { return std::exchange(fastest, name); }
 
 namespace {
 

@@ -7,6 +7,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <string>
 #include <utility>
 
 #include "dlpack.h"
@@ -63,23 +64,28 @@ bool read(PyObject* object, Bools& out);
 bool increment_version(PyObject* tensors);
 
 // Fills in a tensor's pointer, shape and strides; 0, or -1 with a Python error set. Nothing is waited for, and nothing
-// is asked of a stream. Null before torch 2.10, or with a Python error set.
+// is asked of a stream. Null before torch 2.10, where attributes are read, or with a Python error set.
 using DlpackReader = int (*)(void* object, dlpack::Tensor* out);
 DlpackReader dlpack_reader();
 
-// Whether tensors are read through DLPack where torch offers it, or through their Python attributes. For tests.
-bool use_dlpack(bool enabled);
+// The ways in which tensors can be read here, the fastest first, of "libtorch dlpack attributes" (see direct.h for the
+// first). Empty with a Python error set.
+std::string readers();
+
+// Read them in no faster way than `name`; returns the previous one. For tests.
+std::string read_through(const std::string& name);
 
 // What tables of tensors depend on, read in one pass, on any device and without waiting for it.
 //
-// `lists` and `singles` are tuples, of lists of tensors and of tensors; None is one that is absent. The result is a
-// pair of bytes: the pointers of `lists`, int64, tensor by tensor and 0 for an absent list; and dtype, device, shape,
-// strides and alignment of everything, such that equal bytes mean equal layouts. Where one is as in an earlier result,
-// given as `pointers` and `layouts`, that very object is returned, for a caller to recognise by identity.
+// `arguments` is a tuple of lists of tensors, of tensors, and of None where one is absent. The result is a triple of
+// bytes: the pointers of the lists, int64, list by list without those that are absent; the pointers of the single
+// tensors; and dtype, device, shape, strides and alignment of everything, such that equal bytes mean equal layouts.
+// Where one is as in an earlier result, given as `pointers`, `singles` and `layouts`, that very object is returned, for
+// a caller to recognise by identity.
 //
 // None where torch does not offer DLPack's exchange interface. Null with a Python error set where lists differ in
 // length, or a tensor has elements but no memory.
-PyObject* describe(PyObject* lists, PyObject* singles, PyObject* pointers, PyObject* layouts);
+PyObject* describe(PyObject* arguments, PyObject* pointers, PyObject* singles, PyObject* layouts);
 
 // Whether each of `lists` holds the very objects of its counterpart in `copies`. False where one is no list.
 bool same_items(PyObject* lists, PyObject* copies);

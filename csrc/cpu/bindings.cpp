@@ -50,14 +50,22 @@ PYBIND11_MODULE(_C, m) {
       "state[param][key] as a tuple of one list per key, or None where any entry is missing; creates none.");
   m.def(
       "describe",
-      [](py::handle lists, py::handle singles, py::handle pointers, py::handle layouts) {
-        return checked(describe(lists.ptr(), singles.ptr(), pointers.ptr(), layouts.ptr()));
+      [](py::handle arguments, py::handle pointers, py::handle singles, py::handle layouts) {
+        return checked(describe(arguments.ptr(), pointers.ptr(), singles.ptr(), layouts.ptr()));
       },
-      "lists"_a, "singles"_a, "pointers"_a, "layouts"_a,
-      "(pointers, layouts) of tensors as bytes; the objects given, where nothing changed. None without DLPack.");
+      "arguments"_a, "pointers"_a, "singles"_a, "layouts"_a,
+      "(pointers of lists, of single tensors, layouts) as bytes; those given where nothing changed. None without "
+      "DLPack.");
   m.def(
       "same_items", [](py::handle lists, py::handle copies) { return same_items(lists.ptr(), copies.ptr()); },
       "lists"_a, "copies"_a, "Whether each of some lists holds the very objects of its copy.");
+
+  m.def(
+      "increment_version",
+      [](py::handle tensors) {
+        if (!increment_version(tensors.ptr())) throw py::error_already_set();
+      },
+      "tensors"_a, "Tell autograd that a list of tensors was written.");
 
   m.def("isa", cpu::isa, "The instruction set that runs.");
   m.def("isas", cpu::isas, "The instruction sets that were compiled and that this CPU has.");
