@@ -95,7 +95,7 @@ CASES = {
     "norms": Case(norm.filter_norms_kernel, dict(PARAM=F32, AT=0, OUT_AT=1, WIDTH=2) | rows_of(1024), 4, 0, 64),
     "ascent norm": Case(norm.ascent_norm_kernel, dict(GRAD=F32, PARAM=F32, WIDTH=2) | FLAT, 8, 0, 64),
     "gradient norm": Case(norm.gradient_norm_kernel, dict(GRAD=F32, CLEAN=F32, WIDTH=2) | FLAT, 8, 0, 64),
-    "total": Case(norm.total_kernel, {}, 0, 0, 64),
+    "total": Case(norm.total_kernel, {}, 0, 0, 64, warps=16),
     "settle": Case(norm.settle_kernel, dict(NORM=7, HISTORY=3, BETA=3, WIDTH=11, SCALARS=15), 0, 0, 64),
     "perturb short rows": perturbing(rows_of(64), 4, 8, 72, BACKUP=F32),
     "perturb": perturbing(rows_of(2048), 4, 8, 72, BACKUP=F32),

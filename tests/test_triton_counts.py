@@ -1,11 +1,12 @@
-"""What the Triton backend counts, in Triton's interpreter: magnitudes by digit.
+"""What the Triton backend counts and totals, in Triton's interpreter: magnitudes by digit, norms over all tensors.
 
 Runs in a process of its own with TRITON_INTERPRET=1 (`make test-triton`).
 """
 
+import numpy as np
 import pytest
 import torch
-from flatkern.triton_kernels import mask
+from flatkern.triton_kernels import mask, norm
 from flatkern.triton_kernels.plan import SEGMENT
 from test_selection import assert_exact, make, select
 
@@ -128,3 +129,35 @@ def test_the_kth_smallest(kind, dtype, sampled, monkeypatch):
     grads = make(kind, dtype)
     rank = sum(g.numel() for g in grads) * 4 // 5
     assert_exact(select(grads, rank, "triton"), grads, rank)
+
+
+# Totals.
+
+TURN = norm.LANES.value * norm.UNROLLED.value
+
+
+@pytest.mark.parametrize("length", [1, norm.LANES.value + 1, TURN, TURN + 1, 2 * TURN + 5])
+def test_a_total(length):
+    """All numbers, and no other; lane by lane, in float64, whatever the machine."""
+    generator = np.random.default_rng(7)
+    partials = generator.random(length + 9, dtype=np.float32) ** 8
+    partials[length:] = np.nan  # nobody wrote here
+    partials[length // 2] = -(2.0**-40)  # a sum of squares that overflowed, times 2^-160
+    out = torch.zeros(())
+    norm.total_kernel[(1,)](out, torch.from_numpy(partials), length)
+    lanes = np.zeros(norm.LANES.value)
+    for i in range(0, length, len(lanes)):
+        part = partials[i : min(length, i + len(lanes))].astype(np.float64)
+        lanes[: len(part)] += np.where(part < 0, part * -(2.0**160), part)
+    while len(lanes) > 1:
+        lanes = lanes[0::2] + lanes[1::2]
+    assert out.item() == np.float32(np.sqrt(lanes[0]))
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_total_that_is_not_finite(value):
+    partials = torch.ones(TURN + 3)
+    partials[TURN + 1] = value
+    out = torch.zeros(())
+    norm.total_kernel[(1,)](out, partials, TURN + 3)
+    assert np.array_equal(out.item(), value, equal_nan=True)
