@@ -175,7 +175,7 @@ WITHOUT_GPU := tests/test_host.py tests/test_warm_up.py tests/test_triton_model.
 # platforms only.
 test-triton: $(READY) ## the Triton kernels in Triton's interpreter (no GPU needed; part of `test`)
 	@if $(call has,triton) && $(call has,pytest); then \
-	  TRITON_INTERPRET=1 $(PYTEST) -q tests/test_triton.py tests/test_capturable.py $(ARGS); \
+	  TRITON_INTERPRET=1 $(PYTEST) -q tests/test_triton.py tests/test_triton_counts.py tests/test_capturable.py $(ARGS); \
 	else echo "not checked: Triton kernels (triton is not installed)"; fi
 	@$(if $(ARGS),,if $(call has,triton) && $(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  CUDA_VISIBLE_DEVICES= $(PYTEST) -q $(WITHOUT_GPU); fi)

@@ -86,9 +86,8 @@ def kth_smallest_magnitude(shards: list[Shard], total: int, rank: int, backend: 
         if len(prefix) == len(MAGNITUDE_DIGITS):
             break
         counts = _count(shards, prefix, backend)
-    bits = torch.zeros((), dtype=torch.int64, device=device)
-    for digit, width in zip(prefix, MAGNITUDE_DIGITS, strict=True):
-        bits = (bits << width) | digit
+    _, second, third = MAGNITUDE_DIGITS
+    bits = (((prefix[0] << second) | prefix[1]) << third) | prefix[2]
     return bits.to(torch.int32).view(torch.float32)
 
 
@@ -116,10 +115,10 @@ def _count(
 ) -> Tensor:
     """count_magnitudes_ of all gradients, or of what `select` takes of them, summed over devices and ranks."""
     size = 2 ** MAGNITUDE_DIGITS[len(prefix)] + 2
-    counts = torch.zeros(size, dtype=torch.int64, device=prefix.device)
+    found = []
     for shard in shards:
         part = torch.empty(size, dtype=torch.int64, device=shard.device)
         count_magnitudes_ = resolve("count_magnitudes_", shard.device.type, backend)
         count_magnitudes_(part, select(shard.grads), prefix.to(shard.device))
-        counts += dtensor.all_reduce_sum(part, shard.ranks).to(prefix.device)
-    return counts
+        found.append(dtensor.all_reduce_sum(part, shard.ranks).to(prefix.device))
+    return found[0] if len(found) == 1 else torch.stack(found).sum(0)

@@ -15,7 +15,7 @@ BACKENDS = ("eager", "cpp")  # those that run on the CPU; the dispatcher's check
 
 # Triton's interpreter has to be on before triton is imported, and compiling needs it off: processes of their own.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore = ["test_triton.py"]
+collect_ignore = ["test_triton.py", "test_triton_counts.py"]
 if INTERPRETING:
     # What test_gpu.py does is interpreted only to try it without a GPU.
     dry = os.environ.get("FLATKERN_GPU_DRY") == "1"

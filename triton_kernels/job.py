@@ -18,7 +18,7 @@ from triton.runtime import driver
 
 from flatkern.jobs import Job
 
-NUMBERS = ("count", "lr_stride", "sigma_stride", "seed", "stream", "round_")
+NUMBERS = ("count", "padding", "lr_stride", "sigma_stride", "seed", "stream", "round_")
 DTYPES = {tl.float32: "float32", tl.float16: "float16", tl.int16: "bfloat16", tl.uint8: "uint8"}
 SHOWN = ("RULE", "KNOWN")  # constants that mean something to people, though no types and no flags
 PLACES = ("NORM", "HISTORY")  # a list by its number, or None; to people, a flag

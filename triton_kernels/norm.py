@@ -4,7 +4,7 @@ Squares are added in one order, by `fold` alone: as a binary tree over the colum
 adds two numbers, so that no choice of layout, tile or number of warps can change it; the zeros beyond the end of a row
 change no bit of a sum of squares, so that the width of a tile cannot either. A row in one tile is added in float32; of
 a longer one every segment is, and float64 above. What an update measures is therefore, bit for bit, what filter_norms_
-does.
+does. Only a norm over all tensors, which nothing measures a second time, has an order of its own (`total_kernel`).
 """
 
 import functools
@@ -19,6 +19,7 @@ from .launch import begin_call, repeatable
 from .plan import RESIDENT
 
 BLOCK = tl.constexpr(1024)
+LANES, UNROLLED = tl.constexpr(2048), tl.constexpr(8)  # of a total
 MOST_LEVELS = tl.constexpr(RESIDENT.bit_length() - 1)
 # Of numbers whose squares are beyond float32.
 SHRINK, GROW = tl.constexpr(2.0**-80), tl.constexpr(2.0**160)
@@ -53,15 +54,22 @@ def partial_squares(x, mask):
 
 
 @triton.jit
+def sums_of(partials):
+    """What `partial_squares` left, as float64."""
+    x = partials.to(tl.float64)
+    return tl.where(x < 0, x * -GROW, x)
+
+
+@triton.jit
 def sum_partials(partials, count):
-    """Sum of `count` float32 numbers, in float64 and in their order; negative ones are of `partial_squares`."""
+    """Sum of `count` float32 numbers of `partial_squares`, in float64 and in their order."""
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros([1], tl.float64)
     # `range` over a number of run time fails in Triton 3.6's interpreter with NumPy 2.4.
     i = count * 0
     while i < count:
-        block = tl.load(partials + i + lanes, mask=i + lanes < count, other=0.0).to(tl.float64)
-        total += fold(tl.where(block < 0, block * -GROW, block)[None, :])
+        block = tl.load(partials + i + lanes, mask=i + lanes < count, other=0.0)
+        total += fold(sums_of(block)[None, :])
         i += BLOCK
     return total
 
@@ -164,12 +172,24 @@ def filter_norms_(norms, params):
 
 @functools.partial(kernel, aligned=("partials",))  # whose memory begins there
 def total_kernel(norm, partials, count):
-    """The root of the sum of all partial sums."""
-    tl.store(norm + tl.arange(0, 1), tl.sqrt(sum_partials(partials, count)).to(tl.float32))
+    """The root of the sum of all partial sums.
+
+    In two levels: each of LANES sums adds every LANES-th number, in their order, and a tree adds the sums at the end.
+    Inside the loop nothing waits but for memory, and a turn takes the numbers of 67 million elements, so that one
+    program is enough. The order is the same on every machine.
+    """
+    lanes = tl.arange(0, LANES)
+    sums = tl.zeros([LANES], tl.float64)
+    i = count * 0
+    while i < count:
+        for _ in tl.static_range(UNROLLED):
+            sums += sums_of(tl.load(partials + i + lanes, mask=i + lanes < count, other=0.0))
+            i += LANES
+    tl.store(norm + tl.arange(0, 1), tl.sqrt(fold(sums[None, :])).to(tl.float32))
 
 
 def total(call, norm):
-    call.start(total_kernel, 1, 4, (norm, partials_of(call), call.plan.partials), dict)
+    call.start(total_kernel, 1, 16, (norm, partials_of(call), call.plan.partials), dict)
 
 
 @kernel

@@ -1,0 +1,163 @@
+"""What the Triton backend counts and totals, in Triton's interpreter: magnitudes by digit, norms over all tensors.
+
+Runs in a process of its own with TRITON_INTERPRET=1 (`make test-triton`).
+"""
+
+import numpy as np
+import pytest
+import torch
+from flatkern.triton_kernels import mask, norm
+from flatkern.triton_kernels.plan import SEGMENT
+from test_selection import assert_exact, make, select
+
+from flatkern import selection, triton_kernels
+from flatkern.checks import MAGNITUDE_DIGITS
+from flatkern.reference import mask as reference
+
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# A tile and an eight, a tile and a remainder, less than an eight, nothing.
+LENGTHS = [SEGMENT + 8, SEGMENT + 5, 3, 0]
+
+
+def digits(magnitude):
+    """All three digits of a number."""
+    bits = torch.tensor(magnitude, dtype=torch.float32).view(torch.int32).item()
+    return [bits >> sum(MAGNITUDE_DIGITS[k + 1 :]) & (2**width - 1) for k, width in enumerate(MAGNITUDE_DIGITS)]
+
+
+def count(function, grads, prefix):
+    counts = torch.full((2 ** MAGNITUDE_DIGITS[len(prefix)] + 2,), -1)
+    function(counts, grads, torch.tensor(prefix, dtype=torch.int64))
+    return counts
+
+
+def assert_counts(grads, prefix):
+    got, want = (count(f, grads, prefix) for f in (triton_kernels.count_magnitudes_, reference.count_magnitudes_))
+    wrong = (got != want).nonzero().flatten().tolist()
+    assert not wrong, [(d, got[d].item(), want[d].item()) for d in wrong[:5]]
+    assert got[:-1].sum() <= sum(g.numel() for g in grads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [-0.0, 1.0, -0.1, 2.0**-24, float("inf")])
+def test_elements_that_are_all_equal(value, dtype):
+    """In every digit, and beside prefixes that none of them has."""
+    grads = [torch.full((n,), value, dtype=dtype) for n in LENGTHS]
+    shared = digits(grads[0][0].abs().item())
+    for known in range(3):
+        assert_counts(grads, shared[:known])
+    for other in ([0, 0], [2047]):
+        assert_counts(grads, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zeros_among_others(dtype):
+    """Nobody counts zeros and what is below the known digits one by one: they are what remains."""
+    generator = torch.Generator().manual_seed(5)
+    grads = [torch.randn(n, generator=generator).mul(0.01).to(dtype) for n in LENGTHS]
+    for g in grads:
+        g[::3] = 0.0
+        g[1::11] *= 2.0**-20  # subnormal in float16
+    median = digits(grads[0].float().abs().median().item())
+    for prefix in ([], median[:1], median[:2], [0], [0, 0], [median[0] + 40]):
+        assert_counts(grads, prefix)
+
+
+def test_every_first_digit():
+    """Each has a place of its own, the last and the infinite ones too."""
+    first = torch.arange(2 ** MAGNITUDE_DIGITS[0], dtype=torch.int32) << sum(MAGNITUDE_DIGITS[1:])
+    grads = [torch.cat([first, first + 7]).view(torch.float32)]
+    assert_counts(grads, [])
+    counts = count(triton_kernels.count_magnitudes_, grads, [])
+    assert (counts[:-2] == 2).all()
+    assert counts[-1] == 2 * 8, "infinity and NaN have the last eight"
+
+
+@pytest.mark.parametrize("known", [1, 2])
+def test_every_later_digit(known):
+    higher, rest = [1016, 513][:known], sum(MAGNITUDE_DIGITS[known + 1 :])
+    begin = 0
+    for digit, width in zip(higher, MAGNITUDE_DIGITS, strict=False):
+        begin = begin << width | digit
+    later = begin << MAGNITUDE_DIGITS[known] + rest | torch.arange(2 ** MAGNITUDE_DIGITS[known]) << rest
+    around = torch.cat([later, later[:1] - 1, later[-1:] + (1 << rest)])  # the neighbours on both sides do not count
+    grads = [around.to(torch.int32).view(torch.float32)]
+    assert_counts(grads, higher)
+    assert (count(triton_kernels.count_magnitudes_, grads, higher)[:-2] == 1).all()
+
+
+def test_calls_do_not_add_up():
+    """The second call, of other gradients in the same memory, finds nothing of the first."""
+    grads = [torch.ones(SEGMENT), torch.ones(7)]
+    assert_counts(grads, [])
+    for g in grads:
+        g.mul_(3.0)
+    assert_counts(grads, [])
+    assert_counts([], [])
+    assert_counts([torch.ones(0)], [1016])
+
+
+def test_more_tiles_than_copies():
+    tiles = mask.COPIES.value + 3
+    g = torch.randn(tiles * SEGMENT, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    assert_counts([g], [])
+    assert_counts([g], digits(0.6875)[:1])
+
+
+def test_gradients_at_any_address():
+    """Elements that 16 bytes cannot be loaded of at once; digits that are not next to each other."""
+    grads = [torch.randn(SEGMENT + 3)[1:], torch.randn(20).to(torch.float16)[1:18]]
+    for known in range(3):
+        assert_counts(grads, digits(0.7)[:known])
+    counts, known = torch.zeros(1026, dtype=torch.int64), digits(0.7)[:2]
+    apart = torch.tensor([known[0], -1, known[1], -1])[::2]
+    triton_kernels.count_magnitudes_(counts, grads, apart)
+    assert torch.equal(counts, count(reference.count_magnitudes_, grads, known))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "sampled"),
+    [
+        ("random", torch.float32, True), ("tied", torch.float16, False), ("mostly zero", torch.bfloat16, True),
+        ("subnormal", torch.float32, False), ("many scales", torch.bfloat16, True),
+    ],
+)  # fmt: skip
+def test_the_kth_smallest(kind, dtype, sampled, monkeypatch):
+    """As test_selection.py has it for the other backends."""
+    monkeypatch.setattr(selection, "SAMPLED", 1000 if sampled else 10**9)
+    grads = make(kind, dtype)
+    rank = sum(g.numel() for g in grads) * 4 // 5
+    assert_exact(select(grads, rank, "triton"), grads, rank)
+
+
+# Totals.
+
+TURN = norm.LANES.value * norm.UNROLLED.value
+
+
+@pytest.mark.parametrize("length", [1, norm.LANES.value + 1, TURN, TURN + 1, 2 * TURN + 5])
+def test_a_total(length):
+    """All numbers, and no other; lane by lane, in float64, whatever the machine."""
+    generator = np.random.default_rng(7)
+    partials = generator.random(length + 9, dtype=np.float32) ** 8
+    partials[length:] = np.nan  # nobody wrote here
+    partials[length // 2] = -(2.0**-40)  # a sum of squares that overflowed, times 2^-160
+    out = torch.zeros(())
+    norm.total_kernel[(1,)](out, torch.from_numpy(partials), length)
+    lanes = np.zeros(norm.LANES.value)
+    for i in range(0, length, len(lanes)):
+        part = partials[i : min(length, i + len(lanes))].astype(np.float64)
+        lanes[: len(part)] += np.where(part < 0, part * -(2.0**160), part)
+    while len(lanes) > 1:
+        lanes = lanes[0::2] + lanes[1::2]
+    assert out.item() == np.float32(np.sqrt(lanes[0]))
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_total_that_is_not_finite(value):
+    partials = torch.ones(TURN + 3)
+    partials[TURN + 1] = value
+    out = torch.zeros(())
+    norm.total_kernel[(1,)](out, partials, TURN + 3)
+    assert np.array_equal(out.item(), value, equal_nan=True)
