@@ -130,14 +130,15 @@ def look_up(table: int, a: Array, c: Array, d: Array) -> Array:
 
 @op("LOP3", "ULOP3")
 def logic(b: Block, _: list[str], o: list[str], active: Array) -> None:
-    written, numbers, _taken = carries(b, ["", *o] if is_predicate(o[0]) else o)
+    written, numbers, taken = carries(b, ["", *o] if is_predicate(o[0]) else o)
     target = o[len(written)] if is_predicate(o[0]) else o[0]
     if is_predicate(o[0]):
         numbers = numbers[1:]
     value = look_up(int(numbers[3], 0), *(b.word(text) for text in numbers[:3]))
+    holds = np.logical_or.reduce([value != 0, *(b.predicate(text) for text in taken)])
     b.set(target, value, active)
     for text in written:
-        b.set_predicate(text, value != 0, active)
+        b.set_predicate(text, holds, active)
 
 
 @op("PLOP3", "UPLOP3")
@@ -342,8 +343,11 @@ def compare_halves(b: Block, suffixes: list[str], o: list[str], active: Array) -
 def from_half(b: Block, suffixes: list[str], o: list[str], active: Array) -> None:
     if "F32" not in suffixes or o[1] != "-RZ":
         raise Unknown("arithmetic of float16")
-    word = b.word(o[2].split(".")[0]) >> np.uint32(16 if "H1" in o[2] else 0)
-    b.set(o[0], u32(word.astype(np.uint16).view(np.float16).astype(np.float32)), active)
+    register = o[2].lstrip("-").strip("|").split(".")[0].strip("|")
+    word = b.word(register) >> np.uint32(16 if "H1" in o[2] else 0)
+    number = word.astype(np.uint16).view(np.float16).astype(np.float32)
+    number = np.abs(number) if "|" in o[2] else number
+    b.set(o[0], u32(-number if o[2].startswith("-") else number), active)
 
 
 @op("HFMA2")

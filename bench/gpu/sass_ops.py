@@ -159,7 +159,7 @@ def store(b: Block, suffixes: list[str], o: list[str], active: Array) -> None:
         b.shared[b.in_shared(address, size, active)[:, None] + np.arange(size)] = values
 
 
-@op("ATOMG", "RED")
+@op("ATOMG", "RED", "REDG")
 def atomic(b: Block, suffixes: list[str], o: list[str], active: Array) -> None:
     target, at, given = ("RZ", o[0], o[1]) if len(o) == 2 else o[1:4]
     wide = "64" in suffixes
