@@ -123,7 +123,7 @@ CASES = {
     "count, second digit": counting(1, F32, 4),
     "count, last digit": counting(2, F32, 4),
     "count bfloat16": counting(1, BF16, 2),
-    "sum of counts": Case(mask.sum_counts_kernel, dict(BITS=11), 0, 0, 64, warps=8),
+    "sum of counts": Case(mask.sum_counts_kernel, dict(BITS=11), 0, 0, 80, warps=8),
     "pack": Case(mask.pack_mask_kernel, dict(GRAD=F32, WIDTH=2, BY_ELEMENT=False) | FEW, 4, 0, 80),
     "amplify": Case(
         mask.amplify_kernel, dict(PARAM=F32, PREVIOUS=F32, WIDTH=3, BY_ELEMENT=False) | FEW, 8, 4,

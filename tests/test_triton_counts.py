@@ -6,7 +6,7 @@ Runs in a process of its own with TRITON_INTERPRET=1 (`make test-triton`).
 import numpy as np
 import pytest
 import torch
-from flatkern.triton_kernels import mask, norm
+from flatkern.triton_kernels import launch, mask, norm
 from flatkern.triton_kernels.plan import SEGMENT
 from test_selection import assert_exact, make, select
 
@@ -49,6 +49,24 @@ def test_elements_that_are_all_equal(value, dtype):
         assert_counts(grads, shared[:known])
     for other in ([0, 0], [2047]):
         assert_counts(grads, other)
+
+
+def test_an_interrupted_call_adds_nothing_to_the_next_one(monkeypatch):
+    """Counts stay in memory that the plan keeps; the kernel that sums them leaves zeros there."""
+    grads = [torch.linspace(-1, 1, n) for n in LENGTHS]
+    assert_counts(grads, [])
+    start = launch.Call.start
+
+    def interrupted(call, kernel, *rest):
+        if kernel is mask.sum_counts_kernel:
+            raise KeyboardInterrupt
+        start(call, kernel, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(launch.Call, "start", interrupted)
+        assert_counts(grads, [])
+    for _ in range(2):
+        assert_counts(grads, [])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -32,6 +32,8 @@ class Mismatch(ValueError):
 class Call:
     """One call: its groups, tables and device scalars, and how it launches."""
 
+    is_recorded = False
+
     def __init__(self, plan, device, width, stream, noise, words):
         self.plan, self.device, self.width, self.stream = plan, device, width, stream
         self.groups, self.tensors = plan.groups, plan.tensors
@@ -81,6 +83,8 @@ class Call:
 
 class Recorder(Call):
     """A call in a recording: what it would launch is a job for the compiler."""
+
+    is_recorded = True
 
     def start(self, kernel, programs, warps, arguments, constants, launchers=None):
         jobs.current.get().jobs.append(job(kernel, warps, arguments, constants()))

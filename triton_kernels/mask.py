@@ -109,28 +109,31 @@ def count_magnitudes_kernel(
 
 
 @triton.jit
-def sum_of_copies(first_copy, STRIDE: tl.constexpr):
-    """Of a block of pointers into the first copy of the counts."""
-    pointers = first_copy[None, :] + (tl.arange(0, COPIES) * STRIDE)[:, None]
+def take_copies(first_copy, mask, STRIDE: tl.constexpr):
+    """The sum of the copies of a block of counts, given as pointers into the first one. Leaves zeros."""
+    pointers, mask = first_copy[None, :] + (tl.arange(0, COPIES) * STRIDE)[:, None], mask[None, :]
+    counts = tl.load(pointers, mask=mask, other=0)
+    tl.store(pointers, tl.zeros_like(counts), mask=mask)
     # Unsigned, because a copy's share of 2^36 elements fits then.
-    return tl.sum(tl.load(pointers).to(tl.uint32, bitcast=True).to(tl.int64), axis=0)
+    return tl.sum(counts.to(tl.uint32, bitcast=True).to(tl.int64), axis=0)
 
 
 @kernel
 def sum_counts_kernel(counts, prefix, copies, padding, count, BITS: tl.constexpr):
-    """Sum the copies of the counts. `count` digits are known; `padding` lanes of all tiles are beyond tensors' ends."""
+    """Sum the copies of the counts, and leave zeros there for the next time. `count` digits are known; `padding` lanes
+    of all tiles are beyond tensors' ends."""
     STRIDE: tl.constexpr = (1 << BITS) + 2
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     digit = column_of(column, BITS, True)
-    found = sum_of_copies(copies + column, STRIDE)
+    found = take_copies(copies + column, column >= 0, STRIDE)
     one = tl.arange(0, 1)
-    low = sum_of_copies(copies + (1 << BITS) + one, STRIDE) - padding
-    infinite = sum_of_copies(copies + (1 << BITS) + 1 + one, STRIDE)
+    is_first = (tl.program_id(0) + one) == 0  # of the programs, which has the digit 0
+    low = take_copies(copies + (1 << BITS) + one, is_first, STRIDE) - padding
+    infinite = take_copies(copies + (1 << BITS) + 1 + one, is_first, STRIDE)
     # Low are those below the known digits; where these are zeros, nothing is below, and low are those with a digit 0.
     known = tl.load(prefix, mask=count > 0, other=0)
     known |= tl.load(prefix + tl.maximum(count - 1, 0), mask=count > 0, other=0)
     tl.store(counts + digit, tl.where((digit == 0) & (known == 0), low, found))
-    is_first = (tl.program_id(0) + one) == 0
     tl.store(counts + (1 << BITS) + one, tl.where(known == 0, 0, low), mask=is_first)
     tl.store(counts + (1 << BITS) + 1 + one, infinite, mask=is_first)
 
@@ -138,12 +141,16 @@ def sum_counts_kernel(counts, prefix, copies, padding, count, BITS: tl.constexpr
 def count_magnitudes_(counts, grads, prefix):
     """One step of a radix selection: a histogram of the next digit of |g|."""
     call = begin_call("count_magnitudes_", locals(), lists="grads", rows=False)
-    counts.zero_()  # for no tensors, and for a recording, whose caller looks at the counts though nothing is launched
+    if call is None or call.is_recorded:
+        counts.zero_()  # a recording's caller looks at the counts though nothing is launched
     if call is None:
         return
     known, prefix = prefix.numel(), prefix.contiguous()
     bits = MAGNITUDE_DIGITS[known]
-    copies = call.scratch("copies", COPIES.value * counts.numel(), torch.int32).zero_()
+    copies, scratch = call.scratch("copies", COPIES.value * counts.numel(), torch.int32), call.plan.scratch
+    if not scratch.get("are zeros"):
+        copies.zero_()  # they are new, or a call was interrupted
+    scratch["are zeros"] = False
     for group in call.groups:
         call.launch(
             count_magnitudes_kernel, group, (group.tiles, call.tensors, call.pointers, prefix, copies),
@@ -156,6 +163,7 @@ def count_magnitudes_(counts, grads, prefix):
     padding = call.once("padding", lambda: lanes - sum(g.numel() for g in grads))
     given = counts, prefix, copies, padding, known
     call.start(sum_counts_kernel, 2**bits // BLOCK.value, 8, given, lambda: dict(BITS=bits))
+    scratch["are zeros"] = True
 
 
 @triton.jit
