@@ -203,7 +203,7 @@ GOALS = (
     Goal(
         "host time of a call on 161 tensors",
         (60.0,), False, microseconds, lambda found: (host_time(found),),
-        always("64 to 103 us and the driver's part"),
+        always("12 to 50 us and the driver's part"),
     ),
     Goal(
         "a training step of a small GPT under bfloat16 autocast: rolling RWP against plain AdamW(fused)",
