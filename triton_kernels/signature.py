@@ -3,8 +3,8 @@
 A tensor can get other memory, another shape or another dtype without becoming another object (`p.data = x`, `set_`,
 `resize_`), and a storage can lose its memory, so nothing follows from an object being the one of last time. Both ways
 of reading compare everything; neither relies on a hash. What they return is opaque and hashable, and the very object of
-last time where nothing changed. Reading is most of what an unchanged call costs, 15 to 40 ns a tensor in flatkern._C and 170
-in Python: that is torch's price for a tensor's pointer, and it is paid so that no kernel writes to memory of others.
+last time where nothing changed. Reading is most of what an unchanged call costs, 15 to 40 ns a tensor in flatkern._C
+and 170 in Python: torch's price for a tensor's pointer, which is paid so that no kernel writes to memory of others.
 """
 
 import functools
