@@ -1,16 +1,19 @@
 """A call whose plan is the last call's repeats its launches: with what is new, and only where that is all there is."""
 
+import weakref
+
+import cases
 import pytest
 import stand_in_driver
 import torch
 
 driver = stand_in_driver.driver  # without Triton, nothing below is imported
 
-from flatkern.triton_kernels import devices, launch, signature, update  # noqa: E402
-from launching import SHORT, VARIANTS, WORDS, assert_as_a_first_call, forget, launched, make  # noqa: E402
+from flatkern.triton_kernels import cache, devices, launch, signature, update  # noqa: E402
+from launching import SHORT, VARIANTS, WORDS, assert_as_a_first_call, forget, launched, make, repeats  # noqa: E402
 from triton import knobs  # noqa: E402
 
-from flatkern import triton_kernels  # noqa: E402
+from flatkern import dispatch, triton_kernels  # noqa: E402
 from flatkern.ops import OPS  # noqa: E402
 
 
@@ -178,3 +181,50 @@ def test_keywords_are_those_of_the_op(spoil, driver):
     spoil(numbers)
     with pytest.raises(TypeError):
         triton_kernels.sgd_update_(*[values[a.name] for a in op.arguments if not a.keyword_only], **numbers)
+
+
+# Others at the same time.
+
+
+@pytest.mark.parametrize("where", ["bind", "set_table"])
+def test_a_call_in_the_middle_of_another_one(where, driver, monkeypatch):
+    """Of another thread, or of a signal handler: each writes its own norm, and so do all that follow."""
+    op, base = OPS["gradient_norm_"], make(OPS["gradient_norm_"], SHORT, "unit")
+    calls = [base | {"norm": torch.tensor(-1.0), "grad_weight": [k + 1.0] * len(SHORT)} for k in range(2)]
+
+    def written(call):
+        """Where the norm goes to."""
+        driver.launches = []
+        cases.call(dispatch.load(op, "triton"), op, call)
+        found = [dict(zip(x.signature, x.arguments, strict=True)).get("norm") for x in driver.launches]
+        (norm,) = [norm for norm in found if norm is not None]
+        return norm if isinstance(norm, int) else norm.data_ptr()
+
+    ours = [call["norm"].data_ptr() for call in calls]
+    for call in calls:
+        written(call)
+    holder = cache if where == "bind" else cache.LastCall
+    original, inner = getattr(holder, where), []
+
+    def interrupted(*args):
+        monkeypatch.setattr(holder, where, original)
+        outer = driver.launches
+        inner.append(written(calls[1]))
+        driver.launches = outer
+        return original(*args)
+
+    monkeypatch.setattr(holder, where, interrupted)
+    assert written(calls[0]) == ours[0] and inner == ours[1:]
+    assert [written(call) for call in (calls[1], calls[1], *calls)] == [ours[1], ours[1], *ours]
+
+
+def test_nothing_of_the_caller_is_kept(driver):
+    op = OPS["sgd_update_"]
+    values = make(op, SHORT, WORDS)
+    launched(driver, op, values)
+    assert repeats(op)
+    kept = weakref.ref(values["grad_scale"])
+    values["grad_scale"] = values["grad_scale"].clone()
+    launched(driver, op, values)
+    driver.launches = None
+    assert kept() is None

@@ -3,6 +3,7 @@
 Nothing is remembered that a call could not make again, and nothing is used that the call at hand does not confirm.
 """
 
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -124,10 +125,12 @@ def table_of(columns):
 class LastCall:
     """What an op was last called with for some tensors, the tables that were made of it, and what was launched.
 
-    Where to look for it is a guess; the next call compares all of it.
+    Where to look for it is a guess; the next call compares all of it. One call at a time, which holds the lock: another
+    thread's, or a signal handler's in the middle of this one, does without it.
     """
 
     def __init__(self, plan, device, stream, drawn, pointer_table, columns_of):
+        self.lock = Lock()
         self.plan, self.device, self.stream = plan, device, stream
         self.drawn = drawn  # index and offset
         self.pointer_table = pointer_table
@@ -162,8 +165,19 @@ class LastCall:
                 self.set_scalars(self.columns_of(values), numbers)
             self.reading = reading
 
+    def updated(self, reading, numbers, values):
+        """A LastCall that is up to date, and its tables: this one, or another one while this one is in use."""
+        if not self.lock.acquire(blocking=False):
+            own = LastCall(self.plan, self.device, self.stream, self.drawn, self.pointer_table, self.columns_of)
+            return own.updated(reading, numbers, values)
+        try:
+            self.update(reading, numbers, values)
+            return self, self.tables
+        finally:
+            self.lock.release()
+
     def set_table(self, name, array):
-        # A new dict: another thread may be launching with the old one.
+        # A new dict: another thread may still be launching with the old one.
         self.tables = {**self.tables, name: devices.upload(array, self.device)}
 
     def set_scalars(self, columns, numbers):
@@ -199,32 +213,39 @@ class LastCall:
         `tensors` are the call's, in the schema's order, and `values` its host scalars by name. Where it comes out False
         nothing has changed, and `begin_call` finds out why.
         """
-        if not devices.is_ready(self.device, self.stream) or is_watched():
+        if not devices.is_ready(self.device, self.stream) or is_watched() or not self.lock.acquire(blocking=False):
             return False
+        try:
+            tables, bound = self.bound_for(cache, tensors, values)
+        finally:
+            self.lock.release()
+        for run, given in bound or ():
+            run(*given)
+        del tables  # they stay until everything is launched
+        return bound is not None
+
+    def bound_for(self, cache, tensors, values):
+        """The tables of a call, and its launches with all of their arguments; None and None where it is not alike."""
         try:
             reading = signature.read(tensors, self.reading)
             if reading[2] is not self.reading[2]:
-                return False
+                return None, None
             given, numbers = cache.numbers_of(values), self.numbers
             if numbers is None or not signature.same_numbers(given, numbers):
                 numbers = signature.checked_numbers(given, len(tensors[cache.first]), numbers)
                 if signature.drawn_of(values) != self.drawn:
-                    return False
+                    return None, None
             words = cache.words_of(tensors)
             signed = self.signed if words == self.words else signature.signed(words or [])
         except signature.UNREADABLE:
-            return False
+            return None, None
         self.update(reading, numbers, values)
-        tables, bound = self.tables, self.bound  # these tables stay until everything is launched
-        devices.set_aside(self.plan, tables, self.device)
-        if bound is None or words != self.words:
+        devices.set_aside(self.plan, self.tables, self.device)
+        if self.bound is None or words != self.words:
             self.bound = None
             bound = bind(self.launches, self.stream, self.replaced(cache, tensors, signed, reading))
             self.bound, self.words, self.signed = bound, words, signed
-        for run, given in bound:
-            run(*given)
-        del tables
-        return True
+        return self.tables, self.bound
 
     def replaced(self, cache, tensors, words, reading):
         """What every call has its own of, as integers: TABLES, the noise's words, and single tensors."""

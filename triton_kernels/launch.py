@@ -176,8 +176,7 @@ def begin_call(name, values, lists, rows, scalars=None):
     if captured:
         tables = last.captured_tables(plan, reading, copies, values)
     else:
-        last.update(reading, copies, values)
-        tables = last.tables
+        last, tables = last.updated(reading, copies, values)
         devices.set_aside(plan, tables, device)
     call.pointers, call.scalars = tables["pointers"], tables.get("scalars")
     begun = _begun.get()

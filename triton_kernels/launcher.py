@@ -95,6 +95,7 @@ def templates(launches, values, plan):
         integers, replaced = list(arguments), []
         for k, argument in enumerate(arguments):
             if id(argument) in places:
+                integers[k] = None  # nothing of the caller's is kept
                 replaced.append((k, places[id(argument)]))
             elif id(argument) in owned:
                 integers[k] = argument.data_ptr()
