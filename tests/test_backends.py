@@ -216,10 +216,13 @@ def test_makes_no_tensor_and_keeps_nothing(op, backend, heap):
     tensors = [t for _, given in lists(op, values) for t in given]
     pointers, counts = [t.data_ptr() for t in tensors], [sys.getrefcount(t) for t in tensors]
 
-    used = heap()
-    for _ in range(200):
-        run(op, backend, values)
-    assert heap() - used < 200 * 16
+    grown = []
+    for _ in range(3):  # other threads may allocate meanwhile, but not each time
+        used = heap()
+        for _ in range(200):
+            run(op, backend, values)
+        grown.append(heap() - used)
+    assert min(grown) < 200 * 16
     assert [t.data_ptr() for t in tensors] == pointers
     assert [sys.getrefcount(t) for t in tensors] == counts
 
