@@ -34,7 +34,7 @@ SANITIZE_TESTS ?= tests/test_backends.py tests/test_noise.py tests/test_describe
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env build demo test test-triton test-cuda check format bench gpu gpu-report gpu-model sanitize wheel-check wheel-cuda show clean
+.PHONY: help env build demo test test-matrix test-triton test-cuda check format bench gpu gpu-report gpu-model sanitize wheel-check wheel-cuda show clean
 
 NATIVE := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 TREE := $(CURDIR)/build/tree
@@ -162,14 +162,23 @@ gpu-model: build ## what a GPU should make of the Triton kernels, by their compi
 PYTEST = $(RUN) -m pytest \
   $$($(call has,xdist) && echo "-n $(JOBS) --dist worksteal") $$($(call has,pytest_benchmark) && echo --benchmark-disable)
 
-test: build check ## build, check, every test (the wheel's too)
+# What takes minutes and seldom finds what `test` does not: Triton's kernels for other architectures than sm_90, and their
+# machine code, executed.
+MATRIX := test_triton_code or (test_triton_compile and (sm_80 or sm_100 or amd))
+
+test: build check ## build, check, every test (the wheel's too) but those of test-matrix
 	@$(call has,pytest) || { echo "error: pytest is not installed for $(PY)" >&2; exit 1; }
 	@$(if $(ARGS),,$(PYTEST) -q bench)
 	@$(if $(ARGS),,$(MAKE) --no-print-directory test-triton)
-	@$(PYTEST) $(ARGS)
+	@$(PYTEST) $(or $(ARGS),-k "not ($(MATRIX))")
+
+test-matrix: $(READY) ## Triton's kernels for other architectures, and their machine code executed on the CPU
+	@if $(call has,triton) && $(call has,pytest); then \
+	  CUDA_VISIBLE_DEVICES= $(PYTEST) -q -k "$(MATRIX)" tests/test_triton_compile.py tests/test_triton_code.py $(ARGS); \
+	else echo "not checked: other architectures (triton is not installed)"; fi
 
 # Where there is a GPU, kernels that these compile for a stand-in would be launched on it.
-WITHOUT_GPU := tests/test_host.py tests/test_warm_up.py tests/test_triton_model.py tests/test_triton_code.py
+WITHOUT_GPU := tests/test_host.py tests/test_warm_up.py tests/test_triton_model.py
 
 # The interpreter has to be chosen before triton is imported, so this is a process of its own. There is a triton for few
 # platforms only.
