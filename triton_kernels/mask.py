@@ -9,7 +9,7 @@ from flatkern.checks import MAGNITUDE_DIGITS
 from . import tile
 from .job import kernel
 from .launch import begin_call, repeatable
-from .update import amplified, mask_bits
+from .update import amplified, bytes_of_rows, mask_bits
 
 COPIES = tl.constexpr(32)  # of the counts
 BLOCK = tl.constexpr(512)  # counts that a program sums
@@ -169,11 +169,9 @@ def count_magnitudes_(counts, grads, prefix):
 @triton.jit
 def store_bits(tensors, base, at, bits, ROWS: tl.constexpr, FIRST: tl.constexpr, BYTES: tl.constexpr):
     """Store [ROWS, 8 BYTES] bits of a tile's rows from their byte FIRST on."""
-    stride = (tile.field(tensors, at.k, tile.COLUMNS_OF) + 7) // 8
-    r, c = tl.arange(0, ROWS), at.column // 8 + FIRST + tl.arange(0, BYTES)
+    places, there = bytes_of_rows(tensors, at, ROWS, FIRST, BYTES)
     eights = tl.reshape(bits << (tl.arange(0, 8 * BYTES) % 8)[None, :], [ROWS, BYTES, 8])
-    there = tile.row_mask(at, ROWS)[:, None] & (c < stride)[None, :]
-    tl.store(base + (at.row + r)[:, None] * stride + c[None, :], tl.sum(eights, axis=2).to(tl.uint8), mask=there)
+    tl.store(base + places, tl.sum(eights, axis=2).to(tl.uint8), mask=there)
 
 
 @kernel

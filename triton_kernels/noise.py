@@ -166,11 +166,8 @@ def fill_normal_kernel(
     SHAPES: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     at = tile.tile_coordinates(tiles, tensors, EVEN, LONG)
-    lists, key, counters = (
-        pointers + WIDTH * at.k,
-        key_of(noise, seed, stream, round_),
-        counters_of(tensors, at, SHIFTED),
-    )
+    lists, key = pointers + WIDTH * at.k, key_of(noise, seed, stream, round_)
+    counters = counters_of(tensors, at, SHIFTED)
     for shape in tl.static_range(len(SHAPES)):
         if at.shape == shape:
             ROWS: tl.constexpr = SHAPES[shape][0]

@@ -54,6 +54,15 @@ def adam_rule(p, g, m, v, s, derived, DECOUPLED: tl.constexpr):
 
 
 @triton.jit
+def bytes_of_rows(tensors, at, ROWS: tl.constexpr, FIRST: tl.constexpr, BYTES: tl.constexpr):
+    """Where the bytes of a mask of bits are, BYTES of each row of a tile from byte FIRST on, and which are there."""
+    stride = (tile.field(tensors, at.k, tile.COLUMNS_OF) + 7) // 8
+    r, c = tl.arange(0, ROWS), at.column // 8 + FIRST + tl.arange(0, BYTES)
+    there = tile.row_mask(at, ROWS)[:, None] & (c < stride)[None, :]
+    return (at.row + r)[:, None] * stride + c[None, :], there
+
+
+@triton.jit
 def mask_bits(
     tensors, lists, at, where, AT: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
     BY_ELEMENT: tl.constexpr,
@@ -64,10 +73,8 @@ def mask_bits(
     if BY_ELEMENT:
         return tl.load(base + where.start + where.inside, mask=where.mask, other=0) != 0
     else:
-        stride = (tile.field(tensors, at.k, tile.COLUMNS_OF) + 7) // 8
-        r, c = tl.arange(0, ROWS), at.column // 8 + FIRST // 8 + tl.arange(0, COLUMNS // 8)
-        there = tile.row_mask(at, ROWS)[:, None] & (c < stride)[None, :]
-        bytes_ = tl.load(base + (at.row + r)[:, None] * stride + c[None, :], mask=there, other=0).to(tl.int32)
+        places, there = bytes_of_rows(tensors, at, ROWS, FIRST // 8, COLUMNS // 8)
+        bytes_ = tl.load(base + places, mask=there, other=0).to(tl.int32)
         bits = (bytes_[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
         return tl.reshape(bits, [ROWS, COLUMNS]) != 0
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from flatkern.triton_kernels.plan import SEGMENT
 
 from bench.gpu import sass, silent_driver
 from bench.gpu.disassembly import Code, read
 
-SEGMENT = 4096  # elements of a tile of what is walked without regard to rows
 PACKED = {"i1": "B", "i8": "b", "i16": "h", "i32": "i", "u32": "I", "i64": "q", "u64": "Q", "fp32": "f", "fp64": "d"}
 # Of an H100 and an H200: what a multiprocessor has for its blocks.
 REGISTERS, MOST_WARPS, MOST_BLOCKS, SHARED = 65536, 64, 32, 228 << 10
