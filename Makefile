@@ -193,7 +193,7 @@ test-triton: $(READY) ## the Triton kernels in Triton's interpreter (no GPU need
 # is emulated (tests/cuda_emulation).
 HAS_NVCC = $(call has,setuptools) && $(PY) -c 'import runpy; runpy.run_path("setup.py")["find_nvcc"]()' 2> /dev/null
 COMPILED_CUDA_TESTS := $(wildcard tests/test_cuda_compile.py tests/test_cuda_code.py tests/test_cuda_wheel.py)
-EMULATED_CUDA_TESTS := $(filter-out $(COMPILED_CUDA_TESTS) tests/test_cuda_build.py,$(wildcard tests/test_cuda*.py))
+EMULATED_CUDA_TESTS := $(filter-out $(COMPILED_CUDA_TESTS) tests/test_cuda_build.py,$(wildcard tests/test_cuda*.py)) tests/test_capturable.py
 test-cuda: $(READY) ## the CUDA kernels: emulated on the CPU, and compiled where nvcc is (no GPU needed)
 	@$(call has,pytest) || { echo "error: pytest is not installed for $(PY)" >&2; exit 1; }
 	@if $(CAN_COMPILE); then $(MAKE) --no-print-directory checked-cuda; \

@@ -105,6 +105,9 @@ def emulated():
     yield module
     module.set_schedule("")
     module.set_current_device(0)
+    module.capturing(False)
+    module.launch_nothing(False)
+    module.watch(None)
     module.noise_is_on_device(False)
     module.steps_are_on_host(False)
 

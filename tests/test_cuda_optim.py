@@ -171,8 +171,3 @@ def test_what_needs_a_missing_kernel_is_refused_when_made(make, op, emulated):
     with pytest.raises(RuntimeError, match=f"^{op}: .*cuda has no such kernel in this version; use backend=None"):
         make(p)
     assert emulated.launch_count() == count and p._version == version and p.eq(1).all()
-
-
-def test_cuda_graphs_are_refused_when_made(emulated):
-    with pytest.raises(ValueError, match="CUDA graphs need the triton backend, and cuda serves cpu"):
-        flatkern.SGD([torch.nn.Parameter(torch.ones(3))], backend="cuda", capturable=True)

@@ -18,8 +18,13 @@ struct NormsArguments {
 };
 
 constexpr int kEights = 4;
-const Walk kNorms = {
-    "filter_norms_", NormsArguments<kSmall>::kTensors, NormsArguments<kLarge>::kTensors, kEights, kResident, true};
+const Walk kNorms = {"filter_norms_",
+                     NormsArguments<kSmall>::kTensors,
+                     NormsArguments<kLarge>::kTensors,
+                     kEights,
+                     kResident,
+                     true,
+                     false};
 
 template <class T, int kThreads, bool kWhole, class Args, class Sums>
 FK_DEVICE void norms_tile(const Args& a, const Tile& t, Sums& sums) {
@@ -67,8 +72,8 @@ void run(const FilterNorms& a, const Plan& plan, Stream stream) {
         args.codes[i] = static_cast<uint8_t>(code_of(a.params[k].dtype));
       }
       start(kNorms.op,
-            launch.threads > kShortThreads ? norms_kernel<T, kLongThreads, decltype(args)>
-                                           : norms_kernel<T, kShortThreads, decltype(args)>,
+            launch.threads > kShortThreads ? kernel<norms_kernel<T, kLongThreads, decltype(args)>>
+                                           : kernel<norms_kernel<T, kShortThreads, decltype(args)>>,
             launch.count, launch.threads, stream, args);
     });
   }
@@ -116,7 +121,8 @@ const Walk kGradient = {"gradient_norm_",
                         GradientArguments<kLarge>::kTensors,
                         kEights,
                         kSegment,
-                        false};
+                        false,
+                        true};
 
 // The squares of a thread's elements, in float64: those of large gradients are beyond float32.
 template <class T, bool kWhole, class Args>
@@ -198,7 +204,7 @@ void run(const GradientNorm& a, const Plan& plan, Stream stream) {
         const DType clean = a.clean_grads ? a.clean_grads[k].dtype : a.grads[k].dtype;
         args.codes[i] = static_cast<uint8_t>(code_of(a.grads[k].dtype) | code_of(clean) << 2);
       }
-      start(kGradient.op, gradient_kernel<T, decltype(args)>, launch.count, launch.threads, stream, args);
+      start(kGradient.op, kernel<gradient_kernel<T, decltype(args)>>, launch.count, launch.threads, stream, args);
     });
     first += launch.count;
   }

@@ -13,7 +13,8 @@ const Walk kPerturb = {"perturb_gaussian_",
                        PerturbArguments<kLarge>::kTensors,
                        kEights,
                        kResident,
-                       true};
+                       true,
+                       false};
 
 template <class Args>
 void fill(Args& a, const PerturbLists& lists, const Plan& plan, const Launch& launch, bool measures) {
@@ -45,8 +46,8 @@ void run(const char* op, const PerturbLists& lists, const Plan& plan, const std:
       Args a;
       fill(a, lists, plan, launch, measures);
       start(op,
-            launch.eights == kEights ? perturb_kernel<Types, kShortThreads, kBlocks, kEights, Args>
-                                     : perturb_kernel<Types, kLongThreads, 1, kLongEights, Args>,
+            launch.eights == kEights ? kernel<perturb_kernel<Types, kShortThreads, kBlocks, kEights, Args>>
+                                     : kernel<perturb_kernel<Types, kLongThreads, 1, kLongEights, Args>>,
             launch.count, launch.threads, stream, a);
     });
   }
@@ -100,7 +101,7 @@ struct RestoreArguments {
 
 constexpr int kRestoreEights = 4;
 const Walk kRestore = {
-    "restore_", RestoreArguments<kSmall>::kTensors, RestoreArguments<kLarge>::kTensors, kRestoreEights, kSegment,
+    "restore_", RestoreArguments<kSmall>::kTensors, RestoreArguments<kLarge>::kTensors, kRestoreEights, kSegment, false,
     false};
 
 template <class T, bool kWhole, class Args>
@@ -135,7 +136,7 @@ void run_restore(const Restore& a, const Plan& plan, Stream stream) {
         args.backups[i] = a.backups[k].data;
         args.codes[i] = static_cast<uint8_t>(code_of(a.params[k].dtype) | code_of(a.backups[k].dtype) << 2);
       }
-      start(kRestore.op, restore_kernel<T, decltype(args)>, launch.count, launch.threads, stream, args);
+      start(kRestore.op, kernel<restore_kernel<T, decltype(args)>>, launch.count, launch.threads, stream, args);
     });
   }
 }
