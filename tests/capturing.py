@@ -246,7 +246,7 @@ class CudaLaunches:
 class Tape(TorchDispatchMode):
     """A poor man's graph: records what runs inside; `replay` runs it again, each result written where it was.
 
-    Memory that was allocated inside holds other numbers before every replay, as a graph's own may. With `runs=False`
+    What is allocated inside holds NaN at every replay, as a graph's own memory may. With `runs=False`
     what is recorded has no effect, as in a capture: no kernel is started, and what torch wrote is as before in the end.
     """
 
@@ -276,7 +276,10 @@ class Tape(TorchDispatchMode):
         results = func(*args, **kwargs)
         if not self.runs:
             self.remember(results, older=False)
-        self.calls.append(lambda: self.again(results, func(*args, **kwargs)))
+        if func.overloadpacket.__name__.startswith(("empty", "new_empty")):
+            self.calls.append(lambda: results.untyped_storage().fill_(255))  # NaN, and -1
+        else:
+            self.calls.append(lambda: self.again(results, func(*args, **kwargs)))
         return results
 
     def remember(self, tree, older):

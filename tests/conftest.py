@@ -23,7 +23,7 @@ if INTERPRETING:
 
 # `make test-cuda` builds what these look at, and names it.
 if not os.environ.get("FLATKERN_CUDA_EMULATION"):
-    collect_ignore += [f"test_cuda{part}.py" for part in ("", "_emulation", "_launches", "_optim", "_code")]
+    collect_ignore += [f"test_cuda{part}.py" for part in ("", "_capture", "_emulation", "_launches", "_optim", "_code")]
 if not os.environ.get("FLATKERN_CUDA_BUILD"):
     collect_ignore += ["test_cuda_compile.py", "test_cuda_code.py", "test_cuda_wheel.py"]
 

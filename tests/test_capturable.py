@@ -14,9 +14,11 @@ import pickle
 import types
 import weakref
 
+import captures
 import pytest
 import torch
-from capturing import METHODS, RULES, Run, Tape, Watch, assert_same, runs_on_the_cpu
+from captures import LONG, METHODS, say_that_it_is_captured
+from capturing import RULES, Tape, Watch, assert_same
 from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -25,35 +27,8 @@ from flatkern.optim.groups import Groups, Setup
 from flatkern.optim.scalars import OnDevice
 from flatkern.schedules import PerturbationScheduler
 
-BACKENDS = [name for name in ("triton", "cuda") if runs_on_the_cpu(name)]
-if not BACKENDS:
-    pytest.skip(
-        "needs TRITON_INTERPRET=1, as make test-triton sets it, or FLATKERN_CUDA_EMULATION, as make test-cuda does",
-        allow_module_level=True,
-    )
-
+backend, training = captures.backend, captures.training
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
-
-# Rows that are cut into segments.
-LONG = {"triton": 8208, "cuda": 32776}
-METHODS = {m: METHODS[m] for m in METHODS if "triton" in BACKENDS or not ("SAM" in m or "IRE" in m)}  # not all kernels
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request, monkeypatch):
-    """Noise is read by its kernels where it lies, as on a GPU."""
-    if request.param == "cuda":
-        request.getfixturevalue("emulated").noise_is_on_device(True)
-    else:
-        from flatkern.triton_kernels import devices
-
-        monkeypatch.setattr(devices, "on_host", lambda noise: False)
-    return request.param
-
-
-@pytest.fixture
-def training(backend):
-    return functools.partial(Run, backend=backend)
 
 
 @pytest.fixture
@@ -410,13 +385,7 @@ def test_refused(make, text, backend):
 
 @pytest.fixture
 def under_way(monkeypatch):
-    """Switches on what the optimizers ask before they do what a graph must not repeat."""
-
-    def switch_on():
-        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-
-    yield switch_on
+    yield functools.partial(say_that_it_is_captured, monkeypatch)
     monkeypatch.undo()
 
 

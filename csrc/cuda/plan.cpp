@@ -226,8 +226,7 @@ std::shared_ptr<const Plan> make_plan(const Walk& walk, std::shared_ptr<const Ta
   const size_t partials = parts.add(2 * t.partials * sizeof(double)), norms = parts.add(t.long_rows * sizeof(float));
   const size_t sums = parts.add((walk.totals ? t.tiles : 0) * sizeof(double));
   if (parts.size > 0) plan->scratch = allocate(place.device, parts.size);
-  plan->stream = place.stream;
-  plan->captured = place.captured;
+  plan->place = place;
   plan->zeros = place.captured ? plan->scratch.at<uint32_t>(zeros) : t.zeros;
   plan->long_rows = {t.rows, plan->scratch.at<double>(partials), plan->zeros, plan->scratch.at<float>(norms),
                      t.partials};
@@ -267,11 +266,11 @@ Plan::Plan(const Walk& walk, std::shared_ptr<const Tables> given)
       segments(tables->segments),
       blocks(tables->blocks),
       tiles(tables->tiles),
-      zero_count(count_zeros(walk, *tables)),
-      op(walk.op) {}
+      zero_count(count_zeros(walk, *tables)) {}
 
 Launching::Launching(const Plan& plan) : lock_(plan.in_use) {
-  if (plan.captured && plan.zero_count > 0) clear(plan.op, plan.zeros, plan.zero_count, plan.stream);
+  const Place& place = plan.place;
+  if (place.captured && plan.zero_count > 0) clear(place.op, plan.zeros, plan.zero_count, place.stream);
 }
 
 Place place_of(const char* op, const Table& like) {
@@ -281,7 +280,7 @@ Place place_of(const char* op, const Table& like) {
     throw WrongDevice(std::string(op) + ": device " + std::to_string(current) + " is current, but the tensors are on " +
                       std::to_string(device));
   const Stream stream = current_stream(device);
-  return {device, stream, is_capturing(stream)};
+  return {op, device, stream, is_capturing(stream)};
 }
 
 std::shared_ptr<const Plan> find_plan(const Walk& walk, const Call& call, const Place& place) {
@@ -301,7 +300,7 @@ std::shared_ptr<const Plan> find_plan(const Walk& walk, const Call& call, const 
   std::list<Known>& plans = known[&walk];
   // Outside of a capture another stream has other tables, whose upload it need not wait for.
   const auto found = std::find_if(plans.begin(), plans.end(), [&](const Known& k) {
-    return (place.captured || k.plan->stream == place.stream) && k.key == key;
+    return (place.captured || k.plan->place.stream == place.stream) && k.key == key;
   });
   if (found != plans.end()) {
     plans.splice(plans.begin(), plans, found);
@@ -311,11 +310,11 @@ std::shared_ptr<const Plan> find_plan(const Walk& walk, const Call& call, const 
   }
   if (place.captured)
     throw LaunchError(
-        std::string(walk.op) +
+        std::string(place.op) +
         ": a CUDA graph captures a call whose tables are not on the device yet; run the same steps on the "
         "same tensors before the capture, as torch.cuda.graph asks");
   auto plan = make_plan(walk, make_tables(walk, forms, place.device), place);
-  if (plan->zero_count > 0) prepare_clear(walk.op);  // for captures, in which no kernel can be loaded
+  if (plan->zero_count > 0) prepare_clear(place.op);  // for captures, in which no kernel can be loaded
   plans.push_front({std::move(key), std::move(plan), false});
   drop_oldest(plans);
   return plans.front().plan;

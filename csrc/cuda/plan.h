@@ -56,6 +56,14 @@ struct Tables {
   Buffer memory;
 };
 
+// The operation, the device and the stream of a call.
+struct Place {
+  const char* op;
+  int device;
+  Stream stream;
+  bool captured;  // into a CUDA graph: nothing runs before its replays
+};
+
 // The tables of a call, and memory of its stream's. Two kernels that may run at the same time never share a plan.
 struct Plan {
   Plan(const Walk& walk, std::shared_ptr<const Tables> tables);
@@ -73,9 +81,7 @@ struct Plan {
   uint32_t* words = nullptr;    // Walk::words of them, for whatever the operation counts
   double* sums = nullptr;       // one for each tile; not zero
 
-  const char* op;
-  Stream stream = nullptr;
-  bool captured = false;      // for one call, in a graph, whose first kernel clears `zeros`
+  Place place = {};           // if it is captured, the plan is for one call, whose first kernel clears `zeros`
   Buffer scratch;             // of a graph's it is given back behind the call, as all that torch allocates in a capture
   mutable std::mutex in_use;  // from a call's first launch to its last: what one leaves in `scratch` the next one needs
 };
@@ -90,12 +96,7 @@ class Launching {
   std::lock_guard<std::mutex> lock_;
 };
 
-// The device and the stream of a call. Throws WrongDevice where another device is current.
-struct Place {
-  int device;
-  Stream stream;
-  bool captured;  // into a CUDA graph: nothing runs before its replays
-};
+// Throws WrongDevice where another device is current.
 Place place_of(const char* op, const Table& like);
 
 // The plan of a call; made, and its tables uploaded, where there is none. In a capture nothing can be uploaded:
