@@ -12,7 +12,7 @@ import pytest
 import torch
 from capturing import Tape
 from compare import assert_within
-from emulated import RICHEST, every_op, needs_emulation
+from emulated import CUDA, RICHEST, every_op, needs_emulation
 from test_backends import assert_same_bits, make, run
 
 import flatkern
@@ -98,6 +98,10 @@ def test_graphs_and_calls_share_nothing(op, device, emulated, monkeypatch):
     """Two graphs and a call outside, of the same shapes, launch by launch in turn, as if at the same time."""
     emulated.noise_is_on_device(True)
     runs = [warmed(op) for _ in range(3)]
+    for k, values in enumerate(runs):  # each has sums of its own
+        for name in ("params", "backups", "masters", "grads", "clean_grads"):
+            for t in values.get(name) or []:
+                t.mul_(1 + k)
     tapes = [captured(op, values, monkeypatch) for values in runs[:2]]
     outside = []
     emulated.watch(lambda *launch: outside.append(lambda: emulated.run_again(*launch)))
