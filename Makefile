@@ -180,11 +180,14 @@ test-matrix: $(READY) ## Triton's kernels for other architectures, and their mac
 # Where there is a GPU, kernels that these compile for a stand-in would be launched on it.
 WITHOUT_GPU := tests/test_host.py tests/test_warm_up.py tests/test_triton_model.py
 
+# By Triton's kernels and by the CUDA kernels.
+CAPTURES := tests/test_capturable.py tests/test_failed_captures.py
+
 # The interpreter has to be chosen before triton is imported, so this is a process of its own. There is a triton for few
 # platforms only.
 test-triton: $(READY) ## the Triton kernels in Triton's interpreter (no GPU needed; part of `test`)
 	@if $(call has,triton) && $(call has,pytest); then \
-	  TRITON_INTERPRET=1 $(PYTEST) -q tests/test_triton.py tests/test_triton_counts.py tests/test_capturable.py $(ARGS); \
+	  TRITON_INTERPRET=1 $(PYTEST) -q tests/test_triton.py tests/test_triton_counts.py $(CAPTURES) $(ARGS); \
 	else echo "not checked: Triton kernels (triton is not installed)"; fi
 	@$(if $(ARGS),,if $(call has,triton) && $(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  CUDA_VISIBLE_DEVICES= $(PYTEST) -q $(WITHOUT_GPU); fi)
@@ -193,7 +196,7 @@ test-triton: $(READY) ## the Triton kernels in Triton's interpreter (no GPU need
 # is emulated (tests/cuda_emulation).
 HAS_NVCC = $(call has,setuptools) && $(PY) -c 'import runpy; runpy.run_path("setup.py")["find_nvcc"]()' 2> /dev/null
 COMPILED_CUDA_TESTS := $(wildcard tests/test_cuda_compile.py tests/test_cuda_code.py tests/test_cuda_wheel.py)
-EMULATED_CUDA_TESTS := $(filter-out $(COMPILED_CUDA_TESTS) tests/test_cuda_build.py,$(wildcard tests/test_cuda*.py))
+EMULATED_CUDA_TESTS := $(filter-out $(COMPILED_CUDA_TESTS) tests/test_cuda_build.py,$(wildcard tests/test_cuda*.py)) $(CAPTURES)
 test-cuda: $(READY) ## the CUDA kernels: emulated on the CPU, and compiled where nvcc is (no GPU needed)
 	@$(call has,pytest) || { echo "error: pytest is not installed for $(PY)" >&2; exit 1; }
 	@if $(CAN_COMPILE); then $(MAKE) --no-print-directory checked-cuda; \
