@@ -231,7 +231,7 @@ def test_the_lists():
     def asked(words, dry=False):
         return run.chosen(stages.STAGES, stages.LISTS, words, dry)
 
-    assert list(asked("")) == ["build", "smoke", "tests", "warm", "keys", "ncu", "cuda"]
+    assert list(asked("")) == ["build", "smoke", "tests", "warm", "keys", "ncu", "parameters"]
     assert list(asked("", dry=True)) == [stage.name for stage in stages.STAGES]
     assert asked("second")["warm"] == 30 and asked("first")["warm"] == 110
     assert list(asked("sweep smoke")) == ["build", "smoke", "warm", "sweep"]
@@ -455,19 +455,24 @@ WRONG = "print('========= ERROR SUMMARY: 3 errors', flush=True); raise SystemExi
     [
         ([TOOL, *sanitize.options("memcheck"), "true"], 20, (0, "")),
         ([TOOL, *sanitize.options("racecheck"), "true"], 20, (0, "")),
+        ([TOOL, *sanitize.options("initcheck"), "true"], 20, (0, "")),
         ([TOOL, "--tool", "memcheck", "sh", "-c", "echo broken; exit 5"], 20, (None, "failed under it .exit status 5")),
         ([sys.executable, "-S", "-c", WRONG], 20, (3, "")),
         (["true"], 20, (None, "printed no summary")),
         (["sleep", "50"], 0.2, (None, "stopped after 0 s")),
         (["/no/such/tool"], 20, (None, "cannot be started")),
     ],
-    ids=["memcheck", "racecheck", "program fails", "errors", "no summary", "hangs", "absent"],
+    ids=["memcheck", "racecheck", "initcheck", "program fails", "errors", "no summary", "hangs", "absent"],
 )
 def test_sanitizer(tmp_path, command, seconds, expected):
     log = out.File(tmp_path / "sanitizer.log")
-    errors, reason = sanitize.check(command, seconds, log)
+    beside = [sys.executable, "-S", "-c", "print('========= ERROR SUMMARY: 1 error')"]
+    found = sanitize.check_all({"tool": command, "another": beside}, seconds, log)
+    errors, reason, _ = found["tool"]
     assert errors == expected[0] and re.search(expected[1], reason)
-    assert (tmp_path / "sanitizer.log").read_text().startswith(f"$ {command[0]}")
+    assert found["another"][0] == 1 or command[0] == "sleep"
+    if command[0] != "/no/such/tool":
+        assert (tmp_path / "sanitizer.log").read_text().startswith(f"[tool] $ {command[0]}")
 
 
 def test_sanitizer_without_the_tool(tmp_path, monkeypatch, capsys):
@@ -476,7 +481,7 @@ def test_sanitizer_without_the_tool(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FLATKERN_GPU_OUT", str(tmp_path / "nowhere"))  # its log cannot be written either
     assert sanitize.main([]) == 1
     *found, sentence = capsys.readouterr().out.splitlines()
-    assert [json.loads(line[2:])["errors"] for line in found] == [None, None]
+    assert [json.loads(line[2:])["errors"] for line in found] == [None] * len(sanitize.TOOLS)
     assert "compute-sanitizer is not installed" in sentence and "sanitizer.log could not be written" in sentence
 
 

@@ -166,10 +166,10 @@ def races(stage: str) -> float | None:
     from bench.gpu import racing, wanted
     from bench.models import MODELS
 
-    if stage not in ("keys", "cuda", "rivals", "sweep"):
+    if stage not in ("keys", "rivals", "hints", "sweep"):
         return None
     seconds = 0.0
-    for race in wanted.STAGES[stage]():
+    for race in wanted.hints() if stage == "hints" else wanted.STAGES[stage]():
         for entry in race.entries:
             if entry.label == "compiled":
                 seconds += racing.COMPILING

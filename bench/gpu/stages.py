@@ -69,20 +69,22 @@ STAGES = (
     Stage("tests", "tests/test_gpu.py", module="suite", beside=True, correct=True),
     Stage("warm", "compile what the later stages need", enough="ended", patience=2, beside=True,
           interpreted=False),
-    Stage("keys", "the races that the goals are about", needs=WARM),
+    Stage("keys", "the races that the goals are about, by Triton's kernels and by the CUDA kernels", needs=WARM),
     Stage("ncu", "counters of the main kernels by Nsight Compute", module="counters", needs=WARM),
-    Stage("cuda", "the CUDA kernels beside Triton's", needs=WARM),
+    Stage("parameters", "arguments by value, of 0.1 to 32 KB: launches, graphs", interpreted=False),
     Stage("rivals", "the other candidates of the races", needs=WARM),
     Stage("e2e", "a small GPT in training", needs=WARM),
-    Stage("sweep", "sizes of tiles", needs=WARM),
-    Stage("sanitizer", "memcheck and racecheck of compute-sanitizer", module="sanitize", needs=WARM, correct=True),
+    Stage("hints", "the CUDA kernels with cache hints and without", needs=WARM),
+    Stage("sweep", "sizes of Triton's tiles", needs=WARM),
+    Stage("sanitizer", "memcheck, racecheck, synccheck and initcheck of compute-sanitizer", module="sanitize",
+          needs=WARM, correct=True),
 )  # fmt: skip
 
-# Together 275 and 270 of 280. Simulated with a driver that launches nothing (bench/gpu/estimate.py, Triton 3.6, for 16
+# Together 275 and 275 of 280. Simulated with a driver that launches nothing (bench/gpu/estimate.py, Triton 3.6, for 16
 # cores, races with their fewest turns): smoke 43, tests 62, warm 19, keys 18; warm 8, rivals 61, sweep 9.
 LISTS = {
-    "first": {"build": 25, "smoke": 110, "tests": 110, "warm": 110, "keys": 80, "ncu": 40, "cuda": 20},
-    "second": {"build": 25, "warm": 30, "rivals": 80, "e2e": 30, "sweep": 35, "sanitizer": 70},
+    "first": {"build": 25, "smoke": 110, "tests": 110, "warm": 110, "keys": 100, "ncu": 28, "parameters": 12},
+    "second": {"build": 25, "warm": 30, "rivals": 70, "e2e": 35, "hints": 25, "sweep": 20, "sanitizer": 70},
 }
 
 
