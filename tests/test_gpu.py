@@ -8,8 +8,12 @@ FLATKERN_GPU_DRY=1 and TRITON_INTERPRET=1 the bodies run on the CPU, on little (
 kernels with FLATKERN_CUDA_EMULATION.
 """
 
+import contextlib
 import gc
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import cases
 import gpu_cases
@@ -56,8 +60,8 @@ def gpu(backend, monkeypatch):
         if backend == "cuda" and not NVCC and (DRY or torch.cuda.is_available()):
             pytest.skip(REFUSALS[backend])
         pytest.fail(REFUSALS[backend], pytrace=False)
-    if DRY:
-        gpu_stand_in.install(monkeypatch)
+    with gpu_stand_in.installed(monkeypatch) if DRY else contextlib.nullcontext():
+        yield
 
 
 CASES = {backend: gpu_cases.cases_by(backend) for backend in BACKENDS}
@@ -323,6 +327,14 @@ def test_more_plans_than_are_kept_after_a_capture(backend):
         run.schedule()
         python.train(1)
         assert_close(run, python)
+
+
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_more_than_four_kilobytes_of_arguments_in_a_graph(backend):
+    """As by-value blocks of the CUDA kernels have them. Some drivers crash there (openxla/xla#19252): another process."""
+    script = Path(__file__).with_name("gpu_large_graph.py")
+    done = subprocess.run([sys.executable, str(script), backend], capture_output=True, text=True, timeout=80)
+    assert done.returncode == 0, f"exit status {done.returncode}: {done.stderr[-2000:]}"
 
 
 @every_backend
