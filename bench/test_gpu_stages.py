@@ -156,39 +156,6 @@ def test_a_machine_without_cuda_kernels_races_the_others(small, monkeypatch, cap
         assert text.splitlines()[-1] == "1 of 1 races; WITHOUT CUDA kernels (no nvcc was there)"
 
 
-# Which is faster.
-
-
-def timed(candidate, us, race=0, **more):
-    named = {"model": "gpt2", "method": "m-rwp", "base": "sgd", "dtype": "float32", "masters": False}
-    found = {"kind": "race", "race": race, "us": us, "gbs": 2000.0, "copy_gbs": 2500.0, "spread": 0.01}
-    return {**found, **named, "candidate": candidate, **more}
-
-
-def test_who_is_first():
-    """In each race, and in all of them: 0.8, 1.25 and 1.005 are 1.0017 together."""
-    found = []
-    for race, cuda in enumerate((80.0, 125.0, 100.5)):
-        found += [timed(goals.OURS, 100.0, race), timed(goals.CUDA, cuda, race), timed("torch fused", 90.0, race)]
-    found += [timed(goals.OURS, 100.0, 3), timed("torch fused", 90.0, 3)]
-    lines = beside.lines(found)
-    assert [line.winner for line in lines] == ["cuda", "triton", "even", None]
-    assert lines[0][1:] == (100.0, 80.0, 90.0, 80.0, 0.01)
-    assert beside.sentence(found) == (
-        "cuda / triton = 1.002 (geometric mean of 3 races; first: cuda 1, triton 1, even 1)"
-    )
-    assert beside.sentence(found[-2:]) == ""
-
-
-@pytest.mark.parametrize("without, verdict", [((103.0, 102.5, 99.0), "keep the hints"), ((101.0, 100.0, 99.0), "drop")])
-def test_whether_hints_pay(without, verdict):
-    found = []
-    for race, us in enumerate(without):
-        found += [timed(goals.CUDA, 100.0, race), timed(goals.NO_HINTS, us, race)]
-    assert beside.policy(found).startswith(verdict) and "from -1.0%" in beside.policy(found)
-    assert beside.policy(found[:1]) == ""
-
-
 def test_each_candidate_steps_with_its_own_library(small, monkeypatch, capfd):
     """Which libraries those are is what a turn finds under the name of the backend."""
     from bench.gpu import hints

@@ -1,7 +1,7 @@
-"""Which calls test_gpu.py makes: few of Triton, where every mixture of arguments, dtypes and shapes compiles its kernels.
+"""Which calls test_gpu.py makes: of Triton few, as every mixture of arguments, dtypes and shapes compiles its kernels.
 
-Each two optional arguments of an op meet, and each meets both kinds of tensors; test_gpu_plan.py counts the kernels. The
-CUDA kernels are compiled before, so that they have all variants of cases.py besides, on rows of every length.
+Each two optional arguments of an op meet, and each meets both kinds of tensors; test_gpu_plan.py counts the kernels.
+The CUDA kernels are there already, so that they have all variants of cases.py besides, on rows of every length.
 """
 
 import itertools

@@ -1,6 +1,6 @@
-"""A captured step whose kernels have more than 4 KB of arguments: test_gpu.py runs it as a process, as some drivers crash.
+"""A captured step with more than 4 KB of arguments a kernel: a process of test_gpu.py's own, as some drivers crash.
 
-    python tests/gpu_large_graph.py cuda    the backend
+python tests/gpu_large_graph.py cuda    the backend
 """
 
 import contextlib

@@ -331,7 +331,7 @@ def test_more_plans_than_are_kept_after_a_capture(backend):
 
 @pytest.mark.parametrize("backend", ["cuda"])
 def test_more_than_four_kilobytes_of_arguments_in_a_graph(backend):
-    """As by-value blocks of the CUDA kernels have them. Some drivers crash there (openxla/xla#19252): another process."""
+    """Some drivers crash there (openxla/xla#19252), hence another process."""
     script = Path(__file__).with_name("gpu_large_graph.py")
     done = subprocess.run([sys.executable, str(script), backend], capture_output=True, text=True, timeout=80)
     assert done.returncode == 0, f"exit status {done.returncode}: {done.stderr[-2000:]}"

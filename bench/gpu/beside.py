@@ -1,6 +1,6 @@
 """What is decided by races: which backend is faster, and whether cache hints pay.
 
-Which backend `backend=None` takes on a GPU, and whether csrc/cuda/device.cuh keeps its hints, follows from these numbers.
+Which backend `backend=None` takes on a GPU, and whether csrc/cuda/device.cuh keeps its hints, follows from it.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NO_HINTS = ROOT / "build" / "gpu-no-hints"
 PARAMETERS = Path(__file__).with_name("parameters.cu")
 PARAMETERS_LIBRARY = ROOT / "build" / "gpu-parameters.so"
-STUB = Path(__file__).parent / "tools" / "include"  # in place of the toolkit's, in a dry run
+STUB = Path(__file__).parent / "stub_cuda"  # in place of the toolkit's headers, in a dry run
 
 
 class NotCompiled(Exception):

@@ -26,9 +26,9 @@ if __package__ in (None, ""):  # run as a script: the installed flatkern, if any
 ROOT = Path(__file__).resolve().parents[2]
 BESIDE = ("smoke", "tests", "warm")  # of the first list
 CONTEXT = 3.0  # seconds until a process can use a GPU
-# Seconds: torch.compile, graphs and checks; what a test takes for each kernel, and for a call of the CUDA kernels, in
-# which eager on the CPU has the most part; a launcher that gcc compiles on a GPU, of which four kernels have one (52 for
-# 660 kernels of triton 3.6).
+# Seconds: torch.compile, graphs and checks; what a test takes for each kernel; a call of the CUDA kernels, most of
+# which is eager on the CPU; a launcher that gcc compiles on a GPU, of which four kernels have one (52 for 660 kernels
+# of triton 3.6).
 SMOKE_ELSE, TEST, CUDA_TEST, GCC = 25.0, 0.1, 0.2, 0.2
 BYTES, HOST, SLOW_HOST = 3e12, 1e-3, 2e-2  # a second; seconds of the host for a step, and for one of a loop in Python
 STEPS = 11  # in a turn: one for the host's clock, one for events, and the loop; a burst of three

@@ -80,17 +80,19 @@ int pass(int tensors) {
 
 int pass_of(int bytes, int tensors) {
   switch (bytes) {
-    case 128: return pass<128>(tensors);
-    case 4096: return pass<4096>(tensors);
-    case 16384: return pass<16384>(tensors);
-    case 32760: return pass<32760>(tensors);
+    case 128:
+      return pass<128>(tensors);
+    case 4096:
+      return pass<4096>(tensors);
+    case 16384:
+      return pass<16384>(tensors);
+    case 32760:
+      return pass<32760>(tensors);
   }
   throw Failed{cudaErrorInvalidValue};
 }
 
-double seconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Host and device microseconds of one `work()` of `count`, where the host took `ahead` seconds for all before.
 template <class Work>

@@ -106,9 +106,7 @@ class Tool:
         return (0, "") if self.counts else (None, "printed no summary")
 
 
-def check_all(
-    commands: dict[str, list[str]], seconds: float, log: File
-) -> dict[str, tuple[int | None, str, float]]:
+def check_all(commands: dict[str, list[str]], seconds: float, log: File) -> dict[str, tuple[int | None, str, float]]:
     """Of each command the number of errors, or None and why it is not known; and when it had ended."""
     ends: dict[str, tuple[int | None, str, float]] = {}
     running: list[Tool] = []

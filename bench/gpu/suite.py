@@ -19,7 +19,7 @@ from bench.gpu import stage
 from bench.gpu.stage import DRY, cores, emit, say
 
 PIPE = "FLATKERN_GPU_REPORTS"  # environment variable: the file descriptor that takes what the plugin tells
-EXCUSED = "but cuda is not live: "  # in the reason of a test that is skipped; test_gpu.py skips none where that is wrong
+EXCUSED = "but cuda is not live: "  # in the reason of a test that test_gpu.py skips, where it may
 RANKS = ("passed", "skipped", "failed", "error")  # a test is what the worst of its phases is
 NAMED = 8  # tests in the sentence
 CHILD = "--pytest"  # this module as the process that is pytest
