@@ -120,7 +120,9 @@ class Subject(NamedTuple):
 def counters() -> list[Subject]:
     return [
         Subject("gpt2", "m-rwp", "sgd", Entry(OURS), ("perturb", "step")),
+        Subject("gpt2", "m-rwp", "sgd", Entry(CUDA), ("perturb", "step")),
         Subject("gpt2", "rolling", "adamw", Entry(OURS, "bfloat16", True), ("step",)),
+        Subject("gpt2", "rolling", "adamw", Entry(CUDA, "bfloat16", True), ("step",)),
         Subject("resnet50", "m-rwp", "sgd", Entry(OURS), ("perturb",)),
         Subject("gpt2", "sam", "sgd", Entry(OURS), ("perturb",)),
         Subject("gpt2", "ire", "adamw", Entry(OURS), ("update_mask",)),
