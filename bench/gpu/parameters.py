@@ -26,7 +26,8 @@ SIZES = (128, 4096, 16384, 32760)  # bytes
 SMALL, LARGE = SIZES[1], SIZES[-1]
 # Tensors that fit the smallest block, so that what differs is the size alone; and as many as fit the largest.
 FEW, MANY = 15, 4094
-PENDING = 800  # launches that may wait for the device; the driver's queue has room for about a thousand
+# Launches, and bytes of theirs, that may wait for the device: the driver's queue has room for about a thousand.
+PENDING, PENDING_BYTES = 800, 2**20
 TURNS = 2 if DRY else 20
 LEAST, RESERVE = 1.0, 1.0  # seconds of a process, and at the end
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +96,7 @@ class Cuda:
         """Microseconds of the host and of the device for a pass, and how many launches it is."""
         host, device, launches = ctypes.c_double(), ctypes.c_double(), ctypes.c_int()
         each = -(-tensors // ((size - 8) // 8))
-        count = 1 if DRY else max(1, min(50, PENDING // each))
+        count = 1 if DRY else max(1, min(50, PENDING // each, PENDING_BYTES // (each * size)))
         results = ctypes.byref(host), ctypes.byref(device), ctypes.byref(launches)
         self.call({"launch": "by_launches", "replay": "by_graph"}[how], size, tensors, count, *results)
         return host.value, device.value, launches.value

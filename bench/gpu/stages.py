@@ -81,7 +81,7 @@ STAGES = (
 )  # fmt: skip
 
 # Together 275 and 275 of 280. Simulated with a driver that launches nothing (bench/gpu/estimate.py, Triton 3.9, 16
-# cores, cores, races with their fewest turns): smoke 52, tests 76, warm 28, keys 27; warm 12, rivals 62, hints 11,
+# cores, races with their fewest turns): smoke 52, tests 76, warm 28, keys 27; warm 12, rivals 62, hints 11,
 # sweep 9. nvcc takes 12 seconds for the longest of the CUDA kernels' files, and as long again in the second run,
 # without hints.
 LISTS = {
