@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 import sysconfig
@@ -71,15 +70,13 @@ def toolkit() -> str | None:
 
 
 def found_by_setup() -> tuple[str, str] | None:
-    try:
-        setup = runpy.run_path(str(ROOT / "setup.py"))
-    except ImportError:  # setuptools, without which nothing is compiled
-        return None
-    try:
-        found = setup["find_nvcc"]()
-        return found, setup["toolkit_version"](found)
-    except setup["BuildError"]:
-        return None
+    """In another process, as setuptools replaces parts of the library that this one may have imported."""
+    text = "s = runpy.run_path('setup.py'); nvcc = s['find_nvcc'](); print(nvcc); print(s['toolkit_version'](nvcc))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import runpy; {text}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    found = done.stdout.splitlines()
+    return (found[0], found[1]) if done.returncode == 0 and len(found) == 2 else None
 
 
 def parameters() -> Path:
