@@ -4,7 +4,6 @@ import functools
 
 import pytest
 import torch
-from capturing import METHODS as ALL_METHODS
 from capturing import Run, runs_on_the_cpu
 
 BACKENDS = [name for name in ("triton", "cuda") if runs_on_the_cpu(name)]
@@ -16,7 +15,6 @@ if not BACKENDS:
 
 # Rows that are cut into segments.
 LONG = {"triton": 8208, "cuda": 32776}
-METHODS = {m: ALL_METHODS[m] for m in ALL_METHODS if BACKENDS != ["cuda"] or not ("SAM" in m or "IRE" in m)}
 
 
 @pytest.fixture(params=BACKENDS)

@@ -17,8 +17,8 @@ import weakref
 import captures
 import pytest
 import torch
-from captures import LONG, METHODS, say_that_it_is_captured
-from capturing import RULES, Tape, Watch, assert_same
+from captures import LONG, say_that_it_is_captured
+from capturing import METHODS, RULES, Tape, Watch, assert_same
 from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import _disable_current_modes
 

@@ -8,8 +8,8 @@ import contextlib
 import captures
 import pytest
 import torch
-from captures import METHODS, say_that_it_is_captured
-from capturing import Tape, assert_same
+from captures import say_that_it_is_captured
+from capturing import METHODS, Tape, assert_same
 
 from flatkern.optim import buckets
 
