@@ -30,7 +30,9 @@ if not FOR_GPUS:
 
 # `make test-cuda` builds what these look at, and names it.
 if not EMULATING:
-    collect_ignore += [f"test_cuda{part}.py" for part in ("", "_emulation", "_launches", "_optim", "_code")]
+    collect_ignore += [
+        f"test_cuda{part}.py" for part in ("", "_devices", "_emulation", "_launches", "_optim", "_stacks", "_code")
+    ]
 if not os.environ.get("FLATKERN_CUDA_BUILD"):
     collect_ignore += ["test_cuda_compile.py", "test_cuda_code.py", "test_cuda_wheel.py"]
 
