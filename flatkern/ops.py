@@ -114,7 +114,7 @@ _ROWS = (
         family="norm",
         schema="(Tensor(a!) norm, Tensor[]? params, Tensor[] grads, *, float[] eta) -> ()",
         reads="params grads",
-        backends="cpp triton",
+        backends="cpp triton cuda",
         ulp=12,
     ),
     Op(
@@ -140,7 +140,7 @@ _ROWS = (
         schema="(Tensor(a!)[] params, Tensor(b!)[]? backups, Tensor[]? masters, Tensor[] grads, Tensor norm, *, "
         "float[] rho, float[] eta) -> ()",
         reads="params masters grads",
-        backends="cpp triton",
+        backends="cpp triton cuda",
     ),
     Op(
         name="restore_",
@@ -156,7 +156,7 @@ _ROWS = (
         "Tensor? grad_scale, Tensor? clip, *, "
         "float[] grad_weight, float[] clean_weight, float[] beta) -> ()",
         reads="grads clean_grads",
-        backends="cpp triton",
+        backends="cpp triton cuda",
     ),
     Op(
         name="sgd_update_",
@@ -187,21 +187,21 @@ _ROWS = (
         family="mask",
         schema="(Tensor(a!) counts, Tensor[] grads, Tensor prefix) -> ()",
         reads="grads",
-        backends="cpp triton",
+        backends="cpp triton cuda",
     ),
     Op(
         name="pack_mask_",
         family="mask",
         schema="(Tensor(a!)[] masks, Tensor[] grads, Tensor threshold) -> ()",
         reads="grads",
-        backends="cpp triton",
+        backends="cpp triton cuda",
     ),
     Op(
         name="amplify_",
         family="mask",
         schema="(Tensor(a!)[] params, Tensor[] previous, Tensor[] masks, *, float[] kappa) -> ()",
         reads="params previous",
-        backends="cpp triton",
+        backends="cpp triton cuda",
     ),
 )
 

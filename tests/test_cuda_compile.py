@@ -42,8 +42,13 @@ CASES = {
     "norms float 1024": Case(1, 8, 0),
     "norms AnyFloat 256": Case(6),
     "norms AnyFloat 1024": Case(2),
-    "gradient float": Case(6, 16, 0),
-    "gradient AnyFloat": Case(6),
+    "ascent_norm float": Case(8, 16, 0),
+    "ascent_norm BFloat16": Case(8, 8, 0),
+    "ascent_norm BFloat16 float": Case(8, 12, 0),
+    "ascent_norm AnyFloat": Case(6),
+    "gradient_norm float": Case(6, 16, 0),
+    "gradient_norm BFloat16": Case(6, 8, 0),
+    "gradient_norm AnyFloat": Case(5),
     "perturb float 256": Case(5, 6, 12),
     "perturb float 1024": Case(1, 8, 16),
     "perturb BFloat16 256": Case(4, 3, 6),
@@ -52,9 +57,28 @@ CASES = {
     "perturb BFloat16 float 1024": Case(1, 8, 4),
     "perturb AnyFloat 256": Case(4),
     "perturb AnyFloat 1024": Case(1),
+    "ascent float": Case(6, 8, 8),
+    "ascent BFloat16": Case(6, 4, 4),
+    "ascent BFloat16 float": Case(8, 6, 2),
+    "ascent AnyFloat": Case(4),
     "restore float": Case(4, 8, 8),
     "restore BFloat16": Case(6, 4, 4),
     "restore AnyFloat": Case(4),
+    "mix float": Case(5, 16, 8),
+    "mix BFloat16": Case(5, 8, 4),
+    "mix AnyFloat": Case(6),
+    "mix_rows 256": Case(5),
+    "mix_rows 1024": Case(1),
+    "count float": Case(8, 8, 0),
+    "count BFloat16": Case(8, 4, 0),
+    "count AnyFloat": Case(8),
+    "clear": Case(8),
+    "pack float": Case(8, 8, 0),
+    "pack BFloat16": Case(8, 4, 0),
+    "pack AnyFloat": Case(8),
+    "amplify float": Case(8, 8, 4),
+    "amplify BFloat16": Case(8, 4, 2),
+    "amplify AnyFloat": Case(6),
     "sgd float plain 256": Case(5, 8, 6),
     "sgd float rolling 256": Case(5, 8, 8),
     "sgd float rolling 1024": Case(1, 8, 8),
@@ -87,9 +111,9 @@ CASES = {
 def label(name):
     """As CASES names update_kernel<Sgd<UpdateTypes<float, ..., (Kind)1> >, ..., 256, 5, 4, Arguments<4096> >."""
     rule, kind = re.search(r"<(Sgd|Adam)<", name), re.search(r"Kind\)(\d)", name)
-    threads = re.search(r", (256|1024), ", name)
+    threads = re.search(r"[<, ](256|1024), ", name)
     types = dict.fromkeys(re.findall(r"\b(?:float|BFloat16|AnyFloat)\b", name))
-    words = [rule[1].lower() if rule else re.match(r"(\w+)_kernel<", name)[1], *types]
+    words = [rule[1].lower() if rule else re.match(r"(\w+)_kernel\b", name)[1], *types]
     words += [("plain", "rolling", "general")[int(kind[1])]] if kind else []
     return " ".join(words + ([threads[1]] if threads else []))
 
@@ -113,7 +137,8 @@ def kernels(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_is_here(architecture):
     assert set(kernels(architecture)) == set(CASES)
-    assert {len(sizes) for sizes in kernels(architecture).values()} == {2}
+    sizes = {which: len(found) for which, found in kernels(architecture).items()}
+    assert sizes == dict.fromkeys(CASES, 2) | {"clear": 1}
 
 
 @pytest.mark.parametrize("which", CASES)

@@ -24,7 +24,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from bench.gpu.host import NUMBERS
 from bench.models import MODELS
 from flatkern import dispatch
 from flatkern.ops import OPS
+from flatkern.tables import mask_shape
 
 KERNELS = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 # Of a tile, what does not matter to what it takes.
@@ -50,12 +51,14 @@ WHOLE, SEGMENTS = 1, 2  # of its flags
 MOST_THREADS, REGISTERS = 2048, 65536  # of a multiprocessor
 # The innermost function that is named here says what an instruction is for.
 PURPOSES = {
-    "tile": "Team number_in is_there leads row history_in span for_each_eight for_each_eight_in_turn Counters",
+    "tile": "Team number_in is_there leads row history_in span for_each_eight for_each_eight_in_turn for_each_tile "
+    "Counters mask_byte mask_bits",
     "memory": "load store get put Elements Quads load_once store_once values of pack unpack round rounded",
     "noise": "draw philox4x32 multiply high exclusive_or normals radius angle horner",
     "sums": "sum_squares take sum fold_lanes fold_several row_sum",
-    "rule": "apply take_step sgd adam adam_moments adam_step ordinary_adam_step quotient ordinary_quotient scalars_of "
-    "has_ordinary_quotient is_moderate exponent_of rare_quotient count_step Adam Sgd FinalGradient mixed",
+    "rule": "ascend_tile perturb_ascent ascent_term sum_of_doubles mix_tile count_tile magnitude_bits is_small "
+    "amplified mixed apply take_step sgd adam adam_moments adam_step ordinary_adam_step quotient ordinary_quotient "
+    "scalars_of has_ordinary_quotient is_moderate exponent_of rare_quotient count_step Adam Sgd FinalGradient",
 }
 PURPOSE = {name: purpose for purpose, names in PURPOSES.items() for name in names.split()}
 
@@ -77,7 +80,14 @@ CASES = {
     "adamw": Case("adamw_update_", "adam.cu"),
     "adamw, rolling": Case("adamw_update_", "adam.cu", ("backups", "noise")),
     "adamw, rolling, masters": Case("adamw_update_", "adam.cu", ("masters", "noise"), MIXED),
+    "ascent norm": Case("ascent_norm_", "norm.cu"),
+    "ascent": Case("perturb_ascent_", "perturb.cu", ("backups",)),
+    "mix": Case("mix_gradients_", "mix.cu", ("clean_grads",)),
+    "count": Case("count_magnitudes_", "mask.cu"),
+    "pack": Case("pack_mask_", "mask.cu"),
+    "amplify": Case("amplify_", "mask.cu"),
 }
+FIRST_DIGIT = 0x3BD  # of the magnitude that a quarter of the gradients of `fill` do not pass: 2 % of them have it
 
 
 def arguments(case: Case, shapes: list[tuple[int, ...]]) -> dict[str, Any]:
@@ -91,10 +101,18 @@ def arguments(case: Case, shapes: list[tuple[int, ...]]) -> dict[str, Any]:
             values[a.name] = torch.tensor([1, 2, 3])
         elif a.name == "steps":
             values[a.name] = [torch.tensor(7.0) for _ in shapes]
+        elif a.name in ("norm", "threshold"):
+            values[a.name] = torch.tensor(0.01)
+        elif a.name in ("prefix", "counts"):
+            values[a.name] = torch.tensor([FIRST_DIGIT] if a.name == "prefix" else [0] * 1026)
+        elif a.name == "masks":
+            values[a.name] = [torch.full(mask_shape(torch.empty(shape)), 0x59, dtype=torch.uint8) for shape in shapes]
         elif a.name == "norms":
             values[a.name] = [torch.empty(shape[0] if len(shape) > 1 else 1) for shape in shapes]
         elif a.type.startswith("Tensor[]"):
             values[a.name] = [torch.empty(shape, dtype=dtype) for shape in shapes]
+        elif a.name == "clean_weight" and "clean_grads" in case.optional:
+            values[a.name] = [0.5] * len(shapes)
         else:
             values[a.name] = list(range(len(shapes))) if a.name == "index" else [NUMBERS[a.name]] * len(shapes)
     return values
@@ -104,7 +122,7 @@ def fill(values: dict[str, Any], tensor: int, start: int, end: int) -> None:
     """Ordinary numbers for some elements of a tensor and of those that stand beside it."""
     generator = torch.Generator().manual_seed(tensor)
     for name, each in values.items():
-        if name in ("steps", "norms") or not (isinstance(each, list) and isinstance(each[0], torch.Tensor)):
+        if name in ("steps", "norms", "masks") or not (isinstance(each, list) and isinstance(each[0], torch.Tensor)):
             continue
         part = each[tensor].view(-1)[start:end]
         part.copy_(torch.randn(part.shape, generator=generator) * 0.02)
@@ -125,8 +143,14 @@ class Launch:
     grid: int
     block: int
 
-    def run(self, code: Code, memory: sass.Memory, block: int) -> Any:
-        return sass.Block(code, memory, self.arguments, self.block, block).run()
+    @property
+    def tiles(self) -> int:
+        """Which it walks: one a block, or several."""
+        walks = re.match(r"(ascent_norm|gradient_norm|count)_kernel", self.kernel)
+        return int.from_bytes(self.arguments[8:12], "little") if walks else self.grid
+
+    def run(self, code: Code, memory: sass.Memory, block: int, grid: int | None = None) -> Any:
+        return sass.Block(code, memory, self.arguments, self.block, block, grid=grid or self.grid).run()
 
 
 def launches(case: Case, values: dict[str, Any]) -> list[Launch]:
@@ -180,14 +204,14 @@ class Counts:
     elements: int
     columns: str
     ordinary: bool
-    busy: int  # instructions of warps that have a row
-    idle: int  # and of the others
+    busy: float  # instructions of warps that have a row
+    idle: float  # and of the others
     purposes: Counter[str] = field(default_factory=Counter)
 
 
 def counted(case: Case, launch: Launch, code: Code, values: dict[str, Any], memory: sass.Memory) -> Iterator[Counts]:
     at = int.from_bytes(launch.arguments[:8], "little")
-    tiles = np.frombuffer(memory.read(at, launch.grid * tile_type().itemsize), tile_type())
+    tiles = np.frombuffer(memory.read(at, launch.tiles * tile_type().itemsize), tile_type())
     kind = [name for name in tiles.dtype.names or () if name not in PLACE]
     has_rows = values.get("noise") is not None
     moves = np.array([re.match(r"LDG\.E\.EF|STG\.E.*\.(64|128)$", i.name) is not None for i in code.instructions])
@@ -196,13 +220,16 @@ def counted(case: Case, launch: Launch, code: Code, values: dict[str, Any], memo
         tile = {name: int(tiles[place][name]) for name in tiles.dtype.names or ()}
         elements = max(0, tile["teams"] - 1) * tile["length"] + tile["last"]
         fill(values, tile["tensor"], tile["start"], tile["start"] + elements)
-        issued = launch.run(code, memory, place)
+        issued = launch.run(code, memory, place, launch.tiles)
+        if launch.tiles > launch.grid:  # what a block does once it does for several tiles
+            once = replace(launch, arguments=launch.arguments[:8] + bytes(4) + launch.arguments[12:])
+            issued = issued - (1 - launch.grid / launch.tiles) * once.run(code, memory, place, launch.tiles)
         whole, cut = bool(tile["flags"] & WHOLE), bool(tile["flags"] & SEGMENTS) and has_rows
         busy = issued[moves].any(axis=0) if whole else np.ones(issued.shape[1], bool)
         found = Counts(
             launch.kernel, code, launch.block, number, elements,
             f"{tile['length']}{'' if whole else ', not whole'}{', cut' if cut else ''}", whole and not cut,
-            int(issued[:, busy].sum()), int(issued[:, ~busy].sum()),
+            float(issued[:, busy].sum()), float(issued[:, ~busy].sum()),
         )  # fmt: skip
         for instruction, times in zip(code.instructions, issued[:, busy].sum(axis=1).tolist(), strict=True):
             found.purposes[purpose(instruction.source)] += times

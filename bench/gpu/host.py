@@ -38,7 +38,7 @@ COLUMNS_OF_CUDA = "unchanged, new gradients, another rate".split(", ")
 NUMBERS = {
     "sigma": 0.01, "eta": -1.0, "beta": 0.99, "grad_weight": 1.0, "clean_weight": 0.0, "lr": 1e-3, "momentum": 0.9,
     "dampening": 0.0, "weight_decay": 1e-4, "nesterov": False, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "offset": 0,
-    "kappa": 2.0,
+    "kappa": 2.0, "rho": 0.05,
 }  # fmt: skip
 CALLS = {  # label: op, and which optional arguments it is given
     "perturb_gaussian_": ("perturb_gaussian_", "backups"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -121,10 +122,12 @@ class Block:
     """One block of a launch."""
 
     def __init__(
-        self, code: Code, memory: Memory, parameters: bytes, threads: int, index: int, shared: int = 64 << 10
-    ) -> None:
+        self, code: Code, memory: Memory, parameters: bytes, threads: int, index: int, shared: int = 64 << 10,
+        grid: int = 1,
+    ) -> None:  # fmt: skip
         self.code, self.memory, self.threads, self.index = code, memory, threads, index
         before = bytearray(PARAMETERS)
+        before[:24] = struct.pack("<6I", threads, 1, 1, grid, 1, 1)
         before[STACK : STACK + 4] = code.used["STACK"].to_bytes(
             4, "little"
         )  # whose top is the end of a thread's memory

@@ -23,13 +23,10 @@ bool noise_is_on_device = false, steps_are_on_host = false;
 
 namespace {
 
-void run(const FillNormal& a) { cuda::fill_normal_(a); }
-void run(const FilterNorms& a) { cuda::filter_norms_(a); }
-void run(const GradientNorm& a) { cuda::gradient_norm_(a); }
-void run(const PerturbGaussian& a) { cuda::perturb_gaussian_(a); }
-void run(const Restore& a) { cuda::restore_(a); }
-void run(const SgdUpdate& a) { cuda::sgd_update_(a); }
-void run(const AdamUpdate& a) { cuda::adam_update_(a); }
+#define FK_RUN(Args, op) \
+  void run(const Args& a) { cuda::op(a); }
+FK_FOR_EACH_OPERATION(FK_RUN)
+#undef FK_RUN
 
 struct Cuda {
 #ifdef FK_EMULATION

@@ -1,8 +1,10 @@
-// The norm family on CUDA: filter_norms_, gradient_norm_.
-#include "../math/norm.h"
+// The norm family on CUDA: filter_norms_, ascent_norm_, gradient_norm_.
+#include <algorithm>
+
+#include "gradient.cuh"
 #include "host.cuh"
 #include "operations.h"
-#include "rows.cuh"
+#include "total.cuh"
 
 namespace flatkern::cuda {
 namespace {
@@ -88,23 +90,127 @@ void filter_norms_(const FilterNorms& a) {
   }
 }
 
+// ---- norms over all tensors
+
+namespace {
+
+// Calls run(launch, total) for each launch of a plan, with as many blocks as walk its tiles.
+template <class Run>
+void for_each_total(const Plan& plan, const Table& norm, const Run& run) {
+  const auto walkers = [](const Launch& launch) { return std::min(launch.count, kMostWalkers); };
+  uint32_t first = 0, all = 0;
+  for (const Launch& launch : plan.launches) all += walkers(launch);
+  for (const Launch& launch : plan.launches) {
+    run(launch, walkers(launch),
+        TotalNorm{launch.tiles, launch.count, plan.sums, plan.tickets, first, all, norm[0].as<float>()});
+    first += walkers(launch);
+  }
+}
+
+// The squares of eight elements, in float64: those of large gradients are beyond float32.
+FK_DEVICE double sum_of_doubles(const float (&x)[8]) {
+  double sum = 0;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) sum += static_cast<double>(x[j]) * static_cast<double>(x[j]);
+  return sum;
+}
+
+}  // namespace
+
+// ---- ascent_norm_
+
+namespace {
+
+template <size_t kBytes>
+struct AscentArguments {
+  static constexpr int kTensors =
+      (kBytes - sizeof(TotalNorm)) / (2 * sizeof(void*) + sizeof(float) + sizeof(uint8_t)) - 1;
+  TotalNorm total;
+  const void* grads[kTensors];
+  const void* params[kTensors];  // null where there is no T_w
+  float eta[kTensors];
+  uint8_t codes[kTensors];  // of grads and params
+};
+
+const Walk kAscent = {
+    "ascent_norm_", AscentArguments<kSmall>::kTensors, AscentArguments<kLarge>::kTensors, kEights, kSegment, false};
+
+template <class G, class C, bool kWhole, class Args>
+FK_DEVICE double sum_ascent(const Args& a, const Tile& t) {
+  const Team<kWhole> team(t);
+  const uint32_t k = t.tensor;
+  const Elements<G> grad(a.grads[k], a.codes[k] & 3, team.start);
+  const Elements<C> param(a.params[k], a.codes[k] >> 2, team.start);
+  double sum = 0;
+  for_each_eight<kEights>(team, [&](int, const auto& s) {
+    float g[8];
+    grad.load(s).values(g);
+    if (a.params[k] != nullptr) {
+      float w[8];
+      param.load(s).values(w);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) g[j] = math::ascent_term(w[j], g[j], a.eta[k]);
+    }
+    sum += sum_of_doubles(g);
+  });
+  return sum;
+}
+
+template <class G, class C, class Args>
+__global__ void __launch_bounds__(kShortThreads) ascent_norm_kernel(FK_PARAM(Args) a) {
+  FK_SHARED(TotalRoom, room);
+  total_norm(a.total, room, [&](const Tile& t) {
+    return (t.flags & kWhole) != 0 ? sum_ascent<G, C, true>(a, t) : sum_ascent<G, C, false>(a, t);
+  });
+}
+
+template <class G, class C>
+void run(const AscentNorm& a, const Plan& plan, Stream stream) {
+  for_each_total(plan, a.norm, [&](const Launch& launch, unsigned blocks, const TotalNorm& total) {
+    with_size<AscentArguments>(launch.end - launch.begin, [&](auto bytes) {
+      AscentArguments<decltype(bytes)::value> args;
+      args.total = total;
+      for (int64_t k = launch.begin; k < launch.end; ++k) {
+        const int64_t i = k - launch.begin;
+        const bool adaptive = a.eta[k] >= 0;
+        args.grads[i] = a.grads[k].data;
+        args.params[i] = adaptive ? a.params[k].data : nullptr;
+        args.eta[i] = static_cast<float>(a.eta[k]);
+        const DType param = adaptive ? a.params[k].dtype : a.grads[k].dtype;
+        args.codes[i] = static_cast<uint8_t>(code_of(a.grads[k].dtype) | code_of(param) << 2);
+      }
+      start(kAscent.op, ascent_norm_kernel<G, C, decltype(args)>, blocks, launch.threads, stream, args);
+    });
+  });
+}
+
+}  // namespace
+
+void ascent_norm_(const AscentNorm& a) {
+  const Place place = place_of(kAscent.op, a.grads.size() > 0 ? a.grads : a.norm);
+  const auto plan = find_plan(kAscent, {false, false, a.grads, {&a.params}, nullptr}, place);
+  const Launching launching(*plan);
+  if (all_are(DType::kFloat32, {&a.grads, &a.params})) {
+    run<float, float>(a, *plan, place.stream);
+  } else if (all_are(DType::kBFloat16, {&a.grads, &a.params})) {
+    run<BFloat16, BFloat16>(a, *plan, place.stream);
+  } else if (all_are(DType::kBFloat16, {&a.grads}) && all_are(DType::kFloat32, {&a.params})) {
+    run<BFloat16, float>(a, *plan, place.stream);
+  } else {
+    run<AnyFloat, AnyFloat>(a, *plan, place.stream);
+  }
+}
+
 // ---- gradient_norm_
 
 namespace {
 
-struct GradientCall {
-  const Tile* tiles;
-  double* sums;         // of each tile, those of earlier launches before them
-  uint32_t* ticket;     // tiles of the last launch that are summed; 0 between launches
-  uint32_t first, all;  // the launch's first tile, and tiles of all launches
-  float* norm;
-  Scalar grad_scale;
-};
-
 template <size_t kBytes>
-struct GradientArguments : GradientCall {
+struct GradientArguments {
   static constexpr int kTensors =
-      (kBytes - sizeof(GradientCall)) / (2 * sizeof(void*) + 2 * sizeof(float) + sizeof(uint8_t)) - 1;
+      (kBytes - sizeof(TotalNorm) - 2 * sizeof(Scalar)) / (2 * sizeof(void*) + 2 * sizeof(float) + sizeof(uint8_t)) - 1;
+  TotalNorm total;
+  Scalar grad_scale, clip;
   const void* grads[kTensors];
   const void* clean_grads[kTensors];
   float grad_weight[kTensors], clean_weight[kTensors];
@@ -118,77 +224,41 @@ const Walk kGradient = {"gradient_norm_",
                         kSegment,
                         false};
 
-// The squares of a thread's elements, in float64: those of large gradients are beyond float32.
 template <class T, bool kWhole, class Args>
-FK_DEVICE double sum_tile(const Args& a, const Tile& t) {
+FK_DEVICE double sum_gradient(const Args& a, const Tile& t) {
   const Team<kWhole> team(t);
   const uint32_t k = t.tensor;
   const Elements<T> grad(a.grads[k], a.codes[k] & 3, team.start);
   const Elements<T> clean_grad(a.clean_grads[k], a.codes[k] >> 2, team.start);
-  const float factor = a.grad_weight[k] * a.grad_scale.get();
+  const FinalGradient final(a, k, a.clean_grads[k] != nullptr);
   double sum = 0;
   for_each_eight<kEights>(team, [&](int, const auto& s) {
     float g[8], clean[8] = {};
     grad.load(s).values(g);
-    if (a.clean_grads[k] != nullptr) clean_grad.load(s).values(clean);
+    if (final.mixes) clean_grad.load(s).values(clean);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const double x = a.clean_grads[k] != nullptr ? math::mixed(g[j], clean[j], factor, a.clean_weight[k], 1.0f)
-                                                   : math::mixed(g[j], factor, 1.0f);
-      sum += x * x;
-    }
+    for (int j = 0; j < 8; ++j) g[j] = final.of(g[j], clean[j]);
+    sum += sum_of_doubles(g);
   });
   return sum;
 }
 
-// The sum over a block, in its first thread. To be called again only behind a barrier.
-FK_DEVICE double block_sum(double x, double (&of_warps)[kShortThreads / kWarp]) {
-  x = fold_lanes(x);
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = x;
-  __syncthreads();
-  double sum = 0;
-#pragma unroll
-  for (int w = 0; w < kShortThreads / kWarp; ++w) sum += of_warps[w];
-  return sum;
-}
-
 template <class T, class Args>
-__global__ void __launch_bounds__(kShortThreads) gradient_kernel(FK_PARAM(Args) a) {
-  FK_SHARED(double[kShortThreads / kWarp], of_warps);
-  FK_SHARED(bool[1], is_last);
-  const Tile& t = a.tiles[blockIdx.x];
-  const double sum = block_sum((t.flags & kWhole) != 0 ? sum_tile<T, true>(a, t) : sum_tile<T, false>(a, t), of_warps);
-  if (threadIdx.x == 0) a.sums[a.first + blockIdx.x] = sum;
-  // Earlier launches are done when the last one begins, so that it alone counts: a call that fails between two of them
-  // leaves no count.
-  if (a.first + gridDim.x != a.all) return;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    is_last[0] = atomicInc(a.ticket, gridDim.x - 1) == gridDim.x - 1;
-    __threadfence();
-  }
-  __syncthreads();
-  if (!is_last[0]) return;
-  // The block that comes last adds all of them, in an order that does not depend on which one it is.
-  double all = 0;
-  for (uint32_t i = threadIdx.x; i < a.all; i += kShortThreads) all += __ldcg(a.sums + i);
-  all = block_sum(all, of_warps);
-  if (threadIdx.x == 0) *a.norm = math::norm(all);
+__global__ void __launch_bounds__(kShortThreads) gradient_norm_kernel(FK_PARAM(Args) a) {
+  FK_SHARED(TotalRoom, room);
+  total_norm(a.total, room, [&](const Tile& t) {
+    return (t.flags & kWhole) != 0 ? sum_gradient<T, true>(a, t) : sum_gradient<T, false>(a, t);
+  });
 }
 
 template <class T>
 void run(const GradientNorm& a, const Plan& plan, Stream stream) {
-  uint32_t first = 0;
-  for (const Launch& launch : plan.launches) {
+  for_each_total(plan, a.norm, [&](const Launch& launch, unsigned blocks, const TotalNorm& total) {
     with_size<GradientArguments>(launch.end - launch.begin, [&](auto bytes) {
       GradientArguments<decltype(bytes)::value> args;
-      static_cast<GradientCall&>(args) = {launch.tiles,
-                                          plan.sums,
-                                          plan.tickets,
-                                          first,
-                                          plan.tiles,
-                                          a.norm[0].as<float>(),
-                                          scalar_of(a.grad_scale, 1.0f)};
+      args.total = total;
+      args.grad_scale = scalar_of(a.grad_scale, 1.0f);
+      args.clip = {nullptr, 1.0f};
       for (int64_t k = launch.begin; k < launch.end; ++k) {
         const int64_t i = k - launch.begin;
         args.grads[i] = a.grads[k].data;
@@ -198,10 +268,9 @@ void run(const GradientNorm& a, const Plan& plan, Stream stream) {
         const DType clean = a.clean_grads ? a.clean_grads[k].dtype : a.grads[k].dtype;
         args.codes[i] = static_cast<uint8_t>(code_of(a.grads[k].dtype) | code_of(clean) << 2);
       }
-      start(kGradient.op, gradient_kernel<T, decltype(args)>, launch.count, launch.threads, stream, args);
+      start(kGradient.op, gradient_norm_kernel<T, decltype(args)>, blocks, launch.threads, stream, args);
     });
-    first += launch.count;
-  }
+  });
 }
 
 }  // namespace
@@ -212,6 +281,8 @@ void gradient_norm_(const GradientNorm& a) {
   const Launching launching(*plan);
   if (all_are(DType::kFloat32, {&a.grads, &a.clean_grads})) {
     run<float>(a, *plan, place.stream);
+  } else if (all_are(DType::kBFloat16, {&a.grads, &a.clean_grads})) {
+    run<BFloat16>(a, *plan, place.stream);
   } else {
     run<AnyFloat>(a, *plan, place.stream);
   }

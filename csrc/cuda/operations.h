@@ -8,13 +8,9 @@
 
 namespace flatkern::cuda {
 
-void fill_normal_(const FillNormal& a);
-void filter_norms_(const FilterNorms& a);
-void gradient_norm_(const GradientNorm& a);
-void perturb_gaussian_(const PerturbGaussian& a);
-void restore_(const Restore& a);
-void sgd_update_(const SgdUpdate& a);
-void adam_update_(const AdamUpdate& a);
+#define FK_DECLARE(Args, op) void op(const Args& a);
+FK_FOR_EACH_OPERATION(FK_DECLARE)
+#undef FK_DECLARE
 
 // The lists of a perturbation: `clean` has the weights to start from, and the others may be null.
 struct PerturbLists {

@@ -1,4 +1,4 @@
-// The perturb family on CUDA: perturb_gaussian_, restore_.
+// The perturb family on CUDA: perturb_gaussian_, perturb_ascent_, restore_.
 #include "host.cuh"
 #include "operations.h"
 #include "perturb.cuh"
@@ -83,6 +83,120 @@ void perturb_gaussian_(const PerturbGaussian& a) {
   const Launching launching(*plan);
   launch_perturb(kPerturb.op, lists, *plan, plan->launches, place.stream, measures);
   if (measures) launch_perturb(kPerturb.op, lists, *plan, plan->segments, place.stream, false);
+}
+
+// ---- perturb_ascent_
+
+namespace {
+
+template <size_t kBytes>
+struct AscentArguments {
+  static constexpr int kTensors = (kBytes - 2 * sizeof(void*)) / (4 * sizeof(void*) + 2 * sizeof(float) + 1) - 1;
+  const Tile* tiles;
+  const float* norm;
+  void* params[kTensors];
+  void* backups[kTensors];
+  const void* clean[kTensors];
+  const void* grads[kTensors];
+  float rho[kTensors], eta[kTensors];
+  uint8_t codes[kTensors];  // of params, backups, clean, grads; two bits each
+};
+
+constexpr int kAscentEights = 4;
+const Walk kAscent = {"perturb_ascent_",
+                      AscentArguments<kSmall>::kTensors,
+                      AscentArguments<kLarge>::kTensors,
+                      kAscentEights,
+                      kSegment,
+                      false};
+
+template <class Types, bool kWhole, class Args>
+FK_DEVICE void ascend_tile(const Args& a, const Tile& t) {
+  using P = typename Types::Param;
+  using C = typename Types::Clean;
+  constexpr bool kGeneral = std::is_same_v<P, AnyFloat>;
+  const Team<kWhole> team(t);
+  const uint32_t k = t.tensor, codes = a.codes[k];
+  const Elements<P> param(a.params[k], codes & 3, team.start);
+  const Elements<C> clean(a.clean[k], codes >> 4 & 3, team.start);
+  const Elements<P> grad(a.grads[k], codes >> 6, team.start);  // of the parameter's dtype, unless it has any
+  const Elements<P> backup(a.backups[k], codes >> 2 & 3, team.start);
+  const float scale = math::ascent_scale(a.rho[k], *a.norm), eta = a.eta[k];
+  const auto ascend = [&](auto adaptive) {
+    for_each_eight_in_turn<kAscentEights>(team, [&](int, const auto& s) {
+      const auto weights = clean.load(s);
+      float w[8], g[8];
+      weights.values(w);
+      grad.load(s).values(g);
+      if (a.backups[k] != nullptr) {
+        if constexpr (kGeneral) {
+          backup.store(s, param.load(s));
+        } else if constexpr (std::is_same_v<P, C>) {
+          backup.store(s, weights);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 8; ++j) w[j] = math::perturb_ascent(w[j], g[j], scale, eta, decltype(adaptive)::value);
+      param.template store<Use::kAgain>(s, param.rounded(w));
+    });
+  };
+  eta >= 0.0f ? ascend(std::true_type()) : ascend(std::false_type());
+}
+
+template <class Types, class Args>
+__global__ void __launch_bounds__(kShortThreads) ascent_kernel(FK_PARAM(Args) a) {
+  const Tile& t = a.tiles[blockIdx.x];
+  if ((t.flags & kWhole) != 0) {
+    ascend_tile<Types, true>(a, t);
+  } else {
+    ascend_tile<Types, false>(a, t);
+  }
+}
+
+template <class P, class C>
+void run_ascent(const PerturbAscent& a, const Plan& plan, Stream stream) {
+  const Table& clean = a.masters ? a.masters : a.params;
+  for (const Launch& launch : plan.launches) {
+    with_size<AscentArguments>(launch.end - launch.begin, [&](auto bytes) {
+      AscentArguments<decltype(bytes)::value> args;
+      args.tiles = launch.tiles;
+      args.norm = a.norm[0].as<float>();
+      for (int64_t k = launch.begin; k < launch.end; ++k) {
+        const int64_t i = k - launch.begin;
+        args.params[i] = a.params[k].data;
+        args.backups[i] = pointer<void>(&a.backups, k);
+        args.clean[i] = clean[k].data;
+        args.grads[i] = a.grads[k].data;
+        args.rho[i] = static_cast<float>(a.rho[k]);
+        args.eta[i] = a.eta[k] >= 0 ? static_cast<float>(a.eta[k]) : -1.0f;
+        const DType backup = a.backups ? a.backups[k].dtype : a.params[k].dtype;
+        args.codes[i] = static_cast<uint8_t>(code_of(a.params[k].dtype) | code_of(backup) << 2 |
+                                             code_of(clean[k].dtype) << 4 | code_of(a.grads[k].dtype) << 6);
+      }
+      start(kAscent.op, ascent_kernel<PerturbTypes<P, C>, decltype(args)>, launch.count, launch.threads, stream, args);
+    });
+  }
+}
+
+}  // namespace
+
+void perturb_ascent_(const PerturbAscent& a) {
+  if (a.params.size() == 0) return;
+  const Place place = place_of(kAscent.op, a.params);
+  const auto plan = find_plan(kAscent, {false, false, a.params, {&a.backups, &a.masters, &a.grads}, nullptr}, place);
+  const Launching launching(*plan);
+  const auto are = [&](DType dtype) { return all_are(dtype, {&a.params, &a.backups, &a.grads}); };
+  // What has both keeps a copy of the perturbed weights, which is rare.
+  const bool has_both = a.masters && a.backups;
+  if (!has_both && are(DType::kFloat32) && all_are(DType::kFloat32, {&a.masters})) {
+    run_ascent<float, float>(a, *plan, place.stream);
+  } else if (!has_both && are(DType::kBFloat16) && !a.masters) {
+    run_ascent<BFloat16, BFloat16>(a, *plan, place.stream);
+  } else if (!has_both && are(DType::kBFloat16)) {
+    run_ascent<BFloat16, float>(a, *plan, place.stream);
+  } else {
+    run_ascent<AnyFloat, AnyFloat>(a, *plan, place.stream);
+  }
 }
 
 // ---- restore_

@@ -182,6 +182,7 @@ std::shared_ptr<const Plan> make_plan(const Walk& walk, const std::vector<Form>&
   const size_t tiles = table.add(b.tiles.size() * sizeof(Tile)), rows = table.add(b.long_rows.size() * sizeof(LongRow));
   const size_t blocks = table.add(b.blocks.size() * sizeof(uint32_t));
   const size_t tickets = table.add((b.long_rows.size() + b.blocks.size() + 1) * sizeof(uint32_t));  // zeros
+  const size_t counters = table.add(walk.counters * sizeof(unsigned long long));                    // zeros
   const size_t partials = scratch.add(2 * b.segments * sizeof(double)),
                sums = scratch.add(b.tiles.size() * sizeof(double));
   const size_t norms = scratch.add(b.long_rows.size() * sizeof(float));
@@ -198,6 +199,7 @@ std::shared_ptr<const Plan> make_plan(const Walk& walk, const std::vector<Form>&
   plan->tickets = ticket + b.long_rows.size();
   plan->blocks = plan->table.at<uint32_t>(blocks);
   plan->sums = plan->scratch.at<double>(sums);
+  plan->counters = plan->table.at<unsigned long long>(counters);
   plan->tiles = static_cast<uint32_t>(b.tiles.size());
   for (size_t i = 0; i < ranges.size(); ++i) {
     const Range& range = ranges[i];

@@ -17,12 +17,11 @@ namespace flatkern::cuda {
 struct Walk {
   const char* op;
   int small, large;  // tensors whose arguments fit the two sizes of a launch
-  int eights;        // that a thread of a block of 256 takes; of a larger block it takes kLongEights
+  int eights;        // that a thread of a block of kShortThreads takes; of a larger one it takes kLongEights
   int64_t resident;  // longest row that is not cut into segments
-  bool sums;         // rows are summed, so that those that are cut need partial sums
+  bool sums;         // of rows that are cut LongRows is needed: they are summed, or have a mask
+  int counters = 0;  // 64-bit ones that its launches leave at zero
 };
-constexpr int kLongEights = 4;
-constexpr int kShortThreads = 256, kLongThreads = 1024;
 
 // How one call of it does.
 struct Call {
@@ -49,6 +48,8 @@ struct Plan {
   uint32_t* tickets = nullptr;       // one for each tensor, and one for all
   const uint32_t* blocks = nullptr;  // tiles of each tensor
   double* sums = nullptr;            // one for each tile
+  unsigned long long* counters = nullptr;
+  mutable bool counters_are_zero = true;  // but for a call that failed between two launches
   uint32_t tiles = 0;
   Buffer table, scratch;
   mutable std::mutex in_use;  // from a call's first launch to its last: what one leaves in `scratch` the next one needs

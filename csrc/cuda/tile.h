@@ -18,6 +18,9 @@ constexpr int kChunk = kEight * kWarp;
 constexpr int kResident = 32768;
 constexpr int kSegment = 4096;
 
+// Threads of a block, but for those of rows that so many cannot hold; and how many eights each of the many takes.
+constexpr int kShortThreads = 256, kLongThreads = 1024, kLongEights = 4;
+
 // Of Tile::flags; above them, from bit kShiftBit on, the place of the first element in its eight.
 constexpr uint32_t kWhole = 1;     // no eight is cut short, and all may be moved 16 bytes at a time
 constexpr uint32_t kSegments = 2;  // teams have segments of one row

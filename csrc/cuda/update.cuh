@@ -4,8 +4,9 @@
 
 #include <type_traits>
 
-#include "../math/mask.h"
 #include "../math/update.h"
+#include "gradient.cuh"
+#include "mask.cuh"
 #include "perturbation.cuh"
 
 namespace flatkern::cuda {
@@ -72,41 +73,6 @@ struct UpdateArguments : UpdateCall {
 template <class T, class Args>
 FK_DEVICE uint32_t code_of(const Args& a, uint32_t k, UpdateCode which) {
   return std::is_same_v<T, AnyFloat> ? a.codes[k] >> which & 3 : 0;
-}
-
-// g <- clip (factor g + clean_weight g_clean).
-struct FinalGradient {
-  float factor, clean_weight, clip;
-  bool mixes, scales;
-
-  template <class Args>
-  FK_DEVICE_MEMBER FinalGradient(const Args& a, uint32_t k, bool mixes)
-      : factor(a.grad_weight[k] * a.grad_scale.get()),
-        clean_weight(a.clean_weight[k]),
-        clip(a.clip.get()),
-        mixes(mixes),
-        scales(factor != 1.0f || clip != 1.0f) {}
-
-  FK_DEVICE_MEMBER float of(float g, float clean) const {
-    return mixes ? math::mixed(g, clean, factor, clean_weight, clip) : scales ? math::mixed(g, factor, clip) : g;
-  }
-};
-
-// Where IRE lengthens the step of eight elements, a bit each.
-template <bool kWhole>
-FK_DEVICE uint32_t mask_bits(const uint8_t* mask, const LongRows& long_rows, const Tile& t, const Team<kWhole>& team,
-                             const Span<kWhole>& s) {
-  if ((t.flags & kFlat) == 0) {
-    const bool segments = (t.flags & kSegments) != 0;
-    const int64_t columns = segments ? long_rows.rows[t.long_row].columns : t.length;
-    const int64_t first = segments ? static_cast<int64_t>(t.segment + team.number_in(t)) * kSegment : 0;
-    return mask[team.row(t) * ((columns + 7) / 8) + (first + s.place) / 8];
-  }
-  uint32_t bits = 0;
-#pragma unroll
-  for (int j = 0; j < 8; ++j)
-    if (j < s.count && mask[team.start + s.place + j] != 0) bits |= 1u << j;
-  return bits;
 }
 
 // The lists of a tensor, from a team's row on.

@@ -38,8 +38,7 @@ class SGD(FusedOptimizer):
     and ours, keyword-only:
         perturb: flatkern.RWP, SAM or ASAM, or None for the plain optimizer.
         enhance: flatkern.IRE, or None.
-        backend: "eager", "cpp", "triton" or "cuda", used or refused; None takes the best one that is live. "cuda" has
-            no SAM, ASAM and IRE.
+        backend: "eager", "cpp", "triton" or "cuda", used or refused; None takes the best one that is live.
         master_weights: keep float32 weights behind half-precision parameters.
         capturable: steps may be captured in a CUDA graph. group["lr"], group["sigma"] and group["round"] are tensors on
             the device then: a replay reads what they are and goes on to the next round, and schedulers fill them in

@@ -283,7 +283,7 @@ class Step:
             if isinstance(error, (TypeError, ValueError)) and not any(call.done for call in calls):
                 raise  # an op has checked its arguments, and nothing is written
             state.keep_created()
-            self._leave_clean(noise)
+            self._leave_clean(noise, next((call for call in calls if not call.done), None))
             if isinstance(error, LayoutError):
                 raise RuntimeError("step: a memory format has changed during the step") from error
             raise
@@ -319,7 +319,7 @@ class Step:
         cycle.scalars.note_draw()
         weights.perturbed_by(perturbed, perturbed_by)
 
-    def _leave_clean(self, noise: Tensor | None) -> None:
+    def _leave_clean(self, noise: Tensor | None, interrupted: Call | None) -> None:
         cycle = self.cycle
         if cycle.weights.partition is None:
             return
@@ -327,7 +327,11 @@ class Step:
             cycle.weights.put_back()  # the update writes the copies, too, so that each is clean, old or new
             return
         params = cycle.groups.params()
-        cycle.weights.restore_untouched()
+        # Of several launches the first ones may have written, and a call that fails may leave all versions moved.
+        unknown: list[Tensor] = []
+        if interrupted is not None and interrupted.progress == "launches":
+            unknown = interrupted.bucket.params
+        cycle.weights.restore_untouched(frozenset(map(id, unknown)))
         if self.updated:
             cycle.drop_pending()
             cycle.gradients.mark_used(params)

@@ -317,13 +317,18 @@ class Weights:
         differing = differ_from_draw(call, held.bucket.params, held.clean, self._looks)
         return [k for k in differing if now[k] == held.versions[k] and not dropped[k]]
 
-    def restore_untouched(self) -> None:
-        """Put clean weights back where an interrupted update has not written new ones."""
+    def restore_untouched(self, unknown: frozenset[int]) -> None:
+        """Put clean weights back where an interrupted update has not written new ones, and where that is unknown.
+
+        Arguments:
+            unknown: ids of parameters whose versions do not tell.
+        """
         for held in self._held:
             if held.running:
                 which = _written(held)
             else:
-                which = [k for k, v in enumerate(held.bucket.versions()) if v == held.versions[k]]
+                params, now = held.bucket.params, held.bucket.versions()
+                which = [k for k, p in enumerate(params) if now[k] == held.versions[k] or id(p) in unknown]
             self._put(held.bucket, held.clean, which)
         self.left()
 

@@ -176,8 +176,10 @@ void store(const Site& site, T* pointer, const std::common_type_t<T>& value) {
 }  // namespace flatkern::cuda::emulation
 
 // Fibers change only where they wait, so that plain arithmetic is atomic.
-inline unsigned atomicAdd(unsigned* address, unsigned value) {
-  const unsigned old = *address;
+template <class T>
+T atomicAdd(T* address, T value) {
+  static_assert(std::is_same_v<T, unsigned> || std::is_same_v<T, unsigned long long>, "CUDA adds these");
+  const T old = *address;
   *address = old + value;
   return old;
 }
