@@ -271,7 +271,7 @@ show: ## every place of one operation: make show OP=perturb_gaussian_
 	print(ops["$(OP)"].family if "$(OP)" in ops else "", *ops)' | { read family ops; \
 	case " $$ops " in *" $(OP) "*) ;; *) echo "make show OP=name, one of: $$family $$ops" >&2; exit 1;; esac; \
 	grep -rnwE --include="$$family.*" --include="test_$$family.py" --include="bench_$$family.py" \
-	  --include=ops.py --include=cases.py --include=arguments.h --include=check.cpp --include=bind.h '$(OP)|$(OP:_=)' \
+	  --include='*.cu' --include=ops.py --include=cases.py --include=arguments.h --include=check.cpp --include=bind.h '$(OP)|$(OP:_=)' \
 	  flatkern csrc triton_kernels tests bench; }
 
 clean: ## remove build products and caches (the environment stays)
