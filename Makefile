@@ -180,13 +180,16 @@ test-matrix: $(READY) ## Triton's kernels for other architectures, and their mac
 # Where there is a GPU, kernels that these compile for a stand-in would be launched on it.
 WITHOUT_GPU := tests/test_host.py tests/test_warm_up.py tests/test_triton_model.py
 
+# By Triton's kernels and by the CUDA kernels.
+CAPTURES := tests/test_capturable.py tests/test_failed_captures.py
+
 # The interpreter has to be chosen before triton is imported, so this is a process of its own. There is a triton for few
 # platforms only. Of tests that take a backend, those for this one are run.
-TRITON_TESTS := tests/test_triton.py tests/test_triton_counts.py tests/test_capturable.py \
+TRITON_TESTS := tests/test_triton.py tests/test_triton_counts.py $(CAPTURES) \
   tests/test_backends.py tests/test_read_on_device.py tests/test_noise.py::test_which_normals_a_counter_gives
 test-triton: $(READY) ## the Triton kernels in Triton's interpreter (no GPU needed; part of `test`)
 	@if $(call has,triton) && $(call has,pytest); then \
-	  TRITON_INTERPRET=1 $(PYTEST) -q -k "triton or capturable" $(TRITON_TESTS) $(ARGS); \
+	  TRITON_INTERPRET=1 $(PYTEST) -q -k "triton or captur" $(TRITON_TESTS) $(ARGS); \
 	else echo "not checked: Triton kernels (triton is not installed)"; fi
 	@$(if $(ARGS),,if $(call has,triton) && $(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  CUDA_VISIBLE_DEVICES= $(PYTEST) -q $(WITHOUT_GPU); fi)
@@ -195,7 +198,7 @@ test-triton: $(READY) ## the Triton kernels in Triton's interpreter (no GPU need
 # is emulated (tests/cuda_emulation).
 HAS_NVCC = $(call has,setuptools) && $(PY) -c 'import runpy; runpy.run_path("setup.py")["find_nvcc"]()' 2> /dev/null
 COMPILED_CUDA_TESTS := $(wildcard tests/test_cuda_compile.py tests/test_cuda_code.py tests/test_cuda_wheel.py)
-EMULATED_CUDA_TESTS := $(filter-out $(COMPILED_CUDA_TESTS) tests/test_cuda_build.py,$(wildcard tests/test_cuda*.py))
+EMULATED_CUDA_TESTS := $(filter-out $(COMPILED_CUDA_TESTS) tests/test_cuda_build.py,$(wildcard tests/test_cuda*.py)) $(CAPTURES)
 # Of tests that take a backend, those for this one are run: what every backend does, and others' stacks with kernels of
 # a GPU beneath them.
 EMULATED_CUDA_TESTS += $(patsubst %,tests/test_%.py,backends read_on_device noise selection mask amp closures state \
@@ -213,7 +216,7 @@ checked-cuda:
 	else rm -rf $(CUDA); echo "not checked: what nvcc makes of the CUDA kernels (no nvcc, or no setuptools)"; fi
 	@export FLATKERN_CUDA_EMULATION=$(CURDIR)/build/cuda-emulation/_CUDA_emul$(SUFFIX); \
 	if [ -d $(CUDA) ]; then export FLATKERN_CUDA_BUILD=$(CURDIR)/$(CUDA) compiled="$(COMPILED_CUDA_TESTS)"; fi; \
-	$(PYTEST) -q -k cuda $(EMULATED_CUDA_TESTS) $$compiled $(ARGS)
+	$(PYTEST) -q -k "cuda or captur" $(EMULATED_CUDA_TESTS) $$compiled $(ARGS)
 
 check: $(if $(NO_VENV),,$(ENV_STAMP)) ## formatting, lint, types
 	$(call tool,ruff,$(PY) -m ruff,Python lint,check .)

@@ -134,6 +134,20 @@ def test_only_launches_of_ours_are_counted(monkeypatch):
     assert log == 2 * ["torch", True, "ours", False] and launch.Call.start is start
 
 
+def test_cuda_kernels_are_named_by_ncu():
+    """What is known of them before is their namespace; a kernel of torch between them belongs to the call before."""
+    names = [
+        "void flatkern::cuda::(anonymous namespace)::perturb_kernel<float, (int)4096>(Args<(int)4096>)",
+        "void at::native::vectorized_elementwise_kernel<4>(int)",
+        "flatkern::cuda::<unnamed>::sgd_kernel(Args)",
+        "void perturb_kernel(float*)",
+    ]
+    counted = [counters.kernel_of(name) for name in names]
+    assert counted[0] == "flatkern::cuda::perturb_kernel" and counted[2] == "flatkern::cuda::sgd_kernel"
+    started = [("perturb", counters.OF_CUDA), ("step", counters.OF_CUDA), ("by Triton", "perturb_kernel")]
+    assert list(counters.labels(counted, started)) == ["perturb", "perturb", "step", "by Triton"]
+
+
 def test_no_subject_is_begun_that_may_be_cut_off(monkeypatch, capfd):
     """As ncu writes its table at the end, what is cut off costs everything: a subject may take as long as another."""
     from bench.gpu import stand_in

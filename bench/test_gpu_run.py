@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu import out, run, sanitize, stages, suite
+from bench.gpu import out, run, stages, suite
 from bench.gpu.process import GIVE_UP, GRACE, Child, group_members
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -231,7 +231,7 @@ def test_the_lists():
     def asked(words, dry=False):
         return run.chosen(stages.STAGES, stages.LISTS, words, dry)
 
-    assert list(asked("")) == ["build", "smoke", "tests", "warm", "keys", "ncu", "cuda"]
+    assert list(asked("")) == ["build", "smoke", "tests", "warm", "keys", "ncu", "parameters"]
     assert list(asked("", dry=True)) == [stage.name for stage in stages.STAGES]
     assert asked("second")["warm"] == 30 and asked("first")["warm"] == 110
     assert list(asked("sweep smoke")) == ["build", "smoke", "warm", "sweep"]
@@ -444,40 +444,7 @@ def test_what_is_stopped_has_not_failed(capsys):
     assert tests.sentence() == "0 passed, 1 failed, 0 skipped, 1 stopped: test_b, test_c"
 
 
-# ---- stage sanitizer
-
-TOOL = str(ROOT / "bench" / "gpu" / "tools" / "compute-sanitizer")
-WRONG = "print('========= ERROR SUMMARY: 3 errors', flush=True); raise SystemExit(9)"
-
-
-@pytest.mark.parametrize(
-    "command, seconds, expected",
-    [
-        ([TOOL, *sanitize.options("memcheck"), "true"], 20, (0, "")),
-        ([TOOL, *sanitize.options("racecheck"), "true"], 20, (0, "")),
-        ([TOOL, "--tool", "memcheck", "sh", "-c", "echo broken; exit 5"], 20, (None, "failed under it .exit status 5")),
-        ([sys.executable, "-S", "-c", WRONG], 20, (3, "")),
-        (["true"], 20, (None, "printed no summary")),
-        (["sleep", "50"], 0.2, (None, "stopped after 0 s")),
-        (["/no/such/tool"], 20, (None, "cannot be started")),
-    ],
-    ids=["memcheck", "racecheck", "program fails", "errors", "no summary", "hangs", "absent"],
-)
-def test_sanitizer(tmp_path, command, seconds, expected):
-    log = out.File(tmp_path / "sanitizer.log")
-    errors, reason = sanitize.check(command, seconds, log)
-    assert errors == expected[0] and re.search(expected[1], reason)
-    assert (tmp_path / "sanitizer.log").read_text().startswith(f"$ {command[0]}")
-
-
-def test_sanitizer_without_the_tool(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sanitize.shutil, "which", lambda name: None)
-    monkeypatch.setattr(sanitize.signal, "signal", lambda *_: None)
-    monkeypatch.setenv("FLATKERN_GPU_OUT", str(tmp_path / "nowhere"))  # its log cannot be written either
-    assert sanitize.main([]) == 1
-    *found, sentence = capsys.readouterr().out.splitlines()
-    assert [json.loads(line[2:])["errors"] for line in found] == [None, None]
-    assert "compute-sanitizer is not installed" in sentence and "sanitizer.log could not be written" in sentence
+# ---- what a stage sees
 
 
 def test_a_stage_sees_nothing_that_changes_what_runs(monkeypatch, tmp_path):

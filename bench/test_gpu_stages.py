@@ -21,7 +21,7 @@ import flatkern
 from bench import results
 from bench.baselines import FusedAndCopy
 from bench.candidates import COPIED, Candidate, floors
-from bench.gpu import goals, machine, names, racing, stage, stand_in, wanted
+from bench.gpu import beside, goals, machine, names, racing, stage, stand_in, wanted
 from bench.gpu.racing import Racer
 from bench.harness import HOST, LOOP, Gradients
 from bench.methods import METHODS
@@ -32,17 +32,19 @@ from bench.runner import Runner
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = [torch.ones(3, 8), torch.ones(3)]
 BACKEND = "cpp" if flatkern.backends()["cpp"]["live"] else "eager"
-OURS = f"flatkern {BACKEND}"
+OURS, OTHER = f"flatkern {BACKEND}", "flatkern eager"
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """Models of two small tensors, nothing compiled, one turn each; Triton's kernels are a backend that runs here."""
+    """Models of two small tensors, nothing compiled, one turn each; backends that run here stand in for the others."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(racing, "DRY", True)
     monkeypatch.setattr(stand_in, "prepare", lambda: None)
     monkeypatch.setattr(wanted, "OURS", OURS)
     monkeypatch.setattr(wanted, "PLAIN_OURS", f"plain {OURS}")
+    monkeypatch.setattr(wanted, "CUDA", OTHER)
+    monkeypatch.setattr(wanted, "PLAIN_CUDA", f"plain {OTHER}")
     monkeypatch.setattr(sys, "argv", ["stage.py", "keys"])
     monkeypatch.delenv(racing.MISSED, raising=False)
     for name, model in MODELS.items():
@@ -80,14 +82,21 @@ def test_every_race_runs_and_every_goal_has_its_race(small, capfd):
                 "turns", "calls", "floor_bytes", "gbs", "of_copy", "copy_gbs", "tensors",
             }  # fmt: skip
             assert all(set(c) == {"us", "host_us", "floor_bytes", "gbs", "of_copy"} for c in f["calls"].values())
-        everything += [{**f, "stage": name, "candidate": f["candidate"].replace(BACKEND, "triton")} for f in found]
+        names = {OURS: goals.OURS, OTHER: goals.CUDA}
+        for f in found:
+            ours = f["candidate"].removeprefix("plain ")
+            everything.append({**f, "stage": name, "candidate": f["candidate"].replace(ours, names.get(ours, ours))})
     for goal in goals.GOALS:
         if "training step" not in goal.what:  # which is another stage's
             assert None not in goal.measure(everything), goal.what
+            if "faster" not in goal.what:  # than rivals, whom Triton's kernels alone are raced with
+                assert None not in goal.measure(goals.by_cuda(everything)), goal.what
+    assert len(beside.lines(everything)) == len(wanted.keys()) + len(wanted.rivals())
+    assert f"of {len(wanted.keys())} races" in beside.sentence(everything)
 
 
 def test_every_race_has_torchs_fused_optimizer():
-    for race in (*wanted.keys(), *wanted.cuda(), *wanted.rivals()):
+    for race in (*wanted.keys(), *wanted.rivals()):
         assert Entry("torch fused") in race.entries, race
 
 
@@ -98,6 +107,8 @@ def test_masters_are_raced_against_who_has_masters_too(small, capfd):
     assert {key: f["floor_bytes"] for key, f in found.items()} == {
         (OURS, "bfloat16"): 28,
         (f"plain {OURS}", "bfloat16"): 28,
+        (OTHER, "bfloat16"): 28,
+        (f"plain {OTHER}", "bfloat16"): 28,
         (COPIED, "bfloat16"): 34,
         ("torch fused", "float32"): 28,
     }
@@ -130,6 +141,49 @@ def test_a_billion_parameters_fit_an_h100(billion, monkeypatch):
     assert tuple(Runner(1, 0.0, machine=device).fitting(race)) == race.entries
 
 
+def test_a_machine_without_cuda_kernels_races_the_others(small, monkeypatch, capfd):
+    """And says so; where there is an nvcc, they should have been there."""
+    monkeypatch.setattr(wanted, "CUDA", goals.CUDA)
+    reason = {"live": False, "reason": "no nvcc\nwas there"}
+    monkeypatch.setattr(flatkern, "backends", lambda: {"cuda": reason})
+    for nvcc in (False, True):
+        monkeypatch.setattr(racing, "WITH_CUDA", nvcc)
+        assert racing.run(wanted.keys()[:1], usual=1e9, most=1.0) == nvcc
+        text = capfd.readouterr().out
+        absent, *found = findings(text)
+        assert (absent["kind"], absent["candidate"], absent["reason"]) == ("miss", goals.CUDA, "no nvcc was there")
+        assert [f["candidate"] for f in found] == [OURS, "torch fused"]
+        assert text.splitlines()[-1] == "1 of 1 races; WITHOUT CUDA kernels (no nvcc was there)"
+
+
+def test_each_candidate_steps_with_its_own_library(small, monkeypatch, capfd):
+    """Which libraries those are is what a turn finds under the name of the backend."""
+    from bench.gpu import hints
+    from flatkern import dispatch
+
+    seen = []
+    monkeypatch.setattr(flatkern, "backends", lambda: {"cuda": {"live": True, "reason": ""}})
+    build, turn = Candidate.build, stand_in.StandIn.turn
+
+    def built(self, base, masters):
+        seen.append(("made", dispatch.MODULES["cuda"]))
+        self.label = OURS
+        return build(self, base, masters)
+
+    def turned(self, candidate, count):
+        seen.append(("turn", dispatch.MODULES["cuda"]))
+        return turn(self, candidate, count)
+
+    monkeypatch.setattr(Candidate, "build", built)
+    monkeypatch.setattr(stand_in.StandIn, "turn", turned)
+    usual = dispatch.MODULES["cuda"]
+    assert racing.run(wanted.hints()[:1], usual=1e9, most=1.0, racer=hints.Switched, sentence=beside.policy) == 0
+    assert [found[1] for found in seen[:2]] == [usual, hints.OTHER]
+    assert set(seen) == {(what, library) for what in ("made", "turn") for library in (usual, hints.OTHER)}
+    assert dispatch.MODULES["cuda"] == usual
+    assert len(findings(capfd.readouterr().out)) == 2
+
+
 # What goes wrong.
 
 
@@ -144,8 +198,8 @@ def test_a_candidate_that_raises_is_a_miss_and_stops_nobody(small, monkeypatch, 
     monkeypatch.setattr(Candidate, "build", broken)
     assert racing.run(wanted.keys()[:2], usual=1e9, most=1.0) == 1
     found = findings(capfd.readouterr().out)
-    assert [f["kind"] for f in found] == ["race", "miss"] * 2
-    assert found[1]["reason"] == "ValueError: no such kernel" and found[1]["candidate"] == OURS
+    assert [f["kind"] for f in found] == ["race", "race", "miss"] * 2
+    assert found[2]["reason"] == "ValueError: no such kernel" and found[2]["candidate"] == OURS
 
 
 def test_a_race_that_raises_is_a_miss_and_stops_nobody(small, monkeypatch, capfd):
@@ -210,11 +264,12 @@ def test_races_beyond_the_time_are_named(small, monkeypatch, capfd):
     monkeypatch.setattr(racing, "DRY", False)
     monkeypatch.setattr(racing, "Gpu", stand_in.StandIn)
     monkeypatch.setattr(racing, "TURNS", 1)
-    left = iter([50.0, 50.0, 2.3, 2.3])
+    left = iter([50.0, 50.0, 2.4, 2.4])
     monkeypatch.setattr(racing, "left", lambda usual: next(left))
     assert racing.run(wanted.keys()[:2], usual=50.0, most=1.0) == 1
     found = findings(capfd.readouterr().out)
-    assert [(f["kind"], f["candidate"]) for f in found] == [("race", OURS), ("race", "torch fused"), ("miss", "all")]
+    ran = [("race", OURS), ("race", "torch fused"), ("race", OTHER), ("miss", "all")]
+    assert [(f["kind"], f["candidate"]) for f in found] == ran
     assert "left" in found[-1]["reason"]
 
 

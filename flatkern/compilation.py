@@ -1,6 +1,7 @@
-"""warm_up(): the kernels that an optimizer will launch are compiled before the first step, side by side.
+"""warm_up(): the kernels that an optimizer will launch are compiled and loaded before the first step, side by side.
 
-Which they are is found out by recording an optimizer of the same kind in training, on tensors of a few elements.
+Which of Triton's they are is found out by recording an optimizer of the same kind in training, on tensors of a few
+elements. Those of the CUDA backend are compiled already, and are all loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from . import dtensor, rehearsal
+from . import cuda, dtensor, rehearsal
 from .dispatch import compiled_module, served_by
 from .jobs import Job, recording
 from .optim.base import FlatOptimizer
@@ -33,6 +34,8 @@ log = logging.getLogger("flatkern")
 def warm_up(opt: torch.optim.Optimizer, *, scaled: bool = False, rounds: int = 1, threads: int | None = None) -> int:
     """Compile all Triton kernels that an optimizer will launch, in parallel, and load them on its devices.
 
+    Where the CUDA backend serves it, its kernels are loaded there, which takes no compiler.
+
         torch.distributed.init_process_group("nccl")
         model = fully_shard(model)
         opt = flatkern.AdamW(model.parameters(), lr=1e-3, perturb=flatkern.RWP(sigma=0.01, lam=0.5))
@@ -40,7 +43,8 @@ def warm_up(opt: torch.optim.Optimizer, *, scaled: bool = False, rounds: int = 1
 
     Without it a kernel is compiled at its first launch, a third of a second or more each, one after the other, inside
     a step: ranks that are faster wait in a collective, and may run out of time. Triton keeps on disk what it compiled,
-    so that a second start of a training only loads it.
+    so that a second start of a training only loads it. What is captured in a CUDA graph has to be loaded before; the
+    steps that torch asks for before a capture do that, too.
 
     What is compiled is what the method's cycle takes with the groups as they are: perturb(), restore(), clean(), and
     step(), at perturbed weights or after restore(); train() and eval() of a rolling optimizer; update_mask(). Left to
@@ -59,7 +63,8 @@ def warm_up(opt: torch.optim.Optimizer, *, scaled: bool = False, rounds: int = 1
         threads: how many kernels are compiled at a time; None: one for each processor that this rank may use.
 
     Returns:
-        The number of kernels; 0 where Triton serves no parameter.
+        The number of kernels that are there now, compiled and loaded, for all devices together; 0 where neither Triton
+        nor the CUDA backend serves a parameter.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -70,13 +75,29 @@ def warm_up(opt: torch.optim.Optimizer, *, scaled: bool = False, rounds: int = 1
         raise ValueError(f"warm_up: threads is {threads!r}, but should be an integer >= 1, or None")
     if is_capturing():
         raise RuntimeError("warm_up: a CUDA graph is being captured; warm up before the capture")
-    work: list[tuple[torch.device, Job]] = []
+    loaded, work = 0, []
     params = [p for group in opt.param_groups for p in group["params"]]
     for device in dict.fromkeys(dtensor.local(p).device for p in params):
-        if served_by("restore_", device.type, opt.backend)[0] != "triton" or compiled_module("triton").interpreting():
-            continue
-        with _current(device):
-            work += [(device, job) for job in rehearsal.record(opt, scaled, rounds, device)]
+        backend = served_by("restore_", device.type, opt.backend)[0]
+        if backend == "cuda":
+            loaded += _load(device)
+        elif backend == "triton" and not compiled_module("triton").interpreting():
+            with _current(device):
+                work += [(device, job) for job in rehearsal.record(opt, scaled, rounds, device)]
+    _compile_all(work, threads)
+    return loaded + len(work)
+
+
+def _load(device: torch.device) -> int:
+    """Load the CUDA backend's kernels on a device; how many there are."""
+    start = time.perf_counter()
+    count = cuda.load_kernels(compiled_module("cuda"), device)
+    log.info("warm_up: %d kernels loaded on %s in %.1f s", count, device, time.perf_counter() - start)
+    return count
+
+
+def _compile_all(work: list[tuple[torch.device, Job]], threads: int | None) -> None:
+    """Compile and load Triton's kernels, side by side."""
     start = time.perf_counter()
     failed: list[tuple[str, BaseException]] = []
     with _shown(len(work)) as tick, ThreadPoolExecutor(max(1, min(threads or _processors(), len(work)))) as pool:
@@ -98,7 +119,6 @@ def warm_up(opt: torch.optim.Optimizer, *, scaled: bool = False, rounds: int = 1
         ) from first
     if work:
         log.info("warm_up: %d kernels in %.1f s", len(work), time.perf_counter() - start)
-    return len(work)
 
 
 def jobs_of(opt: torch.optim.Optimizer, *, scaled: bool = False, rounds: int = 1) -> list[Job]:

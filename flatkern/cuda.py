@@ -206,6 +206,16 @@ def _emulated_device(module: Any, index: int) -> Any:
         module.set_current_device(before)
 
 
+# ---- before a capture
+
+
+def load_kernels(module: Any, device: torch.device) -> int:
+    """Load every kernel of `module` on a device, which its driver would do at the first launch, and must not inside of
+    a capture; how many there are."""
+    with _current(module, device):
+        return module.load_kernels()  # type: ignore[no-any-return]
+
+
 # ---- for debugging
 
 

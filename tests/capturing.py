@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 import flatkern
+from flatkern import dispatch
 from flatkern.schedules import PerturbationScheduler
 
 RULES = {
@@ -199,37 +200,71 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Tape(TorchDispatchMode):
-    """A poor man's graph: records what runs inside; `replay` runs it again, each result written where it was.
+def runs_on_the_cpu(backend):
+    """Whether one of the GPU's backends is interpreted or emulated in this process."""
+    return "cpu" in dispatch.DEVICES[backend]
 
-    With `runs=False` what is recorded has no effect, as in a capture: no kernel is started, and what torch wrote is as
-    before in the end.
-    """
 
-    def __init__(self, monkeypatch, runs=True):
-        super().__init__()
+class TritonLaunches:
+    """Those of the interpreted kernels. Nothing in them knows of a capture."""
+
+    def __init__(self, calls, runs, monkeypatch):
         from flatkern.triton_kernels import launch
 
-        self.calls, self.recording, self.runs = [], False, runs
-        self.memory, self.before = set(), []  # addresses that are known, and what was at those that are older
+        self.recording = False
         start = launch.Call.start
 
         def started(*args, **kwargs):
             if not self.recording:
                 return start(*args, **kwargs)
-            if self.runs:
+            if runs:
                 with _disable_current_modes():
                     start(*args, **kwargs)
-            self.calls.append(lambda: start(*args, **kwargs))
+            calls.append(lambda: start(*args, **kwargs))
 
         monkeypatch.setattr(launch.Call, "start", started)
 
+    def record(self, on):
+        self.recording = on
+
+
+class CudaLaunches:
+    """Those of the emulated kernels, which are told that a graph is being captured."""
+
+    def __init__(self, calls, runs, monkeypatch):
+        self.module, self.calls, self.runs = dispatch.compiled_module("cuda"), calls, runs
+
+    def see(self, *launch):
+        self.calls.append(lambda: self.module.run_again(*launch))
+
+    def record(self, on):
+        self.module.capturing(on)
+        self.module.watch(self.see if on else None)
+        self.module.launch_nothing(on and not self.runs)
+
+
+class Tape(TorchDispatchMode):
+    """A poor man's graph: records what runs inside; `replay` runs it again, each result written where it was.
+
+    What is allocated inside holds NaN at every replay, as a graph's own memory may. With `runs=False`
+    what is recorded has no effect, as in a capture: no kernel is started, and what torch wrote is as before in the end.
+    """
+
+    def __init__(self, monkeypatch, runs=True):
+        super().__init__()
+        self.calls, self.runs = [], runs
+        kinds = {"triton": TritonLaunches, "cuda": CudaLaunches}
+        self.launches = [kinds[name](self.calls, runs, monkeypatch) for name in kinds if runs_on_the_cpu(name)]
+        self.memory, self.before = set(), []  # addresses that are known, and what was at those that are older
+
     def __enter__(self):
-        self.recording = True
+        for launches in self.launches:
+            launches.record(True)
         return super().__enter__()
 
     def __exit__(self, *args):
-        self.recording = False
+        for launches in self.launches:
+            launches.record(False)
         super().__exit__(*args)
         for storage, content in self.before:
             storage.copy_(content)
@@ -241,7 +276,10 @@ class Tape(TorchDispatchMode):
         results = func(*args, **kwargs)
         if not self.runs:
             self.remember(results, older=False)
-        self.calls.append(lambda: self.again(results, func(*args, **kwargs)))
+        if func.overloadpacket.__name__.startswith(("empty", "new_empty")):
+            self.calls.append(lambda: results.untyped_storage().fill_(255))  # NaN, and -1
+        else:
+            self.calls.append(lambda: self.again(results, func(*args, **kwargs)))
         return results
 
     def remember(self, tree, older):

@@ -31,7 +31,8 @@ if not FOR_GPUS:
 # `make test-cuda` builds what these look at, and names it.
 if not EMULATING:
     collect_ignore += [
-        f"test_cuda{part}.py" for part in ("", "_devices", "_emulation", "_launches", "_optim", "_stacks", "_code")
+        f"test_cuda{part}.py"
+        for part in ("", "_capture", "_devices", "_emulation", "_launches", "_optim", "_stacks", "_code")
     ]
 if not os.environ.get("FLATKERN_CUDA_BUILD"):
     collect_ignore += ["test_cuda_compile.py", "test_cuda_code.py", "test_cuda_wheel.py"]
@@ -114,6 +115,9 @@ def emulated():
     yield module
     module.set_schedule("")
     module.set_current_device(0)
+    module.capturing(False)
+    module.launch_nothing(False)
+    module.watch(None)
     module.noise_is_on_device(False)
     module.steps_are_on_host(False)
 

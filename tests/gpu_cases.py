@@ -1,12 +1,14 @@
-"""Which calls test_gpu.py makes: few, because there every mixture of arguments, dtypes and shapes compiles its kernels.
+"""Which calls test_gpu.py makes: of Triton few, as every mixture of arguments, dtypes and shapes compiles its kernels.
 
 Each two optional arguments of an op meet, and each meets both kinds of tensors; test_gpu_plan.py counts the kernels.
+The CUDA kernels are there already, so that they have all variants of cases.py besides, on rows of every length.
 """
 
 import itertools
 from typing import NamedTuple
 
 import cases
+import emulated
 import pairwise
 
 from flatkern.checks import WALKS_FILTERS
@@ -18,7 +20,11 @@ TRITON = [op for op in OPS.values() if "triton" in op.backends.split()]
 ANY_SHAPES = [(3, 5), (33,), (3, 70001), (63, 2, 2, 3), (), (300000,)]
 # What is empty is a multiple of everything.
 EVEN_SHAPES = [(64, 64, 3, 3), (256, 16), (64,), (8, 8192), (0,), (4, 0), (2, 65536)]
+# More than the arguments of a launch have room for, with few elements.
+MANY_SHAPES = [(3, 16), (33,)] * 1000
 EVEN, ANY = "multiples of 16 bytes", "any"
+ROWS, MIXED, MANY = "every row", "every row, mixed", "many"
+SHAPES = {EVEN: EVEN_SHAPES, ANY: ANY_SHAPES, ROWS: emulated.ALL, MIXED: emulated.ALL, MANY: MANY_SHAPES}
 # Words of which a call has one at most; the others are there or not.
 EITHER = [("found_inf", "skip"), ("second", "third"), ("zero", "infinite")]
 # What a test captures; noise, gradients and device scalars are read where they lie.
@@ -46,10 +52,10 @@ class Case(NamedTuple):
 
     def make(self, device, times=1, shapes=None):
         """Its arguments; `shapes` instead of its own, or those `times` over."""
-        dtypes, own = cases.FLOATS[:1], EVEN_SHAPES
-        if self.kind == ANY:
-            dtypes, own = cases.FLOATS[self.turn :] + cases.FLOATS[: self.turn], ANY_SHAPES
-        return getattr(cases, self.op.name)((shapes or own) * times, dtypes, device, self.words)
+        dtypes = cases.FLOATS[:1]
+        if self.kind in (ANY, MIXED):
+            dtypes = cases.FLOATS[self.turn :] + cases.FLOATS[: self.turn]
+        return getattr(cases, self.op.name)((shapes or SHAPES[self.kind]) * times, dtypes, device, self.words)
 
 
 def factors_of(op):
@@ -109,6 +115,14 @@ def cases_of(op):
 
 
 CASES = [case for op in TRITON for case in cases_of(op)]
+# Of the CUDA kernels alone.
+CUDA_CASES = [Case(op, words, kind, 0) for op, words in emulated.ALL_VARIANTS for kind in (ROWS, MIXED)]
+CUDA_CASES += [Case(op, max(cases.VARIANTS[op.name], key=len), MANY, 0) for op in emulated.CUDA]
+
+
+def cases_by(backend):
+    """All calls of a backend."""
+    return [case for case in CASES if backend in case.op.backends.split()] + (CUDA_CASES if backend == "cuda" else [])
 
 
 def replayed(name):

@@ -1,8 +1,8 @@
-"""Stands in for a GPU: bodies of test_gpu.py run on the CPU, in Triton's interpreter (FLATKERN_GPU_DRY=1).
+"""Stands in for a GPU: bodies of test_gpu.py run on the CPU (FLATKERN_GPU_DRY=1), interpreted by Triton or emulated.
 
 A stream is a number, a graph a tape of what ran inside, and waiting what a watch sees of torch's operators. As on a
 GPU, streams share no tables, nothing is uploaded inside a capture, and kernels read noise where it lies. What kernels
-compute is then the interpreter's, and nothing is said about a GPU.
+compute is then the interpreter's or the emulation's, and nothing is said about a GPU.
 """
 
 import contextlib
@@ -11,6 +11,8 @@ import itertools
 import torch
 from capturing import Tape, Watch
 from torch.utils._python_dispatch import _disable_current_modes
+
+from flatkern import cuda, dispatch
 
 
 class Stream:
@@ -86,7 +88,8 @@ class Device:
         return tolist(t)
 
 
-def install(monkeypatch):
+@contextlib.contextmanager
+def installed(monkeypatch):
     """For one test."""
     from flatkern.triton_kernels import devices, launch, update
 
@@ -112,4 +115,19 @@ def install(monkeypatch):
     for where, values in replaced.items():
         for name, value in values.items():
             monkeypatch.setattr(where, name, value)
-    return here
+    with emulated(here) if cuda.is_emulated() else contextlib.nullcontext():
+        yield here
+
+
+@contextlib.contextmanager
+def emulated(device):
+    """The CUDA kernels read noise where it lies, and know the streams."""
+    module = dispatch.compiled_module("cuda")
+    allocate, upload, stream = cuda._on_the_cpu()
+    module.noise_is_on_device(True)
+    module.use_torch(allocate, upload, lambda index: device.streams[-1].cuda_stream)
+    try:
+        yield
+    finally:
+        module.use_torch(allocate, upload, stream)
+        module.noise_is_on_device(False)

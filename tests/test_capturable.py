@@ -1,21 +1,24 @@
-"""capturable=True in Triton's interpreter: nothing that changes is baked into a captured graph, and no host waits.
+"""capturable=True on the CPU: nothing that changes is baked into a captured graph, and no host waits.
 
 A tensor on the CPU stands for one on the device, and nobody may look at it. A graph is a tape: every operator of torch
 and every kernel of one step, forward and backward included, run again on the same memory. What only a GPU can show is
-in test_gpu.py. Runs with TRITON_INTERPRET=1 (`make test-triton`).
+in test_gpu.py. Runs with the Triton kernels in Triton's interpreter (`make test-triton`), and with the CUDA kernels
+emulated (`make test-cuda`).
 """
 
 import contextlib
 import copy
+import functools
 import gc
 import pickle
 import types
 import weakref
 
+import captures
 import pytest
 import torch
-from capturing import METHODS, RULES, Run, Tape, Watch, assert_same
-from conftest import INTERPRETING
+from captures import LONG, say_that_it_is_captured
+from capturing import METHODS, RULES, Tape, Watch, assert_same
 from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -24,30 +27,26 @@ from flatkern.optim.groups import Groups, Setup
 from flatkern.optim.scalars import OnDevice
 from flatkern.schedules import PerturbationScheduler
 
-if not INTERPRETING:
-    pytest.skip("needs TRITON_INTERPRET=1, as make test-triton sets it", allow_module_level=True)
-
-from flatkern.triton_kernels import devices, launch
-
+backend, training = captures.backend, captures.training
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
 
-every_method = pytest.mark.parametrize("method", METHODS)
-every_rule = pytest.mark.parametrize("rule", RULES)
 
-
-@pytest.fixture(autouse=True)
-def a_device(monkeypatch):
-    """Noise is read by the kernels where it lies, as on a GPU."""
-    monkeypatch.setattr(devices, "on_host", lambda noise: False)
+@pytest.fixture
+def launch_count(backend, request):
+    """Counts the kernels that are launched."""
+    if backend == "cuda":
+        return request.getfixturevalue("emulated").launch_count
+    launches = request.getfixturevalue("launches")
+    return lambda: len(launches)
 
 
 # Adam differs from AdamW in the decay alone, which no method touches.
 @pytest.mark.parametrize("rule, method", [(r, m) for r in RULES for m in METHODS if r != "Adam" or m == "RWP"])
-def test_a_replayed_step_moves_on(rule, method, monkeypatch):
+def test_a_replayed_step_moves_on(rule, method, monkeypatch, training, backend):
     """To where an optimizer of the host gets: fresh noise, the present learning rate and sigma, counted steps. A step
     outside, with gradients that are elsewhere, disturbs no later replay."""
-    columns = 8208 if rule == "SGD" else 64  # long rows know no rule
-    graph, python = (Run(rule, method, capturable, columns=columns) for capturable in (True, False))
+    columns = LONG[backend] if rule == "SGD" else 64  # long rows know no rule
+    graph, python = (training(rule, method, capturable, columns=columns) for capturable in (True, False))
     tape = Tape(monkeypatch)
     for recording in (False, True):
         with tape if recording else contextlib.nullcontext():
@@ -73,9 +72,9 @@ def test_a_replayed_step_moves_on(rule, method, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["RWP", "rolling ARWP"])
-def test_noise_is_told_from_what_others_write(method, monkeypatch):
+def test_noise_is_told_from_what_others_write(method, monkeypatch, training):
     """By the key and the sigmas of the last draw, whether a replay made it or a call, and not by those of the next."""
-    run = Run("SGD", method, True, schedule=False, columns=64)
+    run = training("SGD", method, True, schedule=False, columns=64)
     params, tape = list(run.net.parameters()), Tape(monkeypatch)
     run.step()
     with tape:
@@ -98,9 +97,9 @@ def test_noise_is_told_from_what_others_write(method, monkeypatch):
     assert all(map(torch.equal, params, clean))
 
 
-def test_a_tape_repeats_what_is_baked(monkeypatch):
+def test_a_tape_repeats_what_is_baked(monkeypatch, training):
     """The test above has teeth: without capturable a replay draws the same noise, at the old learning rate."""
-    graph, python = Run("SGD", "RWP", False), Run("SGD", "RWP", False)
+    graph, python = training("SGD", "RWP", False), training("SGD", "RWP", False)
     tape = Tape(monkeypatch)
     graph.train(1)
     with tape:
@@ -111,24 +110,31 @@ def test_a_tape_repeats_what_is_baked(monkeypatch):
     assert not torch.equal(graph.net.long, python.net.long)
 
 
-@pytest.mark.parametrize("capturable", [True, False])
-@pytest.mark.parametrize("rule, method", [("SGD", name) for name in METHODS] + [("Adam", "m-RWP"), ("AdamW", "plain")])
-def test_nobody_waits(rule, method, capturable, monkeypatch):
-    """In perturb(), restore() and step(), the first one included; numbers of the host move in meanwhile."""
-    run = Run(rule, method, capturable, schedule=False, columns=64)
-    start = launch.Call.start
+def let_the_interpreter_look(monkeypatch, capturable):
+    """At tensors inside of its kernels, and outside in the checks of a new plan, which on a device do not."""
+    from flatkern.triton_kernels import launch
+
+    start, tolist = launch.Call.start, torch.Tensor.tolist
 
     def unwatched(*args, **kwargs):
         with _disable_current_modes(), monkeypatch.context() as undone:
             undone.setattr(torch.Tensor, "tolist", tolist)
             start(*args, **kwargs)
 
-    tolist = torch.Tensor.tolist
     monkeypatch.setattr(launch.Call, "start", unwatched)
     if capturable:
+        monkeypatch.setattr(launch, "check", lambda op, values: None)
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+@pytest.mark.parametrize("rule, method", [("SGD", name) for name in METHODS] + [("Adam", "m-RWP"), ("AdamW", "plain")])
+def test_nobody_waits(rule, method, capturable, monkeypatch, training, backend):
+    """In perturb(), restore() and step(), the first one included; numbers of the host move in meanwhile."""
+    run = training(rule, method, capturable, schedule=False, columns=64)
+    if backend == "triton":
+        let_the_interpreter_look(monkeypatch, capturable)
+    if capturable:
         monkeypatch.setattr(torch.Tensor, "tolist", lambda t: pytest.fail("tolist() makes the host wait"))
-        # The checks of a new plan look at everything they are given, on a device they do not.
-        monkeypatch.setattr("flatkern.triton_kernels.launch.check", lambda op, values: None)
     with Watch():
         run.train(2)
         for group in run.opt.param_groups:
@@ -138,9 +144,9 @@ def test_nobody_waits(rule, method, capturable, monkeypatch):
         run.train(1)
 
 
-def test_a_skipped_step_moves_nothing_of_the_history():
+def test_a_skipped_step_moves_nothing_of_the_history(training):
     """mix="losses" folds on the device: an overflow leaves the history as it was, to the bit."""
-    run = Run("SGD", "m-ARWP, losses", True).train(2)
+    run = training("SGD", "m-ARWP, losses", True).train(2)
     before = [run.opt.state[p]["history"].clone() for p in run.net.parameters()]
     run.opt.zero_grad()
     run.opt.perturb()
@@ -168,9 +174,9 @@ SCHEDULERS = {
 
 @pytest.mark.filterwarnings("ignore:Detected call of:UserWarning")
 @pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
-def test_schedulers_write_in_place(make):
+def test_schedulers_write_in_place(make, training):
     """And the learning rates are those of an optimizer of the host, to the last bit of float64."""
-    runs = [Run("AdamW", "RWP", capturable, schedule=False) for capturable in (True, False)]
+    runs = [training("AdamW", "RWP", capturable, schedule=False) for capturable in (True, False)]
     ours = [group["lr"] for group in runs[0].opt.param_groups]
     schedulers = [make(run.opt) for run in runs]
     for _ in range(6):
@@ -181,9 +187,9 @@ def test_schedulers_write_in_place(make):
         assert [t.item() for t in found] == [group["lr"] for group in runs[1].opt.param_groups]
 
 
-def test_where_the_values_are():
+def test_where_the_values_are(training, backend):
     """0-dim tensors: one per group, one round for all of them."""
-    run = Run("AdamW", "RWP", True)
+    run = training("AdamW", "RWP", True)
     first, second = run.opt.param_groups
     for key in ("lr", "sigma"):
         assert first[key].dtype == second[key].dtype == torch.float64
@@ -191,7 +197,7 @@ def test_where_the_values_are():
     assert first["round"] is second["round"] and first["round"].dtype == torch.int64
     run.train(2)
     assert first["round"].item() == 2 and run.opt.cycle.scalars.words.tolist() == [2**32 - 5, 3, 2]
-    alone = flatkern.AdamW([torch.nn.Parameter(torch.ones(3))], perturb=flatkern.RWP(), backend="triton")
+    alone = flatkern.AdamW([torch.nn.Parameter(torch.ones(3))], perturb=flatkern.RWP(), backend=backend)
     alone.add_param_group({"params": [torch.nn.Parameter(torch.ones(4))], "lr": 0.5})
     assert alone.param_groups[1]["lr"] == 0.5 and alone.param_groups[1]["round"] == 0
     run.opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(4))], "lr": 0.5})
@@ -199,10 +205,10 @@ def test_where_the_values_are():
     assert added["lr"].item() == 0.5 and added["round"] is first["round"] and added["sigma"] is not first["sigma"]
 
 
-def test_a_tensor_of_the_user_is_used_where_it_is():
+def test_a_tensor_of_the_user_is_used_where_it_is(backend):
     """float32 too; two groups that share it as their default get one each."""
     lr, ps = torch.tensor(0.25), [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
-    opt = flatkern.SGD([{"params": [p]} for p in ps], lr=lr, backend="triton", capturable=True)
+    opt = flatkern.SGD([{"params": [p]} for p in ps], lr=lr, backend=backend, capturable=True)
     assert opt.param_groups[0]["lr"] is lr and opt.param_groups[1]["lr"] is not lr
     lr.fill_(0.5)
     for p in ps:
@@ -212,9 +218,9 @@ def test_a_tensor_of_the_user_is_used_where_it_is():
 
 
 @pytest.mark.parametrize("method", ["RWP", "rolling ARWP"])
-def test_numbers_are_copied_to_where_graphs_look(method):
+def test_numbers_are_copied_to_where_graphs_look(method, training):
     """Of lr, sigma, round and seed, at the next call; the trajectory is the one of numbers on the host."""
-    runs = [Run("SGD", method, capturable, schedule=False).train(2) for capturable in (True, False)]
+    runs = [training("SGD", method, capturable, schedule=False).train(2) for capturable in (True, False)]
     ours = [(group["lr"], group["sigma"], group["round"]) for group in runs[0].opt.param_groups]
     for run in runs:
         if run.opt.rolling:
@@ -230,8 +236,8 @@ def test_numbers_are_copied_to_where_graphs_look(method):
     assert_same(*runs)
 
 
-def test_a_bad_number_is_refused_before_it_is_copied():
-    run = Run("SGD", "RWP", True).train(1)
+def test_a_bad_number_is_refused_before_it_is_copied(training):
+    run = training("SGD", "RWP", True).train(1)
     group, before = run.opt.param_groups[1], run.tensors()
     for key, value, text in (("lr", -1.0, "learning rate"), ("sigma", -0.5, "sigma"), ("round", -1, "round is -1")):
         ours, old = group[key], group[key].item()
@@ -251,9 +257,9 @@ def test_a_bad_number_is_refused_before_it_is_copied():
     assert all(map(torch.equal, run.tensors(), before))
 
 
-def test_a_learning_rate_that_is_zero_for_one_step():
+def test_a_learning_rate_that_is_zero_for_one_step(training):
     """As distributed checkpointing makes state: it puts a tensor of the host in, steps, and puts ours back."""
-    run = Run("AdamW", "rolling ARWP", True)
+    run = training("AdamW", "rolling ARWP", True)
     run.opt.eval()
     before, ours = [p.detach().clone() for p in run.net.parameters()], [g["lr"] for g in run.opt.param_groups]
     values = [lr.item() for lr in ours]
@@ -279,12 +285,12 @@ def test_a_learning_rate_that_is_zero_for_one_step():
 
 @pytest.mark.parametrize("saved, loading", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("rule, method", [("AdamW", "rolling ARWP"), ("SGD", "m-RWP"), ("Adam", "plain")])
-def test_resume(rule, method, saved, loading):
+def test_resume(rule, method, saved, loading, training):
     """From host to device and back, into the tensors that are there: schedulers and graphs keep theirs."""
-    straight = Run(rule, method, False, schedule=False, columns=64).train(4)
-    first = Run(rule, method, saved, schedule=False, columns=64).train(2)
+    straight = training(rule, method, False, schedule=False, columns=64).train(4)
+    first = training(rule, method, saved, schedule=False, columns=64).train(2)
     first.opt.eval()
-    other = Run(rule, method, loading, schedule=False, columns=64).train(1)
+    other = training(rule, method, loading, schedule=False, columns=64).train(1)
     other.opt.eval()
     groups, state = other.opt.param_groups, other.opt.state
     ours = [t for g in groups for t in (g["lr"], g.get("sigma"), g.get("round")) if isinstance(t, torch.Tensor)]
@@ -304,8 +310,8 @@ def test_resume(rule, method, saved, loading):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))])
 @pytest.mark.parametrize("method", ["RWP", "rolling ARWP"])
-def test_copies_go_on_alone(method, copied):
-    run = Run("AdamW", method, True, schedule=False, columns=64).train(2)
+def test_copies_go_on_alone(method, copied, training):
+    run = training("AdamW", method, True, schedule=False, columns=64).train(2)
     run.opt.eval()
     other = copied(run)
     assert other.opt.capturable
@@ -322,7 +328,7 @@ def test_copies_go_on_alone(method, copied):
 
 
 @pytest.mark.parametrize("capturable", [True, False])
-def test_a_checkpoint_of_torchs_capturable_optimizer(capturable):
+def test_a_checkpoint_of_torchs_capturable_optimizer(capturable, backend):
     """Its learning rate may be a tensor, and its steps are on the device."""
     ps = [torch.nn.Parameter(torch.ones(3, 2))]
     theirs = torch.optim.AdamW(ps, lr=0.5)
@@ -330,7 +336,7 @@ def test_a_checkpoint_of_torchs_capturable_optimizer(capturable):
     theirs.step()
     state = theirs.state_dict()
     state["param_groups"][0].update(capturable=True, lr=torch.tensor(0.125))
-    ours = flatkern.AdamW(ps, backend="triton", capturable=capturable)
+    ours = flatkern.AdamW(ps, backend=backend, capturable=capturable)
     ours.load_state_dict(state)
     group = ours.param_groups[0]
     assert group["capturable"] is capturable and isinstance(group["lr"], torch.Tensor) is capturable
@@ -343,52 +349,50 @@ def test_a_checkpoint_of_torchs_capturable_optimizer(capturable):
 
 W = torch.nn.Parameter(torch.ones(3, 2))
 REFUSED = {
-    "another backend": (lambda: flatkern.SGD([W], capturable=True),
-        "SGD: capturable is True, but CUDA graphs need the triton backend, and cpp serves cpu; move the parameters"),
-    "a named one": (lambda: flatkern.AdamW([W], capturable=True, backend="eager"),
-        "AdamW: capturable is True, but CUDA graphs need the triton backend, and eager serves cpu; move"),
+    "another backend": (lambda backend: flatkern.SGD([W], capturable=True),
+        "SGD: capturable is True, but CUDA graphs need the triton or the cuda backend, and cpp serves cpu; move the"),
+    "a named one": (lambda backend: flatkern.AdamW([W], capturable=True, backend="eager"),
+        "AdamW: capturable is True, but CUDA graphs need the triton or the cuda backend, and eager serves cpu; move"),
     "two devices": (
-        lambda: flatkern.Adam(
+        lambda backend: flatkern.Adam(
             [W, torch.nn.Parameter(torch.ones(3, device="meta"))], capturable=True, backend=None, perturb=flatkern.RWP()
         ),
         r"Adam: capturable is True, but params\[1\] is on meta and params\[0\] on cpu; a CUDA graph"),
     "kappa that follows": (
-        lambda: flatkern.SGD([W], capturable=True, backend="triton", enhance=flatkern.IRE(1.0, kappa_follows_lr=True)),
+        lambda backend: flatkern.SGD(
+            [W], capturable=True, backend=backend, enhance=flatkern.IRE(1.0, kappa_follows_lr=True)
+        ),
         "SGD: capturable is True, but IRE has kappa_follows_lr=True"),
     "a tensor of another value": (
-        lambda: flatkern.SGD([W], capturable=True, backend="triton", weight_decay=torch.tensor(0.1)),
+        lambda backend: flatkern.SGD([W], capturable=True, backend=backend, weight_decay=torch.tensor(0.1)),
         "SGD: weight_decay is a tensor, but with capturable=True only lr and sigma are read on the device; pass a"),
     "betas": (
-        lambda: flatkern.Adam([W], capturable=True, backend="triton", betas=(torch.tensor(0.9), torch.tensor(0.99))),
+        lambda backend: flatkern.Adam(
+            [W], capturable=True, backend=backend, betas=(torch.tensor(0.9), torch.tensor(0.99))
+        ),
         "Adam: betas is a tensor, but with capturable=True"),
     "in one group only": (
-        lambda: flatkern.Adam([{"params": [W], "capturable": False}], capturable=True, backend="triton"),
+        lambda backend: flatkern.Adam([{"params": [W], "capturable": False}], capturable=True, backend=backend),
         "Adam: a group has capturable=False and the optimizer True; it holds for all groups, so pass it"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("make, text", REFUSED.values(), ids=REFUSED)
-def test_refused(make, text):
+def test_refused(make, text, backend):
     with pytest.raises(ValueError, match=text):
-        make()
+        make(backend)
 
 
 @pytest.fixture
 def under_way(monkeypatch):
-    """Switches on what the optimizers ask before they do what a graph must not repeat."""
-
-    def switch_on():
-        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-
-    yield switch_on
+    yield functools.partial(say_that_it_is_captured, monkeypatch)
     monkeypatch.undo()
 
 
 @pytest.mark.parametrize("method", ["plain", "RWP", "rolling ARWP"])
-def test_a_capture_of_a_host_optimizer_is_refused(method, under_way):
+def test_a_capture_of_a_host_optimizer_is_refused(method, under_way, training):
     """It would repeat its learning rate and its noise in silence."""
-    run = Run("SGD", method, False).train(1)
+    run = training("SGD", method, False).train(1)
     run.backward() if method != "RWP" else None
     before = run.tensors()
     under_way()
@@ -397,21 +401,21 @@ def test_a_capture_of_a_host_optimizer_is_refused(method, under_way):
     assert all(map(torch.equal, run.tensors(), before))
 
 
-def test_what_is_collected_inside_a_capture_launches_nothing(under_way, launches):
+def test_what_is_collected_inside_a_capture_launches_nothing(under_way, launch_count, training):
     """The collector runs when it likes. The graph of somebody else would put these weights back at every replay."""
-    run = Run("SGD", "rolling ARWP", False).train(1)
+    run = training("SGD", "rolling ARWP", False).train(1)
     gone = weakref.ref(run.opt)
     under_way()
-    launches.clear()
+    before = launch_count()
     del run
     gc.collect()
-    assert gone() is None and not launches
+    assert gone() is None and launch_count() == before
 
 
 @pytest.mark.parametrize("key, value", [("lr", 0.5), ("sigma", 0.5), ("seed", 5), ("round", 5)])
-def test_a_number_is_not_captured(key, value, under_way):
+def test_a_number_is_not_captured(key, value, under_way, training):
     """A replay would undo whatever a schedule has filled in since."""
-    run = Run("SGD", "RWP", True).train(1)
+    run = training("SGD", "RWP", True).train(1)
     before, words = run.tensors(), run.opt.cycle.scalars.words.clone()
     for group in run.opt.param_groups:
         group[key] = value
@@ -421,8 +425,8 @@ def test_a_number_is_not_captured(key, value, under_way):
     assert all(map(torch.equal, run.tensors(), before)) and torch.equal(run.opt.cycle.scalars.words, words)
 
 
-def test_a_mask_is_not_captured(under_way):
-    run = Run("SGD", "IRE", True).train(1)
+def test_a_mask_is_not_captured(under_way, training):
+    run = training("SGD", "IRE", True).train(1)
     run.backward()
     under_way()
     run.opt.step()

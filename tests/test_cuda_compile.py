@@ -36,6 +36,7 @@ class Case:
 # Of five blocks of 256 threads a thread has 48 registers, 62 % of the threads that there can be; of four, or of one of
 # 1024, it has 64, 50 %. A kernel for any type moves elements one by one, or has a way for each type.
 CASES = {
+    "clear": Case(8, 0, 0),
     "fill float": Case(6, 0, 4),
     "fill AnyFloat": Case(6),
     "norms float 256": Case(6, 8, 0),

@@ -170,7 +170,7 @@ def test_memory_that_is_none(emulated, uploads):
     op = OPS["filter_norms_"]
     values = make(op, [(7, 91)], "float32", richest(op))
     allocate, upload, stream = cuda._on_the_cpu()
-    emulated.use_torch(lambda index, size: torch.empty(0), upload, stream)
+    emulated.use_torch(allocate, lambda index, data: torch.empty(0), stream)
     with pytest.raises(RuntimeError, match="torch gives no memory here"):
         run(op, "cuda", values)
     emulated.use_torch(allocate, upload, stream)

@@ -194,8 +194,3 @@ def test_launches_of_a_step(emulated):
     assert emulated.launch_count() - before == 3
     run.opt.restore()
     assert emulated.launch_count() - before == 4
-
-
-def test_cuda_graphs_are_refused_when_made(emulated):
-    with pytest.raises(ValueError, match="CUDA graphs need the triton backend, and cuda serves cpu"):
-        flatkern.SGD([torch.nn.Parameter(torch.ones(3))], backend="cuda", capturable=True)

@@ -1,14 +1,19 @@
 """What only a GPU can show: the kernels as compiled, the noise's bits on its arithmetic, graphs, no waiting.
 
 Everything else about them is in test_triton.py, in Triton's interpreter, and in test_cuda.py, emulated. Skipped where
-torch sees no GPU. Where it sees one, Triton that is not live is a failure of every test, and the CUDA kernels are
-tested if they are live; with FLATKERN_GPU_RUN=1, as `make gpu` sets it, a GPU that is not seen is a failure, too. With
+torch sees no GPU. Where it sees one, Triton that is not live is a failure of each of its tests; CUDA kernels that are
+not live are a reason to skip theirs, and a failure with FLATKERN_GPU_CUDA=1, as `make gpu` sets it where there is an
+nvcc. With FLATKERN_GPU_RUN=1, which `make gpu` always sets, a GPU that is not seen is a failure, too. With
 FLATKERN_GPU_DRY=1 and TRITON_INTERPRET=1 the bodies run on the CPU, on little (gpu_stand_in.py), those for the CUDA
 kernels with FLATKERN_CUDA_EMULATION.
 """
 
+import contextlib
 import gc
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import cases
 import gpu_cases
@@ -24,7 +29,7 @@ import flatkern
 from flatkern.dispatch import compiled_module, resolve
 from flatkern.ops import OPS
 
-DRY, RUN = (os.environ.get(f"FLATKERN_GPU_{name}") == "1" for name in ("DRY", "RUN"))
+DRY, RUN, NVCC = (os.environ.get(f"FLATKERN_GPU_{name}") == "1" for name in ("DRY", "RUN", "CUDA"))
 DEVICE = "cpu" if DRY else "cuda"
 if not (torch.cuda.is_available() or DRY or RUN):
     pytest.skip("torch sees no GPU", allow_module_level=True)
@@ -33,45 +38,51 @@ if not (torch.cuda.is_available() or DRY or RUN):
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
 
 
-def refusal():
-    """Why nothing can run here; None if all can."""
-    if DRY:
+def refusal(backend):
+    """Why a backend cannot run here; None if it can."""
+    if DRY and backend == "triton":
         return None if INTERPRETING else "FLATKERN_GPU_DRY=1 needs TRITON_INTERPRET=1"
-    if not torch.cuda.is_available():
+    if not (DRY or torch.cuda.is_available()):
         return f"torch {torch.__version__} sees no GPU"
-    state = flatkern.backends()["triton"]
-    return None if state["live"] else f"torch sees a GPU, but triton is not live: {state['reason']}; {state['remedy']}"
+    state = flatkern.backends()[backend]
+    where = "this is a dry run" if DRY else "torch sees a GPU"
+    return None if state["live"] else f"{where}, but {backend} is not live: {state['reason']}; {state['remedy']}"
 
 
-REFUSAL = refusal()
+BACKENDS = ("triton", "cuda")
+REFUSALS = {backend: refusal(backend) for backend in BACKENDS}
 
 
 @pytest.fixture(autouse=True)
-def gpu(monkeypatch):
+def gpu(backend, monkeypatch):
     """The GPU, or what stands in for it."""
-    if REFUSAL is not None:
-        pytest.fail(REFUSAL, pytrace=False)
-    if DRY:
-        gpu_stand_in.install(monkeypatch)
+    if REFUSALS[backend] is not None:
+        if backend == "cuda" and not NVCC and (DRY or torch.cuda.is_available()):
+            pytest.skip(REFUSALS[backend])
+        pytest.fail(REFUSALS[backend], pytrace=False)
+    with gpu_stand_in.installed(monkeypatch) if DRY else contextlib.nullcontext():
+        yield
 
 
-CASES, SHAPES, COLUMNS, TURNS = gpu_cases.CASES, {}, {}, 3
+CASES = {backend: gpu_cases.cases_by(backend) for backend in BACKENDS}
+SHAPES, COLUMNS, TURNS = {}, {}, 3
 if DRY:  # a call of each op, the one with most words, of few elements
-    richest = sorted(filter(gpu_cases.Case.repeats.fget, CASES), key=lambda case: -len(case.words.split()))
-    CASES = [next(case for case in richest if case.op is op) for op in gpu_cases.TRITON]
+    for backend, found in CASES.items():
+        richest = sorted((case for case in found if case.repeats), key=lambda case: -len(case.words.split()))
+        ops = dict.fromkeys(case.op.name for case in found)
+        CASES[backend] = [next(case for case in richest if case.op.name == name) for name in ops]
     SHAPES = {"shapes": [(3, 16), (24,), (), (0,), (1, 8208)]}
     COLUMNS, TURNS = {"columns": 64}, 2
-BACKENDS = ["triton", *(["cuda"] if flatkern.backends()["cuda"]["live"] else [])]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def calls(cases):
+def calls(chosen=lambda case: True):
     """Each case by every backend that has its op."""
-    pairs = [(case, name) for name in BACKENDS for case in cases if name in case.op.backends.split()]
+    pairs = [(case, backend) for backend in BACKENDS for case in CASES[backend] if chosen(case)]
     return pytest.mark.parametrize("case, backend", pairs, ids=str)
 
 
-def call(op, values, backend="triton", device=DEVICE):
+def call(op, values, backend, device=DEVICE):
     cases.call(resolve(op.name, device, backend), op, values)
     return values
 
@@ -93,7 +104,7 @@ def copied(values, device=None):
 # The kernels.
 
 
-@calls(CASES)
+@calls()
 def test_matches_eager(case, backend):
     """Eager on the CPU, which is the definition: there every operation is as IEEE has it."""
     got, want = case.make(DEVICE, **SHAPES), case.make("cpu", **SHAPES)
@@ -101,7 +112,7 @@ def test_matches_eager(case, backend):
     assert_within(case.op, copied(call(case.op, got, backend), "cpu"), want)
 
 
-@calls(CASES)
+@calls()
 def test_same_bits_again(case, backend):
     given = case.make(DEVICE, **SHAPES)
     first, second = (call(case.op, copied(given), backend) for _ in range(2))
@@ -110,22 +121,22 @@ def test_same_bits_again(case, backend):
         assert all(torch.equal(bits(x), bits(y)) for x, y in tensors if isinstance(x, torch.Tensor)), name
 
 
-def test_every_radius_and_angle():
+@pytest.mark.parametrize("backend", ["triton"])
+def test_every_radius_and_angle(backend):
     """rsqrt is an approximation here, and fma is one instruction."""
     import circle
 
     circle.assert_every_radius_and_angle(DEVICE, 1024)
 
 
-if "cuda" in BACKENDS:  # `make gpu` counts what is skipped as failed
-
-    def test_as_many_normals_as_have_every_radius_and_angle():
-        """The CUDA kernels have no other way to them: two million words, each with one of 65536 of both."""
-        shape, words = (32, 48) if DRY else (256, 16384), dict(index=[3], offset=[0])
-        got, want = torch.zeros(shape, device=DEVICE), torch.zeros(shape)
-        resolve("fill_normal_", DEVICE, "cuda")([got], torch.tensor([1, 2, 3]), **words)
-        resolve("fill_normal_", "cpu")([want], torch.tensor([1, 2, 3]), **words)
-        assert_ulp("normals", got.cpu(), want)
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_as_many_normals_as_have_every_radius_and_angle(backend):
+    """The CUDA kernels have no other way to them: two million words, each with one of 65536 of both."""
+    shape, words = (32, 48) if DRY else (256, 16384), dict(index=[3], offset=[0])
+    got, want = torch.zeros(shape, device=DEVICE), torch.zeros(shape)
+    resolve("fill_normal_", DEVICE, backend)([got], torch.tensor([1, 2, 3]), **words)
+    resolve("fill_normal_", "cpu")([want], torch.tensor([1, 2, 3]), **words)
+    assert_ulp("normals", got.cpu(), want)
 
 
 @every_backend
@@ -153,21 +164,28 @@ def test_beyond_two_billion_elements(backend):
 # Launches, graphs, waiting.
 
 
-@calls([c for c in CASES if c.repeats])
-def test_launches_do_not_grow_with_tensors(case, backend, launches):
-    def count():
-        return compiled_module("cuda").launch_count() if backend == "cuda" else len(launches)
+@pytest.fixture
+def launched(backend, request):
+    """How many kernels a backend has launched."""
+    if backend == "cuda":
+        return compiled_module("cuda").launch_count
+    names = request.getfixturevalue("launches")
+    return lambda: len(names)
 
+
+@calls(lambda case: case.repeats)
+def test_launches_do_not_grow_with_tensors(case, backend, launched):
     counts = []
     for times in (1, 2 if DRY else 5):
-        before = count()
+        before = launched()
         call(case.op, case.make(DEVICE, times, **SHAPES), backend)
-        counts.append(count() - before)
+        counts.append(launched() - before)
     assert counts[0] == counts[1] > 0
 
 
+@every_backend
 @pytest.mark.parametrize("name", gpu_cases.REPLAYED)
-def test_a_captured_step_replays(name):
+def test_a_captured_step_replays(name, backend):
     """Rolling: noise, gradients and device scalars are read where they lie, whatever they are at the replay."""
     case = gpu_cases.replayed(name)
     op, values = case.op, case.make(DEVICE, **SHAPES)
@@ -176,11 +194,11 @@ def test_a_captured_step_replays(name):
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
-            call(op, copied(values))
+            call(op, copied(values), backend)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with into(graph, side):
-        call(op, values)
+        call(op, values, backend)
     for round_ in range(TURNS):
         for given in (values, expected):
             given["noise"][2] = round_
@@ -190,16 +208,14 @@ def test_a_captured_step_replays(name):
             for g in given["grads"]:
                 g.mul_(-0.75)
         graph.replay()
-        call(op, expected)
+        call(op, expected, backend)
     for key in op.writes:
         for a, b in zip(values[key] or [], expected[key] or [], strict=True):
             assert_ulp(key, a.cpu(), b.cpu())
 
 
-@pytest.mark.parametrize(
-    "method, backend",
-    [(name, b) for b in BACKENDS for name, method in TRAINED.items() if b != "cuda" or type(method) is flatkern.RWP],
-)
+@every_backend
+@pytest.mark.parametrize("method", TRAINED)
 def test_a_step_never_waits_for_the_device(method, backend):
     """And the weights are eager's, within what the matrix products of two devices differ by."""
     method = TRAINED[method]
@@ -210,8 +226,13 @@ def test_a_step_never_waits_for_the_device(method, backend):
 # Whole steps as graphs.
 
 
-def training(rule, method, capturable, **options):
-    return Run(rule, method, capturable, device=DEVICE, **COLUMNS, **options)
+def training(rule, method, backend, capturable, **options):
+    return Run(rule, method, capturable, device=DEVICE, backend=backend, **COLUMNS, **options)
+
+
+def two_trainings(rule, method, backend, **options):
+    """For graphs, and with numbers of the host."""
+    return (training(rule, method, backend, capturable, **options) for capturable in (True, False))
 
 
 CAPTURES = [(r, m, s) for s in ("warm", "its own") for m in CAPTURED for r in ("SGD", "AdamW")]
@@ -219,11 +240,12 @@ if DRY:  # every method once, with each rule and on each stream
     CAPTURES = [CAPTURES[(k * 2 * len(CAPTURED) + 2 * k + k // 2 % 2) % len(CAPTURES)] for k in range(len(CAPTURED))]
 
 
+@every_backend
 @pytest.mark.parametrize("rule, method, stream", CAPTURES)
-def test_a_captured_training_step(rule, method, stream):
+def test_a_captured_training_step(rule, method, stream, backend):
     """Forward, backward, perturb() and step() in one graph, with schedules between the replays, go where a host's
     optimizer goes; so do steps outside, whose gradients are elsewhere, before the first replay and between two."""
-    run, python = training(rule, method, True), training(rule, method, False)
+    run, python = two_trainings(rule, method, backend)
     warm, steps = (1, 3) if DRY else (3, 6)
     graph = capture(run, warm, stream)
     python.train(warm)
@@ -242,9 +264,10 @@ def test_a_captured_training_step(rule, method, stream):
         assert all(torch.equal(s, t) for s, t in zip(run.tensors(), before, strict=True))
 
 
-def test_every_replay_draws_fresh_noise():
+@every_backend
+def test_every_replay_draws_fresh_noise(backend):
     """At learning rate 0 the weights of a rolling step are the clean ones and its noise: never the same."""
-    run = training("SGD", "rolling ARWP", True, schedule=False)
+    run = training("SGD", "rolling ARWP", backend, True, schedule=False)
     for group in run.opt.param_groups:
         group.update(lr=0.0, weight_decay=0.0, eta=0.0)
     graph, seen = capture(run, warm=2), []
@@ -254,12 +277,13 @@ def test_every_replay_draws_fresh_noise():
     assert len({t.sum().item() for t in seen}) == 4
     assert run.opt.param_groups[0]["round"].item() == 2 + 4
     run.opt.eval()
-    assert torch.equal(run.net.long, training("SGD", "plain", False).net.long)
+    assert torch.equal(run.net.long, training("SGD", "plain", backend, False).net.long)
 
 
-def test_a_number_reaches_the_graph_at_the_next_call():
+@every_backend
+def test_a_number_reaches_the_graph_at_the_next_call(backend):
     """And what is filled in place, at the next replay."""
-    run, python = (training("AdamW", "RWP", c, schedule=False) for c in (True, False))
+    run, python = two_trainings("AdamW", "RWP", backend, schedule=False)
     graph = capture(run, warm=2)
     python.train(2)
     for r in (run, python):
@@ -275,9 +299,10 @@ def test_a_number_reaches_the_graph_at_the_next_call():
     assert_close(run, python)
 
 
-def test_two_graphs_of_one_optimizer():
+@every_backend
+def test_two_graphs_of_one_optimizer(backend):
     """Taken one after the other; what both replay in turn is one training."""
-    run, python = (training("SGD", "m-RWP", c) for c in (True, False))
+    run, python = two_trainings("SGD", "m-RWP", backend)
     graphs = [capture(run, warm=1), capture(run, warm=1)]
     python.train(2)
     for step in range(TURNS + 1):
@@ -287,13 +312,15 @@ def test_two_graphs_of_one_optimizer():
         assert_close(run, python)
 
 
-def test_more_plans_than_are_kept_after_a_capture():
+@every_backend
+def test_more_plans_than_are_kept_after_a_capture(backend):
     """The tables and the memory of a graph outlive any number of other calls."""
-    run, python = (training("AdamW", "rolling ARWP", c) for c in (True, False))
+    run, python = two_trainings("AdamW", "rolling ARWP", backend)
     graph = capture(run, warm=2)
     python.train(2)
     for size in range(1, 4 if DRY else 40):
-        call(OPS["adamw_update_"], cases.adamw_update_([(size,)], torch.float32, DEVICE, "backups noise history"))
+        values = cases.adamw_update_([(size,)], torch.float32, DEVICE, "backups noise history")
+        call(OPS["adamw_update_"], values, backend)
     torch.cuda.empty_cache()
     for _ in range(TURNS):
         graph.replay()
@@ -302,10 +329,19 @@ def test_more_plans_than_are_kept_after_a_capture():
         assert_close(run, python)
 
 
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_more_than_four_kilobytes_of_arguments_in_a_graph(backend):
+    """Some drivers crash there (openxla/xla#19252), hence another process."""
+    script = Path(__file__).with_name("gpu_large_graph.py")
+    done = subprocess.run([sys.executable, str(script), backend], capture_output=True, text=True, timeout=80)
+    assert done.returncode == 0, f"exit status {done.returncode}: {done.stderr[-2000:]}"
+
+
+@every_backend
 @pytest.mark.parametrize("method", list(CAPTURED)[:: 2 if DRY else 1])
-def test_a_capturable_step_never_waits(method):
+def test_a_capturable_step_never_waits(method, backend):
     """Numbers of the host that move in are copied without waiting."""
-    run = training("AdamW", method, True).train(2)
+    run = training("AdamW", method, backend, True).train(2)
     with nobody_waits():
         run.train(1)
         for group in run.opt.param_groups:
@@ -313,12 +349,13 @@ def test_a_capturable_step_never_waits(method):
         run.train(1)
 
 
+@every_backend
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
-def test_what_cannot_be_captured_is_refused():
+def test_what_cannot_be_captured_is_refused(backend):
     """A host's optimizer, which would repeat itself; a first step, whose tables are not there. Both work afterwards."""
     for capturable, text in ((False, "use flatkern.SGD, Adam or AdamW with capturable"), (True, "run the same steps")):
         odd = torch.nn.Parameter(torch.ones(77 + capturable, 13, device=DEVICE))
-        opt = flatkern.SGD([odd], lr=0.5, backend="triton", capturable=capturable)
+        opt = flatkern.SGD([odd], lr=0.5, backend=backend, capturable=capturable)
         odd.grad = torch.ones_like(odd)
         with pytest.raises(RuntimeError, match=text), into(torch.cuda.CUDAGraph()):
             opt.step()
@@ -328,9 +365,10 @@ def test_what_cannot_be_captured_is_refused():
         assert odd.eq(0.5).all()
 
 
-def test_a_compiled_network_in_a_captured_step():
+@every_backend
+def test_a_compiled_network_in_a_captured_step(backend):
     """torch.compile makes the forward and the backward pass, the graph takes everything."""
-    run, python = (training("AdamW", "m-RWP", c) for c in (True, False))
+    run, python = two_trainings("AdamW", "m-RWP", backend)
     run.net.forward = torch.compile(run.net.forward, backend="eager" if DRY else "inductor")
     graph = capture(run, warm=2)
     python.train(2)

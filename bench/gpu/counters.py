@@ -42,6 +42,7 @@ MICROSECONDS = {
     "second": 1e6,
 }
 CALL, KERNEL, LATE = "call: ", "kernel: ", "no time was left for "  # lines of --inside
+OF_CUDA = "flatkern::cuda"  # the namespace of the CUDA kernels, which is known of them before ncu names them
 
 
 def main(arguments: list[str]) -> int:
@@ -124,7 +125,8 @@ def read_table(text: str) -> Iterator[dict]:
 
 
 def kernel_of(name: str) -> str:
-    """Without types and arguments."""
+    """Without types and arguments, and namespaces that have no name."""
+    name = name.replace("(anonymous namespace)::", "").replace("<unnamed>::", "")
     return name.split("(")[0].split("<")[0].removeprefix("void ").strip()
 
 
@@ -154,7 +156,8 @@ def labels(counted: list[str], started: list[tuple[str, str]]) -> Iterator[str]:
     """Which call each counted launch belongs to; those that torch started belong to the call before them."""
     at, call = 0, started[0][0] if started else ""
     for kernel in counted:
-        same = next((k for k in range(at, len(started)) if started[k][1] == kernel), None)
+        known = OF_CUDA if kernel.startswith(OF_CUDA) else kernel
+        same = next((k for k in range(at, len(started)) if started[k][1] == known), None)
         if same is not None:
             at, call = same + 1, started[same][0]
         yield call
@@ -164,19 +167,25 @@ def labels(counted: list[str], started: list[tuple[str, str]]) -> Iterator[str]:
 
 
 def inside() -> int:
+    import flatkern
+
     from ..candidates import Candidate
     from ..harness import Clock
     from ..methods import METHODS
     from ..models import MODELS
     from ..runner import Runner
     from . import stand_in, wanted
+    from .goals import CUDA
     from .machine import Gpu
 
     if DRY:
         stand_in.prepare()
     machine = stand_in.StandIn() if DRY else Gpu()
     runner, kind, inputs, longest = Runner(1, 0.0, machine=machine), None, (), 0.0
+    cuda_is_live = flatkern.backends()["cuda"]["live"]
     for subject in wanted.counters():
+        if subject.entry.label == CUDA and not cuda_is_live:
+            continue  # stage keys says why
         # One that is cut off costs the table, and with it all that were before.
         if left(USUAL) < longest:
             say(f"{LATE}{' and '.join(subject.calls)}, {METHODS[subject.method].title}, {MODELS[subject.model].title}")
@@ -191,8 +200,10 @@ def inside() -> int:
             candidate.gradients.deliver(candidate.params, gradient, 0)
             call = getattr(candidate.optimizer, name)
             if name in subject.calls:
-                kernels = profiled(call, machine)
-                say(f"{CALL}{name}, {candidate.method.title}, {MODELS[subject.model].title}")
+                by_cuda = entry.label == CUDA
+                kernels = (profiled_cuda if by_cuda else profiled)(call, machine)
+                backend = ", by cuda" if by_cuda else ""
+                say(f"{CALL}{name}, {candidate.method.title}, {MODELS[subject.model].title}{backend}")
                 for kernel in kernels:
                     say(KERNEL + kernel)
             else:
@@ -201,6 +212,22 @@ def inside() -> int:
         machine.release()
         longest = max(longest, monotonic() - began)
     return 0
+
+
+def profiled_cuda(call: Callable[[], object], machine) -> list[str]:
+    """The same of a call by the CUDA kernels. What torch launches in it is counted, too; ours are named by ncu."""
+    from flatkern import dispatch
+
+    count = dispatch.compiled_module("cuda").launch_count
+    before = count()
+    machine.synchronize()
+    machine.profile(True)
+    try:
+        call()
+        machine.synchronize()
+    finally:
+        machine.profile(False)
+    return [OF_CUDA] * (count() - before)
 
 
 def profiled(call: Callable[[], object], machine) -> list[str]:

@@ -26,9 +26,10 @@ if __package__ in (None, ""):  # run as a script: the installed flatkern, if any
 ROOT = Path(__file__).resolve().parents[2]
 BESIDE = ("smoke", "tests", "warm")  # of the first list
 CONTEXT = 3.0  # seconds until a process can use a GPU
-# Seconds: torch.compile, graphs and checks; what a test takes for each kernel; a launcher that gcc compiles on a GPU,
-# of which four kernels have one (52 for 660 kernels of triton 3.6).
-SMOKE_ELSE, TEST, GCC = 25.0, 0.1, 0.2
+# Seconds: torch.compile, graphs and checks; what a test takes for each kernel; a call of the CUDA kernels, most of
+# which is eager on the CPU; a launcher that gcc compiles on a GPU, of which four kernels have one (52 for 660 kernels
+# of triton 3.6).
+SMOKE_ELSE, TEST, CUDA_TEST, GCC = 25.0, 0.1, 0.2, 0.2
 BYTES, HOST, SLOW_HOST = 3e12, 1e-3, 2e-2  # a second; seconds of the host for a step, and for one of a loop in Python
 STEPS = 11  # in a turn: one for the host's clock, one for events, and the loop; a burst of three
 
@@ -149,7 +150,7 @@ def report(costs: dict[str, Cost], imports: float, cores: int) -> None:
             else:
                 # All cores are shared by what runs side by side, in the worst case until the end.
                 workers = min(MOST_PROCESSES, cores - 2)
-                rest = {"smoke": SMOKE_ELSE, "tests": TEST * cost.kernels}.get(stage, 0.0)
+                rest = {"smoke": SMOKE_ELSE, "tests": TEST * cost.kernels + cuda_tests() / workers}.get(stage, 0.0)
                 own = cost.seconds / min(workers, cores)
                 seconds = imports + CONTEXT + cost.before + max(own, beside / cores) + rest
                 shown = f"{cost.kernels:9}{cost.seconds:9.0f}{seconds:14.0f}"
@@ -160,16 +161,23 @@ def report(costs: dict[str, Cost], imports: float, cores: int) -> None:
         print(f"{which:8}{'all':12}{'':18}{spent:14.0f}{USUAL:9.0f}")
 
 
+def cuda_tests() -> float:
+    """Seconds of a processor: every call by the CUDA kernels, next to eager and once more."""
+    import gpu_cases
+
+    return 2 * CUDA_TEST * len(gpu_cases.cases_by("cuda"))
+
+
 def races(stage: str) -> float | None:
     """The fewest seconds of a stage of races, with as few turns as do; it divides all that it has among them."""
     from bench.candidates import floors
     from bench.gpu import racing, wanted
     from bench.models import MODELS
 
-    if stage not in ("keys", "cuda", "rivals", "sweep"):
+    if stage not in ("keys", "rivals", "hints", "sweep"):
         return None
     seconds = 0.0
-    for race in wanted.STAGES[stage]():
+    for race in wanted.hints() if stage == "hints" else wanted.STAGES[stage]():
         for entry in race.entries:
             if entry.label == "compiled":
                 seconds += racing.COMPILING

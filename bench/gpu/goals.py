@@ -18,7 +18,11 @@ Values = tuple["float | None", ...]
 OURS = "flatkern triton"
 PLAIN_OURS = "plain flatkern triton"
 CUDA = "flatkern cuda"
+PLAIN_CUDA = "plain flatkern cuda"
+NO_HINTS = f"{CUDA}, no hints"  # those of another library
 FUSED = "torch fused"
+# In stage e2e.
+ROLLING, ROLLING_CUDA = "rolling RWP", "rolling RWP, cuda"
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,16 @@ def races(findings: Sequence[Finding], **fields: object) -> Iterator[Finding]:
             yield found
 
 
+def by_cuda(findings: Sequence[Finding]) -> list[Finding]:
+    """The same findings as if the CUDA kernels were ours, and Triton's nobody's."""
+    named = {OURS: "", PLAIN_OURS: "", CUDA: OURS, PLAIN_CUDA: PLAIN_OURS}
+    trained = {ROLLING: "", ROLLING_CUDA: ROLLING}
+    return [
+        {**f, **{key: names.get(f[key], f[key]) for key, names in (("candidate", named), ("who", trained)) if key in f}}
+        for f in findings
+    ]
+
+
 def same_race(row: Finding) -> dict[str, object]:
     return {name: row.get(name) for name in ("stage", "race", "model", "method", "base")}
 
@@ -108,7 +122,7 @@ def host_time(findings: Sequence[Finding]) -> float | None:
 
 
 def end_to_end(findings: Sequence[Finding]) -> float | None:
-    found = [f["ratio"] for f in findings if f["kind"] == "e2e" and f["who"] == "rolling RWP"]
+    found = [f["ratio"] for f in findings if f["kind"] == "e2e" and f["who"] == ROLLING]
     return found[-1] if found else None
 
 

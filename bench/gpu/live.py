@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from bench.gpu import compiled
 from bench.gpu.stage import DRY, cores, emit, say
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,6 +66,7 @@ def facts(torch: Any) -> dict[str, Any]:
     found = {
         "gpu": "dry run" if DRY else None,
         **dict.fromkeys(["compute_capability", "memory_bytes", "l2_bytes", "multiprocessors", "driver", "cuda"]),
+        "nvcc": compiled.toolkit(),
         "torch": None if torch is None else str(torch.__version__),
         "triton": version("triton"),
         "numpy": version("numpy"),

@@ -5,15 +5,19 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+
+import flatkern
 
 from ..models import MODELS
 from ..races import Entry, Race
 from ..runner import Runner
 from . import stand_in
+from .goals import CUDA
 from .machine import Gpu
-from .stage import DRY, each, emit, is_lost, left, say
+from .stage import DRY, WITH_CUDA, each, emit, is_lost, left, say
 
 TURNS, LEAST = 50, 3  # of a candidate; five times as many where a model is small
 SETTING_UP = 0.3  # seconds that a candidate takes before its first turn
@@ -43,6 +47,7 @@ class Racer(Runner):
         super().__init__(1 if DRY else TURNS, most, machine=machine)
         self.usual, self.most = usual, most
         self.kept: dict[tuple[str, str], tuple] = {}
+        self.found: list[dict] = []  # by this process
 
     def left(self) -> float:
         return left(self.usual) - RESERVE
@@ -77,7 +82,9 @@ class Racer(Runner):
             self.run(race)
         finally:
             for b in self.benchmarks:
-                emit("race", race=position, **finding(b))
+                found = {"kind": "race", "race": position, **finding(b)}
+                self.found.append(found)
+                emit(**found)
             for failure in self.failures:
                 emit("miss", **{k: v for k, v in failure.items() if k != "table"})
         lost = [failure["reason"] for failure in self.failures if is_lost(RuntimeError(failure["reason"]))]
@@ -89,10 +96,34 @@ def compiles(race: Race) -> bool:
     return any(entry.label == "compiled" for entry in race.entries)
 
 
-def run(races: list[Race], *, usual: float, most: float, racer: type[Racer] = Racer) -> int:
-    """The stage: 0 if every candidate of ours had its turns, but for races that torch.compile left no time for."""
+def with_live(races: list[Race]) -> tuple[list[Race], str]:
+    """Races without the candidates of CUDA kernels that are not live, and why they are not."""
+    state = flatkern.backends()["cuda"]
+    rest = [replace(race, entries=tuple(e for e in race.entries if CUDA not in e.label)) for race in races]
+    if state["live"] or rest == races:
+        return races, ""
+    return rest, " ".join(state["reason"].split())[:300]
+
+
+def run(
+    races: list[Race],
+    *,
+    usual: float,
+    most: float,
+    racer: type[Racer] = Racer,
+    sentence: Callable[[list[dict]], str] = lambda found: "",
+) -> int:
+    """The stage: 0 if every candidate of ours had its turns, but for races that torch.compile left no time for, and
+    for CUDA kernels on a machine without nvcc.
+
+    Arguments:
+        sentence: what there is to say about the results of all races, behind how many there are.
+    """
     if DRY:
         stand_in.prepare()
+    races, absent = with_live(races)
+    if absent:
+        emit("miss", model="all", method="all", base="all", candidate=CUDA, reason=absent)
     runner = racer(stand_in.StandIn() if DRY else Gpu(), usual, most)
     gc.collect()
     gc.freeze()  # every race collects, and would look through torch each time
@@ -117,8 +148,10 @@ def run(races: list[Race], *, usual: float, most: float, racer: type[Racer] = Ra
             for failure in runner.failures:
                 say(f"         {failure['candidate']} did not run: {failure['reason'].splitlines()[0]}")
             missed += any("flatkern" in failure["candidate"] for failure in runner.failures)
-    say(f"{len(races) - missed - late} of {len(races)} races")
-    return 1 if missed else 0
+    words = [f"{len(races) - missed - late} of {len(races)} races", sentence(runner.found)]
+    words.append(f"WITHOUT CUDA kernels ({absent})" if absent else "")
+    say("; ".join(filter(None, words)))
+    return 1 if missed or (absent and WITH_CUDA) else 0
 
 
 def named(race: Race) -> dict:

@@ -143,6 +143,7 @@ def document(gpu: str, runs: list[Run]) -> dict:
         "runs": about,
         "correctness": tables.correctness(findings),
         "goals": evaluate(gpu, findings),
+        "goals_by_cuda": evaluate(gpu, goals.by_cuda(findings)),
         "findings": findings,
     }
 

@@ -128,7 +128,8 @@ class Run:
 
     def environment(self, stage: Stage, seconds: float) -> dict[str, str]:
         """What a stage sees: nothing that changes what runs is inherited."""
-        unwanted = ("FLATKERN_GPU_DRY", "FLATKERN_CUDA_EMULATION", "TRITON_INTERPRET", "OMP_NUM_THREADS")
+        unwanted = ("FLATKERN_GPU_DRY", "FLATKERN_GPU_CUDA", "FLATKERN_CUDA_EMULATION", "TRITON_INTERPRET")
+        unwanted += ("OMP_NUM_THREADS",)
         env = {name: value for name, value in os.environ.items() if name not in unwanted}
         env |= {
             "PYTHONSAFEPATH": "1",
@@ -139,13 +140,15 @@ class Run:
             "FLATKERN_GPU_STAGES": ",".join(self.asked),
             "FLATKERN_STAGE_SECONDS": f"{seconds:.1f}",
         }
+        if self.machine.get("nvcc") and not self.dry:
+            env["FLATKERN_GPU_CUDA"] = "1"  # CUDA kernels that are not live are an error then
         path = [env.get("PATH", os.defpath), "/usr/local/cuda/bin"]
         if self.dry:
             env["FLATKERN_GPU_DRY"] = "1"
             path.insert(0, str(ROOT / "bench" / "gpu" / "tools"))
             if stage.interpreted:
                 env["TRITON_INTERPRET"] = "1"
-            # That `make test-cuda` has built. Without it the CUDA kernels are left out.
+            # That `make test-cuda` has built. Without it the CUDA kernels are left out, and the stages say so.
             for library in (ROOT / "build" / "cuda-emulation").glob("_CUDA_emul*"):
                 env["FLATKERN_CUDA_EMULATION"] = str(library)
         trees = [] if self.dry else [ROOT / stages.CUDA / "tree"]

@@ -165,7 +165,13 @@ def checks_of_cuda(brief: bool) -> list[Check]:
         if "cuda" in op.backends.split()
     ]
     found.append(Check(f"restore is exact{CUDA}", lambda: check_restore(brief, "cuda")))
-    return found if brief else [*found, Check(f"no waits{CUDA}", lambda: check_no_waits("cuda"))]
+    if brief:
+        return found
+    return [
+        *found,
+        Check(f"no waits{CUDA}", lambda: check_no_waits("cuda")),
+        Check(f"capture{CUDA}", lambda: check_capture("cuda")),
+    ]
 
 
 def variants(op: Any, lengths: str) -> list[str]:
@@ -231,15 +237,15 @@ def with_masters(backend: str = "triton") -> tuple[list[torch.Tensor], torch.opt
     return params, flatkern.AdamW(params, 1e-3, perturb=flatkern.RWP(0.02), master_weights=True, backend=backend)
 
 
-def restored(brief: bool, backend: str = "triton") -> tuple[str, ...]:
+def restored(brief: bool) -> tuple[str, ...]:
     """Of the brief one there is no backward pass: cuBLAS is large, and its kernels are not what is looked at."""
-    return ("RWP",) if brief else ("RWP", "m-RWP") if backend == "cuda" else ("RWP", "m-RWP", "SAM", "mSAM")
+    return ("RWP",) if brief else ("RWP", "m-RWP", "SAM", "mSAM")
 
 
 def check_restore(brief: bool, backend: str = "triton") -> str:
     """perturb() and restore() give back every bit, and perturb() did something."""
     taken = []
-    for method in restored(brief, backend):
+    for method in restored(brief):
         run = network(method, backend=backend)
         if method != "RWP":  # whose only gradient is taken at the perturbed weights
             run.backward()
@@ -265,9 +271,9 @@ def check_no_waits(backend: str = "triton") -> str:
     return "rolling ARWP, m-RWP"
 
 
-def check_capture() -> str:
+def check_capture(backend: str = "triton") -> str:
     """A graph of a whole m-RWP step goes where a host's optimizer goes."""
-    run, host = network("m-RWP", capturable=True), network("m-RWP")
+    run, host = network("m-RWP", capturable=True, backend=backend), network("m-RWP", backend=backend)
     if DRY:
         replay = run.step
         run.train(3)

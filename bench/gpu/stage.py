@@ -26,6 +26,7 @@ MARK = "@ "
 CRASHED = 70  # exit status; 1 is that of a stage that went to its end and found something wrong
 DRY = os.environ.get("FLATKERN_GPU_DRY") == "1"  # on the CPU, to see that the script works; numbers mean nothing
 
+WITH_CUDA = os.environ.get("FLATKERN_GPU_CUDA") == "1"  # there is an nvcc: the CUDA kernels have to be live
 
 BEGAN = time.monotonic()
 SECONDS = "FLATKERN_STAGE_SECONDS"  # environment variable: after how many it is cut off

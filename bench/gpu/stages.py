@@ -69,20 +69,24 @@ STAGES = (
     Stage("tests", "tests/test_gpu.py", module="suite", beside=True, correct=True),
     Stage("warm", "compile what the later stages need", enough="ended", patience=2, beside=True,
           interpreted=False),
-    Stage("keys", "the races that the goals are about", needs=WARM),
+    Stage("keys", "the races that the goals are about, by Triton's kernels and by the CUDA kernels", needs=WARM),
     Stage("ncu", "counters of the main kernels by Nsight Compute", module="counters", needs=WARM),
-    Stage("cuda", "the CUDA kernels beside Triton's", needs=WARM),
+    Stage("parameters", "arguments by value, of 0.1 to 32 KB: launches, graphs", interpreted=False),
     Stage("rivals", "the other candidates of the races", needs=WARM),
     Stage("e2e", "a small GPT in training", needs=WARM),
-    Stage("sweep", "sizes of tiles", needs=WARM),
-    Stage("sanitizer", "memcheck and racecheck of compute-sanitizer", module="sanitize", needs=WARM, correct=True),
+    Stage("hints", "the CUDA kernels with cache hints and without", needs=WARM),
+    Stage("sweep", "sizes of Triton's tiles", needs=WARM),
+    Stage("sanitizer", "memcheck, racecheck, synccheck and initcheck of compute-sanitizer", module="sanitize",
+          needs=WARM, correct=True),
 )  # fmt: skip
 
-# Together 275 and 270 of 280. Simulated with a driver that launches nothing (bench/gpu/estimate.py, Triton 3.6, for 16
-# cores, races with their fewest turns): smoke 43, tests 62, warm 19, keys 18; warm 8, rivals 61, sweep 9.
+# Together 275 and 275 of 280. Simulated with a driver that launches nothing (bench/gpu/estimate.py, Triton 3.9, 16
+# cores, races with their fewest turns): smoke 52, tests 76, warm 28, keys 27; warm 12, rivals 62, hints 11,
+# sweep 9. nvcc takes 12 seconds for the longest of the CUDA kernels' files, and as long again in the second run,
+# without hints.
 LISTS = {
-    "first": {"build": 25, "smoke": 110, "tests": 110, "warm": 110, "keys": 80, "ncu": 40, "cuda": 20},
-    "second": {"build": 25, "warm": 30, "rivals": 80, "e2e": 30, "sweep": 35, "sanitizer": 70},
+    "first": {"build": 25, "smoke": 110, "tests": 110, "warm": 110, "keys": 95, "ncu": 33, "parameters": 12},
+    "second": {"build": 25, "warm": 30, "rivals": 75, "e2e": 35, "hints": 25, "sweep": 20, "sanitizer": 65},
 }
 
 

@@ -19,6 +19,7 @@ from bench.gpu import stage
 from bench.gpu.stage import DRY, cores, emit, say
 
 PIPE = "FLATKERN_GPU_REPORTS"  # environment variable: the file descriptor that takes what the plugin tells
+EXCUSED = "but cuda is not live: "  # in the reason of a test that test_gpu.py skips, where it may
 RANKS = ("passed", "skipped", "failed", "error")  # a test is what the worst of its phases is
 NAMED = 8  # tests in the sentence
 CHILD = "--pytest"  # this module as the process that is pytest
@@ -35,6 +36,7 @@ class Tests:
         self.open: dict[str, dict] = {}  # those that have begun
         self.outcomes: dict[str, str] = {}
         self.stopped: list[str] = []  # those that were running at the end of the stage's time
+        self.excused, self.excuse = 0, ""  # those of the CUDA kernels, where these are not there, and why
         self.trouble = ""
 
     def take(self, told: dict) -> None:
@@ -59,6 +61,11 @@ class Tests:
 
     def close(self, name: str) -> None:
         test = self.open.pop(name)
+        if test["outcome"] == "skipped" and EXCUSED in test["detail"]:
+            # They are one finding: there are hundreds.
+            self.excused += 1
+            self.excuse = self.excuse or test["detail"].partition(EXCUSED)[2]
+            return
         before = self.outcomes.get(name)
         if before is not None and RANKS.index(before) >= RANKS.index(test["outcome"]):
             return  # its worker ended after it had failed
@@ -81,6 +88,7 @@ class Tests:
         failed = count["failed"] + count["error"] - len(self.stopped)
         text = f"{count['passed']} passed, {failed} failed, {count['skipped']} skipped"
         text += f", {len(self.stopped)} stopped" if self.stopped else ""
+        text += f"; {self.excused} tests WITHOUT CUDA kernels left out ({self.excuse[:200]})" if self.excused else ""
         if bad:
             text += f": {', '.join(bad[:NAMED])}" + (f" and {len(bad) - NAMED} more" if len(bad) > NAMED else "")
         return text
@@ -144,6 +152,8 @@ def run(paths: list[str], tests: Tests) -> int:
     forward.join(timeout=1)
     tests.close_all("pytest ended while it ran")
     text = tests.sentence()
+    if tests.excused:
+        emit("test", name="tests of the CUDA kernels", outcome="left out", seconds=0.0, detail=tests.excuse)
     if not tests.outcomes or status not in (0, 1):
         why = tests.trouble or (complaints[-1] if complaints else "")
         text += f"; pytest ended with exit status {status}" + (f": {why}" if why else "")

@@ -8,7 +8,7 @@ from bench.methods import METHODS, is_plain
 from bench.models import MODELS
 from bench.tables import lost, speedup
 
-from . import goals, predictions
+from . import beside, goals, predictions
 
 CORRECT = ("smoke", "tests", "sanitizer")  # stages
 NOT_RUN = "not run on a GPU"
@@ -75,7 +75,7 @@ def readme(gpus: list[str], measured: dict[str, dict]) -> str:
     names = [gpu.upper() for gpu in gpus]
     header = ["wanted", "bound", *(f"{n}, model" for n in names), *(f"{n}, measured" for n in names)]
     checked = [said(measured[gpu]["correctness"]) if gpu in measured else NOT_RUN for gpu in gpus]
-    rows = [["smoke, all radii and angles, tests/test_gpu.py, memcheck and racecheck", "all pass"]]
+    rows = [["smoke, all radii and angles, tests/test_gpu.py, compute-sanitizer's four tools", "all pass"]]
     rows[0] += [NOTHING] * len(gpus) + checked
     for k, goal in enumerate(goals.GOALS):
         cells = [measured_cell(measured[gpu]["goals"][k] if gpu in measured else None) for gpu in gpus]
@@ -144,6 +144,28 @@ def race_rows(rows: list[dict]) -> list[list[str]]:
     return found
 
 
+BESIDE = ["race", "Triton, us", "CUDA, us", "torch fused, us", "copy, us", "CUDA / Triton", "first", "spread"]
+
+
+def beside_row(line: beside.Line) -> list[str]:
+    """A copy is one that moves as many bytes as ours must."""
+    times = [number(us) for us in (line.triton, line.cuda, line.fused, line.copy)]
+    return [title(line.row), *times, number(line.ratio, ".2f", "x"), line.winner or NOTHING, share(line.spread)]
+
+
+PARAMETERS = ["how", "bytes", "tensors", "launches", "host us", "device us", "turns", "remark"]
+
+
+def parameter_row(f: dict) -> list[str]:
+    numbers = [str(f[name]) if f.get(name) is not None else NOTHING for name in PARAMETERS[1:4]]
+    times = [number(f.get(name)) for name in ("host_us", "device_us")]
+    return [f["how"], *numbers, *times, str(f.get("turns", NOTHING)), f.get("reason") or NOTHING]
+
+
+def of_stage(findings: list[dict], name: str) -> list[dict]:
+    return [f for f in findings if f.get("stage") == name]
+
+
 RACE = [
     "race",
     "candidate",
@@ -163,8 +185,11 @@ def sections(found: dict) -> Iterable[tuple[str, str]]:
     """Titles and texts of report.md, those of which there is something."""
     findings = found["findings"]
     kinds = {kind: [f for f in findings if f["kind"] == kind] for kind in {f["kind"] for f in findings}}
-    goal_rows = [[g["what"], g["wanted"], g["model"], measured_cell(g)] for g in found["goals"]]
-    yield "Wanted", markdown(["what", "wanted", "model", "measured"], goal_rows)
+    goal_rows = [
+        [g["what"], g["wanted"], g["model"], measured_cell(g), measured_cell(by_cuda)]
+        for g, by_cuda in zip(found["goals"], found["goals_by_cuda"], strict=True)
+    ]
+    yield "Wanted", markdown(["what", "wanted", "model, Triton", "measured, Triton", "measured, CUDA"], goal_rows)
     ends = kinds.get("stage", [])
     if ends:
         rows = [[f["stage"], f["run"], f["status"], number(f["seconds"], ".0f"), f["sentence"]] for f in ends]
@@ -174,7 +199,11 @@ def sections(found: dict) -> Iterable[tuple[str, str]]:
     if wrong:
         rows = [[f["name"], f.get("outcome", "wrong"), f.get("detail", "")[:300]] for f in wrong]
         yield "What went wrong", markdown(["check", "outcome", "detail"], rows)
-    for stage, name in (("keys", "Key races"), ("cuda", "CUDA kernels beside Triton's"), ("rivals", "Rivals")):
+    side_by_side = [line for line in beside.lines(of_stage(findings, "keys")) if line.cuda is not None]
+    if side_by_side:
+        text = f"{beside.sentence(of_stage(findings, 'keys'))}.\n\n" + markdown(BESIDE, map(beside_row, side_by_side))
+        yield "Triton's kernels and the CUDA kernels", text
+    for stage, name in (("keys", "Key races"), ("rivals", "Rivals")):
         rows = race_rows([f for f in kinds.get("race", []) if f["stage"] == stage])
         if rows:
             yield name, markdown(RACE, rows)
@@ -204,6 +233,13 @@ def sections(found: dict) -> Iterable[tuple[str, str]]:
             "A training step, end to end",
             markdown(["who", "step us", "of plain AdamW(fused)", "quartiles", "turns"], rows),
         )
+    if kinds.get("parameters"):
+        yield "Arguments by value", markdown(PARAMETERS, map(parameter_row, kinds["parameters"]))
+    hinted = beside.gains(of_stage(findings, "hints"))
+    if hinted:
+        rows = [[title(f), number(f["us"]), f"{gain:+.1%}"] for f, gain in hinted]
+        text = f"{beside.policy(of_stage(findings, 'hints'))}.\n\n"
+        yield "Cache hints of the CUDA kernels", text + markdown(["race", "device us", "without hints"], rows)
     if kinds.get("counter"):
         header = ["kernel", "what", "us", "DRAM", "SM", "issue slots", "occupancy", "registers"]
         rows = [
@@ -213,8 +249,11 @@ def sections(found: dict) -> Iterable[tuple[str, str]]:
         ]  # fmt: skip
         yield "Counters", markdown(header, rows)
     if kinds.get("sanitizer"):
-        rows = [[f["tool"], number(f["errors"], "d"), number(f["seconds"], ".0f")] for f in kinds["sanitizer"]]
-        yield "compute-sanitizer", markdown(["tool", "errors", "seconds"], rows)
+        rows = [
+            [f["tool"], number(f["errors"], "d"), number(f["seconds"], ".0f"), f.get("reason") or NOTHING]
+            for f in kinds["sanitizer"]
+        ]
+        yield "compute-sanitizer", markdown(["tool", "errors", "seconds", "remark"], rows)
     if kinds.get("miss"):
         rows = [
             [title({"dtype": "", "masters": False, **f}), f.get("candidate", ""), f["reason"][:300]]

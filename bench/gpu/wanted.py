@@ -15,7 +15,7 @@ from ..candidates import COPIED, DTYPES, FLOOR, untouched_optimizer
 from ..methods import METHODS, is_plain
 from ..models import MODELS
 from ..races import Entry, Race
-from .goals import CUDA, OURS, PLAIN_OURS
+from .goals import CUDA, NO_HINTS, OURS, PLAIN_CUDA, PLAIN_OURS
 
 RIVALS = ("foreach", "loop", "papers")
 ASCENTS = ("m-rwp", "sam", "asam")
@@ -30,40 +30,47 @@ def race(model: str, method: str, base: str, *rivals: str) -> Race:
 
 def masters(model: str) -> Race:
     """Rolling noise behind bfloat16 weights with float32 masters, against plain steps of that very layout."""
-    ours = [Entry(label, "bfloat16", True) for label in (OURS, PLAIN_OURS, COPIED)]
+    ours = [Entry(label, "bfloat16", True) for label in (OURS, CUDA, PLAIN_OURS, PLAIN_CUDA, COPIED)]
     return Race("gpu", model, "rolling", "adamw", (*ours, Entry(FLOOR)))
 
 
 def keys() -> list[Race]:
+    """Triton's kernels and the CUDA kernels in one race each: in the same minute, on the same clocks."""
+
+    def both(model: str, method: str, base: str) -> Race:
+        return race(model, method, base, CUDA)
+
     return [
-        *(race("gpt2", method, "sgd") for method in ASCENTS),
-        *(race("resnet50", method, "sgd") for method in ASCENTS),
+        *(both("gpt2", method, "sgd") for method in ASCENTS),
+        *(both("resnet50", method, "sgd") for method in ASCENTS),
         masters("gpt2"),
-        race("gpt2", "rolling", "sgd"),
-        race("resnet50", "rolling", "sgd"),
-        race("gpt2", "ire", "adamw"),
-        race("resnet50", "ire", "adamw"),
-        race("llama_1b", "m-rwp", "sgd"),
-        race("gpt2", "plain", "adamw"),
-        race("gpt2", "rolling", "adamw"),
-        race("gpt2", "plain", "sgd"),
-        race("resnet50", "plain", "adamw"),
-        race("resnet50", "rolling", "adamw"),
-        race("resnet50", "plain", "sgd"),
+        both("gpt2", "rolling", "sgd"),
+        both("resnet50", "rolling", "sgd"),
+        both("gpt2", "ire", "adamw"),
+        both("resnet50", "ire", "adamw"),
+        both("llama_1b", "m-rwp", "sgd"),
+        both("gpt2", "plain", "adamw"),
+        both("gpt2", "rolling", "adamw"),
+        both("gpt2", "plain", "sgd"),
+        both("resnet50", "plain", "adamw"),
+        both("resnet50", "rolling", "adamw"),
+        both("resnet50", "plain", "sgd"),
     ]
 
 
-def cuda() -> list[Race]:
-    """The CUDA kernels beside Triton's, where they have the operations."""
-    layout = Entry(CUDA, "bfloat16", True), Entry(OURS, "bfloat16", True), Entry(FLOOR)
+def hints() -> list[Race]:
+    """The CUDA kernels with their cache hints and without, where memory is what holds them up."""
+
+    def both(model: str, method: str, base: str, *kind: Any) -> Race:
+        return Race("gpu", model, method, base, tuple(Entry(label, *kind) for label in (CUDA, NO_HINTS)))
+
     return [
-        race("gpt2", "m-rwp", "sgd", CUDA),
-        race("resnet50", "m-rwp", "sgd", CUDA),
-        Race("gpu", "gpt2", "rolling", "adamw", layout),
-        race("gpt2", "rolling", "sgd", CUDA),
-        race("resnet50", "rolling", "sgd", CUDA),
-        race("gpt2", "plain", "adamw", CUDA),
-        race("resnet50", "plain", "sgd", CUDA),
+        both("gpt2", "m-rwp", "sgd"),
+        both("gpt2", "rolling", "adamw", "bfloat16", True),
+        both("gpt2", "rolling", "sgd"),
+        both("gpt2", "plain", "adamw"),
+        both("resnet50", "m-rwp", "sgd"),
+        both("llama_1b", "m-rwp", "sgd"),
     ]
 
 
@@ -113,7 +120,9 @@ class Subject(NamedTuple):
 def counters() -> list[Subject]:
     return [
         Subject("gpt2", "m-rwp", "sgd", Entry(OURS), ("perturb", "step")),
+        Subject("gpt2", "m-rwp", "sgd", Entry(CUDA), ("perturb", "step")),
         Subject("gpt2", "rolling", "adamw", Entry(OURS, "bfloat16", True), ("step",)),
+        Subject("gpt2", "rolling", "adamw", Entry(CUDA, "bfloat16", True), ("step",)),
         Subject("resnet50", "m-rwp", "sgd", Entry(OURS), ("perturb",)),
         Subject("gpt2", "sam", "sgd", Entry(OURS), ("perturb",)),
         Subject("gpt2", "ire", "adamw", Entry(OURS), ("update_mask",)),
@@ -124,7 +133,6 @@ def counters() -> list[Subject]:
 
 STAGES: dict[str, Callable[[], Iterable[Race | Subject]]] = {
     "keys": keys,
-    "cuda": cuda,
     "rivals": rivals,
     "sweep": sweep,
     "ncu": counters,
@@ -132,7 +140,7 @@ STAGES: dict[str, Callable[[], Iterable[Race | Subject]]] = {
 
 
 def optimizers(stage: str) -> Iterator[tuple[str, Any]]:
-    """The optimizers of ours that a stage will step, each once, under a label.
+    """The optimizers whose Triton kernels a stage will launch, each once, under a label.
 
     Their weights are on the CPU and are never touched, so that they take no memory. Each is to be used before the next
     is asked for: until then the kernels have its tuning.
@@ -142,7 +150,7 @@ def optimizers(stage: str) -> Iterator[tuple[str, Any]]:
         for entry in (item.entry,) if isinstance(item, Subject) else item.entries:
             method = "plain" if is_plain(entry.label) else item.method
             key = item.model, method, item.base, entry.dtype, entry.masters, entry.tuning
-            if "flatkern" not in entry.label or entry.label == CUDA or key in found:
+            if "flatkern" not in entry.label or entry.label in (CUDA, PLAIN_CUDA) or key in found:
                 continue
             found.add(key)
             shapes = MODELS[item.model].shapes()

@@ -12,15 +12,17 @@ import importlib
 import multiprocessing
 import os
 import signal
+import subprocess
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
 from time import perf_counter
 from typing import Any
 
-from bench.gpu.stage import DRY, cores, emit, say
+from bench.gpu import compiled
+from bench.gpu.stage import DRY, WITH_CUDA, cores, emit, say
 
-STAGES = ("keys", "ncu", "cuda", "rivals", "e2e", "sweep", "sanitizer")
+STAGES = ("keys", "ncu", "rivals", "e2e", "hints", "sweep", "sanitizer")
 THIS_RUN = "FLATKERN_GPU_STAGES"  # environment variable: the names of all stages, with commas
 MOST_PROCESSES = 12
 KERNELS_IN_DRY = 4
@@ -36,7 +38,21 @@ def main(arguments: list[str]) -> int:
     if unknown:
         say(f"warm: --for names {', '.join(unknown)}, but should name some of {', '.join(STAGES)}")
         return 2
-    return run(names, processes())
+    beside = compiled.start_no_hints() if "hints" in names and not DRY and WITH_CUDA else None
+    status = run(names, processes())
+    return status if beside is None else max(status, wait_for(beside))
+
+
+def wait_for(compiler: subprocess.Popen) -> int:
+    """The library of stage hints: its finding, and 1 if it was not built."""
+    said, _ = compiler.communicate()
+    failed = compiler.returncode != 0 or compiled.no_hints() is None
+    last = (said.strip().splitlines() or ["nothing was said"])[-1][:300]
+    emit("warm", library="CUDA kernels without hints", failed=int(failed), detail=last if failed else "")
+    if failed:
+        say(said)
+        say(f"the CUDA kernels without hints were not built: {last}")
+    return int(failed)
 
 
 def processes() -> int:
@@ -178,6 +194,8 @@ def jobs_of_stage(name: str) -> Iterator[tuple[str, Callable[[], list[Any]]]]:
     """Labelled parts of a stage's list."""
     from flatkern import compilation
 
+    if name == "hints":
+        return  # nvcc compiles what it launches
     if name == "sanitizer":
         from bench.gpu import smoke
 

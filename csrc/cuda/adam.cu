@@ -14,7 +14,11 @@ struct Arguments : UpdateArguments<AdamOwn, kBytes> {};
 // Steps that torch keeps on the host are counted there. Whether they count, the host must then know.
 class Steps {
  public:
-  Steps(const char* op, const AdamUpdate& a) : a_(a), on_host_(steps_are_on_host || !is_on_device(a.steps[0])) {
+  Steps(const char* op, const AdamUpdate& a, const Place& place)
+      : a_(a), on_host_(steps_are_on_host || !is_on_device(a.steps[0])) {
+    if (on_host_ && place.captured)
+      throw LaunchError(std::string(op) +
+                        ": steps are on the CPU, which a captured graph cannot count; move them beside the parameters");
     if (on_host_ && kDevice != DeviceType::kCpu) {
       check_readable(op, "found_inf", a.found_inf);
       check_readable(op, "lrs", a.lrs);
@@ -42,6 +46,7 @@ class Steps {
 struct Rule {
   template <class Types>
   using Device = Adam<Types>;
+  static constexpr bool kCountsSteps = true;
   static constexpr int kRowEights = 2;
   template <class Types>
   static constexpr int blocks() {
@@ -96,9 +101,9 @@ void adam_update_(const AdamUpdate& a) {
   if (a.params.size() == 0) return;
   const char* op = a.decoupled ? "adamw_update_" : "adam_update_";
   const Place place = place_of(op, a.params);
+  const Steps steps(op, a, place);
   const auto plan = find_update_plan(
       kWalks, a, {&a.backups, &a.masters, &a.history, &a.grads, &a.clean_grads, &a.exp_avgs, &a.exp_avg_sqs}, place);
-  const Steps steps(op, a);
   const Launching launching(*plan);
   launch_update<Rule, Arguments>(op, a, Rule{a, steps}, *plan, place.stream);
   steps.advance();

@@ -1,5 +1,8 @@
 // The module flatkern._CUDA: operations on the tensors of a GPU. With FK_EMULATION the same on those of the CPU.
+#include <cstring>
+#include <map>
 #include <string>
+#include <vector>
 
 #include "../common/bind.h"
 #include "functions.h"
@@ -50,6 +53,12 @@ struct Cuda {
 };
 
 #ifdef FK_EMULATION
+// The last launch of each kernel that was watched.
+std::map<uintptr_t, cuda::emulation::Launch>& watched() {
+  static auto& launches = *new std::map<uintptr_t, cuda::emulation::Launch>;
+  return launches;
+}
+
 // Which kernel it is: how far its machine code is from the beginning of this library.
 void watch(py::object see) {
   if (see.is_none()) return cuda::emulation::watch(nullptr);
@@ -59,9 +68,21 @@ void watch(py::object see) {
   auto* kept = new py::object(std::move(see));
   cuda::emulation::watch([kept, base = reinterpret_cast<uintptr_t>(library.dli_fbase)](const auto& launch) {
     const py::gil_scoped_acquire held;
-    (*kept)(reinterpret_cast<uintptr_t>(launch.kernel) - base,
-            py::bytes(static_cast<const char*>(launch.arguments), launch.size), launch.grid, launch.block);
+    const uintptr_t place = reinterpret_cast<uintptr_t>(launch.kernel) - base;
+    watched()[place] = launch;
+    (*kept)(place, py::bytes(static_cast<const char*>(launch.arguments), launch.size), launch.grid, launch.block);
   });
+}
+
+// As a graph replays it, which neither counts nor loads.
+void run_again(uintptr_t place, const std::string& arguments, unsigned grid, unsigned block) {
+  std::vector<std::max_align_t> aligned(arguments.size() / sizeof(std::max_align_t) + 1);
+  std::memcpy(aligned.data(), arguments.data(), arguments.size());
+  cuda::emulation::Launch launch = watched().at(place);
+  launch.arguments = aligned.data();
+  launch.grid = grid;
+  launch.block = block;
+  cuda::emulation::run(launch);
 }
 #endif
 
@@ -87,6 +108,8 @@ PYBIND11_MODULE(_CUDA, m) {
       },
       "allocate"_a, "upload"_a, "stream"_a, "Where memory and streams come from.");
   m.def("launch_count", cuda::launch_count, "Kernels that this thread has started.");
+  m.def("load_kernels", cuda::load_kernels, "Loads every kernel on the current device; how many there are.");
+  m.def("loaded_kernels", cuda::loaded_kernels, "How many kernels are loaded on the current device.");
   m.def(
       "driver",
       [] {
@@ -102,6 +125,9 @@ PYBIND11_MODULE(_CUDA, m) {
   m.def("set_current_device", cuda::emulation::set_current_device, "index"_a);
   m.def("launch_nothing", cuda::emulation::launch_nothing, "on"_a, "For measurements: launches run nothing.");
   m.def("watch", watch, "see"_a, "see(kernel, arguments, grid, block) is called before each launch; None: no more.");
+  m.def("run_again", run_again, "kernel"_a, "arguments"_a, "grid"_a, "block"_a, "Runs what `watch` was told of.");
+  m.def("forget_kernels", cuda::forget_kernels, "No kernel counts as loaded any more.");
+  m.def("capturing", [](bool on) { cuda::capture_is_under_way = on; }, "on"_a, "Whether a CUDA graph is captured.");
   m.def("set_schedule", cuda::emulation::set_schedule, "text"_a, "In which order threads run.");
   m.def("noise_is_on_device", [](bool on) { cuda::noise_is_on_device = on; }, "on"_a);
   m.def("steps_are_on_host", [](bool on) { cuda::steps_are_on_host = on; }, "on"_a);

@@ -62,6 +62,12 @@ T* pointer(const Table* list, int64_t k) {
   return list != nullptr && *list ? (*list)[k].as<T>() : nullptr;
 }
 
+// An operation's walk, as far as the arguments of its kernels decide.
+template <template <size_t> class Arguments>
+constexpr Walk walk_of(const char* op, int eights, int64_t resident, unsigned needs = 0, int words = 0) {
+  return {op, Arguments<kSmall>::kTensors, Arguments<kLarge>::kTensors, eights, resident, needs, words};
+}
+
 // Calls body with a size of arguments that has room for `count` tensors: body(std::integral_constant<size_t, bytes>()).
 template <template <size_t> class Arguments, class Body>
 void with_size(int64_t count, const Body& body) {

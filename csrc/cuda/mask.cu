@@ -35,9 +35,7 @@ struct CountArguments : CountCall {
   uint8_t codes[kTensors];
 };
 
-const Walk kCount = {
-    "count_magnitudes_", CountArguments<kSmall>::kTensors, CountArguments<kLarge>::kTensors, kEights, kSegment, false,
-    kMostValues + 2};
+const Walk kCount = walk_of<CountArguments>("count_magnitudes_", kEights, kSegment, kTotals, 2 * (kMostValues + 2));
 
 // What a thread finds beside the values of the digit.
 struct Others {
@@ -98,20 +96,10 @@ __global__ void __launch_bounds__(kShortThreads) count_kernel(FK_PARAM(Args) a) 
   }
 }
 
-struct ClearCall {
-  unsigned long long* counters;
-  int count;
-};
-
-__global__ void __launch_bounds__(kShortThreads) clear_kernel(FK_PARAM(ClearCall) a) {
-  for (int d = threadIdx.x; d < a.count; d += kShortThreads) a.counters[d] = 0;
-}
-
 template <class T>
 void run(const CountMagnitudes& a, const Plan& plan, Stream stream) {
-  if (!plan.counters_are_zero)
-    start(kCount.op, clear_kernel, 1, kShortThreads, stream, ClearCall{plan.counters, kCount.counters});
-  plan.counters_are_zero = false;
+  if (!plan.words_are_zero) clear(kCount.op, plan.words, kCount.words, stream);
+  plan.words_are_zero = false;
   const View& prefix = a.prefix[0];
   const int known = static_cast<int>(prefix.numel);
   for (const Launch& launch : plan.launches) {
@@ -124,7 +112,7 @@ void run(const CountMagnitudes& a, const Plan& plan, Stream stream) {
                                        known,
                                        math::kDigitShift[known],
                                        math::kDigitWidth[known],
-                                       plan.counters,
+                                       reinterpret_cast<unsigned long long*>(plan.words),
                                        plan.tickets,
                                        a.counts[0].as<int64_t>(),
                                        &launch == &plan.launches.back()};
@@ -132,11 +120,11 @@ void run(const CountMagnitudes& a, const Plan& plan, Stream stream) {
         args.grads[k - launch.begin] = a.grads[k].data;
         args.codes[k - launch.begin] = static_cast<uint8_t>(code_of(a.grads[k].dtype));
       }
-      start(kCount.op, count_kernel<T, decltype(args)>, std::min(launch.count, kMostWalkers), launch.threads, stream,
-            args);
+      start(kCount.op, kernel<count_kernel<T, decltype(args)>>, std::min(launch.count, kMostWalkers), launch.threads,
+            stream, args);
     });
   }
-  plan.counters_are_zero = true;
+  plan.words_are_zero = true;
 }
 
 }  // namespace
@@ -172,8 +160,7 @@ struct PackArguments : PackCall {
   uint8_t codes[kTensors];
 };
 
-const Walk kPack = {"pack_mask_", PackArguments<kSmall>::kTensors, PackArguments<kLarge>::kTensors, kEights, kSegment,
-                    true};
+const Walk kPack = walk_of<PackArguments>("pack_mask_", kEights, kSegment, kLongRows);
 
 template <class T, bool kWhole, class Args>
 FK_DEVICE void pack_tile(const Args& a, const Tile& t) {
@@ -217,7 +204,7 @@ void run(const PackMask& a, const Plan& plan, Stream stream) {
         args.grads[i] = a.grads[k].data;
         args.codes[i] = static_cast<uint8_t>(code_of(a.grads[k].dtype));
       }
-      start(kPack.op, pack_kernel<T, decltype(args)>, launch.count, launch.threads, stream, args);
+      start(kPack.op, kernel<pack_kernel<T, decltype(args)>>, launch.count, launch.threads, stream, args);
     });
   }
 }
@@ -259,8 +246,7 @@ struct AmplifyArguments : AmplifyCall {
 };
 
 constexpr int kAmplifyEights = 2;
-const Walk kAmplify = {
-    "amplify_", AmplifyArguments<kSmall>::kTensors, AmplifyArguments<kLarge>::kTensors, kAmplifyEights, kSegment, true};
+const Walk kAmplify = walk_of<AmplifyArguments>("amplify_", kAmplifyEights, kSegment, kLongRows);
 
 template <class T, bool kWhole, class Args>
 FK_DEVICE void amplify_tile(const Args& a, const Tile& t) {
@@ -305,7 +291,7 @@ void run(const Amplify& a, const Plan& plan, Stream stream) {
         args.kappa[i] = static_cast<float>(a.kappa[k]);
         args.codes[i] = static_cast<uint8_t>(code_of(a.params[k].dtype) | code_of(a.previous[k].dtype) << 2);
       }
-      start(kAmplify.op, amplify_kernel<T, decltype(args)>, launch.count, launch.threads, stream, args);
+      start(kAmplify.op, kernel<amplify_kernel<T, decltype(args)>>, launch.count, launch.threads, stream, args);
     });
   }
 }

@@ -26,9 +26,8 @@ struct MixArguments : MixCall {
 };
 
 constexpr int kEights = 4;
-constexpr int kSmallCall = MixArguments<kSmall>::kTensors, kLargeCall = MixArguments<kLarge>::kTensors;
-const Walk kFlatWalk = {"mix_gradients_", kSmallCall, kLargeCall, kEights, kSegment, false};
-const Walk kRowWalk = {"mix_gradients_", kSmallCall, kLargeCall, kEights, kResident, true};
+const Walk kFlatWalk = walk_of<MixArguments>("mix_gradients_", kEights, kSegment);
+const Walk kRowWalk = walk_of<MixArguments>("mix_gradients_", kEights, kResident, kLongRows);
 
 template <class T, bool kWhole, class Args>
 FK_DEVICE void mix_tile(const Args& a, const Tile& t) {
@@ -129,7 +128,8 @@ void for_each_launch(const MixGradients& a, const Plan& plan, const StartKernel&
 template <class T>
 void run(const MixGradients& a, const Plan& plan, Stream stream) {
   for_each_launch(a, plan, [&](const Launch& launch, const auto& args) {
-    start(kFlatWalk.op, mix_kernel<T, std::decay_t<decltype(args)>>, launch.count, launch.threads, stream, args);
+    start(kFlatWalk.op, kernel<mix_kernel<T, std::decay_t<decltype(args)>>>, launch.count, launch.threads, stream,
+          args);
   });
 }
 
@@ -137,7 +137,8 @@ void run_rows(const MixGradients& a, const Plan& plan, Stream stream) {
   for_each_launch(a, plan, [&](const Launch& launch, const auto& args) {
     using Args = std::decay_t<decltype(args)>;
     start(kRowWalk.op,
-          launch.threads > kShortThreads ? mix_rows_kernel<kLongThreads, Args> : mix_rows_kernel<kShortThreads, Args>,
+          launch.threads > kShortThreads ? kernel<mix_rows_kernel<kLongThreads, Args>>
+                                         : kernel<mix_rows_kernel<kShortThreads, Args>>,
           launch.count, launch.threads, stream, args);
   });
 }

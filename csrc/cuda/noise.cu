@@ -17,8 +17,7 @@ struct FillArguments {
 };
 
 constexpr int kEights = 2;
-const Walk kFill = {"fill_normal_", FillArguments<kSmall>::kTensors, FillArguments<kLarge>::kTensors, kEights, kSegment,
-                    false};
+const Walk kFill = walk_of<FillArguments>("fill_normal_", kEights, kSegment);
 
 template <class T, bool kWhole, class Args>
 FK_DEVICE void fill_tile(const Args& a, const Tile& t) {
@@ -59,7 +58,7 @@ void run(const FillNormal& a, const Plan& plan, Stream stream) {
         args.index[k - launch.begin] = static_cast<uint32_t>(a.index[k]);
         args.codes[k - launch.begin] = static_cast<uint8_t>(code_of(a.outs[k].dtype));
       }
-      start(kFill.op, fill_kernel<T, decltype(args)>, launch.count, launch.threads, stream, args);
+      start(kFill.op, kernel<fill_kernel<T, decltype(args)>>, launch.count, launch.threads, stream, args);
     });
   }
 }

@@ -20,8 +20,7 @@ struct NormsArguments {
 };
 
 constexpr int kEights = 4;
-const Walk kNorms = {
-    "filter_norms_", NormsArguments<kSmall>::kTensors, NormsArguments<kLarge>::kTensors, kEights, kResident, true};
+const Walk kNorms = walk_of<NormsArguments>("filter_norms_", kEights, kResident, kLongRows);
 
 template <class T, int kThreads, bool kWhole, class Args, class Sums>
 FK_DEVICE void norms_tile(const Args& a, const Tile& t, Sums& sums) {
@@ -69,8 +68,8 @@ void run(const FilterNorms& a, const Plan& plan, Stream stream) {
         args.codes[i] = static_cast<uint8_t>(code_of(a.params[k].dtype));
       }
       start(kNorms.op,
-            launch.threads > kShortThreads ? norms_kernel<T, kLongThreads, decltype(args)>
-                                           : norms_kernel<T, kShortThreads, decltype(args)>,
+            launch.threads > kShortThreads ? kernel<norms_kernel<T, kLongThreads, decltype(args)>>
+                                           : kernel<norms_kernel<T, kShortThreads, decltype(args)>>,
             launch.count, launch.threads, stream, args);
     });
   }
@@ -132,8 +131,7 @@ struct AscentArguments {
   uint8_t codes[kTensors];  // of grads and params
 };
 
-const Walk kAscent = {
-    "ascent_norm_", AscentArguments<kSmall>::kTensors, AscentArguments<kLarge>::kTensors, kEights, kSegment, false};
+const Walk kAscent = walk_of<AscentArguments>("ascent_norm_", kEights, kSegment, kTotals);
 
 template <class G, class C, bool kWhole, class Args>
 FK_DEVICE double sum_ascent(const Args& a, const Tile& t) {
@@ -179,7 +177,7 @@ void run(const AscentNorm& a, const Plan& plan, Stream stream) {
         const DType param = adaptive ? a.params[k].dtype : a.grads[k].dtype;
         args.codes[i] = static_cast<uint8_t>(code_of(a.grads[k].dtype) | code_of(param) << 2);
       }
-      start(kAscent.op, ascent_norm_kernel<G, C, decltype(args)>, blocks, launch.threads, stream, args);
+      start(kAscent.op, kernel<ascent_norm_kernel<G, C, decltype(args)>>, blocks, launch.threads, stream, args);
     });
   });
 }
@@ -217,12 +215,7 @@ struct GradientArguments {
   uint8_t codes[kTensors];
 };
 
-const Walk kGradient = {"gradient_norm_",
-                        GradientArguments<kSmall>::kTensors,
-                        GradientArguments<kLarge>::kTensors,
-                        kEights,
-                        kSegment,
-                        false};
+const Walk kGradient = walk_of<GradientArguments>("gradient_norm_", kEights, kSegment, kTotals);
 
 template <class T, bool kWhole, class Args>
 FK_DEVICE double sum_gradient(const Args& a, const Tile& t) {
@@ -268,7 +261,7 @@ void run(const GradientNorm& a, const Plan& plan, Stream stream) {
         const DType clean = a.clean_grads ? a.clean_grads[k].dtype : a.grads[k].dtype;
         args.codes[i] = static_cast<uint8_t>(code_of(a.grads[k].dtype) | code_of(clean) << 2);
       }
-      start(kGradient.op, gradient_norm_kernel<T, decltype(args)>, blocks, launch.threads, stream, args);
+      start(kGradient.op, kernel<gradient_norm_kernel<T, decltype(args)>>, blocks, launch.threads, stream, args);
     });
   });
 }

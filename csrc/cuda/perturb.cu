@@ -8,12 +8,7 @@ namespace {
 
 constexpr int kEights = 3;
 
-const Walk kPerturb = {"perturb_gaussian_",
-                       PerturbArguments<kSmall>::kTensors,
-                       PerturbArguments<kLarge>::kTensors,
-                       kEights,
-                       kResident,
-                       true};
+const Walk kPerturb = walk_of<PerturbArguments>("perturb_gaussian_", kEights, kResident, kLongRows);
 
 template <class Args>
 void fill(Args& a, const PerturbLists& lists, const Plan& plan, const Launch& launch, bool measures) {
@@ -45,8 +40,8 @@ void run(const char* op, const PerturbLists& lists, const Plan& plan, const std:
       Args a;
       fill(a, lists, plan, launch, measures);
       start(op,
-            launch.eights == kEights ? perturb_kernel<Types, kShortThreads, kBlocks, kEights, Args>
-                                     : perturb_kernel<Types, kLongThreads, 1, kLongEights, Args>,
+            launch.eights == kEights ? kernel<perturb_kernel<Types, kShortThreads, kBlocks, kEights, Args>>
+                                     : kernel<perturb_kernel<Types, kLongThreads, 1, kLongEights, Args>>,
             launch.count, launch.threads, stream, a);
     });
   }
@@ -103,12 +98,7 @@ struct AscentArguments {
 };
 
 constexpr int kAscentEights = 4;
-const Walk kAscent = {"perturb_ascent_",
-                      AscentArguments<kSmall>::kTensors,
-                      AscentArguments<kLarge>::kTensors,
-                      kAscentEights,
-                      kSegment,
-                      false};
+const Walk kAscent = walk_of<AscentArguments>("perturb_ascent_", kAscentEights, kSegment);
 
 template <class Types, bool kWhole, class Args>
 FK_DEVICE void ascend_tile(const Args& a, const Tile& t) {
@@ -173,7 +163,8 @@ void run_ascent(const PerturbAscent& a, const Plan& plan, Stream stream) {
         args.codes[i] = static_cast<uint8_t>(code_of(a.params[k].dtype) | code_of(backup) << 2 |
                                              code_of(clean[k].dtype) << 4 | code_of(a.grads[k].dtype) << 6);
       }
-      start(kAscent.op, ascent_kernel<PerturbTypes<P, C>, decltype(args)>, launch.count, launch.threads, stream, args);
+      start(kAscent.op, kernel<ascent_kernel<PerturbTypes<P, C>, decltype(args)>>, launch.count, launch.threads, stream,
+            args);
     });
   }
 }
@@ -213,9 +204,7 @@ struct RestoreArguments {
 };
 
 constexpr int kRestoreEights = 4;
-const Walk kRestore = {
-    "restore_", RestoreArguments<kSmall>::kTensors, RestoreArguments<kLarge>::kTensors, kRestoreEights, kSegment,
-    false};
+const Walk kRestore = walk_of<RestoreArguments>("restore_", kRestoreEights, kSegment);
 
 template <class T, bool kWhole, class Args>
 FK_DEVICE void restore_tile(const Args& a, const Tile& t) {
@@ -249,7 +238,7 @@ void run_restore(const Restore& a, const Plan& plan, Stream stream) {
         args.backups[i] = a.backups[k].data;
         args.codes[i] = static_cast<uint8_t>(code_of(a.params[k].dtype) | code_of(a.backups[k].dtype) << 2);
       }
-      start(kRestore.op, restore_kernel<T, decltype(args)>, launch.count, launch.threads, stream, args);
+      start(kRestore.op, kernel<restore_kernel<T, decltype(args)>>, launch.count, launch.threads, stream, args);
     });
   }
 }

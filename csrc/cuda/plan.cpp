@@ -1,4 +1,9 @@
 // Cutting tensors into tiles, and remembering the tables.
+//
+// In a capture a call has memory of its own, which torch allocates from the graph's pool: two graphs may be replayed at
+// the same time, and the stream's own memory is in use by calls outside. As soon as the call is captured it is given
+// back, and later calls of the same graph may be given it again, which run behind. The tables are those of the calls
+// outside. They stay for as long as the process, as nobody tells when a graph is gone.
 #include "plan.h"
 
 #include <algorithm>
@@ -13,7 +18,7 @@
 namespace flatkern::cuda {
 namespace {
 
-constexpr size_t kMostPlans = 32;
+constexpr int kMostPlans = 32;  // of an operation
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -113,7 +118,7 @@ struct Builder {
         const int64_t last = std::min<int64_t>(kSegment, f.cols - (first + here - 1) * kSegment);
         add(tile, f, tensor, kSegment, last, here, threads);
       }
-      if (!walk.sums) continue;
+      if ((walk.needs & kLongRows) == 0) continue;
       long_rows.push_back({f.cols, segments, static_cast<uint32_t>(count)});
       segments += static_cast<uint32_t>(count);
     }
@@ -136,9 +141,14 @@ struct Parts {
   }
 };
 
-std::shared_ptr<const Plan> make_plan(const Walk& walk, const std::vector<Form>& forms, const Place& place) {
+// The words that are 0 between calls.
+uint32_t count_zeros(const Walk& walk, const Tables& tables) {
+  return tables.long_rows + ((walk.needs & kTotals) != 0 ? tables.tensors + 1 : 0) + static_cast<uint32_t>(walk.words);
+}
+
+std::shared_ptr<const Tables> make_tables(const Walk& walk, const std::vector<Form>& forms, int device) {
   check_counts(walk, forms);
-  auto plan = std::make_shared<Plan>();
+  auto made = std::make_shared<Tables>();
   Builder b{walk};
   const int64_t count = static_cast<int64_t>(forms.size());
   const int64_t most = count <= walk.small ? walk.small : walk.large;
@@ -175,42 +185,54 @@ std::shared_ptr<const Plan> make_plan(const Walk& walk, const std::vector<Form>&
     }
     range.end = b.tiles.size();
     ranges.push_back(range);
-    plan->launches.push_back({begin, end, static_cast<unsigned>(b.block_threads), b.eights, nullptr, 0});
+    made->launches.push_back({begin, end, static_cast<unsigned>(b.block_threads), b.eights, nullptr, 0});
   }
 
-  Parts table, scratch;
+  made->long_rows = static_cast<uint32_t>(b.long_rows.size());
+  made->partials = b.segments;
+  made->tensors = static_cast<uint32_t>(b.blocks.size());
+  made->tiles = static_cast<uint32_t>(b.tiles.size());
+  Parts table;
   const size_t tiles = table.add(b.tiles.size() * sizeof(Tile)), rows = table.add(b.long_rows.size() * sizeof(LongRow));
   const size_t blocks = table.add(b.blocks.size() * sizeof(uint32_t));
-  const size_t tickets = table.add((b.long_rows.size() + b.blocks.size() + 1) * sizeof(uint32_t));  // zeros
-  const size_t counters = table.add(walk.counters * sizeof(unsigned long long));                    // zeros
-  const size_t partials = scratch.add(2 * b.segments * sizeof(double)),
-               sums = scratch.add(b.tiles.size() * sizeof(double));
-  const size_t norms = scratch.add(b.long_rows.size() * sizeof(float));
+  const size_t zeros = table.add(count_zeros(walk, *made) * sizeof(uint32_t));
   std::vector<char> bytes(table.size, 0);
   std::memcpy(bytes.data() + tiles, b.tiles.data(), b.tiles.size() * sizeof(Tile));
   if (!b.long_rows.empty()) std::memcpy(bytes.data() + rows, b.long_rows.data(), b.long_rows.size() * sizeof(LongRow));
   std::memcpy(bytes.data() + blocks, b.blocks.data(), b.blocks.size() * sizeof(uint32_t));
-  plan->table = upload(place.device, bytes.data(), bytes.size());
-  plan->scratch = allocate(place.device, scratch.size);
-
-  auto* ticket = plan->table.at<uint32_t>(tickets);
-  plan->long_rows = {plan->table.at<LongRow>(rows), plan->scratch.at<double>(partials), ticket,
-                     plan->scratch.at<float>(norms), b.segments};
-  plan->tickets = ticket + b.long_rows.size();
-  plan->blocks = plan->table.at<uint32_t>(blocks);
-  plan->sums = plan->scratch.at<double>(sums);
-  plan->counters = plan->table.at<unsigned long long>(counters);
-  plan->tiles = static_cast<uint32_t>(b.tiles.size());
+  made->memory = upload(device, bytes.data(), bytes.size());
+  made->rows = made->memory.at<LongRow>(rows);
+  made->blocks = made->memory.at<uint32_t>(blocks);
+  made->zeros = made->memory.at<uint32_t>(zeros);
   for (size_t i = 0; i < ranges.size(); ++i) {
     const Range& range = ranges[i];
-    Launch& launch = plan->launches[i];
-    launch.tiles = plan->table.at<Tile>(tiles) + range.first;
+    Launch& launch = made->launches[i];
+    launch.tiles = made->memory.at<Tile>(tiles) + range.first;
     launch.count = static_cast<unsigned>(range.end - range.first);
     if (range.cut == range.end) continue;
-    plan->segments.push_back(launch);
-    plan->segments.back().tiles = plan->table.at<Tile>(tiles) + range.cut;
-    plan->segments.back().count = static_cast<unsigned>(range.end - range.cut);
+    made->segments.push_back(launch);
+    made->segments.back().tiles = made->memory.at<Tile>(tiles) + range.cut;
+    made->segments.back().count = static_cast<unsigned>(range.end - range.cut);
   }
+  return made;
+}
+
+// With memory for what kernels leave there.
+std::shared_ptr<const Plan> make_plan(const Walk& walk, std::shared_ptr<const Tables> tables, const Place& place) {
+  auto plan = std::make_shared<Plan>(walk, std::move(tables));
+  const Tables& t = *plan->tables;
+  Parts parts;
+  const size_t zeros = place.captured ? parts.add(plan->zero_count * sizeof(uint32_t)) : 0;
+  const size_t partials = parts.add(2 * t.partials * sizeof(double)), norms = parts.add(t.long_rows * sizeof(float));
+  const size_t sums = parts.add(((walk.needs & kTotals) != 0 ? t.tiles : 0) * sizeof(double));
+  if (parts.size > 0) plan->scratch = allocate(place.device, parts.size);
+  plan->place = place;
+  plan->zeros = place.captured ? plan->scratch.at<uint32_t>(zeros) : t.zeros;
+  plan->words = plan->zeros;
+  uint32_t* tickets = plan->zeros + walk.words;
+  plan->long_rows = {t.rows, plan->scratch.at<double>(partials), tickets, plan->scratch.at<float>(norms), t.partials};
+  plan->tickets = tickets + t.long_rows;
+  plan->sums = plan->scratch.at<double>(sums);
   return plan;
 }
 
@@ -226,9 +248,30 @@ struct PlanKey {
 struct Known {
   PlanKey key;
   std::shared_ptr<const Plan> plan;
+  bool in_graphs;  // a captured graph reads its tables
 };
 
+// Gives up what was not used for longest, and what no graph reads.
+void drop_oldest(std::list<Known>& plans) {
+  const auto can_go = [](const Known& k) { return !k.in_graphs; };
+  if (std::count_if(plans.begin(), plans.end(), can_go) <= kMostPlans) return;
+  plans.erase(std::prev(std::find_if(plans.rbegin(), plans.rend(), can_go).base()));
+}
+
 }  // namespace
+
+Plan::Plan(const Walk& walk, std::shared_ptr<const Tables> given)
+    : tables(std::move(given)),
+      launches(tables->launches),
+      segments(tables->segments),
+      blocks(tables->blocks),
+      tiles(tables->tiles),
+      zero_count(count_zeros(walk, *tables)) {}
+
+Launching::Launching(const Plan& plan) : lock_(plan.in_use) {
+  const Place& place = plan.place;
+  if (place.captured && plan.zero_count > 0) clear(place.op, plan.zeros, plan.zero_count, place.stream);
+}
 
 Place place_of(const char* op, const Table& like) {
   const int device = like.size() > 0 ? like[0].device.index : 0;
@@ -237,11 +280,7 @@ Place place_of(const char* op, const Table& like) {
     throw WrongDevice(std::string(op) + ": device " + std::to_string(current) + " is current, but the tensors are on " +
                       std::to_string(device));
   const Stream stream = current_stream(device);
-  if (is_capturing(stream))
-    throw LaunchError(std::string(op) +
-                      ": a CUDA graph is being captured, which this backend does not take part in; "
-                      "use backend=\"triton\" with capturable=True");
-  return {device, stream};
+  return {op, device, stream, is_capturing(stream)};
 }
 
 std::shared_ptr<const Plan> find_plan(const Walk& walk, const Call& call, const Place& place) {
@@ -250,8 +289,8 @@ std::shared_ptr<const Plan> find_plan(const Walk& walk, const Call& call, const 
   static auto& known = *new std::map<const Walk*, std::list<Known>>;
   std::vector<Form> forms(call.like.size());
   PlanKey key;
-  key.words.reserve(2 + 5 * forms.size());
-  key.words = {place.device, reinterpret_cast<int64_t>(place.stream)};
+  key.words.reserve(1 + 5 * forms.size());
+  key.words = {place.device};
   for (int64_t k = 0; k < call.like.size(); ++k) {
     const Form& f = forms[k] = form_of(call, k);
     for (const int64_t word : {f.rows, f.cols, static_cast<int64_t>(f.counter_row), static_cast<int64_t>(f.first_eight),
@@ -259,13 +298,25 @@ std::shared_ptr<const Plan> find_plan(const Walk& walk, const Call& call, const 
       key.words.push_back(word);
   }
   std::list<Known>& plans = known[&walk];
-  const auto found = std::find_if(plans.begin(), plans.end(), [&](const Known& k) { return k.key == key; });
+  // Outside of a capture another stream has other tables, whose upload it need not wait for.
+  const auto found = std::find_if(plans.begin(), plans.end(), [&](const Known& k) {
+    return (place.captured || k.plan->place.stream == place.stream) && k.key == key;
+  });
   if (found != plans.end()) {
     plans.splice(plans.begin(), plans, found);
-    return found->plan;
+    if (!place.captured) return found->plan;
+    found->in_graphs = true;
+    return make_plan(walk, found->plan->tables, place);
   }
-  plans.push_front({std::move(key), make_plan(walk, forms, place)});
-  if (plans.size() > kMostPlans) plans.pop_back();
+  if (place.captured)
+    throw LaunchError(
+        std::string(place.op) +
+        ": a CUDA graph captures a call whose tables are not on the device yet; run the same steps on the "
+        "same tensors before the capture, as torch.cuda.graph asks");
+  auto plan = make_plan(walk, make_tables(walk, forms, place.device), place);
+  if (plan->zero_count > 0) prepare_clear(place.op);  // for captures, in which no kernel can be loaded
+  plans.push_front({std::move(key), std::move(plan), false});
+  drop_oldest(plans);
   return plans.front().plan;
 }
 

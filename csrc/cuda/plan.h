@@ -1,4 +1,5 @@
-// What a call's tensors are cut into, in tables on the device: made once, and found again by what they depend on.
+// What a call's tensors are cut into, in tables on the device: made once, and found again by what they depend on. And
+// the memory that its kernels leave something in: one for each stream, and in a CUDA graph one for each call.
 #pragma once
 
 #include <initializer_list>
@@ -13,14 +14,19 @@
 
 namespace flatkern::cuda {
 
+enum Needs : unsigned {
+  kLongRows = 1,  // what is told of rows that are cut: they are summed, or have a mask
+  kTotals = 2,    // something is summed or counted over a tensor or over all of them: tickets, and sums of tiles
+};
+
 // How an operation walks tensors; one object for each way, by which its plans are found.
 struct Walk {
   const char* op;
   int small, large;  // tensors whose arguments fit the two sizes of a launch
   int eights;        // that a thread of a block of kShortThreads takes; of a larger one it takes kLongEights
   int64_t resident;  // longest row that is not cut into segments
-  bool sums;         // of rows that are cut LongRows is needed: they are summed, or have a mask
-  int counters = 0;  // 64-bit ones that its launches leave at zero
+  unsigned needs;    // see Needs
+  int words;         // `Plan::words`
 };
 
 // How one call of it does.
@@ -41,38 +47,63 @@ struct Launch {
   unsigned count;
 };
 
-struct Plan {
+// What kernels only read. Captured graphs read it at every replay, wherever they were captured.
+struct Tables {
   std::vector<Launch> launches;
   std::vector<Launch> segments;  // the tiles of those with segments, for a second pass over them
-  LongRows long_rows = {};
-  uint32_t* tickets = nullptr;       // one for each tensor, and one for all
+  const LongRow* rows = nullptr;
   const uint32_t* blocks = nullptr;  // tiles of each tensor
-  double* sums = nullptr;            // one for each tile
-  unsigned long long* counters = nullptr;
-  mutable bool counters_are_zero = true;  // but for a call that failed between two launches
-  uint32_t tiles = 0;
-  Buffer table, scratch;
+  uint32_t long_rows = 0, partials = 0, tensors = 0, tiles = 0;
+  uint32_t* zeros = nullptr;  // behind the tables, as they are uploaded with them: the Plan::zeros of their stream
+  Buffer memory;
+};
+
+// The operation, the device and the stream of a call.
+struct Place {
+  const char* op;
+  int device;
+  Stream stream;
+  bool captured;  // into a CUDA graph: nothing runs before its replays
+};
+
+// The tables of a call, and memory of its stream's. Two kernels that may run at the same time never share a plan.
+struct Plan {
+  Plan(const Walk& walk, std::shared_ptr<const Tables> tables);
+
+  const std::shared_ptr<const Tables> tables;
+  const std::vector<Launch>&launches, &segments;
+  const uint32_t* const blocks;
+  const uint32_t tiles;
+
+  // Words that are 0 when a call begins, and that it leaves so: tickets of long rows, `tickets`, `words`.
+  uint32_t zero_count;
+  uint32_t* zeros = nullptr;
+  LongRows long_rows = {};
+  uint32_t* tickets = nullptr;  // one for each tensor, and one for all
+  uint32_t* words = nullptr;    // Walk::words of them, at a multiple of 16 bytes, for whatever the operation counts
+  mutable bool words_are_zero = true;  // but for a call that failed between two launches
+  double* sums = nullptr;              // one for each tile; not zero
+
+  Place place = {};           // if it is captured, the plan is for one call, whose first kernel clears `zeros`
+  Buffer scratch;             // of a graph's it is given back behind the call, as all that torch allocates in a capture
   mutable std::mutex in_use;  // from a call's first launch to its last: what one leaves in `scratch` the next one needs
 };
 
 // While a call starts its kernels: other threads may run Python, and wait with calls of the same plan.
 class Launching {
  public:
-  explicit Launching(const Plan& plan) : lock_(plan.in_use) {}
+  explicit Launching(const Plan& plan);
 
  private:
   WithoutGil released_;
   std::lock_guard<std::mutex> lock_;
 };
 
-// The device and the stream of a call. Throws WrongDevice where another device is current.
-struct Place {
-  int device;
-  Stream stream;
-};
+// Throws WrongDevice where another device is current.
 Place place_of(const char* op, const Table& like);
 
-// The plan of a call; made, and its tables uploaded, where there is none.
+// The plan of a call; made, and its tables uploaded, where there is none. In a capture nothing can be uploaded:
+// LaunchError where no earlier call, on any stream, has made the tables.
 std::shared_ptr<const Plan> find_plan(const Walk& walk, const Call& call, const Place& place);
 
 }  // namespace flatkern::cuda

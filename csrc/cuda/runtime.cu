@@ -1,10 +1,13 @@
-// The CUDA runtime: devices, the driver, errors.
+// The CUDA runtime: devices, the driver, which kernels are loaded, errors.
+#include <utility>
+
 #include "launch.cuh"
 
 namespace flatkern::cuda {
 namespace {
 
 thread_local int64_t count = 0;  // the GIL is released while kernels are started
+Kernel* kernels = nullptr;       // the list of all, complete when the module is there
 
 #ifndef FK_EMULATION
 // A function of the driver; null without one.
@@ -21,13 +24,73 @@ void* driver_function(const char* name) {
 }
 #endif
 
+[[noreturn]] void fail(const char* op, const char* error) {
+  throw LaunchError(std::string(op) + ": the launch failed: " + error +
+                    "; an earlier kernel may have caused it, and FLATKERN_CUDA_SYNC=1 names its operation; "
+                    "`python -m flatkern doctor` tells what was compiled and which driver there is");
+}
+
+struct Words {
+  uint32_t* at;
+  uint32_t count;
+};
+constexpr unsigned kThreads = 256;
+
+template <class Args>
+__global__ void __launch_bounds__(kThreads) clear_kernel(FK_PARAM(Args) words) {
+  const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
+  if (i < words.count) words.at[i] = 0;
+}
+
 }  // namespace
 
+Kernel::Kernel(const void* function) : function_(function), next_(std::exchange(kernels, this)) {}
+
+void Kernel::load([[maybe_unused]] const char* op) {
+  if (is_loaded(current_device())) return;
+#ifndef FK_EMULATION
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, function_);
+  if (error != cudaSuccess) fail(op, cudaGetErrorString(error));
+#endif
+  devices_ |= bit(current_device());
+}
+
+void Kernel::load_unless_captured(const char* op, Stream stream) {
+  if (is_capturing(stream))
+    throw LaunchError(std::string(op) + ": a CUDA graph captures a kernel that is not loaded on device " +
+                      std::to_string(current_device()) +
+                      " yet; run the same steps before the capture, or call flatkern.warm_up(optimizer)");
+  load(op);
+}
+
+int load_kernels() {
+  int found = 0;
+  for (Kernel* k = kernels; k != nullptr; k = k->next()) {
+    k->load("warm_up");
+    ++found;
+  }
+  return found;
+}
+
+int loaded_kernels() {
+  int found = 0;
+  for (const Kernel* k = kernels; k != nullptr; k = k->next()) found += k->is_loaded(current_device());
+  return found;
+}
+
+void forget_kernels() {
+  for (Kernel* k = kernels; k != nullptr; k = k->next()) k->forget();
+}
+
+void prepare_clear(const char* op) { kernel<clear_kernel<Words>>.load(op); }
+
+void clear(const char* op, uint32_t* words, uint32_t count, Stream stream) {
+  start(op, kernel<clear_kernel<Words>>, (count + kThreads - 1) / kThreads, kThreads, stream, Words{words, count});
+}
+
 void launched(const char* op, const char* error) {
-  if (error != nullptr)
-    throw LaunchError(std::string(op) + ": the launch failed: " + error +
-                      "; an earlier kernel may have caused it, and FLATKERN_CUDA_SYNC=1 names its operation; "
-                      "`python -m flatkern doctor` tells what was compiled and which driver there is");
+  if (error != nullptr) fail(op, error);
   ++count;
 }
 
@@ -36,7 +99,8 @@ int64_t launch_count() { return count; }
 #ifdef FK_EMULATION
 int current_device() { return emulation::current_device(); }
 
-bool is_capturing(Stream) { return false; }
+bool capture_is_under_way = false;
+bool is_capturing(Stream) { return capture_is_under_way; }
 
 Driver driver() { return {0, 0, 1, ""}; }
 #else

@@ -11,6 +11,7 @@ struct Arguments : UpdateArguments<SgdOwn, kBytes> {};
 struct Rule {
   template <class Types>
   using Device = Sgd<Types>;
+  static constexpr bool kCountsSteps = false;
   static constexpr int kRowEights = 4;
   template <class Types>
   static constexpr int blocks() {

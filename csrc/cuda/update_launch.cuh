@@ -15,6 +15,7 @@ constexpr int kFlatEights = 2;
 //   own(k)             those of tensor k
 //   state_is(dtype)    whether all of its state is of a dtype, and
 //   state_codes(k)     the codes of tensor k's
+//   kCountsSteps       blocks are counted off, so that the last one counts the step of a tensor
 //   kRowEights         eights that a thread of a block of 256 takes of a row
 //   blocks<Types>()    blocks of 256 that a multiprocessor holds: what the registers of a kernel allow
 template <class Rule, template <size_t> class Arguments>
@@ -68,11 +69,11 @@ class UpdateLauncher {
         fill(args, launch);
         constexpr int kBlocks = Rule::template blocks<Types>();
         constexpr int kEights = Types::kKind == Kind::kPlain ? kFlatEights : Rule::kRowEights;
-        auto kernel = update_kernel<Device, Types, kShortThreads, kBlocks, kEights, Args>;
+        auto* chosen = &kernel<update_kernel<Device, Types, kShortThreads, kBlocks, kEights, Args>>;
         // Where nothing is summed by rows none is longer than a segment.
         if constexpr (Types::kHasRows && (!Types::kGeneral || std::is_same_v<typename Types::Param, AnyFloat>))
-          if (is_long(launch)) kernel = update_kernel<Device, Types, kLongThreads, 1, kLongEights, Args>;
-        start(op_, kernel, launch.count, launch.threads, stream_, args);
+          if (is_long(launch)) chosen = &kernel<update_kernel<Device, Types, kLongThreads, 1, kLongEights, Args>>;
+        start(op_, *chosen, launch.count, launch.threads, stream_, args);
       });
     }
   }
@@ -144,8 +145,9 @@ struct UpdateWalks {
 };
 template <class Rule, template <size_t> class Arguments>
 constexpr UpdateWalks update_walks(const char* op) {
-  constexpr int kFew = Arguments<kSmall>::kTensors, kMany = Arguments<kLarge>::kTensors;
-  return {{op, kFew, kMany, kFlatEights, kSegment, false}, {op, kFew, kMany, Rule::kRowEights, kResident, true}};
+  constexpr unsigned kCounts = Rule::kCountsSteps ? kTotals : 0;
+  return {walk_of<Arguments>(op, kFlatEights, kSegment, kCounts),
+          walk_of<Arguments>(op, Rule::kRowEights, kResident, kCounts | kLongRows)};
 }
 
 inline std::shared_ptr<const Plan> find_update_plan(const UpdateWalks& walks, const Update& a,

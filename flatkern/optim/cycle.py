@@ -50,7 +50,7 @@ class Cycle:
         self.passes = Passes(self.gradients.fired)
         self.partitions = Partitions(groups)
         self.state = State(groups, deferred_state)
-        self.weights = Weights(self.state)
+        self.weights = Weights(self.state, groups.setup)
         self.unscaled = Unscaled()
         self.followers = Followers(groups)
         self.nonfinite: Tensor | None = None  # nonzero: a gradient that the coming step depends on was not finite

@@ -57,6 +57,13 @@ def refuse_lost_write(names: list[str]) -> None:
     )
 
 
+def refuse_captured_perturbation(names: list[str]) -> None:
+    raise RuntimeError(
+        f"step: {_listed(names)} was perturbed inside a CUDA graph, and does not hold what the last replay drew: the "
+        "capture failed, or no replay came since, or others have written to it; restore() keeps what is there"
+    )
+
+
 def refuse_unseen_write(names: list[str]) -> None:
     raise RuntimeError(
         f"eval: {_listed(names)} holds other values than were drawn, so others have written to its .data; the "

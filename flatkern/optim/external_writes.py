@@ -163,3 +163,25 @@ def ascent_kept(p: Tensor, perturbed: Tensor | None, clean: Tensor) -> Tensor:
     difference = perturbed.to(part).float() - before.to(part.device, torch.float32)
     moved = (part.float() + difference).to(part.dtype)
     return torch.where(same_bits(part, before.to(part)), perturbed.to(part), moved)
+
+
+def written_by_interrupted(call: Call | None, clean: Sequence[Tensor], versions: list[int]) -> list[int]:
+    """The positions of the parameters that an interrupted call has written.
+
+    Arguments:
+        clean: copies of the clean weights, or masters.
+        versions: what `call.marks()` was before the call.
+    """
+    assert call is not None
+    bucket, count = call.bucket, len(call.bucket.params)
+    if call.progress == "whole":
+        return list(range(count)) if call.marks() != versions else []
+    if call.progress == "versions":
+        return [k for k, v in enumerate(bucket.versions()) if v != versions[k]]
+    if bucket.has_master:
+        return list(range(count))  # from a master a parameter is restored rightly in either case
+    # Kernels are launched one after another, and a copy is right only where its kernel has run. The same call on the
+    # copies gives what is in the parameters there, bit for bit, and nowhere else.
+    again = [c.clone() for c in clean]
+    call.on(again)
+    return [k for k, (p, a) in enumerate(zip(bucket.params, again, strict=True)) if is_as_drawn(p, a)]

@@ -20,6 +20,7 @@ from .groups import Group, Groups
 
 KEYS = ("lr", "sigma")  # group values that kernels read on the device; a graph keeps all others as they were
 WORDS = ("seed", "stream", "round")
+CAPTURED = ("triton", "cuda")  # backends whose calls a CUDA graph can capture
 LAST_ROUND = 2**32 - 1
 LAST_DRAW = "drawn"  # rolling: the group key of what the present noise was drawn with
 # Where a group's sigma, eta and perturb are read: in what this returns, or, without it, in the group itself.
@@ -281,15 +282,15 @@ def check_can_be_captured(groups: Groups) -> None:
             )
     if params:
         backend, refusals = served_by("restore_", params[0].device.type, setup.backend)
-        if backend != "triton":
+        if backend not in CAPTURED:
             why = "".join(f" ({reason})" for reason in refusals)
             if params[0].device.type == "cuda":
-                remedy = "name no other backend, install Triton where it is missing"
+                remedy = "name no other backend, install Triton where both are missing"
             else:
                 remedy = "move the parameters to a GPU before the optimizer is made"
             raise ValueError(
-                f"{setup.name}: capturable is True, but CUDA graphs need the triton backend, and {backend} serves "
-                f"{params[0].device.type}{why}; {remedy}, or pass capturable=False"
+                f"{setup.name}: capturable is True, but CUDA graphs need the {' or the '.join(CAPTURED)} backend, and "
+                f"{backend} serves {params[0].device.type}{why}; {remedy}, or pass capturable=False"
             )
     if setup.enhancement is not None and setup.enhancement.kappa_follows_lr:
         raise ValueError(

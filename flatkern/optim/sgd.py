@@ -44,8 +44,11 @@ class SGD(FusedOptimizer):
             the device then: a replay reads what they are and goes on to the next round, and schedulers fill them in
             place. A number that is assigned to one is copied there at the next call. Every other value (momentum,
             rho, lam, eta, kappa, ...) and whether IRE has a mask stay as they were at the capture; `update_mask()`
-            runs outside, and `mask_due` counts the steps that Python ran. Needs the Triton backend and all parameters
-            on one device. Run a few steps before a capture; `release()` frees memory that graphs read.
+            runs outside, and `mask_due` counts the steps that Python ran. Needs the Triton or the CUDA
+            backend and all parameters on one device. As torch says of its graphs, a replay uses the tensors of the
+            capture: weights, state, and gradients, which are the graph's own where the backward pass is captured, too.
+            Run a few steps before a capture, so that all tables are on the device and all kernels loaded; `release()`
+            frees memory that graphs read.
         max_grad_norm: clip the final (mixed, averaged, unscaled) gradient to this global L2 norm.
 
     State, per parameter: `momentum_buffer` (the parameter's dtype; float32 with masters), `master`,

@@ -24,6 +24,7 @@ from .gradients import Final, gradients_of, show_unscaled
 from .groups import Group
 from .ire import Mask
 from .perturbation import NoPerturbation
+from .scalars import is_capturing
 from .weights import CleanStore, perturbing
 
 IN_PLACE = CleanStore(None, None)
@@ -269,7 +270,10 @@ class Step:
     # --- commit ----------------------------------------------------------------------------------
 
     def _commit(self, partition: Partition, work: list[Prepared], final: Final, noise: Tensor | None) -> None:
-        """Write. Where it fails, all weights are clean afterwards, and the gradients wait as after a round."""
+        """Write. Where it fails, all weights are clean afterwards, and the gradients wait as after a round.
+
+        In a capture, which writes nothing, the weights are then as perturbed as before.
+        """
         state = self.cycle.state
         calls = [call for _, _, call in work if call is not None]
         try:
@@ -322,6 +326,9 @@ class Step:
     def _leave_clean(self, noise: Tensor | None, interrupted: Call | None) -> None:
         cycle = self.cycle
         if cycle.weights.partition is None:
+            return
+        if is_capturing():
+            cycle.weights.note_captured_writes()
             return
         if noise is not None:
             cycle.weights.put_back()  # the update writes the copies, too, so that each is clean, old or new

@@ -18,7 +18,7 @@ from .. import dtensor
 from ..checks import STORAGE_DTYPES, LayoutError
 from ..tables import same_layout
 from .buckets import MAX_PARTITIONS, Bucket, Call, Partition
-from .errors import refuse_lost_write, refuse_unseen_write, warn_left_as_written
+from .errors import refuse_captured_perturbation, refuse_lost_write, refuse_unseen_write, warn_left_as_written
 from .external_writes import (
     REPEATABLE,
     ascent_kept,
@@ -28,7 +28,9 @@ from .external_writes import (
     is_as_drawn,
     is_laid_out_as_drawn,
     take_over,
+    written_by_interrupted,
 )
+from .groups import Setup
 from .layouts import like
 from .phase import CLEAN, PERTURBED, SUSPENDED
 from .scalars import is_capturing
@@ -60,22 +62,9 @@ class Held:
     running: bool = False
     ours: bool = False  # nobody else has written: its clean weights are put back without a look
 
-
-def _written(held: Held) -> list[int]:
-    """The positions of the parameters that an interrupted call has written."""
-    call, count = held.call, len(held.bucket.params)
-    assert call is not None
-    if call.progress == "whole":
-        return list(range(count)) if call.marks() != held.versions else []
-    if call.progress == "versions":
-        return [k for k, v in enumerate(held.bucket.versions()) if v != held.versions[k]]
-    if held.bucket.has_master:
-        return list(range(count))  # from a master a parameter is restored rightly in either case
-    # Kernels are launched one after another, and a copy is right only where its kernel has run. The same call on the
-    # copies gives what is in the parameters there, bit for bit, and nowhere else.
-    again = [c.clone() for c in held.clean]
-    call.on(again)
-    return [k for k, (p, a) in enumerate(zip(held.bucket.params, again, strict=True)) if is_as_drawn(p, a)]
+    def written(self) -> list[int]:
+        """The positions of the parameters that its call has written, which was interrupted."""
+        return written_by_interrupted(self.call, self.clean, self.versions)
 
 
 @torch.no_grad()
@@ -89,18 +78,17 @@ def _copy(into: Iterable[Tensor], values: Iterable[Tensor]) -> None:
 class Weights:
     """Which weights of one optimizer are perturbed."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, setup: Setup) -> None:
         self.partition: Partition | None = None  # of the perturbed parameters; None: all weights are clean
         self.phase = CLEAN
         self.ever_perturbed = False
-        self.unfinished = (
-            False  # some weights are perturbed and some are not: a call was interrupted, and its undoing too
-        )
+        self.unfinished = False  # some weights are perturbed, some are not: a call was interrupted, and its undoing
         self.backups: dict[Tensor, Tensor] = {}  # scratch, kept for the optimizer's life
-        self._state = state
+        self._state, self._setup = state, setup
         self._held: list[Held] = []
         self._dropping: set[Tensor] = set()  # parameters whose foreign writes go with the perturbation
         self._looks = 0  # at values, by a rolling eval()
+        self._captured = False  # perturbed inside a capture: the weights have not moved before a replay
         self._stores: dict[Bucket, CleanStore] = {}  # of buckets without masters
 
     # --- where clean weights are -----------------------------------------------------------------
@@ -166,6 +154,7 @@ class Weights:
         Returns:
             The calls, which have run.
         """
+        self._captured = self._setup.capturable and is_capturing()
         try:
             try:
                 return self._run(partition, prepare, again=False)
@@ -230,6 +219,8 @@ class Weights:
     def _moved(self, held: Held) -> list[int]:
         """Positions that others have written since, without those whose writes are dropped."""
         now = held.bucket.versions()
+        if self._captured and held.call is not None and not held.bucket.has_master and not is_capturing():
+            return list(range(len(now)))  # a capture that failed or waits for a replay has written no clean copy
         if held.ours or now == held.versions:
             return []
         triples = zip(now, held.versions, self._dropped(held.bucket), strict=True)
@@ -242,7 +233,7 @@ class Weights:
             RuntimeError: nothing has changed.
         """
         for held in self._held:
-            if held.bucket.versions() != held.versions:
+            if self._captured or held.bucket.versions() != held.versions:
                 moved = self._moved(held)
                 if held.call is not None:
                     moved = [
@@ -250,8 +241,14 @@ class Weights:
                         if not is_as_drawn(held.bucket.params[k], draw_again(held.call, held.clean, [k])[0])
                     ]  # fmt: skip
                 if moved:
-                    refuse_lost_write([held.bucket.name(k) for k in moved])
+                    refuse = refuse_captured_perturbation if self._captured else refuse_lost_write
+                    refuse([held.bucket.name(k) for k in moved])
                 held.versions = held.bucket.versions()
+
+    def note_captured_writes(self) -> None:
+        """A call inside a capture has moved versions, and written nothing."""
+        for held in self._held:
+            held.versions = held.bucket.versions()
 
     # --- PERTURBED -> CLEAN ----------------------------------------------------------------------
 
@@ -272,7 +269,11 @@ class Weights:
         bucket = held.bucket
         moved = [] if held.running else self._moved(held)
         if not moved:
-            self._put(bucket, held.clean, _written(held) if held.running else None)
+            self._put(
+                bucket,
+                held.clean,
+                held.written() if held.running else None,
+            )
             held.ours = True  # what has changed since, we have
             return []
         self._put(bucket, held.clean, [k for k in range(len(bucket.params)) if k not in set(moved)])
@@ -286,7 +287,9 @@ class Weights:
         return []
 
     def put_back(self) -> None:
-        """Put every clean weight back; nobody else can have written since."""
+        """Put every clean weight back; nobody else can have written since. In a capture they have not moved."""
+        if is_capturing():
+            return self.left() if self._captured else None
         for held in self._held:
             held.ours = True
         self.restore()
@@ -325,7 +328,7 @@ class Weights:
         """
         for held in self._held:
             if held.running:
-                which = _written(held)
+                which = held.written()
             else:
                 params, now = held.bucket.params, held.bucket.versions()
                 which = [k for k, p in enumerate(params) if now[k] == held.versions[k] or id(p) in unknown]
