@@ -73,7 +73,6 @@ CASES = {
     "count float": Case(8, 8, 0),
     "count BFloat16": Case(8, 4, 0),
     "count AnyFloat": Case(8),
-    "clear": Case(8),
     "pack float": Case(8, 8, 0),
     "pack BFloat16": Case(8, 4, 0),
     "pack AnyFloat": Case(8),

@@ -98,8 +98,6 @@ __global__ void __launch_bounds__(kShortThreads) count_kernel(FK_PARAM(Args) a) 
 
 template <class T>
 void run(const CountMagnitudes& a, const Plan& plan, Stream stream) {
-  if (!plan.words_are_zero) clear(kCount.op, plan.words, kCount.words, stream);
-  plan.words_are_zero = false;
   const View& prefix = a.prefix[0];
   const int known = static_cast<int>(prefix.numel);
   for (const Launch& launch : plan.launches) {
@@ -124,7 +122,6 @@ void run(const CountMagnitudes& a, const Plan& plan, Stream stream) {
             stream, args);
     });
   }
-  plan.words_are_zero = true;
 }
 
 }  // namespace

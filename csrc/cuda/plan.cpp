@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <list>
 #include <map>
 #include <string>
@@ -228,6 +229,7 @@ std::shared_ptr<const Plan> make_plan(const Walk& walk, std::shared_ptr<const Ta
   if (parts.size > 0) plan->scratch = allocate(place.device, parts.size);
   plan->place = place;
   plan->zeros = place.captured ? plan->scratch.at<uint32_t>(zeros) : t.zeros;
+  plan->are_zero = !place.captured;
   plan->words = plan->zeros;
   uint32_t* tickets = plan->zeros + walk.words;
   plan->long_rows = {t.rows, plan->scratch.at<double>(partials), tickets, plan->scratch.at<float>(norms), t.partials};
@@ -268,10 +270,12 @@ Plan::Plan(const Walk& walk, std::shared_ptr<const Tables> given)
       tiles(tables->tiles),
       zero_count(count_zeros(walk, *tables)) {}
 
-Launching::Launching(const Plan& plan) : lock_(plan.in_use) {
-  const Place& place = plan.place;
-  if (place.captured && plan.zero_count > 0) clear(place.op, plan.zeros, plan.zero_count, place.stream);
+Launching::Launching(const Plan& plan) : plan_(plan), exceptions_(std::uncaught_exceptions()), lock_(plan.in_use) {
+  if (!plan.are_zero && plan.zero_count > 0) clear(plan.place.op, plan.zeros, plan.zero_count, plan.place.stream);
+  plan.are_zero = false;
 }
+
+Launching::~Launching() { plan_.are_zero = std::uncaught_exceptions() == exceptions_; }
 
 Place place_of(const char* op, const Table& like) {
   const int device = like.size() > 0 ? like[0].device.index : 0;

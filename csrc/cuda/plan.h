@@ -81,20 +81,24 @@ struct Plan {
   LongRows long_rows = {};
   uint32_t* tickets = nullptr;  // one for each tensor, and one for all
   uint32_t* words = nullptr;    // Walk::words of them, at a multiple of 16 bytes, for whatever the operation counts
-  mutable bool words_are_zero = true;  // but for a call that failed between two launches
-  double* sums = nullptr;              // one for each tile; not zero
+  double* sums = nullptr;       // one for each tile; not zero
 
-  Place place = {};           // if it is captured, the plan is for one call, whose first kernel clears `zeros`
-  Buffer scratch;             // of a graph's it is given back behind the call, as all that torch allocates in a capture
+  Place place = {};       // if it is captured, the plan is for one call
+  Buffer scratch;         // of a graph's it is given back behind the call, as all that torch allocates in a capture
+  mutable bool are_zero;  // `zeros`: not in a graph's memory, and not behind a call that failed between two launches
   mutable std::mutex in_use;  // from a call's first launch to its last: what one leaves in `scratch` the next one needs
 };
 
-// While a call starts its kernels: other threads may run Python, and wait with calls of the same plan.
+// While a call starts its kernels: other threads may run Python, and wait with calls of the same plan. Clears what is
+// not zero first.
 class Launching {
  public:
   explicit Launching(const Plan& plan);
+  ~Launching();
 
  private:
+  const Plan& plan_;
+  const int exceptions_;
   WithoutGil released_;
   std::lock_guard<std::mutex> lock_;
 };

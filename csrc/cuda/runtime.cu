@@ -36,8 +36,7 @@ struct Words {
 };
 constexpr unsigned kThreads = 256;
 
-template <class Args>
-__global__ void __launch_bounds__(kThreads) clear_kernel(FK_PARAM(Args) words) {
+__global__ void __launch_bounds__(kThreads) clear_kernel(FK_PARAM(Words) words) {
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
   if (i < words.count) words.at[i] = 0;
 }
@@ -83,10 +82,10 @@ void forget_kernels() {
   for (Kernel* k = kernels; k != nullptr; k = k->next()) k->forget();
 }
 
-void prepare_clear(const char* op) { kernel<clear_kernel<Words>>.load(op); }
+void prepare_clear(const char* op) { kernel<clear_kernel>.load(op); }
 
 void clear(const char* op, uint32_t* words, uint32_t count, Stream stream) {
-  start(op, kernel<clear_kernel<Words>>, (count + kThreads - 1) / kThreads, kThreads, stream, Words{words, count});
+  start(op, kernel<clear_kernel>, (count + kThreads - 1) / kThreads, kThreads, stream, Words{words, count});
 }
 
 void launched(const char* op, const char* error) {

@@ -269,11 +269,7 @@ class Weights:
         bucket = held.bucket
         moved = [] if held.running else self._moved(held)
         if not moved:
-            self._put(
-                bucket,
-                held.clean,
-                held.written() if held.running else None,
-            )
+            self._put(bucket, held.clean, held.written() if held.running else None)
             held.ours = True  # what has changed since, we have
             return []
         self._put(bucket, held.clean, [k for k in range(len(bucket.params)) if k not in set(moved)])
@@ -327,12 +323,9 @@ class Weights:
             unknown: ids of parameters whose versions do not tell.
         """
         for held in self._held:
-            if held.running:
-                which = held.written()
-            else:
-                params, now = held.bucket.params, held.bucket.versions()
-                which = [k for k, p in enumerate(params) if now[k] == held.versions[k] or id(p) in unknown]
-            self._put(held.bucket, held.clean, which)
+            params, now = held.bucket.params, held.bucket.versions()
+            untouched = [k for k, p in enumerate(params) if now[k] == held.versions[k] or id(p) in unknown]
+            self._put(held.bucket, held.clean, held.written() if held.running else untouched)
         self.left()
 
     def left(self) -> None:
