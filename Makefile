@@ -30,7 +30,7 @@ ARGS ?=
 # `make wheel-cuda`: where the wheel goes.
 WHEELS ?= dist
 # Tests that the sanitizers watch: those that call the compiled kernels with every shape and dtype, or change what they read.
-SANITIZE_TESTS ?= tests/test_backends.py tests/test_noise.py tests/test_describe.py tests/test_hostile_callers.py
+SANITIZE_TESTS ?= tests/test_backends.py tests/test_cpp.py tests/test_noise.py tests/test_describe.py tests/test_hostile_callers.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -184,10 +184,12 @@ WITHOUT_GPU := tests/test_host.py tests/test_warm_up.py tests/test_triton_model.
 CAPTURES := tests/test_capturable.py tests/test_failed_captures.py
 
 # The interpreter has to be chosen before triton is imported, so this is a process of its own. There is a triton for few
-# platforms only.
+# platforms only. Of tests that take a backend, those for this one are run.
+TRITON_TESTS := tests/test_triton.py tests/test_triton_counts.py $(CAPTURES) \
+  tests/test_backends.py tests/test_read_on_device.py tests/test_noise.py::test_which_normals_a_counter_gives
 test-triton: $(READY) ## the Triton kernels in Triton's interpreter (no GPU needed; part of `test`)
 	@if $(call has,triton) && $(call has,pytest); then \
-	  TRITON_INTERPRET=1 $(PYTEST) -q tests/test_triton.py tests/test_triton_counts.py $(CAPTURES) $(ARGS); \
+	  TRITON_INTERPRET=1 $(PYTEST) -q -k "triton or captur" $(TRITON_TESTS) $(ARGS); \
 	else echo "not checked: Triton kernels (triton is not installed)"; fi
 	@$(if $(ARGS),,if $(call has,triton) && $(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  CUDA_VISIBLE_DEVICES= $(PYTEST) -q $(WITHOUT_GPU); fi)
@@ -197,6 +199,10 @@ test-triton: $(READY) ## the Triton kernels in Triton's interpreter (no GPU need
 HAS_NVCC = $(call has,setuptools) && $(PY) -c 'import runpy; runpy.run_path("setup.py")["find_nvcc"]()' 2> /dev/null
 COMPILED_CUDA_TESTS := $(wildcard tests/test_cuda_compile.py tests/test_cuda_code.py tests/test_cuda_wheel.py)
 EMULATED_CUDA_TESTS := $(filter-out $(COMPILED_CUDA_TESTS) tests/test_cuda_build.py,$(wildcard tests/test_cuda*.py)) $(CAPTURES)
+# Of tests that take a backend, those for this one are run: what every backend does, and others' stacks with kernels of
+# a GPU beneath them.
+EMULATED_CUDA_TESTS += $(patsubst %,tests/test_%.py,backends read_on_device noise selection mask amp closures state \
+  rolling skipped_steps library functional)
 test-cuda: $(READY) ## the CUDA kernels: emulated on the CPU, and compiled where nvcc is (no GPU needed)
 	@$(call has,pytest) || { echo "error: pytest is not installed for $(PY)" >&2; exit 1; }
 	@if $(CAN_COMPILE); then $(MAKE) --no-print-directory checked-cuda; \
@@ -210,7 +216,7 @@ checked-cuda:
 	else rm -rf $(CUDA); echo "not checked: what nvcc makes of the CUDA kernels (no nvcc, or no setuptools)"; fi
 	@export FLATKERN_CUDA_EMULATION=$(CURDIR)/build/cuda-emulation/_CUDA_emul$(SUFFIX); \
 	if [ -d $(CUDA) ]; then export FLATKERN_CUDA_BUILD=$(CURDIR)/$(CUDA) compiled="$(COMPILED_CUDA_TESTS)"; fi; \
-	$(PYTEST) -q $(EMULATED_CUDA_TESTS) $$compiled $(ARGS)
+	$(PYTEST) -q -k "cuda or captur" $(EMULATED_CUDA_TESTS) $$compiled $(ARGS)
 
 check: $(if $(NO_VENV),,$(ENV_STAMP)) ## formatting, lint, types
 	$(call tool,ruff,$(PY) -m ruff,Python lint,check .)
@@ -268,7 +274,7 @@ show: ## every place of one operation: make show OP=perturb_gaussian_
 	print(ops["$(OP)"].family if "$(OP)" in ops else "", *ops)' | { read family ops; \
 	case " $$ops " in *" $(OP) "*) ;; *) echo "make show OP=name, one of: $$family $$ops" >&2; exit 1;; esac; \
 	grep -rnwE --include="$$family.*" --include="test_$$family.py" --include="bench_$$family.py" \
-	  --include=ops.py --include=cases.py --include=arguments.h --include=check.cpp --include=bind.h '$(OP)|$(OP:_=)' \
+	  --include='*.cu' --include=ops.py --include=cases.py --include=arguments.h --include=check.cpp --include=bind.h '$(OP)|$(OP:_=)' \
 	  flatkern csrc triton_kernels tests bench; }
 
 clean: ## remove build products and caches (the environment stays)

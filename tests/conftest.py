@@ -11,25 +11,35 @@ from flatkern import dispatch
 # The test models are tiny and tests run side by side: several threads each would only wait for one another.
 torch.set_num_threads(1)
 
-BACKENDS = ("eager", "cpp")  # those that run on the CPU; the dispatcher's checks are in front of each
-
 # Triton's interpreter has to be on before triton is imported, and compiling needs it off: processes of their own.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATING = bool(os.environ.get("FLATKERN_CUDA_EMULATION"))
+# What the fixture `backend` gives, and `compiled`: those of the CPU; or one for GPUs, where this process executes its
+# kernels on the CPU, so that `make test-triton` and `make test-cuda` run the same tests as `make test`.
+FOR_GPUS = (*(["triton"] if INTERPRETING else []), *(["cuda"] if EMULATING else []))
+BACKENDS = FOR_GPUS or ("eager", "cpp")
+
 collect_ignore = ["test_triton.py", "test_triton_counts.py"]
 if INTERPRETING:
     # What test_gpu.py does is interpreted only to try it without a GPU.
     dry = os.environ.get("FLATKERN_GPU_DRY") == "1"
     collect_ignore = ["test_triton_compile.py", "test_host.py", "test_gpu_plan.py", *([] if dry else ["test_gpu.py"])]
 
+if not FOR_GPUS:
+    collect_ignore += ["test_read_on_device.py"]
+
 # `make test-cuda` builds what these look at, and names it.
-if not os.environ.get("FLATKERN_CUDA_EMULATION"):
-    collect_ignore += [f"test_cuda{part}.py" for part in ("", "_capture", "_emulation", "_launches", "_optim", "_code")]
+if not EMULATING:
+    collect_ignore += [
+        f"test_cuda{part}.py"
+        for part in ("", "_capture", "_devices", "_emulation", "_launches", "_optim", "_stacks", "_code")
+    ]
 if not os.environ.get("FLATKERN_CUDA_BUILD"):
     collect_ignore += ["test_cuda_compile.py", "test_cuda_code.py", "test_cuda_wheel.py"]
 
 
 def compiled(op):
-    """The compiled backends of `op` that are tested like this on the CPU."""
+    """The compiled backends of `op` that this process tests."""
     return [name for name in op.backends.split() if name in BACKENDS]
 
 

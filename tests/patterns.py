@@ -7,6 +7,7 @@ from collections import namedtuple
 from functools import cache, partial
 
 import torch
+from conftest import BACKENDS
 from torch import nn
 from torch.nn import functional
 
@@ -233,7 +234,7 @@ BASES = ("SGD", "Adam", "AdamW", "Wrap")
 def backends(rows, in_eager):
     """Rows for every backend, as (backend, *row); eager noise is slow, so there only those that `in_eager` accepts."""
     rows = [row if isinstance(row, tuple) else (row,) for row in rows]
-    return [(backend, *row) for row in rows for backend in ("eager", "cpp") if backend != "eager" or in_eager(*row)]
+    return [(backend, *row) for row in rows for backend in BACKENDS if backend != "eager" or in_eager(*row)]
 
 
 def train(run, user, steps=3, start=0):

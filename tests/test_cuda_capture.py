@@ -12,8 +12,9 @@ import pytest
 import torch
 from capturing import Tape
 from compare import assert_within
-from emulated import CUDA, RICHEST, every_op, needs_emulation
+from emulated import CUDA, every_op, needs_emulation
 from test_backends import assert_same_bits, make, run
+from walks import richest
 
 import flatkern
 from flatkern import cuda
@@ -35,7 +36,7 @@ def captured(op, values, monkeypatch):
 
 def warmed(op, shapes=SHAPES, words=None):
     """Arguments of a call like one that has run."""
-    values = make(op, shapes, "float32", RICHEST[op.name] if words is None else words)
+    values = make(op, shapes, "float32", richest(op) if words is None else words)
     run(op, "cuda", copy.deepcopy(values))
     return values
 
@@ -85,7 +86,7 @@ def test_a_captured_call_replays(op, emulated, monkeypatch):
     """With what is in its tensors then: noise, rates and scales on the device, gradients, weights. A capture does
     nothing, and memory of the graph's own may hold anything in the beginning."""
     emulated.noise_is_on_device(True)
-    values = warmed(op, words=f"{RICHEST[op.name]} lrs sigmas")
+    values = warmed(op, words=f"{richest(op)} lrs sigmas")
     before = copy.deepcopy(values)
     tape = captured(op, values, monkeypatch)
     assert_same_bits(op, values, before)
@@ -152,7 +153,7 @@ def test_what_is_cleared(emulated, monkeypatch):
 def test_tables_that_are_not_there_are_refused(emulated, device):
     """Nothing is uploaded inside a capture. The same call outside is the remedy, on whatever stream."""
     op = OPS["adamw_update_"]
-    values = make(op, [(6, 33), (11,)], "float32", RICHEST[op.name])
+    values = make(op, [(6, 33), (11,)], "float32", richest(op))
     before, count, versions = copy.deepcopy(values), emulated.launch_count(), [p._version for p in values["params"]]
     emulated.capturing(True)
     with pytest.raises(

@@ -8,20 +8,10 @@ from pathlib import Path
 import cases
 import pytest
 import torch
-from compare import assert_within, bits
-from emulated import (
-    ALL,
-    ALL_VARIANTS,
-    CUDA,
-    FEW,
-    RICHEST,
-    UPDATES,
-    VARIANTS,
-    assert_like_eager,
-    every_op,
-    needs_emulation,
-)
+from compare import assert_within
+from emulated import CUDA, VARIANTS, every_op, needs_emulation
 from test_backends import assert_same_bits, lists, make, name_of, run
+from walks import FEW, richest
 
 from flatkern import cuda
 from flatkern.ops import OPS
@@ -42,7 +32,7 @@ def test_same_bits_in_every_order_of_threads(op, dtype, emulated):
         results = []
         for schedule in SCHEDULES:
             emulated.set_schedule(schedule)
-            results.append(run(op, "cuda", make(op, shapes, dtype, RICHEST[op.name])))
+            results.append(run(op, "cuda", make(op, shapes, dtype, richest(op))))
         for result in results[1:]:
             assert_same_bits(op, result, results[0])
 
@@ -77,7 +67,7 @@ def test_no_barrier_can_be_left_out(place, line, emulated, monkeypatch):
     monkeypatch.setenv("FLATKERN_EMULATION_WITHOUT", place)
     rows = 20 + BARRIERS.index((place, line))
     shapes = [(rows, 9), (rows, 300), (2, 32768 + rows), (rows,)]
-    noticed = any(goes_wrong(emulated, op, make(op, shapes, "float32", RICHEST[op.name])) for op in CUDA)
+    noticed = any(goes_wrong(emulated, op, make(op, shapes, "float32", richest(op))) for op in CUDA)
     assert noticed != any(line.endswith(words) for words in NOT_NOTICED), f"{place}: {line}"
 
 
@@ -115,14 +105,14 @@ def test_tables_are_uploaded_once(op, emulated, uploads):
     """What depends on shapes alone is there; pointers and numbers are given to each launch."""
     shapes = [(6, 11 + CUDA.index(op)), (2, 35000), (29,), (0,)]  # Adam and AdamW share tables
     for step in range(3):
-        got, want = (make(op, shapes, "float32", RICHEST[op.name]) for _ in range(2))
+        got, want = (make(op, shapes, "float32", richest(op)) for _ in range(2))
         for values in (got, want):  # other numbers, and tensors elsewhere in memory
             for argument in op.arguments:
                 if argument.type == "float[]" and argument.name not in ("beta1", "beta2"):
                     values[argument.name] = [x / (1 + step) for x in values[argument.name]]
         assert_within(op, run(op, "cuda", got), run(op, "eager", want))
     assert len(uploads) == 1
-    run(op, "cuda", make(op, shapes[:3], "float32", RICHEST[op.name]))
+    run(op, "cuda", make(op, shapes[:3], "float32", richest(op)))
     assert len(uploads) == 2
 
 
@@ -136,75 +126,13 @@ def test_tables_do_not_accumulate(uploads):
     assert len(uploads) == 34, "900 was used again before 932 pushed one out; 901 was not"
 
 
-@pytest.mark.parametrize("name", UPDATES)
-def test_moved_tensors_are_found(name):
-    """New gradients, weights whose memory was exchanged, another round: every call looks again."""
-    op = OPS[name]
-    got, want = (make(op, FEW, "float32", "backups noise") for _ in range(2))
-    for step in range(3):
-        for values, backend in ((got, "cuda"), (want, "eager")):
-            run(op, backend, values)
-            values["grads"] = [g.clone() + step for g in values["grads"]]
-            for p in (*values["params"], *values["backups"]):
-                p.data = p.data.clone()
-            values["noise"] = values["noise"] + torch.tensor([0, 0, 1 - 2 * (step == 1)])
-        assert_within(op, got, want)
-        for p, q in zip(got["params"], want["params"], strict=True):
-            p.copy_(q)
-
-
-# Values on the device, and what is left alone.
-
-
-@pytest.mark.parametrize(
-    "op, words", [v for v in ALL_VARIANTS if v[0].name in ("adam_update_", "adamw_update_")], ids=name_of
-)
-def test_steps_that_are_kept_on_the_host(op, words, emulated):
-    """Bias corrections are then the host's, to the same bits as eager's; the steps are counted there."""
-    emulated.steps_are_on_host(True)
-    assert_like_eager(op, (FEW, "mixed", words))
-
-
-@pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("words", ["", "backups", "masters", "masters history masks", "backups noise history"])
-@pytest.mark.parametrize("name", UPDATES)
-def test_a_step_that_is_skipped_restores_and_changes_nothing(name, words, dtype):
-    op = OPS[name]
-    values = make(op, ALL, dtype, f"{words} momentum_buffers skip specials")
-    clean = values["masters"] or values["backups"] or values["params"]
-    want = copy.deepcopy(values)
-    if values["noise"] is None:
-        want["params"] = [w.to(p.dtype) for w, p in zip(clean, values["params"], strict=True)]
-    run(op, "cuda", values)
-    assert_same_bits(op, values | ({"params": want["params"]} if values["noise"] is not None else {}), want)
-
-
-@every_op
-def test_what_others_own_is_left_alone(op):
-    """Memory in front of and behind every tensor."""
-    values = make(op, ALL, "mixed", RICHEST[op.name])
-    rooms = []
-
-    def move(t):
-        room = torch.full((t.numel() + 32,), 77, dtype=t.dtype)
-        rooms.append((room, t.numel()))
-        return room[16 : 16 + t.numel()].view_as(t).copy_(t)
-
-    for argument, tensors in lists(op, values):
-        if argument.type.startswith("Tensor[]"):
-            values[argument.name] = [move(t) for t in tensors]
-    run(op, "cuda", values)
-    for room, count in rooms:
-        assert room[:16].eq(77).all() and room[16 + count :].eq(77).all()
-
-
 # Calls that cannot be.
 
 
 @every_op
 def test_another_device_is_current(op, emulated):
     """The native function has done nothing; the op makes the tensors' device current, and puts the other one back."""
-    values = make(op, FEW, "mixed", RICHEST[op.name])
+    values = make(op, FEW, "mixed", richest(op))
     before, count = copy.deepcopy(values), emulated.launch_count()
     emulated.set_current_device(1)
     with pytest.raises(emulated.WrongDevice, match=rf"{op.name}: device 1 is current, but the tensors are on 0"):
@@ -220,7 +148,7 @@ def test_another_device_is_current(op, emulated):
 @every_op
 def test_memory_that_cannot_be_had(op, emulated, uploads):
     """The error is torch's, nothing has changed, and the next call does everything."""
-    values = make(op, [(7, 13 + CUDA.index(op)), (31,)], "float32", RICHEST[op.name])
+    values = make(op, [(7, 13 + CUDA.index(op)), (31,)], "float32", richest(op))
     before = copy.deepcopy(values)
     versions = [t._version for _, tensors in lists(op, values) for t in tensors]
 
@@ -240,7 +168,7 @@ def test_memory_that_cannot_be_had(op, emulated, uploads):
 def test_memory_that_is_none(emulated, uploads):
     """A tensor without memory, as under FakeTensorMode, is refused, and no later call finds a plan with it."""
     op = OPS["filter_norms_"]
-    values = make(op, [(7, 91)], "float32", RICHEST[op.name])
+    values = make(op, [(7, 91)], "float32", richest(op))
     allocate, upload, stream = cuda._on_the_cpu()
     emulated.use_torch(allocate, lambda index, data: torch.empty(0), stream)
     with pytest.raises(RuntimeError, match="torch gives no memory here"):
@@ -271,7 +199,7 @@ def failing_launch(emulated, which):
 def test_a_total_after_one_that_failed(name, emulated):
     """The first launch of two leaves no sum and no count that the next call's blocks would go on with."""
     op, many = OPS[name], 4000
-    values = make(op, [(3,)] * many, "float32", RICHEST[name])
+    values = make(op, [(3,)] * many, "float32", richest(OPS[name]))
     with failing_launch(emulated, 2):
         run(op, "cuda", values)
     for _ in range(2):
@@ -287,42 +215,3 @@ def test_a_launch_that_fails(failing, emulated):
     written = [bool(p.eq(1).all()) for p in params]
     assert written == sorted(written, reverse=True) and any(written) == (failing == 2) and not all(written)
     assert all((p._version > 0) == (failing == 2) for p in params)
-
-
-BAD = {
-    "a list too short": lambda v: v | {"grads": v["grads"][:-1]},
-    "another shape": lambda v: v | {"grads": [*v["grads"][:-1], torch.zeros(3)]},
-    "gaps": lambda v: v | {"params": [torch.zeros(3, 32)[:, ::2], *v["params"][1:]]},
-    "float64": lambda v: v | {"params": [p.double() for p in v["params"]]},
-    "an integer scalar tensor": lambda v: v | {"grad_scale": torch.tensor(1)},
-    "a round out of range": lambda v: v | {"noise": torch.tensor([0, 0, 2**32])},
-    "a scalar that is NaN": lambda v: v | {"lr": [float("nan")] * len(v["lr"])},
-}
-
-
-@pytest.mark.parametrize("spoil", BAD.values(), ids=BAD)
-def test_bad_input_is_refused_as_everywhere(spoil, emulated):
-    """In the same words; nothing is written and nothing is launched."""
-    op = OPS["sgd_update_"]
-    values = spoil(make(op, FEW, "float32", "backups"))
-    before, count = copy.deepcopy(values), emulated.launch_count()
-    with pytest.raises((TypeError, ValueError)) as want:
-        run(op, "eager", values)
-    with pytest.raises(type(want.value)) as got:
-        run(op, "cuda", values)
-    assert str(got.value) == str(want.value)
-    assert emulated.launch_count() == count
-    assert all(bits(p).equal(bits(q)) for p, q in zip(values["params"], before["params"], strict=True))
-
-
-@every_op
-def test_versions_move_where_something_is_written(op):
-    values = make(op, FEW, "float32", RICHEST[op.name])
-    before = {argument.name: [t._version for t in tensors] for argument, tensors in lists(op, values)}
-    run(op, "cuda", values)
-    for argument, tensors in lists(op, values):
-        moved = [t._version > old for t, old in zip(tensors, before[argument.name], strict=True)]
-        if argument.mutated and argument.name in ("params", "grads", "outs"):
-            assert all(moved), argument.name
-        elif not argument.mutated:
-            assert not any(moved), argument.name

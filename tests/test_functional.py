@@ -255,7 +255,7 @@ REFUSED = {
         "call .contiguous()",
     ),
     "backend": (lambda: dict(backend="fast"), ValueError, "backend is 'fast', but should be one of eager, cpp"),
-    "dead backend": (lambda: dict(backend="cuda"), RuntimeError, "perturb_gaussian_: no backend for cpu: cuda"),
+    "dead backend": (lambda: dict(backend="triton"), RuntimeError, "perturb_gaussian_: no backend for cpu: triton"),
 }
 
 

@@ -54,12 +54,13 @@ def equal_replicas(tensors):
         assert all(torch.equal(mine, other) for other in others), f"tensor {k}"
 
 
-def trained(base, method, views, steps=6, rounds=1):
+def trained(base, method, views, steps=6, rounds=1, backend=None):
     """`rounds` > 1: accumulation over that many shards, of which the last backward alone is synchronised."""
     rank = dist.get_rank()
     model = DistributedDataParallel(network(), gradient_as_bucket_view=views)
     start = [p.detach().clone() for p in model.parameters()]
-    opt = BASES[base](model.parameters(), perturb=METHODS[method](rank), enhance=flatkern.IRE(2.0, interval=2))
+    ours = {"backend": backend, "enhance": flatkern.IRE(2.0, interval=2)}
+    opt = BASES[base](model.parameters(), perturb=METHODS[method](rank), **ours)
     if opt.rolling:
         opt.follow(model)
     two_passes = isinstance(opt.method, flatkern.SAM) or getattr(opt.method, "lam", None) is not None
@@ -168,7 +169,7 @@ def test_divided_losses(two, name, synchronised, views):
     two.call(divided_losses, name, views, synchronised)
 
 
-def gradients_of_both_passes(views):
+def gradients_of_both_passes(views, backend=None):
     """m-RWP keeps the clean gradient while the second backward fills the same bucket."""
     rank = dist.get_rank()
     step_of = {}
@@ -176,7 +177,7 @@ def gradients_of_both_passes(views):
         model = network()
         if parallel:
             model = DistributedDataParallel(model, gradient_as_bucket_view=views)
-        opt = flatkern.SGD(model.parameters(), lr=1.0, perturb=flatkern.RWP(0.05, lam=0.25))
+        opt = flatkern.SGD(model.parameters(), lr=1.0, perturb=flatkern.RWP(0.05, lam=0.25), backend=backend)
 
         def backward(step, model=model, parallel=parallel):
             for r in [rank] if parallel else [0, 1]:

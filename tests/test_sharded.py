@@ -120,11 +120,8 @@ def test_sharded_is_whole(two, base, method):
     two.call(compare_trajectories, (2,), base, method, torch.float32, {})
 
 
-@pytest.mark.parametrize("backend", ["eager", "cpp"])
 @pytest.mark.parametrize("method", ["m-ARWP", "rolling ARWP", "ASAM"])
 def test_sharded_is_whole_on_every_backend(two, backend, method):
-    if not flatkern.backends()[backend]["live"]:
-        pytest.skip(flatkern.backends()[backend]["reason"])
     two.call(compare_trajectories, (2,), "SGD", method, torch.float32, {"backend": backend})
 
 
@@ -263,8 +260,9 @@ def trained(model, method, base="AdamW", steps=6, **options):
     return [whole(p) for p in model.parameters()]
 
 
-def compare_training(method, base):
-    options = {"enhance": flatkern.IRE(1.0, interval=3)} if base == "SGD" else {}
+def compare_training(method, base, **options):
+    if base == "SGD":
+        options["enhance"] = flatkern.IRE(1.0, interval=3)
     got, want = (trained(model, method, base, **options) for model in (fsdp(), network()))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -301,10 +299,10 @@ def test_rounds_before_a_step(two):
     two.call(compare_rounds)
 
 
-def restored(method):
+def restored(method, backend=None):
     model = fsdp()
     before = [whole(p) for p in model.parameters()]
-    opt = flatkern.SGD(model.parameters(), lr=0.0, perturb=METHODS[method])
+    opt = flatkern.SGD(model.parameters(), lr=0.0, perturb=METHODS[method], backend=backend)
     if opt.rolling:
         opt.follow(model)
     seen = []
@@ -347,9 +345,8 @@ def test_follow(two):
 
 def made(where, options):
     model = fsdp(where)
-    opt = BASES[options["base"]](
-        model.parameters(), perturb=METHODS[options["method"]], enhance=flatkern.IRE(1.0, interval=4)
-    )
+    ours = {"backend": options.get("backend"), "enhance": flatkern.IRE(1.0, interval=4)}
+    opt = BASES[options["base"]](model.parameters(), perturb=METHODS[options["method"]], **ours)
     if opt.rolling:
         opt.follow(model)
     return model, opt

@@ -11,6 +11,7 @@ if __name__ == "triton_kernels":
     )
 
 import re as _re
+from importlib import import_module as _import_module
 from importlib import metadata as _metadata
 
 OLDEST = (3, 6)
@@ -35,32 +36,18 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError(f"the triton that is installed cannot be used: {error}") from error
 
-from .launch import Mismatch  # noqa: E402
-from .mask import amplify_, count_magnitudes_, pack_mask_  # noqa: E402
-from .noise import fill_normal_  # noqa: E402
-from .norm import ascent_norm_, filter_norms_, gradient_norm_  # noqa: E402
-from .perturb import perturb_ascent_, perturb_gaussian_, restore_  # noqa: E402
-from .update import adam_update_, adamw_update_, mix_gradients_, sgd_update_  # noqa: E402
+from flatkern.ops import OPS as _OPS  # noqa: E402
 
-__all__ = [
-    "Mismatch",
-    "adam_update_",
-    "adamw_update_",
-    "amplify_",
-    "ascent_norm_",
-    "check_driver",
-    "count_magnitudes_",
-    "fill_normal_",
-    "filter_norms_",
-    "gradient_norm_",
-    "interpreting",
-    "mix_gradients_",
-    "pack_mask_",
-    "perturb_ascent_",
-    "perturb_gaussian_",
-    "restore_",
-    "sgd_update_",
-]
+from .launch import Mismatch  # noqa: E402
+
+__all__ = ["Mismatch", "check_driver", "interpreting"]
+
+
+def __getattr__(name):
+    """An operation of the table, out of its family's module."""
+    if name not in _OPS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_import_module(f"{__name__}.{_OPS[name].family}"), name)
 
 
 def check_driver():
