@@ -29,9 +29,7 @@ def places():
 
 def read():
     """{path: the operations that it mentions}."""
-    paths = [
-        p for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")
-    ]
+    paths = [p for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.suffix in SUFFIXES]
     words = {p.relative_to(ROOT).as_posix(): set(re.findall(r"\w+", p.read_text())) for p in paths}
     return {path: {op for op in OPS if {op, CALLED[op]} & found} for path, found in words.items()}
 

@@ -298,7 +298,7 @@ CASE(atomics_return_the_old_value_and_the_ticket_resets) {
   const auto times = static_cast<unsigned>(cases::schedules().size());
   EXPECT(ticket == 0 && last == static_cast<int>(times) && largest == 8 && total == times * 9 * 63 * 64 / 2);
   unsigned word = 5;
-  EXPECT(atomicAdd(&word, 3) == 5 && word == 8);
+  EXPECT(atomicAdd(&word, 3u) == 5 && word == 8);
   EXPECT(atomicMax(&word, 2) == 8 && word == 8);
   EXPECT(atomicInc(&word, 8) == 8 && word == 0);
   EXPECT(atomicInc(&word, 8) == 0 && word == 1);
