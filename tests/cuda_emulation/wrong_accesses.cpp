@@ -29,7 +29,7 @@ CASE(write_behind_a_tensor) { run(global_write, 37); }
 CASE(write_in_front_of_a_tensor) { run(global_write, -1); }
 
 __global__ void global_read(FK_PARAM(Arguments) a) {
-  const float4 v = __ldg(reinterpret_cast<const float4*>(a.out) + threadIdx.x / 2);
+  const float4 v = __ldg(reinterpret_cast<const float4*>(a.out) + threadIdx.x / 2);  // wrong
   if (threadIdx.x < 19) a.out[threadIdx.x] = v.x;
 }
 CASE(read_behind_a_tensor) { run(global_read, 0); }

@@ -4,7 +4,7 @@
 //   driver                 all operations of this backend
 //   driver NAME ...        these
 //   driver --list          their names
-//   driver --kernels ...   also prints where in this file the kernels are that have run
+//   driver --kernels ...   launches nothing, and prints where in this file the kernels are that would have run
 #include <dlfcn.h>
 #include <unistd.h>
 
@@ -90,6 +90,7 @@ int main(int count, char** words) {
   using namespace driver;
   std::set<std::string> wanted(words + 1, words + count);
   const bool list = wanted.erase("--list") > 0, kernels = wanted.erase("--kernels") > 0, all = wanted.empty();
+  flatkern::cuda::emulation::launch_nothing(kernels);
   std::set<uintptr_t> ran;
   flatkern::cuda::emulation::watch(
       [&](const auto& launch) { ran.insert(reinterpret_cast<uintptr_t>(launch.kernel)); });
