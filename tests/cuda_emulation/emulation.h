@@ -180,7 +180,9 @@ namespace flatkern::cuda::emulation {
 // Fibers change only where they wait, so that a load and a store are one operation. Relaxed: it orders nothing.
 template <class T, class Change>
 T atomically(T* address, const Change& change) {
+#if defined(FK_EMULATION_TSAN)
   atomic_access(address);
+#endif
   const T old = __atomic_load_n(address, __ATOMIC_RELAXED);
   __atomic_store_n(address, change(old), __ATOMIC_RELAXED);
   return old;

@@ -6,7 +6,8 @@
 //   __syncthreads          all threads of a block; blocks are not ordered
 //   __syncwarp             the lanes of its mask
 //   shuffles, ballots      nothing: what they exchange goes through the scheduler, unseen
-//   atomics                nothing by themselves. A fence publishes what its thread knows to those that reach the atomic's
+//   atomics                nothing by themselves. A fence publishes what its thread knows to those that reach the
+//   atomic's
 //                          word later; they know it behind a fence of their own
 #pragma once
 
@@ -129,6 +130,7 @@ class HappensBefore {
   static void arrive(void*) {}
   static void leave(void*) {}
   void fence(unsigned) {}
+  void atomic(unsigned, const void*) {}
 };
 
 }  // namespace flatkern::cuda::emulation

@@ -59,9 +59,7 @@ class Machine {
     return shared_.find(site, block_serial_);
   }
   void fence() { before_.fence(current_); }
-#if defined(FK_EMULATION_TSAN)
   void atomic(const void* address) { before_.atomic(current_, address); }
-#endif
   [[noreturn]] void fail(const char* file, int line, const char* format, va_list values);
 
   // Settings, and what tests ask for.
@@ -83,10 +81,6 @@ class Machine {
   void change(Fiber& from, unsigned next);
   void wait(const Site& site);
   void leave();
-  // Threads that nothing orders must not be seen to write the same stack.
-  void give_back(Stack* stack) {
-    if (!HappensBefore::kIsWatched) stacks_.give_back(stack);
-  }
   Meeting& join(Warp& warp, Site& site, unsigned mask);
   void check_lanes(const Warp& warp, const Site& site, unsigned mask);
   static void complete(Kind kind, Warp& warp, unsigned mask);
@@ -261,13 +255,13 @@ void Machine::thread_main() {
     leave();
     Stack* stack = threads_[current_].stack;
     if (inside_ == 0) {
-      give_back(stack);
+      stacks_.give_back(stack);
       Fiber::change(threads_[current_].fiber, host_);
     }
     if (ready_warps_ == 0) deadlock();
     const unsigned next = pick();
     if (HappensBefore::kIsWatched || threads_[next].stack != nullptr) {
-      give_back(stack);
+      stacks_.give_back(stack);
       change(threads_[current_].fiber, next);
     }
     threads_[next].stack = stack;
@@ -473,9 +467,7 @@ unsigned ballot(Site& site, unsigned mask, bool predicate) {
 void fence(Site& site) {
   if (!machine.switched_off.contains(site)) machine.fence();
 }
-#if defined(FK_EMULATION_TSAN)
 void atomic_access(const void* address) { machine.atomic(address); }
-#endif
 
 void misaligned(const Site& site, const void* pointer, size_t alignment) {
   fail(site.file, site.line, "accesses %p by %s, but its type needs an address that %zu divides", pointer, site.what,

@@ -72,12 +72,8 @@ constexpr size_t kMaxShared = 48 << 10;
 void sync_threads(Site& site);
 void sync_warp(Site& site, unsigned mask);
 void fence(Site& site);
-#if defined(FK_EMULATION_TSAN)
-// An atomic operation at this address is about to be done.
+// An atomic operation at this address is about to be done: for ThreadSanitizer.
 void atomic_access(const void* address);
-#else
-inline void atomic_access(const void*) {}
-#endif
 // `bits` of the lane `source`, when all lanes of `mask` have come here.
 uint64_t shuffle(Site& site, unsigned mask, unsigned source, uint64_t bits);
 // The lanes of `mask` whose `predicate` holds.

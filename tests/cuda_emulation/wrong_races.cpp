@@ -115,7 +115,7 @@ __global__ void ticket(FK_PARAM(Arguments) a) {
     if (kLooks) __threadfence();
   }
   if (kShares) __syncthreads();
-  if (!is_last[0]) return;  // racy
+  if (!is_last[0]) return;                                   // racy
   a.out[32 + threadIdx.x] = a.out[threadIdx.x % gridDim.x];  // racy
 }
 
@@ -139,8 +139,7 @@ __global__ void ordered_ticket(FK_PARAM(Arguments) a) {
 
 CASE(ordered_by_a_ticket) {
   std::vector<unsigned> out(1024), counter(1);
-  for (int times = 0; times < 3; ++times)
-    launch(ordered_ticket, 4, 32, nullptr, Arguments{out.data(), counter.data()});
+  for (int times = 0; times < 3; ++times) launch(ordered_ticket, 4, 32, nullptr, Arguments{out.data(), counter.data()});
 }
 
 // A fence publishes what was written before it, not what is written behind it.

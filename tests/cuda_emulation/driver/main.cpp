@@ -39,12 +39,12 @@ const Way kWays[] = {
 };
 
 const std::vector<Shape> kRows[] = {
-    {{9, 9}, {40}},      // several rows a warp, and a vector
-    {{5, 64}, {64}},     // the same of whole eights
+    {{9, 9}, {40}},         // several rows a warp, and a vector
+    {{5, 64}, {64}},        // the same of whole eights
     {{3, 257}, {2, 1032}},  // a warp a row, and several
-    {{2, 6144}},         // a block a row
-    {{9000}, {1, 9000}},  // a block that is as large as its row needs
-    {{1, 36000}},        // segments in several blocks
+    {{2, 6144}},            // a block a row
+    {{9000}, {1, 9000}},    // a block that is as large as its row needs
+    {{1, 36000}},           // segments in several blocks
 };
 
 template <class Args>
@@ -63,11 +63,9 @@ struct Operation {
   void (*call)(const Way& way, const std::vector<Shape>& shapes);
 };
 
-#define FK_ROW(Args, name)                                     \
-  {#name, flatkern::cuda::name != nullptr,                     \
-   [](const Way& way, const std::vector<Shape>& shapes) {      \
-     call<Args>(flatkern::cuda::name, way, shapes);            \
-   }},
+#define FK_ROW(Args, name)                 \
+  {#name, flatkern::cuda::name != nullptr, \
+   [](const Way& way, const std::vector<Shape>& shapes) { call<Args>(flatkern::cuda::name, way, shapes); }},
 const Operation kOperations[] = {FK_FOR_EACH_OPERATION(FK_ROW)};
 
 int run(const Operation& operation) {
@@ -76,7 +74,8 @@ int run(const Operation& operation) {
       try {
         operation.call(way, shapes);
       } catch (const std::exception& error) {
-        std::printf("%s, %s, columns %d: %s\n", operation.name, way.name, static_cast<int>(shapes[0].back()), error.what());
+        std::printf("%s, %s, columns %d: %s\n", operation.name, way.name, static_cast<int>(shapes[0].back()),
+                    error.what());
         return 1;
       }
     }
@@ -92,8 +91,7 @@ int main(int count, char** words) {
   const bool list = wanted.erase("--list") > 0, kernels = wanted.erase("--kernels") > 0, all = wanted.empty();
   flatkern::cuda::emulation::launch_nothing(kernels);
   std::set<uintptr_t> ran;
-  flatkern::cuda::emulation::watch(
-      [&](const auto& launch) { ran.insert(reinterpret_cast<uintptr_t>(launch.kernel)); });
+  flatkern::cuda::emulation::watch([&](const auto& launch) { ran.insert(reinterpret_cast<uintptr_t>(launch.kernel)); });
   int failed = 0;
   for (const Operation& operation : kOperations) {
     if (!operation.is_there || (!all && wanted.erase(operation.name) == 0)) continue;

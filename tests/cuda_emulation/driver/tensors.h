@@ -65,7 +65,9 @@ class Tensors {
   Table float64s(double x) { return one({count()}, DType::kFloat64, static_cast<float>(x)); }
   Table integers(int64_t length, float x) { return one({length}, DType::kInt64, x); }
 
-  Floats numbers(double x) const { return array<double>([&](int64_t) { return x; }); }
+  Floats numbers(double x) const {
+    return array<double>([&](int64_t) { return x; });
+  }
   Ints index() const {
     return array<int64_t>([](int64_t k) { return k; });
   }
@@ -85,7 +87,9 @@ class Tensors {
 
   DType dtype(int64_t k) const {
     constexpr DType kAll[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
-    return way_.dtypes == Way::kFloat32 ? DType::kFloat32 : way_.dtypes == Way::kBFloat16 ? DType::kBFloat16 : kAll[k % 3];
+    return way_.dtypes == Way::kFloat32    ? DType::kFloat32
+           : way_.dtypes == Way::kBFloat16 ? DType::kBFloat16
+                                           : kAll[k % 3];
   }
 
   template <class T, class Value>
