@@ -17,10 +17,6 @@ constexpr int kWarp = 32;
 constexpr int kChunk = kEight * kWarp;
 constexpr int kResident = 32768;
 constexpr int kSegment = 4096;
-// Threads of a block, and at most of one for rows that 256 threads cannot hold; eights that a thread of the latter
-// takes.
-constexpr int kShortThreads = 256, kLongThreads = 1024;
-constexpr int kLongEights = 4;
 
 // Threads of a block, but for those of rows that so many cannot hold; and how many eights each of the many takes.
 constexpr int kShortThreads = 256, kLongThreads = 1024, kLongEights = 4;

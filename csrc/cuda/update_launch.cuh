@@ -145,7 +145,7 @@ struct UpdateWalks {
 };
 template <class Rule, template <size_t> class Arguments>
 constexpr UpdateWalks update_walks(const char* op) {
-  constexpr unsigned kCounts = Rule::kCountsSteps ? kTotals : 0;
+  constexpr unsigned kCounts = Rule::kCountsSteps ? unsigned{kTotals} : 0;
   return {walk_of<Arguments>(op, kFlatEights, kSegment, kCounts),
           walk_of<Arguments>(op, Rule::kRowEights, kResident, kCounts | kLongRows)};
 }

@@ -191,7 +191,7 @@ T atomically(T* address, const Change& change) {
 }  // namespace flatkern::cuda::emulation
 
 template <class T>
-T atomicAdd(T* address, T value) {
+T atomicAdd(T* address, std::common_type_t<T> value) {
   static_assert(std::is_same_v<T, unsigned> || std::is_same_v<T, unsigned long long>, "CUDA adds these");
   return flatkern::cuda::emulation::atomically(address, [=](T old) { return old + value; });
 }

@@ -33,7 +33,7 @@ struct Thread {
 struct Meeting {
   const Site* site;
   unsigned mask, arrived;
-  void* place;  // of a barrier
+  HappensBefore::Meeting* meeting;  // of a barrier
 };
 
 struct Warp {
@@ -99,7 +99,7 @@ class Machine {
   unsigned warp_ = 0;         // the warp that has priority
   unsigned inside_ = 0;       // threads that have not returned
   Site* barrier_ = nullptr;   // where threads wait for the block
-  void* barrier_place_ = nullptr;
+  HappensBefore::Meeting* barrier_meeting_ = nullptr;
   unsigned at_barrier_ = 0;
   unsigned first_at_barrier_ = 0;
 
@@ -165,6 +165,7 @@ void Machine::run(const Launch& launch) {
   before_.begin_launch(uint64_t{launch.grid} * launch.block);
   const BlockOrder order(schedule_.order, launch.grid, random_);
   for (uint64_t i = 0; i < launch.grid && fault_[0] == '\0'; ++i) run_block(order[i]);
+  before_.end_launch();
   shared_.release();
   if (HappensBefore::kIsWatched || fault_[0] != '\0') stacks_.take_all_back();
   if (fault_[0] != '\0') {
@@ -189,9 +190,8 @@ void Machine::run_block(unsigned index) {
   }
   for (unsigned i = 0; i < launch_.block; ++i) threads_[i].stack = nullptr;
   warp_ = any_bit(ready_warps_, random_);
-  before_.begin_block();
   change(host_, pick());
-  before_.end_block();
+  const Unseen unseen;
   if (fault_[0] == '\0') shared_.end_block(index, fault_, sizeof fault_);
 }
 
@@ -229,7 +229,7 @@ void Machine::change(Fiber& from, unsigned next) {
   if (thread.stack == nullptr) {
     const Unseen unseen;
     thread.stack = stacks_.take();
-    thread.fiber.prepare(*thread.stack, before_.fiber(), [] { machine.thread_main(); });
+    thread.fiber.prepare(*thread.stack, before_.next_fiber(), [] { machine.thread_main(); });
   }
   current_ = next;
   threadIdx.x = next;
@@ -301,14 +301,14 @@ void Machine::sync_threads(Site& site) {
                     site.what, first_that_returned());
   if (at_barrier_ == 0) {
     barrier_ = &site;
-    barrier_place_ = before_.place();
+    barrier_meeting_ = before_.meeting();
     first_at_barrier_ = current_;
   } else if (barrier_ != &site) {
     emulation::fail(site.file, site.line, "is at this %s, but thread %u waits at the %s of %s:%d", site.what,
                     first_at_barrier_, barrier_->what, barrier_->file, barrier_->line);
   }
-  void* const place = barrier_place_;
-  before_.arrive(place);
+  HappensBefore::Meeting* const meeting = barrier_meeting_;
+  before_.arrive(current_, meeting);
   if (++at_barrier_ == launch_.block) {
     at_barrier_ = 0;
     for (unsigned w = 0; w * kWarpSize < launch_.block; ++w) {
@@ -317,7 +317,7 @@ void Machine::sync_threads(Site& site) {
     }
   }
   wait(site);
-  before_.leave(place);
+  before_.leave(current_, meeting);
 }
 
 void Machine::check_lanes(const Warp& warp, const Site& site, unsigned mask) {
@@ -346,7 +346,7 @@ Meeting& Machine::join(Warp& warp, Site& site, unsigned mask) {
                     meeting.mask);
   }
   Meeting& meeting = warp.meetings[warp.open++];
-  meeting = {&site, mask, 0, before_.place()};
+  meeting = {&site, mask, 0, before_.meeting()};
   return meeting;
 }
 
@@ -371,8 +371,8 @@ uint64_t Machine::meet(Kind kind, Site& site, unsigned mask, unsigned source, ui
   warp.given[lane] = given;
   warp.source[lane] = source;
   meeting.arrived |= 1u << lane;
-  void* const place = meeting.place;
-  if (kind == Kind::kBarrier) before_.arrive(place);
+  HappensBefore::Meeting* const known = meeting.meeting;
+  if (kind == Kind::kBarrier) before_.arrive(current_, known);
   if (meeting.arrived == mask) {
     meeting = warp.meetings[--warp.open];
     complete(kind, warp, mask);
@@ -380,7 +380,7 @@ uint64_t Machine::meet(Kind kind, Site& site, unsigned mask, unsigned source, ui
     ready_warps_ |= 1u << index;
   }
   wait(site);
-  if (kind == Kind::kBarrier) before_.leave(place);
+  if (kind == Kind::kBarrier) before_.leave(current_, known);
   return warp.result[lane];
 }
 

@@ -142,6 +142,60 @@ CASE(ordered_by_a_ticket) {
   for (int times = 0; times < 3; ++times) launch(ordered_ticket, 4, 32, nullptr, Arguments{out.data(), counter.data()});
 }
 
+// The same where all threads write and read: every one has a fence, and one has the ticket, between barriers.
+template <bool kPublish, bool kLook>
+__global__ void ticket_of_all(FK_PARAM(Arguments) a) {
+  FK_SHARED(bool[1], is_last);
+  a.out[blockIdx.x * blockDim.x + threadIdx.x] = 1;  // racy
+  if (kPublish || threadIdx.x == 0) __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) is_last[0] = atomicInc(a.ticket, gridDim.x - 1) == gridDim.x - 1;
+  __syncthreads();
+  if (kLook) __threadfence();
+  if (!is_last[0]) return;
+  for (unsigned block = 0; block < gridDim.x; ++block)
+    a.out[512 + threadIdx.x] += a.out[block * blockDim.x + (threadIdx.x + 1) % blockDim.x];  // racy
+}
+
+CASE(ordered_by_fences_of_all) { run(ticket_of_all<true, true>, 4, 64); }
+CASE(racy_fence_of_the_first_alone) { run(ticket_of_all<false, true>, 4, 64); }
+CASE(racy_no_fence_behind_a_ticket_of_all) { run(ticket_of_all<true, false>, 4, 64); }
+
+// One fence behind the barrier publishes what all have written, and one in front of the other barrier is enough.
+template <bool kRacy>
+__global__ void ticket_of_one(FK_PARAM(Arguments) a) {
+  FK_SHARED(bool[1], is_last);
+  a.out[blockIdx.x * blockDim.x + threadIdx.x] = 1;  // racy
+  __syncthreads();
+  if (kRacy) a.out[blockIdx.x * blockDim.x + threadIdx.x] = 2;  // racy
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last[0] = atomicInc(a.ticket, gridDim.x - 1) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!is_last[0]) return;
+  for (unsigned block = 0; block < gridDim.x; ++block)
+    a.out[512 + threadIdx.x] += a.out[block * blockDim.x + (threadIdx.x + 1) % blockDim.x];  // racy
+}
+
+CASE(ordered_by_a_fence_of_one) { run(ticket_of_one<false>, 4, 64); }
+CASE(racy_write_beside_the_fence_of_one) { run(ticket_of_one<true>, 4, 64); }
+
+// Behind a fence of their own, and in front of a barrier that brings them to the ticket.
+__global__ void late_write_of_all(FK_PARAM(Arguments) a) {
+  FK_SHARED(bool[1], is_last);
+  __threadfence();
+  a.out[blockIdx.x * blockDim.x + threadIdx.x] = 1;  // racy
+  __syncthreads();
+  if (threadIdx.x == 0) is_last[0] = atomicInc(a.ticket, gridDim.x - 1) == gridDim.x - 1;
+  __syncthreads();
+  __threadfence();
+  if (is_last[0]) a.out[512 + threadIdx.x] += a.out[threadIdx.x] + a.out[blockDim.x + threadIdx.x];  // racy
+}
+
+CASE(racy_writes_behind_the_fences_of_all) { run(late_write_of_all, 2, 64); }
+
 // A fence publishes what was written before it, not what is written behind it.
 __global__ void late_write(FK_PARAM(Arguments) a) {
   __threadfence();

@@ -1,7 +1,7 @@
 // Calls operations of csrc/cuda from C++, with rows of every kind and in every way that has a kernel of its own, for a
 // sanitizer to watch. A launch has few blocks, because ThreadSanitizer pays for each thread.
 //
-//   driver                 all operations of this backend
+//   driver                 all operations
 //   driver NAME ...        these
 //   driver --list          their names
 //   driver --kernels ...   launches nothing, and prints where in this file the kernels are that would have run
@@ -16,12 +16,9 @@
 #include "operations.h"
 #include "scheduler.h"
 
-// Null where the backend has none.
-#define FK_MAYBE(Args, name) [[gnu::weak]] void name(const Args& a);
 namespace flatkern::cuda {
-FK_FOR_EACH_OPERATION(FK_MAYBE)
 extern bool noise_is_on_device;
-}  // namespace flatkern::cuda
+}
 
 namespace driver {
 namespace {
@@ -35,6 +32,7 @@ const Way kWays[] = {
     {"bfloat16 masters", Way::kBFloat16, "masters momentum"},
     {"bfloat16 masters rolling", Way::kBFloat16, "masters noise momentum"},
     {"bfloat16 masters general", Way::kBFloat16, "masters noise history masks clean_grads scalars momentum"},
+    {"mixed", Way::kMixed, "backups clean_grads momentum"},
     {"mixed general", Way::kMixed, "masters noise history masks clean_grads scalars momentum"},
 };
 
@@ -59,13 +57,11 @@ void call(void (*operation)(const Args&), const Way& way, const std::vector<Shap
 
 struct Operation {
   const char* name;
-  bool is_there;
   void (*call)(const Way& way, const std::vector<Shape>& shapes);
 };
 
-#define FK_ROW(Args, name)                 \
-  {#name, flatkern::cuda::name != nullptr, \
-   [](const Way& way, const std::vector<Shape>& shapes) { call<Args>(flatkern::cuda::name, way, shapes); }},
+#define FK_ROW(Args, name) \
+  {#name, [](const Way& way, const std::vector<Shape>& shapes) { call<Args>(flatkern::cuda::name, way, shapes); }},
 const Operation kOperations[] = {FK_FOR_EACH_OPERATION(FK_ROW)};
 
 int run(const Operation& operation) {
@@ -94,7 +90,7 @@ int main(int count, char** words) {
   flatkern::cuda::emulation::watch([&](const auto& launch) { ran.insert(reinterpret_cast<uintptr_t>(launch.kernel)); });
   int failed = 0;
   for (const Operation& operation : kOperations) {
-    if (!operation.is_there || (!all && wanted.erase(operation.name) == 0)) continue;
+    if (!all && wanted.erase(operation.name) == 0) continue;
     if (list) std::printf("%s\n", operation.name);
     if (!list) failed += run(operation);
   }

@@ -21,8 +21,9 @@ inline void fill(FilterNorms& a, Tensors& t) {
 inline void fill(AscentNorm& a, Tensors& t) {
   a.norm = t.scalar(0);
   a.grads = t.weights();
+  if (t.has("masters")) a.params = t.float32s();
   if (t.has("backups")) a.params = t.weights();
-  a.eta = t.numbers(t.has("backups") ? 0.01 : -1.0);
+  a.eta = t.numbers(a.params ? 0.01 : -1.0);
 }
 
 inline void fill(GradientNorm& a, Tensors& t) {

@@ -86,7 +86,7 @@ class Tensors {
   };
 
   DType dtype(int64_t k) const {
-    constexpr DType kAll[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
+    constexpr DType kAll[] = {DType::kFloat16, DType::kFloat32, DType::kBFloat16};
     return way_.dtypes == Way::kFloat32    ? DType::kFloat32
            : way_.dtypes == Way::kBFloat16 ? DType::kBFloat16
                                            : kAll[k % 3];
