@@ -77,8 +77,7 @@ def test_every_kernel_fits(source, architecture, tmp_path):
         r".*Used (\d+) registers",
         said,
     )
-    assert {name for name, *_ in used} == set(bounds)
-    assert bool(bounds) == (source != "runtime.cu")
+    assert {name for name, *_ in used} == set(bounds) != set()
     for name, *spilled, registers in used:
         threads, blocks = bounds[name]
         assert spilled == ["0", "0", "0"], name
