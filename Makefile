@@ -34,7 +34,8 @@ SANITIZE_TESTS ?= tests/test_backends.py tests/test_cpp.py tests/test_noise.py t
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env build demo test test-matrix test-triton test-cuda check format bench gpu gpu-report gpu-model sanitize wheel-check wheel-cuda show clean
+.PHONY: help env build demo test test-matrix test-triton test-cuda matrix-cuda check format bench gpu gpu-report gpu-model
+.PHONY: sanitize sanitize-cuda races-cuda wheel-check wheel-cuda show clean
 
 NATIVE := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 TREE := $(CURDIR)/build/tree
@@ -198,7 +199,8 @@ test-triton: $(READY) ## the Triton kernels in Triton's interpreter (no GPU need
 # is emulated (tests/cuda_emulation).
 HAS_NVCC = $(call has,setuptools) && $(PY) -c 'import runpy; runpy.run_path("setup.py")["find_nvcc"]()' 2> /dev/null
 COMPILED_CUDA_TESTS := $(wildcard tests/test_cuda_compile.py tests/test_cuda_code.py tests/test_cuda_wheel.py)
-EMULATED_CUDA_TESTS := $(filter-out $(COMPILED_CUDA_TESTS) tests/test_cuda_build.py,$(wildcard tests/test_cuda*.py)) $(CAPTURES)
+EMULATED_CUDA_TESTS := $(filter-out $(COMPILED_CUDA_TESTS) tests/test_cuda_build.py tests/test_cuda_architectures.py \
+  tests/test_cuda_races.py tests/test_cuda_sanitized.py,$(wildcard tests/test_cuda*.py)) $(CAPTURES)
 # Of tests that take a backend, those for this one are run: what every backend does, and others' stacks with kernels of
 # a GPU beneath them.
 EMULATED_CUDA_TESTS += $(patsubst %,tests/test_%.py,backends read_on_device noise selection mask amp closures state \
@@ -217,6 +219,13 @@ checked-cuda:
 	@export FLATKERN_CUDA_EMULATION=$(CURDIR)/build/cuda-emulation/_CUDA_emul$(SUFFIX); \
 	if [ -d $(CUDA) ]; then export FLATKERN_CUDA_BUILD=$(CURDIR)/$(CUDA) compiled="$(COMPILED_CUDA_TESTS)"; fi; \
 	$(PYTEST) -q -k "cuda or captur" $(EMULATED_CUDA_TESTS) $$compiled $(ARGS)
+
+# PTX is kept, and made anew where a source has changed.
+matrix-cuda: $(READY) ## what nvcc makes of the CUDA kernels for the architectures that a wheel has no code of (no GPU needed)
+	@if ! $(call has,pytest); then echo "not checked: other architectures (pytest is not installed)"; \
+	elif $(HAS_NVCC); then \
+	  FLATKERN_CUDA_ARCHITECTURES=$(CURDIR)/build/cuda-architectures $(PYTEST) -q tests/test_cuda_architectures.py $(ARGS); \
+	else echo "not checked: other architectures (no nvcc, or no setuptools)"; fi
 
 check: $(if $(NO_VENV),,$(ENV_STAMP)) ## formatting, lint, types
 	$(call tool,ruff,$(PY) -m ruff,Python lint,check .)
@@ -266,6 +275,37 @@ sanitized-tests:
 	  LD_PRELOAD=$$(ldd $(SANITIZE)/probe | awk '/lib(asan|ubsan)/ { print $$3 }' | paste -sd:); \
 	$(PY) -c 'import flatkern._C as C; assert "/$(SANITIZE)/" in C.__file__, C.__file__; print("testing", C.__file__)' && \
 	env -u OMP_NUM_THREADS $(PY) -m pytest --capture=sys -p no:cacheprovider $(SANITIZE_TESTS) $(ARGS)
+
+# The same for the CUDA kernels, emulated: every operation in every variant.
+EMULATED := $(CURDIR)/build/cuda-emulation
+SANITIZE_CUDA_TESTS ?= tests/test_cuda_sanitized.py tests/test_backends.py -k "sanitized or (cuda and matches_eager)"
+# $(call sanitized,WHAT,LIST OF -fsanitize,TARGET THAT DOES IT)
+define sanitized
+@$(call has,pytest) || { echo "error: pytest is not installed for $(PY)" >&2; exit 1; }
+@mkdir -p $(SANITIZE)
+@if ! { $(CAN_COMPILE); }; then $(call missing,$(1),pybind11 or ninja or a compiler is not installed); \
+elif ! echo 'int main() {}' | $${CXX:-g++} -fsanitize=$(2) -x c++ - -o $(SANITIZE)/probe-cuda; then \
+  $(call missing,$(1),the compiler has no runtime for -fsanitize=$(2)); \
+else echo "compiling the CUDA kernels for an emulated GPU with -fsanitize=$(2)"; $(MAKE) --no-print-directory $(3); fi
+endef
+
+COMMA := ,
+sanitize-cuda: $(READY) ## the emulated CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(call sanitized,wrong accesses of the CUDA kernels,address$(COMMA)undefined,sanitized-cuda)
+
+races-cuda: $(READY) ## the same under ThreadSanitizer: no race; one without each barrier and fence
+	$(call sanitized,races of the CUDA kernels,thread,raced-cuda)
+
+.PHONY: sanitized-cuda raced-cuda
+sanitized-cuda:
+	@$(PY) tests/cuda_emulation/build.py --sanitize address,undefined module wrong
+	@export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
+	  FLATKERN_CUDA_SANITIZED=$(EMULATED) FLATKERN_CUDA_EMULATION=$(EMULATED)/address-undefined/_CUDA_emul$(SUFFIX) \
+	  LD_PRELOAD=$$(ldd $(EMULATED)/address-undefined/wrong | awk '/lib(asan|ubsan)/ { print $$3 }' | paste -sd:); \
+	$(PYTEST) -q --capture=sys -p no:cacheprovider $(SANITIZE_CUDA_TESTS) $(ARGS)
+raced-cuda:
+	@$(PY) tests/cuda_emulation/build.py --sanitize thread driver wrong
+	@FLATKERN_CUDA_SANITIZED=$(EMULATED) $(PYTEST) -q tests/test_cuda_races.py $(ARGS)
 
 # ---- reading and tidying
 

@@ -44,6 +44,8 @@ NUMERICS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
 CUDA_OLDEST = (12, 1)  # kernel parameters of 32 KB
 CUDA_ARCHS = (80, 90, 100)
+CUDA_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG"]
+CUDA_DEVICE_FLAGS = [*CUDA_FLAGS, "--fmad=false"]
 CUDA_DEFAULT = Path("/usr/local/cuda")
 LAUNCHERS = ("ccache", "sccache", "distcc")  # stand in front of a compiler; nvcc wants the compiler alone
 
@@ -243,13 +245,12 @@ def write_cuda_ninja(build: Path, target: Path) -> None:
     toolkit = toolkit_version(nvcc)
     archs = architectures(nvcc, toolkit)
     include, libraries = toolkit_flags(nvcc)
-    both = ["-std=c++17", "-O3", "-DNDEBUG"]
     host = ["-fPIC", "-fvisibility=hidden", *NUMERICS]
     code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-    device = [*both, "--fmad=false", f"--threads={len(code)}", *code, *host_compiler()]
+    device = [*CUDA_DEVICE_FLAGS, f"--threads={len(code)}", *code, *host_compiler()]
     device += [f"-Xcompiler={flag}" for flag in host]
-    flags = [*both, *host, "-Wall", "-Wextra", *include_flags(), *include]
+    flags = [*CUDA_FLAGS, *host, "-Wall", "-Wextra", *include_flags(), *include]
     flags += [f'-DFK_CUDA_TOOLKIT="{toolkit}"', f'-DFK_CUDA_ARCHS="{" ".join(map(str, archs))}"']
     flags += shlex.split(os.environ.get("CXXFLAGS", ""))
     # The CUDA runtime is inside, and its names are hidden: torch may have loaded one of another version for the whole

@@ -2,8 +2,6 @@
 
 import contextlib
 import copy
-import re
-from pathlib import Path
 
 import cases
 import pytest
@@ -35,44 +33,6 @@ def test_same_bits_in_every_order_of_threads(op, dtype, emulated):
             results.append(run(op, "cuda", make(op, shapes, dtype, richest(op))))
         for result in results[1:]:
             assert_same_bits(op, result, results[0])
-
-
-KERNELS = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-BARRIERS = [
-    (f"{path.name}:{number}", line.strip())
-    for path in sorted(KERNELS.glob("*.cu*"))
-    for number, line in enumerate(path.read_text().splitlines(), 1)
-    if re.match(r"\s*__sync(threads|warp)\(", line)
-]
-# By the words behind them: barriers that order memory where shuffles have brought the lanes together. In the emulation
-# nothing needs those, because threads take turns, nor what other blocks wait for, as blocks do, too.
-NOT_NOTICED = ("// a shuffle orders no memory", "// all have read it", "// all of the block have written")
-
-
-def goes_wrong(emulated, op, values):
-    """Whether some order of threads gives something else than eager, or ends in a fault."""
-    want = run(op, "eager", copy.deepcopy(values))
-    for schedule in SCHEDULES:
-        emulated.set_schedule(schedule)
-        try:
-            assert_within(op, run(op, "cuda", copy.deepcopy(values)), want)
-        except (AssertionError, RuntimeError):
-            return True
-    return False
-
-
-@pytest.mark.parametrize("place, line", BARRIERS, ids=lambda x: x.split("(")[0])
-def test_no_barrier_can_be_left_out(place, line, emulated, monkeypatch):
-    """Shapes are this test's alone: after a fault the counters of a call like it are not what they should be."""
-    monkeypatch.setenv("FLATKERN_EMULATION_WITHOUT", place)
-    rows = 20 + BARRIERS.index((place, line))
-    shapes = [(rows, 9), (rows, 300), (2, 32768 + rows), (rows,)]
-    noticed = any(goes_wrong(emulated, op, make(op, shapes, "float32", richest(op))) for op in CUDA)
-    assert noticed != any(line.endswith(words) for words in NOT_NOTICED), f"{place}: {line}"
-
-
-def test_barriers_are_found():
-    assert len(BARRIERS) > len(NOT_NOTICED) and all(any(words in line for _, line in BARRIERS) for words in NOT_NOTICED)
 
 
 # Launches and tables.

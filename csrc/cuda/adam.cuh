@@ -112,7 +112,9 @@ struct Adam {
     if (!first || own.step == nullptr) return;
     __threadfence();
     const uint32_t readers = a.step_readers[k];
-    if (atomicInc(a.step_tickets + k, readers - 1) == readers - 1 && !skip) *own.step = step;
+    if (atomicInc(a.step_tickets + k, readers - 1) != readers - 1 || skip) return;
+    __threadfence();  // behind what the other blocks have read
+    *own.step = step;
   }
 };
 

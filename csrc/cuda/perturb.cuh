@@ -86,7 +86,12 @@ FK_DEVICE void perturb_tile(const Args& a, const Tile& t, Sums& sums) {
       norm,    static_cast<float>(kGeneral ? a.sigmas.get(k, a.sigma[k]) : a.sigma[k]), a.eta[k],
       history, history != nullptr && (t.flags & kFlat) == 0 ? *history : 0.0f,          a.index[k]};
   const Key key = kGeneral ? a.key.get() : a.key;
-  if constexpr (kWhole) {
+  if constexpr (kWhole && kEights == kLongEights) {
+    // In a block of 1024 threads sm_120 has one register too few, unless the addresses are found out anew.
+    const Tile& again = a.tiles[forget(static_cast<int>(blockIdx.x))];
+    const Team<kWhole> same(again);
+    add_noise<kEights>(key, again, same, scale, stored, Elements<P>(a.params[k], codes & 3, same.start));
+  } else if constexpr (kWhole) {
     add_noise<kEights>(key, t, team, scale, stored, param);
   } else {
     add_noise_again<kEights>(key, t, team, scale, clean, param);

@@ -1,9 +1,11 @@
-"""Compiles the CUDA kernels for the CPU: the module that the tests load, and the emulation's own tests.
+"""Compiles the CUDA kernels for the CPU: the module that the tests load, and programs without Python.
 
-    python tests/cuda_emulation/build.py                              both, into build/cuda-emulation
-    python tests/cuda_emulation/build.py tests                        the emulation's own tests only
-    python tests/cuda_emulation/build.py --sanitize address,undefined into build/cuda-emulation/sanitized
-    CXX, CXXFLAGS, LDFLAGS                                            as everywhere
+    python tests/cuda_emulation/build.py                            module and tests, into build/cuda-emulation
+    python tests/cuda_emulation/build.py tests                      the emulation's own tests only
+    python tests/cuda_emulation/build.py driver wrong               operations called from C++; kernels that are wrong
+    python tests/cuda_emulation/build.py --sanitize thread driver   into build/cuda-emulation/thread
+    python tests/cuda_emulation/build.py --sanitize address,undefined module
+    CXX, CXXFLAGS, LDFLAGS                                          as everywhere
 
 The module is flatkern._CUDA, made of the same sources as on a GPU; FLATKERN_CUDA_EMULATION names its file. Only what
 has changed is compiled anew. The last lines of the output are the files that were asked for.
@@ -22,7 +24,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = Path(__file__).resolve().parent
+DRIVER = EMULATION / "driver"
 KERNELS = ROOT / "csrc" / "cuda"
+TARGETS = ("module", "tests", "driver", "wrong")
 # Contraction would change results; everything else is as in setup.py, where it has a reason.
 FLAGS = """-std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing
     -Wall -Wextra -Wno-unknown-pragmas -DFK_EMULATION""".split()
@@ -68,14 +72,33 @@ def escape(path: Path) -> str:
     return text.replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
 
 
+def sanitizer_flags(sanitize: str) -> list[str]:
+    """What a list such as "address,undefined" means to compiler and linker."""
+    if not sanitize:
+        return []
+    if sanitize == "thread":
+        return ["-fsanitize=thread", "-DFK_EMULATION_TSAN"]
+    flags = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"]
+    if "undefined" in sanitize.split(","):
+        # Null pointers and the sizes of objects are AddressSanitizer's, too; to check them twice doubles the code.
+        flags += ["-fsanitize=float-cast-overflow", "-fno-sanitize=null,object-size,vptr"]
+    if "address" in sanitize.split(","):
+        # By calls, which compile in half of the time. What is not initialised, such as arguments of tensors that a
+        # launch does not have, is no address.
+        flags += ["--param=asan-instrumentation-with-call-threshold=0", "-ftrivial-auto-var-init=pattern"]
+    return flags
+
+
 class Ninja:
     """The text of a ninja file."""
 
     def __init__(self, out: Path, sanitize: str) -> None:
         self.out = out
         self.own_checks = [] if "undefined" in sanitize.split(",") else CHECKS
-        flags = [*FLAGS, *(["-O1", "-g", "-fno-omit-frame-pointer"] if sanitize else ["-O2", "-g1"])]
-        sanitizers = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
+        # The scheduler tells ThreadSanitizer what happens before what, and is not watched itself.
+        self.unwatched = ["-fno-sanitize=thread"] if sanitize == "thread" else []
+        flags = [*FLAGS, "-g1", *(["-O1", "-fno-omit-frame-pointer"] if sanitize else ["-O2"])]
+        sanitizers = sanitizer_flags(sanitize)
         flags += [*sanitizers, f"-I{escape(ROOT / 'csrc')}", f"-I{escape(EMULATION)}"]
         flags += shlex.split(os.environ.get("CXXFLAGS", ""))
         link = [*sanitizers, *shlex.split(os.environ.get("LDFLAGS", ""))]
@@ -103,13 +126,16 @@ class Ninja:
     def machine(self) -> list[Path]:
         """The emulation itself."""
         names = ["scheduler.cpp", "fibers.cpp", *(["undefined.cpp"] if self.own_checks else [])]
-        return [self.compile(EMULATION / name, []) for name in names]
+        return [self.compile(EMULATION / name, self.unwatched) for name in names]
+
+    def kernels(self) -> list[Path]:
+        return [self.compile(path, ["-x", "c++", *self.own_checks]) for path in sorted(KERNELS.glob("*.cu"))]
 
     def module(self, machine: list[Path]) -> Path:
         if not (KERNELS / "bindings.cpp").exists():
             raise BuildError(f"{escape(KERNELS)} has no bindings.cpp")
         python = python_includes()
-        objects = [self.compile(path, ["-x", "c++", *self.own_checks]) for path in sorted(KERNELS.glob("*.cu"))]
+        objects = self.kernels()
         for folder in (KERNELS, ROOT / "csrc" / "common"):
             objects += [self.compile(path, python) for path in sorted(folder.glob("*.cpp"))]
         name = f"_CUDA_emul{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -120,10 +146,21 @@ class Ninja:
         objects = [self.compile(path, flags) for path in sorted(EMULATION.glob("test_*.cpp"))]
         return self.link(self.out / "test_emulation", "", [*machine, *objects])
 
+    def driver(self, machine: list[Path]) -> Path:
+        """Operations called from C++."""
+        sources = [KERNELS / "plan.cpp", ROOT / "csrc" / "common" / "check.cpp", *sorted(DRIVER.glob("*.cpp"))]
+        objects = [self.compile(path, []) for path in sources]
+        return self.link(self.out / "driver", "-ldl", [*machine, *self.kernels(), *objects])
+
+    def wrong(self, machine: list[Path]) -> Path:
+        """Kernels that a sanitizer has to report."""
+        sources = [EMULATION / "test_emulation.cpp", *sorted(EMULATION.glob("wrong_*.cpp"))]
+        return self.link(self.out / "wrong", "", [*machine, *(self.compile(path, []) for path in sources)])
+
 
 def build(targets: list[str], sanitize: str = "") -> list[Path]:
-    """Build `targets`, of "module" and "tests"; their files."""
-    out = ROOT / "build" / "cuda-emulation" / ("sanitized" if sanitize else "")
+    """Build `targets`, of TARGETS; their files."""
+    out = ROOT / "build" / "cuda-emulation" / sanitize.replace(",", "-")
     out.mkdir(parents=True, exist_ok=True)
     file = Ninja(out, sanitize)
     machine = file.machine()
@@ -138,12 +175,12 @@ def build(targets: list[str], sanitize: str = "") -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("targets", nargs="*", metavar="module|tests", help="what to build; both if nothing is named")
-    parser.add_argument("--sanitize", default="", metavar="LIST", help="address, undefined or both")
+    parser.add_argument("targets", nargs="*", metavar="|".join(TARGETS), help="what to build")
+    parser.add_argument("--sanitize", default="", metavar="LIST", help="address, undefined or both; or thread")
     arguments = parser.parse_args()
-    unknown = set(arguments.targets) - {"module", "tests"}
+    unknown = set(arguments.targets) - set(TARGETS)
     if unknown:
-        parser.error(f"{sorted(unknown)[0]!r} is neither module nor tests")
+        parser.error(f"{sorted(unknown)[0]!r} is none of {', '.join(TARGETS)}")
     try:
         for path in build(arguments.targets or ["module", "tests"], arguments.sanitize):
             print(path)

@@ -2,10 +2,10 @@
 // the kernels run on the CPU, thread by thread (scheduler.h). Only what the kernels of csrc/cuda use is here.
 //
 // What it is for: indices, barriers, masks, shuffles, shared memory, the host's side of a launch. What it cannot show:
-// anything below the source (registers, code generation, approximate functions), weak memory order (__threadfence does
-// nothing), data races as such (a schedule has to make one visible), two blocks at the same time (to wait for another
-// block never ends), accesses outside of global memory (AddressSanitizer finds those), blocks larger than a kernel's
-// __launch_bounds__.
+// anything below the source (registers, code generation, approximate functions), data races as such and missing fences
+// (a schedule has to make one visible; ThreadSanitizer finds them, happens_before.h), two blocks at the same time (to
+// wait for another block never ends), accesses outside of global memory (AddressSanitizer finds those), blocks larger
+// than a kernel's __launch_bounds__.
 //
 // Kernels are called through launch(), declare shared memory by FK_SHARED and take their parameters by FK_PARAM.
 #pragma once
@@ -175,26 +175,34 @@ void store(const Site& site, T* pointer, const std::common_type_t<T>& value) {
 
 }  // namespace flatkern::cuda::emulation
 
-// Fibers change only where they wait, so that plain arithmetic is atomic.
-template <class T>
-T atomicAdd(T* address, T value) {
-  static_assert(std::is_same_v<T, unsigned> || std::is_same_v<T, unsigned long long>, "CUDA adds these");
-  const T old = *address;
-  *address = old + value;
+namespace flatkern::cuda::emulation {
+
+// Fibers change only where they wait, so that a load and a store are one operation. Relaxed: it orders nothing.
+template <class T, class Change>
+T atomically(T* address, const Change& change) {
+#if defined(FK_EMULATION_TSAN)
+  atomic_access(address);
+#endif
+  const T old = __atomic_load_n(address, __ATOMIC_RELAXED);
+  __atomic_store_n(address, change(old), __ATOMIC_RELAXED);
   return old;
 }
+
+}  // namespace flatkern::cuda::emulation
+
+template <class T>
+T atomicAdd(T* address, std::common_type_t<T> value) {
+  static_assert(std::is_same_v<T, unsigned> || std::is_same_v<T, unsigned long long>, "CUDA adds these");
+  return flatkern::cuda::emulation::atomically(address, [=](T old) { return old + value; });
+}
 inline unsigned atomicMax(unsigned* address, unsigned value) {
-  const unsigned old = *address;
-  *address = std::max(old, value);
-  return old;
+  return flatkern::cuda::emulation::atomically(address, [=](unsigned old) { return std::max(old, value); });
 }
 // Counts to `limit` and begins again at 0.
 inline unsigned atomicInc(unsigned* address, unsigned limit) {
-  const unsigned old = *address;
-  *address = old >= limit ? 0 : old + 1;
-  return old;
+  return flatkern::cuda::emulation::atomically(address, [=](unsigned old) { return old >= limit ? 0 : old + 1; });
 }
-inline void __threadfence() {}
+#define __threadfence() ::flatkern::cuda::emulation::fence(FK_SITE("__threadfence"))
 
 // --- arithmetic ------------------------------------------------------------------------------------------------------
 

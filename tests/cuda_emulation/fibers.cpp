@@ -10,6 +10,9 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
+#if defined(FK_EMULATION_TSAN)
+#include <sanitizer/tsan_interface.h>
+#endif
 
 #if FK_EMULATION_ASSEMBLY
 // Save what a function has to preserve and the stack pointer, load those of another fiber, continue there. A jump and
@@ -74,7 +77,10 @@ void StackPool::take_all_back() {
   }
 }
 
-void Fiber::prepare(const Stack& stack, void (*entry)()) {
+void Fiber::prepare(const Stack& stack, [[maybe_unused]] void* watched, void (*entry)()) {
+#if defined(FK_EMULATION_TSAN)
+  watched_ = watched;
+#endif
 #if defined(__SANITIZE_ADDRESS__)
   // What the last fiber here has left: the frames that it did not return from, which are few.
   constexpr size_t kLeft = 4096;
@@ -113,12 +119,18 @@ void Fiber::adopt_os_thread() {
   stack_bottom_ = bounds.bottom;
   stack_size_ = bounds.size;
 #endif
+#if defined(FK_EMULATION_TSAN)
+  watched_ = __tsan_get_current_fiber();
+#endif
 }
 
 void Fiber::change(Fiber& from, Fiber& to) {
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
   __sanitizer_start_switch_fiber(&fake_stack, to.stack_bottom_, to.stack_size_);
+#endif
+#if defined(FK_EMULATION_TSAN)
+  __tsan_switch_to_fiber(to.watched_, __tsan_switch_to_fiber_no_sync);
 #endif
 #if FK_EMULATION_ASSEMBLY
   flatkern_emulation_change(&from.stack_pointer_, to.stack_pointer_);

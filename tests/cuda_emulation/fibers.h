@@ -28,8 +28,8 @@ class Stack {
 
  private:
   friend class StackPool;
-#if defined(__SANITIZE_ADDRESS__)
-  static constexpr size_t kSize = 256 << 10;  // the sanitizer's frames are larger
+#if defined(__SANITIZE_ADDRESS__) || defined(FK_EMULATION_TSAN)
+  static constexpr size_t kSize = 256 << 10;  // the sanitizers' frames are larger
 #else
   static constexpr size_t kSize = 64 << 10;
 #endif
@@ -43,8 +43,12 @@ class Stack {
 class StackPool {
  public:
   Stack* take();
-  void give_back(Stack* stack) { free_.push_back(stack); }
-  void take_all_back();  // after a launch that failed: its fibers will never continue
+  void give_back([[maybe_unused]] Stack* stack) {
+#if !defined(FK_EMULATION_TSAN)  // Threads that nothing orders must not be seen to write the same memory.
+    free_.push_back(stack);
+#endif
+  }
+  void take_all_back();  // after a launch: whatever is left of its fibers will never continue
 
  private:
   std::vector<std::unique_ptr<Stack>> all_;
@@ -53,8 +57,8 @@ class StackPool {
 
 class Fiber {
  public:
-  // The next switch to this fiber calls `entry`, which must not return.
-  void prepare(const Stack& stack, void (*entry)());
+  // The next switch to this fiber calls `entry`, which must not return. `watched` is what ThreadSanitizer calls it.
+  void prepare(const Stack& stack, void* watched, void (*entry)());
   // This fiber is the stack of the OS thread that calls.
   void adopt_os_thread();
   // `from` is the fiber that runs; the call returns when somebody switches back to it.
@@ -71,6 +75,9 @@ class Fiber {
 #if defined(__SANITIZE_ADDRESS__)
   const void* stack_bottom_ = nullptr;
   size_t stack_size_ = 0;
+#endif
+#if defined(FK_EMULATION_TSAN)
+  void* watched_ = nullptr;
 #endif
 };
 

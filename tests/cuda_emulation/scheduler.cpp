@@ -11,6 +11,7 @@
 
 #include "emulation.h"
 #include "fibers.h"
+#include "happens_before.h"
 #include "schedule.h"
 #include "shared.h"
 #include "switched_off.h"
@@ -32,6 +33,7 @@ struct Thread {
 struct Meeting {
   const Site* site;
   unsigned mask, arrived;
+  HappensBefore::Meeting* meeting;  // of a barrier
 };
 
 struct Warp {
@@ -52,7 +54,12 @@ class Machine {
   void run(const Launch& launch);
   void sync_threads(Site& site);
   uint64_t meet(Kind kind, Site& site, unsigned mask, unsigned source, uint64_t given);
-  void* shared_memory(SharedSite& site) { return shared_.find(site, block_serial_); }
+  void* shared_memory(SharedSite& site) {
+    const Unseen unseen;
+    return shared_.find(site, block_serial_);
+  }
+  void fence() { before_.fence(current_); }
+  void atomic(const void* address) { before_.atomic(current_, address); }
   [[noreturn]] void fail(const char* file, int line, const char* format, va_list values);
 
   // Settings, and what tests ask for.
@@ -92,6 +99,7 @@ class Machine {
   unsigned warp_ = 0;         // the warp that has priority
   unsigned inside_ = 0;       // threads that have not returned
   Site* barrier_ = nullptr;   // where threads wait for the block
+  HappensBefore::Meeting* barrier_meeting_ = nullptr;
   unsigned at_barrier_ = 0;
   unsigned first_at_barrier_ = 0;
 
@@ -101,6 +109,7 @@ class Machine {
   uint64_t block_serial_ = 0;
   SharedMemory shared_;
   StackPool stacks_;
+  HappensBefore before_;
   Fiber host_;
   char fault_[1024] = "";
 };
@@ -122,6 +131,8 @@ void check(const Launch& launch) {
     refuse("a block has " + std::to_string(launch.block) + " threads, but should have 1 to 1024");
   if (launch.size > kMaxParameters)
     refuse("the parameters have " + std::to_string(launch.size) + " bytes, but at most 32764 are possible");
+  if (uint64_t{launch.grid} * launch.block > HappensBefore::kMostThreads)
+    refuse("it has more threads than ThreadSanitizer can tell apart, " + std::to_string(HappensBefore::kMostThreads));
 }
 
 // One launch at a time: there is one threadIdx.
@@ -151,11 +162,13 @@ void Machine::run(const Launch& launch) {
   blockDim = dim3(launch.block);
   gridDim = dim3(launch.grid);
   host_.adopt_os_thread();
+  before_.begin_launch(uint64_t{launch.grid} * launch.block);
   const BlockOrder order(schedule_.order, launch.grid, random_);
   for (uint64_t i = 0; i < launch.grid && fault_[0] == '\0'; ++i) run_block(order[i]);
+  before_.end_launch();
   shared_.release();
+  if (HappensBefore::kIsWatched || fault_[0] != '\0') stacks_.take_all_back();
   if (fault_[0] != '\0') {
-    stacks_.take_all_back();
     const std::string text = fault_;
     fault_[0] = '\0';
     throw Fault("emulation: " + text + " [schedule " + schedule_.text() + "]");
@@ -178,6 +191,7 @@ void Machine::run_block(unsigned index) {
   for (unsigned i = 0; i < launch_.block; ++i) threads_[i].stack = nullptr;
   warp_ = any_bit(ready_warps_, random_);
   change(host_, pick());
+  const Unseen unseen;
   if (fault_[0] == '\0') shared_.end_block(index, fault_, sizeof fault_);
 }
 
@@ -213,8 +227,9 @@ unsigned Machine::pick() {
 void Machine::change(Fiber& from, unsigned next) {
   Thread& thread = threads_[next];
   if (thread.stack == nullptr) {
+    const Unseen unseen;
     thread.stack = stacks_.take();
-    thread.fiber.prepare(*thread.stack, [] { machine.thread_main(); });
+    thread.fiber.prepare(*thread.stack, before_.next_fiber(), [] { machine.thread_main(); });
   }
   current_ = next;
   threadIdx.x = next;
@@ -234,7 +249,9 @@ void Machine::wait(const Site& site) {
 void Machine::thread_main() {
   Fiber::entered();
   for (;;) {
+    before_.begin_thread(current_);
     launch_.call(launch_.kernel, launch_.arguments);
+    before_.end_thread();
     leave();
     Stack* stack = threads_[current_].stack;
     if (inside_ == 0) {
@@ -243,7 +260,7 @@ void Machine::thread_main() {
     }
     if (ready_warps_ == 0) deadlock();
     const unsigned next = pick();
-    if (threads_[next].stack != nullptr) {
+    if (HappensBefore::kIsWatched || threads_[next].stack != nullptr) {
       stacks_.give_back(stack);
       change(threads_[current_].fiber, next);
     }
@@ -284,11 +301,14 @@ void Machine::sync_threads(Site& site) {
                     site.what, first_that_returned());
   if (at_barrier_ == 0) {
     barrier_ = &site;
+    barrier_meeting_ = before_.meeting();
     first_at_barrier_ = current_;
   } else if (barrier_ != &site) {
     emulation::fail(site.file, site.line, "is at this %s, but thread %u waits at the %s of %s:%d", site.what,
                     first_at_barrier_, barrier_->what, barrier_->file, barrier_->line);
   }
+  HappensBefore::Meeting* const meeting = barrier_meeting_;
+  before_.arrive(current_, meeting);
   if (++at_barrier_ == launch_.block) {
     at_barrier_ = 0;
     for (unsigned w = 0; w * kWarpSize < launch_.block; ++w) {
@@ -297,6 +317,7 @@ void Machine::sync_threads(Site& site) {
     }
   }
   wait(site);
+  before_.leave(current_, meeting);
 }
 
 void Machine::check_lanes(const Warp& warp, const Site& site, unsigned mask) {
@@ -325,7 +346,7 @@ Meeting& Machine::join(Warp& warp, Site& site, unsigned mask) {
                     meeting.mask);
   }
   Meeting& meeting = warp.meetings[warp.open++];
-  meeting = {&site, mask, 0};
+  meeting = {&site, mask, 0, before_.meeting()};
   return meeting;
 }
 
@@ -350,6 +371,8 @@ uint64_t Machine::meet(Kind kind, Site& site, unsigned mask, unsigned source, ui
   warp.given[lane] = given;
   warp.source[lane] = source;
   meeting.arrived |= 1u << lane;
+  HappensBefore::Meeting* const known = meeting.meeting;
+  if (kind == Kind::kBarrier) before_.arrive(current_, known);
   if (meeting.arrived == mask) {
     meeting = warp.meetings[--warp.open];
     complete(kind, warp, mask);
@@ -357,6 +380,7 @@ uint64_t Machine::meet(Kind kind, Site& site, unsigned mask, unsigned source, ui
     ready_warps_ |= 1u << index;
   }
   wait(site);
+  if (kind == Kind::kBarrier) before_.leave(current_, known);
   return warp.result[lane];
 }
 
@@ -439,6 +463,11 @@ uint64_t shuffle(Site& site, unsigned mask, unsigned source, uint64_t bits) {
 unsigned ballot(Site& site, unsigned mask, bool predicate) {
   return static_cast<unsigned>(machine.meet(Kind::kBallot, site, mask, 0, predicate));
 }
+
+void fence(Site& site) {
+  if (!machine.switched_off.contains(site)) machine.fence();
+}
+void atomic_access(const void* address) { machine.atomic(address); }
 
 void misaligned(const Site& site, const void* pointer, size_t alignment) {
   fail(site.file, site.line, "accesses %p by %s, but its type needs an address that %zu divides", pointer, site.what,

@@ -68,9 +68,12 @@ constexpr unsigned kMaxGrid = 0x7FFFFFFF;
 constexpr size_t kMaxParameters = 32764;
 constexpr size_t kMaxShared = 48 << 10;
 
-// Barriers of a block and of a warp: FLATKERN_EMULATION_WITHOUT="update.cu:123,..." switches them off.
+// Barriers of a block and of a warp, and fences: FLATKERN_EMULATION_WITHOUT="update.cu:123,..." switches them off.
 void sync_threads(Site& site);
 void sync_warp(Site& site, unsigned mask);
+void fence(Site& site);
+// An atomic operation at this address is about to be done: for ThreadSanitizer.
+void atomic_access(const void* address);
 // `bits` of the lane `source`, when all lanes of `mask` have come here.
 uint64_t shuffle(Site& site, unsigned mask, unsigned source, uint64_t bits);
 // The lanes of `mask` whose `predicate` holds.
