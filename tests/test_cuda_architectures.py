@@ -25,7 +25,8 @@ if not FOLDER:
 SETUP = runpy.run_path(str(ROOT / "setup.py"))
 NVCC = SETUP["find_nvcc"]()
 SHIPPED = SETUP["CUDA_ARCHS"]
-FLAGS = [*SETUP["CUDA_DEVICE_FLAGS"], *SETUP["host_compiler"](), "-Werror=all-warnings"]
+# Of the two sizes of arguments the large one: they differ in where the arguments of a tensor are.
+FLAGS = [*SETUP["CUDA_DEVICE_FLAGS"], *SETUP["host_compiler"](), "-Werror=all-warnings", "-DFK_LARGE_ONLY"]
 # Where device.cuh branches: [from, to) is compiled by the first one of them.
 BRANCHES = (900, 1000)
 SOURCES = sorted(path.name for path in KERNELS.glob("*.cu"))

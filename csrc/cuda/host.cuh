@@ -70,12 +70,11 @@ constexpr Walk walk_of(const char* op, int eights, int64_t resident, unsigned ne
 
 // Calls body with a size of arguments that has room for `count` tensors: body(std::integral_constant<size_t, bytes>()).
 template <template <size_t> class Arguments, class Body>
-void with_size(int64_t count, const Body& body) {
-  if (count <= Arguments<kSmall>::kTensors) {
-    body(std::integral_constant<size_t, kSmall>());
-  } else {
-    body(std::integral_constant<size_t, kLarge>());
-  }
+void with_size([[maybe_unused]] int64_t count, const Body& body) {
+#ifndef FK_LARGE_ONLY  // where machine code is looked at, and half of it is enough
+  if (count <= Arguments<kSmall>::kTensors) return body(std::integral_constant<size_t, kSmall>());
+#endif
+  body(std::integral_constant<size_t, kLarge>());
 }
 
 }  // namespace flatkern::cuda
