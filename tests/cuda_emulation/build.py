@@ -97,6 +97,8 @@ class Ninja:
         self.own_checks = [] if "undefined" in sanitize.split(",") else CHECKS
         # The scheduler tells ThreadSanitizer what happens before what, and is not watched itself.
         self.unwatched = ["-fno-sanitize=thread"] if sanitize == "thread" else []
+        # pybind11's templates take a quarter of the time to watch, and what reads Python's lists `make sanitize` watches.
+        self.unwatched_python = ["-fno-sanitize=all", "-O0"] if sanitize else []
         flags = [*FLAGS, "-g1", *(["-O1", "-fno-omit-frame-pointer"] if sanitize else ["-O2"])]
         sanitizers = sanitizer_flags(sanitize)
         flags += [*sanitizers, f"-I{escape(ROOT / 'csrc')}", f"-I{escape(EMULATION)}"]
@@ -137,9 +139,8 @@ class Ninja:
         python = python_includes()
         objects = self.kernels()
         for path in sorted([*KERNELS.glob("*.cpp"), *(ROOT / "csrc" / "common").glob("*.cpp")]):
-            # pybind11's templates take a quarter of the time to watch, and what reads Python's lists `make sanitize` does.
             is_watched = path.parent == KERNELS and path.name != "bindings.cpp"
-            objects.append(self.compile(path, python if is_watched else [*python, "-fno-sanitize=all"]))
+            objects.append(self.compile(path, python if is_watched else [*python, *self.unwatched_python]))
         name = f"_CUDA_emul{sysconfig.get_config_var('EXT_SUFFIX')}"
         return self.link(self.out / name, "-shared", [*machine, *objects])
 
