@@ -294,7 +294,7 @@ COMMA := ,
 sanitize-cuda: $(READY) ## the emulated CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(call sanitized,wrong accesses of the CUDA kernels,address$(COMMA)undefined,sanitized-cuda)
 
-races-cuda: $(READY) ## the same under ThreadSanitizer: no race; one without each barrier and fence
+races-cuda: $(READY) ## the same under ThreadSanitizer: no race, and no barrier or fence that can be left out
 	$(call sanitized,races of the CUDA kernels,thread,raced-cuda)
 
 .PHONY: sanitized-cuda raced-cuda
