@@ -276,7 +276,8 @@ sanitized-tests:
 	$(PY) -c 'import flatkern._C as C; assert "/$(SANITIZE)/" in C.__file__, C.__file__; print("testing", C.__file__)' && \
 	env -u OMP_NUM_THREADS $(PY) -m pytest --capture=sys -p no:cacheprovider $(SANITIZE_TESTS) $(ARGS)
 
-# The same for the CUDA kernels, emulated: every operation in every variant.
+# The same for the CUDA kernels, emulated: every operation in every variant. pytest's faulthandler would keep
+# AddressSanitizer from saying where an address is none.
 EMULATED := $(CURDIR)/build/cuda-emulation
 SANITIZE_CUDA_TESTS ?= tests/test_cuda_sanitized.py tests/test_backends.py -k "sanitized or (cuda and matches_eager)"
 # $(call sanitized,WHAT,LIST OF -fsanitize,TARGET THAT DOES IT)
@@ -293,7 +294,7 @@ COMMA := ,
 sanitize-cuda: $(READY) ## the emulated CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(call sanitized,wrong accesses of the CUDA kernels,address$(COMMA)undefined,sanitized-cuda)
 
-races-cuda: $(READY) ## the same under ThreadSanitizer: no race; one without each barrier and fence
+races-cuda: $(READY) ## the same under ThreadSanitizer: no race, and no barrier or fence that can be left out
 	$(call sanitized,races of the CUDA kernels,thread,raced-cuda)
 
 .PHONY: sanitized-cuda raced-cuda
@@ -302,7 +303,7 @@ sanitized-cuda:
 	@export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
 	  FLATKERN_CUDA_SANITIZED=$(EMULATED) FLATKERN_CUDA_EMULATION=$(EMULATED)/address-undefined/_CUDA_emul$(SUFFIX) \
 	  LD_PRELOAD=$$(ldd $(EMULATED)/address-undefined/wrong | awk '/lib(asan|ubsan)/ { print $$3 }' | paste -sd:); \
-	$(PYTEST) -q --capture=sys -p no:cacheprovider $(SANITIZE_CUDA_TESTS) $(ARGS)
+	$(PYTEST) -q --capture=sys -p no:cacheprovider -p no:faulthandler $(SANITIZE_CUDA_TESTS) $(ARGS)
 raced-cuda:
 	@$(PY) tests/cuda_emulation/build.py --sanitize thread driver wrong
 	@FLATKERN_CUDA_SANITIZED=$(EMULATED) $(PYTEST) -q tests/test_cuda_races.py $(ARGS)

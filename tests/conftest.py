@@ -36,6 +36,11 @@ if not EMULATING:
     ]
 if not os.environ.get("FLATKERN_CUDA_BUILD"):
     collect_ignore += ["test_cuda_compile.py", "test_cuda_code.py", "test_cuda_wheel.py"]
+# The same for `make races-cuda`, `make sanitize-cuda` and `make matrix-cuda`.
+if not os.environ.get("FLATKERN_CUDA_SANITIZED"):
+    collect_ignore += ["test_cuda_races.py", "test_cuda_sanitized.py"]
+if not os.environ.get("FLATKERN_CUDA_ARCHITECTURES"):
+    collect_ignore += ["test_cuda_architectures.py"]
 
 
 def compiled(op):

@@ -3,19 +3,16 @@
 It is executed by bench/gpu/sass.py, block by block: slowly, so that tensors are few and small.
 """
 
-import os
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from disassembled import kernels_of
 
 sys.path.append(str(Path(__file__).parents[1]))
 from bench.gpu import counted, sass
-from bench.gpu.disassembly import read_library
 
-BUILT = Path(os.environ["FLATKERN_CUDA_BUILD"])
 SHAPES = [
     (3, 768),  # a warp has a row
     (2, 2304),  # several warps have one
@@ -30,18 +27,6 @@ CASES = counted.CASES | {
 }
 
 
-@cache
-def codes():
-    (library,) = (BUILT / "lib" / "flatkern").glob("_CUDA*.so")
-    try:
-        found = read_library(library, "sm_90")
-    except FileNotFoundError as error:
-        pytest.skip(f"nothing is disassembled: {error}")
-    if not found:
-        pytest.skip("the module is not built for sm_90; FLATKERN_CUDA_ARCHS names those that it is built for")
-    return found
-
-
 def made(case, shapes):
     values = counted.arguments(case, shapes)
     for k, shape in enumerate(shapes):
@@ -54,7 +39,7 @@ def execute(case, values):
     for launch in counted.launches(case, values):
         memory.look()
         for block in range(launch.grid):
-            launch.run(codes()[launch.kernel], memory, block)
+            launch.run(kernels_of("sm_90")[launch.kernel], memory, block)
 
 
 def tensors(values):
@@ -92,7 +77,7 @@ def test_few_instructions(which):
     values, counts = made(case, [(16, 768), (2, 4608)]), []
     for launch in counted.launches(case, values):
         memory.look()
-        counts += counted.counted(case, launch, codes()[launch.kernel], values, memory)
+        counts += counted.counted(case, launch, kernels_of("sm_90")[launch.kernel], values, memory)
     assert counted.summary(which, "", counts)["whole"] <= FEW[which]
 
 

@@ -3,20 +3,14 @@
 Looked at is the module that `make test-cuda` has built, for every architecture that it is built for.
 """
 
-import os
 import re
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import pytest
+from disassembled import kernels_of
 
-sys.path.append(str(Path(__file__).parents[1]))
-from bench.gpu.disassembly import read_library
-
-BUILT = Path(os.environ["FLATKERN_CUDA_BUILD"])
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 
@@ -121,15 +115,8 @@ def label(name):
 @cache
 def kernels(architecture):
     """All kernels of the module by their labels: one for each size of arguments."""
-    (library,) = (BUILT / "lib" / "flatkern").glob("_CUDA*.so")
-    try:
-        codes = read_library(library, architecture)
-    except FileNotFoundError as error:
-        pytest.skip(f"nothing is disassembled: {error}")
-    if not codes:
-        pytest.skip(f"the module is not built for {architecture}; FLATKERN_CUDA_ARCHS names those that are")
     found = defaultdict(list)
-    for name, code in codes.items():
+    for name, code in kernels_of(architecture).items():
         found[label(name)].append(code)
     return found
 

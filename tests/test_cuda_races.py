@@ -74,9 +74,9 @@ SITES = [
 
 
 def likely_first(place):
-    """Operations, those first whose file or whose family's file it is in; then norms, which need most of them."""
-    stem = place.split(".")[0]
-    return sorted(DRIVEN, key=lambda op: (stem not in op, OPS[op].family != stem, OPS[op].family != "norm"))
+    """Operations, those first whose file or whose family's file it is in; then those that sum and count."""
+    stem, families = place.split(".")[0], ["norm", "mask", "update", "perturb", "noise"]
+    return sorted(DRIVEN, key=lambda op: (stem not in op, OPS[op].family != stem, families.index(OPS[op].family)))
 
 
 @pytest.mark.parametrize("place, line", SITES, ids=lambda x: x.split("(")[0])
