@@ -8,8 +8,9 @@ import itertools
 from typing import NamedTuple
 
 import cases
-import emulated
 import pairwise
+from emulated import CUDA
+from walks import EVERY_WAY, variants
 
 from flatkern.checks import WALKS_FILTERS
 from flatkern.ops import OPS, Op
@@ -24,7 +25,7 @@ EVEN_SHAPES = [(64, 64, 3, 3), (256, 16), (64,), (8, 8192), (0,), (4, 0), (2, 65
 MANY_SHAPES = [(3, 16), (33,)] * 1000
 EVEN, ANY = "multiples of 16 bytes", "any"
 ROWS, MIXED, MANY = "every row", "every row, mixed", "many"
-SHAPES = {EVEN: EVEN_SHAPES, ANY: ANY_SHAPES, ROWS: emulated.ALL, MIXED: emulated.ALL, MANY: MANY_SHAPES}
+SHAPES = {EVEN: EVEN_SHAPES, ANY: ANY_SHAPES, ROWS: EVERY_WAY["cuda"], MIXED: EVERY_WAY["cuda"], MANY: MANY_SHAPES}
 # Words of which a call has one at most; the others are there or not.
 EITHER = [("found_inf", "skip"), ("second", "third"), ("zero", "infinite")]
 # What a test captures; noise, gradients and device scalars are read where they lie.
@@ -116,8 +117,8 @@ def cases_of(op):
 
 CASES = [case for op in TRITON for case in cases_of(op)]
 # Of the CUDA kernels alone.
-CUDA_CASES = [Case(op, words, kind, 0) for op, words in emulated.ALL_VARIANTS for kind in (ROWS, MIXED)]
-CUDA_CASES += [Case(op, max(cases.VARIANTS[op.name], key=len), MANY, 0) for op in emulated.CUDA]
+CUDA_CASES = [Case(op, words, kind, 0) for op in CUDA for words in variants(op, "cuda") for kind in (ROWS, MIXED)]
+CUDA_CASES += [Case(op, max(cases.VARIANTS[op.name], key=len), MANY, 0) for op in CUDA]
 
 
 def cases_by(backend):
