@@ -32,7 +32,7 @@ if not FOR_GPUS:
 if not EMULATING:
     collect_ignore += [
         f"test_cuda{part}.py"
-        for part in ("", "_capture", "_devices", "_emulation", "_launches", "_optim", "_stacks", "_code")
+        for part in ("", "_capture", "_code", "_devices", "_emulation", "_failures", "_launches", "_optim", "_stacks")
     ]
 if not os.environ.get("FLATKERN_CUDA_BUILD"):
     collect_ignore += ["test_cuda_compile.py", "test_cuda_code.py", "test_cuda_wheel.py"]

@@ -85,11 +85,11 @@ def test_another_failure_stops_nothing(tmp_path):
     ],
 )
 def test_what_cannot_run_is_an_error(seen, asked, reason, tmp_path):
-    """Of every test, where there should be a GPU."""
+    """Of every test of Triton, where there should be a GPU; those of the CUDA kernels need nvcc besides."""
     if torch.cuda.is_available():
         pytest.skip("here it can")
     here = Path(__file__).parent
-    arguments = [str(here / "test_gpu.py"), "-q", "-k", "radius", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    arguments = [str(here / "test_gpu.py"), "-q", "-k", "radius and triton", "-p", "no:xdist", "-p", "no:cacheprovider"]
     code = f"import pytest, torch\ntorch.cuda.is_available = lambda: {seen}\nraise SystemExit(pytest.main({arguments}))"
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "FLATKERN", "TRITON"))}
     env |= {f"FLATKERN_GPU_{asked}": "1"} if asked else {}
