@@ -64,7 +64,7 @@ def check(op: Op, values: dict[str, Any]) -> None:
         elif name == "counts":
             size = 2 ** MAGNITUDE_DIGITS[values["prefix"].numel() % len(MAGNITUDE_DIGITS)] + 2
             if value.dtype != torch.int64 or value.shape != (size,) or not value.is_contiguous():
-                raise TypeError(f"{op.name}: counts is {_kind(value)}, but should be int64 ({size},)")
+                raise TypeError(f"{op.name}: counts is {_kind(value)}, but should be int64 ({size},), contiguous")
         elif value.dtype != torch.float32 or value.dim() != 0:
             raise TypeError(f"{op.name}: {name} is {_kind(value)}, but should be a 0-dim float32 tensor")
     if op.name == "ascent_norm_" and values["params"] is None and any(eta >= 0 for eta in values["eta"]):

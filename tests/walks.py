@@ -12,6 +12,7 @@ from flatkern.ops import Op
 # CUDA, blocks of 256 threads: nothing, ends of eights, many rows to a warp, a row to some warps, to all eight.
 SHORT = [
     *[(0,), (3, 5), (0, 4), (5, 0), (), (1,), (17,), (7, 1), (3, 16), (2, 17), (70, 9), (513, 2), (8, 3, 3, 3)],
+    *[(8,), (256,)],  # vectors of whole eights
     *[(40, k) for k in (3, 24, 25)],
     *[(3, 256), (3, 257), (1023,), (8, 1024), (2, 1025), (3, 2049)],
 ]

@@ -153,8 +153,8 @@ constexpr UpdateWalks update_walks(const char* op) {
 inline std::shared_ptr<const Plan> find_update_plan(const UpdateWalks& walks, const Update& a,
                                                     std::initializer_list<const Table*> beside, const Place& place) {
   const bool by_rows = a.noise || a.history || a.masks;
-  return find_plan(by_rows ? walks.by_rows : walks.flat, {by_rows, a.history.present, a.params, beside, &a.offset},
-                   place);
+  const bool odd_vectors = a.history || a.masks;
+  return find_plan(by_rows ? walks.by_rows : walks.flat, {by_rows, odd_vectors, a.params, beside, &a.offset}, place);
 }
 
 }  // namespace flatkern::cuda
