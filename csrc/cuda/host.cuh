@@ -1,6 +1,8 @@
 // From an operation's arguments to those of its kernel: dtypes, numbers that are on the device or on the host, sizes.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/check.h"
 #include "launch.cuh"
 #include "noise.cuh"
@@ -75,6 +77,33 @@ void with_size([[maybe_unused]] int64_t count, const Body& body) {
   if (count <= Arguments<kSmall>::kTensors) return body(std::integral_constant<size_t, kSmall>());
 #endif
   body(std::integral_constant<size_t, kLarge>());
+}
+
+// Calls body(launch, args) for each launch, with arguments that have room for its tensors.
+template <template <size_t> class Arguments, class Body>
+void for_each_launch(const std::vector<Launch>& launches, const Body& body) {
+  for (const Launch& launch : launches) {
+    with_size<Arguments>(launch.end - launch.begin, [&](auto bytes) {
+      Arguments<decltype(bytes)::value> args;
+      body(launch, args);
+    });
+  }
+}
+
+// Calls body with the type of the elements of all lists: those that have kernels of their own, else AnyFloat.
+template <class T>
+struct TypeOf {
+  using Element = T;
+};
+template <class Body>
+void with_dtype(std::initializer_list<const Table*> lists, const Body& body) {
+  if (all_are(DType::kFloat32, lists)) {
+    body(TypeOf<float>());
+  } else if (all_are(DType::kBFloat16, lists)) {
+    body(TypeOf<BFloat16>());
+  } else {
+    body(TypeOf<AnyFloat>());
+  }
 }
 
 }  // namespace flatkern::cuda

@@ -100,28 +100,25 @@ template <class T>
 void run(const CountMagnitudes& a, const Plan& plan, Stream stream) {
   const View& prefix = a.prefix[0];
   const int known = static_cast<int>(prefix.numel);
-  for (const Launch& launch : plan.launches) {
-    with_size<CountArguments>(launch.end - launch.begin, [&](auto bytes) {
-      CountArguments<decltype(bytes)::value> args;
-      static_cast<CountCall&>(args) = {launch.tiles,
-                                       launch.count,
-                                       prefix.as<int64_t>(),
-                                       prefix.strides[0],
-                                       known,
-                                       math::kDigitShift[known],
-                                       math::kDigitWidth[known],
-                                       reinterpret_cast<unsigned long long*>(plan.words),
-                                       plan.tickets,
-                                       a.counts[0].as<int64_t>(),
-                                       &launch == &plan.launches.back()};
-      for (int64_t k = launch.begin; k < launch.end; ++k) {
-        args.grads[k - launch.begin] = a.grads[k].data;
-        args.codes[k - launch.begin] = static_cast<uint8_t>(code_of(a.grads[k].dtype));
-      }
-      start(kCount.op, kernel<count_kernel<T, decltype(args)>>, std::min(launch.count, kMostWalkers), launch.threads,
-            stream, args);
-    });
-  }
+  for_each_launch<CountArguments>(plan.launches, [&](const Launch& launch, auto& args) {
+    static_cast<CountCall&>(args) = {launch.tiles,
+                                     launch.count,
+                                     prefix.as<int64_t>(),
+                                     prefix.strides[0],
+                                     known,
+                                     math::kDigitShift[known],
+                                     math::kDigitWidth[known],
+                                     reinterpret_cast<unsigned long long*>(plan.words),
+                                     plan.tickets,
+                                     a.counts[0].as<int64_t>(),
+                                     &launch == &plan.launches.back()};
+    for (int64_t k = launch.begin; k < launch.end; ++k) {
+      args.grads[k - launch.begin] = a.grads[k].data;
+      args.codes[k - launch.begin] = static_cast<uint8_t>(code_of(a.grads[k].dtype));
+    }
+    start(kCount.op, kernel<count_kernel<T, std::decay_t<decltype(args)>>>, std::min(launch.count, kMostWalkers),
+          launch.threads, stream, args);
+  });
 }
 
 }  // namespace
@@ -130,13 +127,7 @@ void count_magnitudes_(const CountMagnitudes& a) {
   const Place place = place_of(kCount.op, a.grads.size() > 0 ? a.grads : a.counts);
   const auto plan = find_plan(kCount, {false, false, a.grads, {}, nullptr}, place);
   const Launching launching(*plan);
-  if (all_are(DType::kFloat32, {&a.grads})) {
-    run<float>(a, *plan, place.stream);
-  } else if (all_are(DType::kBFloat16, {&a.grads})) {
-    run<BFloat16>(a, *plan, place.stream);
-  } else {
-    run<AnyFloat>(a, *plan, place.stream);
-  }
+  with_dtype({&a.grads}, [&](auto type) { run<typename decltype(type)::Element>(a, *plan, place.stream); });
 }
 
 // ---- pack_mask_
@@ -191,19 +182,16 @@ __global__ void __launch_bounds__(kShortThreads) pack_kernel(FK_PARAM(Args) a) {
 
 template <class T>
 void run(const PackMask& a, const Plan& plan, Stream stream) {
-  for (const Launch& launch : plan.launches) {
-    with_size<PackArguments>(launch.end - launch.begin, [&](auto bytes) {
-      PackArguments<decltype(bytes)::value> args;
-      static_cast<PackCall&>(args) = {launch.tiles, plan.long_rows, a.threshold[0].as<float>()};
-      for (int64_t k = launch.begin; k < launch.end; ++k) {
-        const int64_t i = k - launch.begin;
-        args.masks[i] = a.masks[k].as<uint8_t>();
-        args.grads[i] = a.grads[k].data;
-        args.codes[i] = static_cast<uint8_t>(code_of(a.grads[k].dtype));
-      }
-      start(kPack.op, kernel<pack_kernel<T, decltype(args)>>, launch.count, launch.threads, stream, args);
-    });
-  }
+  for_each_launch<PackArguments>(plan.launches, [&](const Launch& launch, auto& args) {
+    static_cast<PackCall&>(args) = {launch.tiles, plan.long_rows, a.threshold[0].as<float>()};
+    for (int64_t k = launch.begin; k < launch.end; ++k) {
+      const int64_t i = k - launch.begin;
+      args.masks[i] = a.masks[k].as<uint8_t>();
+      args.grads[i] = a.grads[k].data;
+      args.codes[i] = static_cast<uint8_t>(code_of(a.grads[k].dtype));
+    }
+    start(kPack.op, kernel<pack_kernel<T, std::decay_t<decltype(args)>>>, launch.count, launch.threads, stream, args);
+  });
 }
 
 }  // namespace
@@ -213,13 +201,7 @@ void pack_mask_(const PackMask& a) {
   const Place place = place_of(kPack.op, a.grads);
   const auto plan = find_plan(kPack, {true, true, a.grads, {}, nullptr}, place);
   const Launching launching(*plan);
-  if (all_are(DType::kFloat32, {&a.grads})) {
-    run<float>(a, *plan, place.stream);
-  } else if (all_are(DType::kBFloat16, {&a.grads})) {
-    run<BFloat16>(a, *plan, place.stream);
-  } else {
-    run<AnyFloat>(a, *plan, place.stream);
-  }
+  with_dtype({&a.grads}, [&](auto type) { run<typename decltype(type)::Element>(a, *plan, place.stream); });
 }
 
 // ---- amplify_
@@ -276,21 +258,19 @@ __global__ void __launch_bounds__(kShortThreads) amplify_kernel(FK_PARAM(Args) a
 
 template <class T>
 void run(const Amplify& a, const Plan& plan, Stream stream) {
-  for (const Launch& launch : plan.launches) {
-    with_size<AmplifyArguments>(launch.end - launch.begin, [&](auto bytes) {
-      AmplifyArguments<decltype(bytes)::value> args;
-      static_cast<AmplifyCall&>(args) = {launch.tiles, plan.long_rows};
-      for (int64_t k = launch.begin; k < launch.end; ++k) {
-        const int64_t i = k - launch.begin;
-        args.params[i] = a.params[k].data;
-        args.previous[i] = a.previous[k].data;
-        args.masks[i] = a.masks[k].as<uint8_t>();
-        args.kappa[i] = static_cast<float>(a.kappa[k]);
-        args.codes[i] = static_cast<uint8_t>(code_of(a.params[k].dtype) | code_of(a.previous[k].dtype) << 2);
-      }
-      start(kAmplify.op, kernel<amplify_kernel<T, decltype(args)>>, launch.count, launch.threads, stream, args);
-    });
-  }
+  for_each_launch<AmplifyArguments>(plan.launches, [&](const Launch& launch, auto& args) {
+    static_cast<AmplifyCall&>(args) = {launch.tiles, plan.long_rows};
+    for (int64_t k = launch.begin; k < launch.end; ++k) {
+      const int64_t i = k - launch.begin;
+      args.params[i] = a.params[k].data;
+      args.previous[i] = a.previous[k].data;
+      args.masks[i] = a.masks[k].as<uint8_t>();
+      args.kappa[i] = static_cast<float>(a.kappa[k]);
+      args.codes[i] = static_cast<uint8_t>(code_of(a.params[k].dtype) | code_of(a.previous[k].dtype) << 2);
+    }
+    start(kAmplify.op, kernel<amplify_kernel<T, std::decay_t<decltype(args)>>>, launch.count, launch.threads, stream,
+          args);
+  });
 }
 
 }  // namespace
@@ -300,13 +280,8 @@ void amplify_(const Amplify& a) {
   const Place place = place_of(kAmplify.op, a.params);
   const auto plan = find_plan(kAmplify, {true, true, a.params, {&a.previous}, nullptr}, place);
   const Launching launching(*plan);
-  if (all_are(DType::kFloat32, {&a.params, &a.previous})) {
-    run<float>(a, *plan, place.stream);
-  } else if (all_are(DType::kBFloat16, {&a.params, &a.previous})) {
-    run<BFloat16>(a, *plan, place.stream);
-  } else {
-    run<AnyFloat>(a, *plan, place.stream);
-  }
+  with_dtype({&a.params, &a.previous},
+             [&](auto type) { run<typename decltype(type)::Element>(a, *plan, place.stream); });
 }
 
 }  // namespace flatkern::cuda

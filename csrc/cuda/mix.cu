@@ -113,28 +113,18 @@ void fill(Args& args, const MixGradients& a, const Plan& plan, const Launch& lau
   }
 }
 
-// Calls start_kernel(launch, args) for each launch of a plan.
-template <class StartKernel>
-void for_each_launch(const MixGradients& a, const Plan& plan, const StartKernel& start_kernel) {
-  for (const Launch& launch : plan.launches) {
-    with_size<MixArguments>(launch.end - launch.begin, [&](auto bytes) {
-      MixArguments<decltype(bytes)::value> args;
-      fill(args, a, plan, launch);
-      start_kernel(launch, args);
-    });
-  }
-}
-
 template <class T>
 void run(const MixGradients& a, const Plan& plan, Stream stream) {
-  for_each_launch(a, plan, [&](const Launch& launch, const auto& args) {
+  for_each_launch<MixArguments>(plan.launches, [&](const Launch& launch, auto& args) {
+    fill(args, a, plan, launch);
     start(kFlatWalk.op, kernel<mix_kernel<T, std::decay_t<decltype(args)>>>, launch.count, launch.threads, stream,
           args);
   });
 }
 
 void run_rows(const MixGradients& a, const Plan& plan, Stream stream) {
-  for_each_launch(a, plan, [&](const Launch& launch, const auto& args) {
+  for_each_launch<MixArguments>(plan.launches, [&](const Launch& launch, auto& args) {
+    fill(args, a, plan, launch);
     using Args = std::decay_t<decltype(args)>;
     start(kRowWalk.op,
           launch.threads > kShortThreads ? kernel<mix_rows_kernel<kLongThreads, Args>>
@@ -152,15 +142,9 @@ void mix_gradients_(const MixGradients& a) {
       find_plan(a.history ? kRowWalk : kFlatWalk,
                 {a.history.present, a.history.present, a.grads, {&a.clean_grads, &a.history}, nullptr}, place);
   const Launching launching(*plan);
-  if (a.history) {
-    run_rows(a, *plan, place.stream);
-  } else if (all_are(DType::kFloat32, {&a.grads, &a.clean_grads})) {
-    run<float>(a, *plan, place.stream);
-  } else if (all_are(DType::kBFloat16, {&a.grads, &a.clean_grads})) {
-    run<BFloat16>(a, *plan, place.stream);
-  } else {
-    run<AnyFloat>(a, *plan, place.stream);
-  }
+  if (a.history) return run_rows(a, *plan, place.stream);
+  with_dtype({&a.grads, &a.clean_grads},
+             [&](auto type) { run<typename decltype(type)::Element>(a, *plan, place.stream); });
 }
 
 }  // namespace flatkern::cuda

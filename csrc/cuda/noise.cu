@@ -48,19 +48,16 @@ __global__ void __launch_bounds__(kShortThreads) fill_kernel(FK_PARAM(Args) a) {
 
 template <class T>
 void run(const FillNormal& a, const Plan& plan, Stream stream) {
-  for (const Launch& launch : plan.launches) {
-    with_size<FillArguments>(launch.end - launch.begin, [&](auto bytes) {
-      FillArguments<decltype(bytes)::value> args;
-      args.tiles = launch.tiles;
-      args.key = key_of(a.noise);
-      for (int64_t k = launch.begin; k < launch.end; ++k) {
-        args.outs[k - launch.begin] = a.outs[k].data;
-        args.index[k - launch.begin] = static_cast<uint32_t>(a.index[k]);
-        args.codes[k - launch.begin] = static_cast<uint8_t>(code_of(a.outs[k].dtype));
-      }
-      start(kFill.op, kernel<fill_kernel<T, decltype(args)>>, launch.count, launch.threads, stream, args);
-    });
-  }
+  for_each_launch<FillArguments>(plan.launches, [&](const Launch& launch, auto& args) {
+    args.tiles = launch.tiles;
+    args.key = key_of(a.noise);
+    for (int64_t k = launch.begin; k < launch.end; ++k) {
+      args.outs[k - launch.begin] = a.outs[k].data;
+      args.index[k - launch.begin] = static_cast<uint32_t>(a.index[k]);
+      args.codes[k - launch.begin] = static_cast<uint8_t>(code_of(a.outs[k].dtype));
+    }
+    start(kFill.op, kernel<fill_kernel<T, std::decay_t<decltype(args)>>>, launch.count, launch.threads, stream, args);
+  });
 }
 
 }  // namespace

@@ -56,23 +56,20 @@ __global__ void __launch_bounds__(kThreads) norms_kernel(FK_PARAM(Args) a) {
 
 template <class T>
 void run(const FilterNorms& a, const Plan& plan, Stream stream) {
-  for (const Launch& launch : plan.launches) {
-    with_size<NormsArguments>(launch.end - launch.begin, [&](auto bytes) {
-      NormsArguments<decltype(bytes)::value> args;
-      args.tiles = launch.tiles;
-      args.long_rows = plan.long_rows;
-      for (int64_t k = launch.begin; k < launch.end; ++k) {
-        const int64_t i = k - launch.begin;
-        args.params[i] = a.params[k].data;
-        args.norms[i] = a.norms[k].as<float>();
-        args.codes[i] = static_cast<uint8_t>(code_of(a.params[k].dtype));
-      }
-      start(kNorms.op,
-            launch.threads > kShortThreads ? kernel<norms_kernel<T, kLongThreads, decltype(args)>>
-                                           : kernel<norms_kernel<T, kShortThreads, decltype(args)>>,
-            launch.count, launch.threads, stream, args);
-    });
-  }
+  for_each_launch<NormsArguments>(plan.launches, [&](const Launch& launch, auto& args) {
+    args.tiles = launch.tiles;
+    args.long_rows = plan.long_rows;
+    for (int64_t k = launch.begin; k < launch.end; ++k) {
+      const int64_t i = k - launch.begin;
+      args.params[i] = a.params[k].data;
+      args.norms[i] = a.norms[k].as<float>();
+      args.codes[i] = static_cast<uint8_t>(code_of(a.params[k].dtype));
+    }
+    start(kNorms.op,
+          launch.threads > kShortThreads ? kernel<norms_kernel<T, kLongThreads, std::decay_t<decltype(args)>>>
+                                         : kernel<norms_kernel<T, kShortThreads, std::decay_t<decltype(args)>>>,
+          launch.count, launch.threads, stream, args);
+  });
 }
 
 }  // namespace
@@ -93,17 +90,18 @@ void filter_norms_(const FilterNorms& a) {
 
 namespace {
 
-// Calls run(launch, total) for each launch of a plan, with as many blocks as walk its tiles.
-template <class Run>
-void for_each_total(const Plan& plan, const Table& norm, const Run& run) {
+// Calls body(launch, blocks, args) for each launch of a plan, with as many blocks as walk its tiles.
+template <template <size_t> class Arguments, class Body>
+void for_each_total(const Plan& plan, const Table& norm, const Body& body) {
   const auto walkers = [](const Launch& launch) { return std::min(launch.count, kMostWalkers); };
   uint32_t first = 0, all = 0;
   for (const Launch& launch : plan.launches) all += walkers(launch);
-  for (const Launch& launch : plan.launches) {
-    run(launch, walkers(launch),
-        TotalNorm{launch.tiles, launch.count, plan.sums, plan.tickets, first, all, norm[0].as<float>()});
-    first += walkers(launch);
-  }
+  for_each_launch<Arguments>(plan.launches, [&](const Launch& launch, auto& args) {
+    const unsigned blocks = walkers(launch);
+    args.total = {launch.tiles, launch.count, plan.sums, plan.tickets, first, all, norm[0].as<float>()};
+    body(launch, blocks, args);
+    first += blocks;
+  });
 }
 
 // The squares of eight elements, in float64: those of large gradients are beyond float32.
@@ -164,21 +162,18 @@ __global__ void __launch_bounds__(kShortThreads) ascent_norm_kernel(FK_PARAM(Arg
 
 template <class G, class C>
 void run(const AscentNorm& a, const Plan& plan, Stream stream) {
-  for_each_total(plan, a.norm, [&](const Launch& launch, unsigned blocks, const TotalNorm& total) {
-    with_size<AscentArguments>(launch.end - launch.begin, [&](auto bytes) {
-      AscentArguments<decltype(bytes)::value> args;
-      args.total = total;
-      for (int64_t k = launch.begin; k < launch.end; ++k) {
-        const int64_t i = k - launch.begin;
-        const bool adaptive = a.eta[k] >= 0;
-        args.grads[i] = a.grads[k].data;
-        args.params[i] = adaptive ? a.params[k].data : nullptr;
-        args.eta[i] = static_cast<float>(a.eta[k]);
-        const DType param = adaptive ? a.params[k].dtype : a.grads[k].dtype;
-        args.codes[i] = static_cast<uint8_t>(code_of(a.grads[k].dtype) | code_of(param) << 2);
-      }
-      start(kAscent.op, kernel<ascent_norm_kernel<G, C, decltype(args)>>, blocks, launch.threads, stream, args);
-    });
+  for_each_total<AscentArguments>(plan, a.norm, [&](const Launch& launch, unsigned blocks, auto& args) {
+    for (int64_t k = launch.begin; k < launch.end; ++k) {
+      const int64_t i = k - launch.begin;
+      const bool adaptive = a.eta[k] >= 0;
+      args.grads[i] = a.grads[k].data;
+      args.params[i] = adaptive ? a.params[k].data : nullptr;
+      args.eta[i] = static_cast<float>(a.eta[k]);
+      const DType param = adaptive ? a.params[k].dtype : a.grads[k].dtype;
+      args.codes[i] = static_cast<uint8_t>(code_of(a.grads[k].dtype) | code_of(param) << 2);
+    }
+    start(kAscent.op, kernel<ascent_norm_kernel<G, C, std::decay_t<decltype(args)>>>, blocks, launch.threads, stream,
+          args);
   });
 }
 
@@ -246,23 +241,20 @@ __global__ void __launch_bounds__(kShortThreads) gradient_norm_kernel(FK_PARAM(A
 
 template <class T>
 void run(const GradientNorm& a, const Plan& plan, Stream stream) {
-  for_each_total(plan, a.norm, [&](const Launch& launch, unsigned blocks, const TotalNorm& total) {
-    with_size<GradientArguments>(launch.end - launch.begin, [&](auto bytes) {
-      GradientArguments<decltype(bytes)::value> args;
-      args.total = total;
-      args.grad_scale = scalar_of(a.grad_scale, 1.0f);
-      args.clip = {nullptr, 1.0f};
-      for (int64_t k = launch.begin; k < launch.end; ++k) {
-        const int64_t i = k - launch.begin;
-        args.grads[i] = a.grads[k].data;
-        args.clean_grads[i] = pointer<void>(&a.clean_grads, k);
-        args.grad_weight[i] = static_cast<float>(a.grad_weight[k]);
-        args.clean_weight[i] = static_cast<float>(a.clean_weight[k]);
-        const DType clean = a.clean_grads ? a.clean_grads[k].dtype : a.grads[k].dtype;
-        args.codes[i] = static_cast<uint8_t>(code_of(a.grads[k].dtype) | code_of(clean) << 2);
-      }
-      start(kGradient.op, kernel<gradient_norm_kernel<T, decltype(args)>>, blocks, launch.threads, stream, args);
-    });
+  for_each_total<GradientArguments>(plan, a.norm, [&](const Launch& launch, unsigned blocks, auto& args) {
+    args.grad_scale = scalar_of(a.grad_scale, 1.0f);
+    args.clip = {nullptr, 1.0f};
+    for (int64_t k = launch.begin; k < launch.end; ++k) {
+      const int64_t i = k - launch.begin;
+      args.grads[i] = a.grads[k].data;
+      args.clean_grads[i] = pointer<void>(&a.clean_grads, k);
+      args.grad_weight[i] = static_cast<float>(a.grad_weight[k]);
+      args.clean_weight[i] = static_cast<float>(a.clean_weight[k]);
+      const DType clean = a.clean_grads ? a.clean_grads[k].dtype : a.grads[k].dtype;
+      args.codes[i] = static_cast<uint8_t>(code_of(a.grads[k].dtype) | code_of(clean) << 2);
+    }
+    start(kGradient.op, kernel<gradient_norm_kernel<T, std::decay_t<decltype(args)>>>, blocks, launch.threads, stream,
+          args);
   });
 }
 
@@ -272,13 +264,8 @@ void gradient_norm_(const GradientNorm& a) {
   const Place place = place_of(kGradient.op, a.grads.size() > 0 ? a.grads : a.norm);
   const auto plan = find_plan(kGradient, {false, false, a.grads, {&a.clean_grads}, nullptr}, place);
   const Launching launching(*plan);
-  if (all_are(DType::kFloat32, {&a.grads, &a.clean_grads})) {
-    run<float>(a, *plan, place.stream);
-  } else if (all_are(DType::kBFloat16, {&a.grads, &a.clean_grads})) {
-    run<BFloat16>(a, *plan, place.stream);
-  } else {
-    run<AnyFloat>(a, *plan, place.stream);
-  }
+  with_dtype({&a.grads, &a.clean_grads},
+             [&](auto type) { run<typename decltype(type)::Element>(a, *plan, place.stream); });
 }
 
 }  // namespace flatkern::cuda

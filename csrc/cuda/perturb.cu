@@ -34,17 +34,14 @@ template <class P, class C, int kBlocks>
 void run(const char* op, const PerturbLists& lists, const Plan& plan, const std::vector<Launch>& launches,
          Stream stream, bool measures) {
   using Types = PerturbTypes<P, C>;
-  for (const Launch& launch : launches) {
-    with_size<PerturbArguments>(launch.end - launch.begin, [&](auto bytes) {
-      using Args = PerturbArguments<decltype(bytes)::value>;
-      Args a;
-      fill(a, lists, plan, launch, measures);
-      start(op,
-            launch.eights == kEights ? kernel<perturb_kernel<Types, kShortThreads, kBlocks, kEights, Args>>
-                                     : kernel<perturb_kernel<Types, kLongThreads, 1, kLongEights, Args>>,
-            launch.count, launch.threads, stream, a);
-    });
-  }
+  for_each_launch<PerturbArguments>(launches, [&](const Launch& launch, auto& args) {
+    using Args = std::decay_t<decltype(args)>;
+    fill(args, lists, plan, launch, measures);
+    start(op,
+          launch.eights == kEights ? kernel<perturb_kernel<Types, kShortThreads, kBlocks, kEights, Args>>
+                                   : kernel<perturb_kernel<Types, kLongThreads, 1, kLongEights, Args>>,
+          launch.count, launch.threads, stream, args);
+  });
 }
 
 }  // namespace
@@ -146,27 +143,24 @@ __global__ void __launch_bounds__(kShortThreads) ascent_kernel(FK_PARAM(Args) a)
 template <class P, class C>
 void run_ascent(const PerturbAscent& a, const Plan& plan, Stream stream) {
   const Table& clean = a.masters ? a.masters : a.params;
-  for (const Launch& launch : plan.launches) {
-    with_size<AscentArguments>(launch.end - launch.begin, [&](auto bytes) {
-      AscentArguments<decltype(bytes)::value> args;
-      args.tiles = launch.tiles;
-      args.norm = a.norm[0].as<float>();
-      for (int64_t k = launch.begin; k < launch.end; ++k) {
-        const int64_t i = k - launch.begin;
-        args.params[i] = a.params[k].data;
-        args.backups[i] = pointer<void>(&a.backups, k);
-        args.clean[i] = clean[k].data;
-        args.grads[i] = a.grads[k].data;
-        args.rho[i] = static_cast<float>(a.rho[k]);
-        args.eta[i] = a.eta[k] >= 0 ? static_cast<float>(a.eta[k]) : -1.0f;
-        const DType backup = a.backups ? a.backups[k].dtype : a.params[k].dtype;
-        args.codes[i] = static_cast<uint8_t>(code_of(a.params[k].dtype) | code_of(backup) << 2 |
-                                             code_of(clean[k].dtype) << 4 | code_of(a.grads[k].dtype) << 6);
-      }
-      start(kAscent.op, kernel<ascent_kernel<PerturbTypes<P, C>, decltype(args)>>, launch.count, launch.threads, stream,
-            args);
-    });
-  }
+  for_each_launch<AscentArguments>(plan.launches, [&](const Launch& launch, auto& args) {
+    args.tiles = launch.tiles;
+    args.norm = a.norm[0].as<float>();
+    for (int64_t k = launch.begin; k < launch.end; ++k) {
+      const int64_t i = k - launch.begin;
+      args.params[i] = a.params[k].data;
+      args.backups[i] = pointer<void>(&a.backups, k);
+      args.clean[i] = clean[k].data;
+      args.grads[i] = a.grads[k].data;
+      args.rho[i] = static_cast<float>(a.rho[k]);
+      args.eta[i] = a.eta[k] >= 0 ? static_cast<float>(a.eta[k]) : -1.0f;
+      const DType backup = a.backups ? a.backups[k].dtype : a.params[k].dtype;
+      args.codes[i] = static_cast<uint8_t>(code_of(a.params[k].dtype) | code_of(backup) << 2 |
+                                           code_of(clean[k].dtype) << 4 | code_of(a.grads[k].dtype) << 6);
+    }
+    start(kAscent.op, kernel<ascent_kernel<PerturbTypes<P, C>, std::decay_t<decltype(args)>>>, launch.count,
+          launch.threads, stream, args);
+  });
 }
 
 }  // namespace
@@ -228,19 +222,17 @@ __global__ void __launch_bounds__(kShortThreads) restore_kernel(FK_PARAM(Args) a
 
 template <class T>
 void run_restore(const Restore& a, const Plan& plan, Stream stream) {
-  for (const Launch& launch : plan.launches) {
-    with_size<RestoreArguments>(launch.end - launch.begin, [&](auto bytes) {
-      RestoreArguments<decltype(bytes)::value> args;
-      args.tiles = launch.tiles;
-      for (int64_t k = launch.begin; k < launch.end; ++k) {
-        const int64_t i = k - launch.begin;
-        args.params[i] = a.params[k].data;
-        args.backups[i] = a.backups[k].data;
-        args.codes[i] = static_cast<uint8_t>(code_of(a.params[k].dtype) | code_of(a.backups[k].dtype) << 2);
-      }
-      start(kRestore.op, kernel<restore_kernel<T, decltype(args)>>, launch.count, launch.threads, stream, args);
-    });
-  }
+  for_each_launch<RestoreArguments>(plan.launches, [&](const Launch& launch, auto& args) {
+    args.tiles = launch.tiles;
+    for (int64_t k = launch.begin; k < launch.end; ++k) {
+      const int64_t i = k - launch.begin;
+      args.params[i] = a.params[k].data;
+      args.backups[i] = a.backups[k].data;
+      args.codes[i] = static_cast<uint8_t>(code_of(a.params[k].dtype) | code_of(a.backups[k].dtype) << 2);
+    }
+    start(kRestore.op, kernel<restore_kernel<T, std::decay_t<decltype(args)>>>, launch.count, launch.threads, stream,
+          args);
+  });
 }
 
 }  // namespace

@@ -62,20 +62,17 @@ class UpdateLauncher {
   template <class Types>
   void launch_all() const {
     using Device = typename Rule::template Device<Types>;
-    for (const Launch& launch : plan_.launches) {
-      with_size<Arguments>(launch.end - launch.begin, [&](auto bytes) {
-        using Args = Arguments<decltype(bytes)::value>;
-        Args args;
-        fill(args, launch);
-        constexpr int kBlocks = Rule::template blocks<Types>();
-        constexpr int kEights = Types::kKind == Kind::kPlain ? kFlatEights : Rule::kRowEights;
-        auto* chosen = &kernel<update_kernel<Device, Types, kShortThreads, kBlocks, kEights, Args>>;
-        // Where nothing is summed by rows none is longer than a segment.
-        if constexpr (Types::kHasRows && (!Types::kGeneral || std::is_same_v<typename Types::Param, AnyFloat>))
-          if (is_long(launch)) chosen = &kernel<update_kernel<Device, Types, kLongThreads, 1, kLongEights, Args>>;
-        start(op_, *chosen, launch.count, launch.threads, stream_, args);
-      });
-    }
+    for_each_launch<Arguments>(plan_.launches, [&](const Launch& launch, auto& args) {
+      using Args = std::decay_t<decltype(args)>;
+      fill(args, launch);
+      constexpr int kBlocks = Rule::template blocks<Types>();
+      constexpr int kEights = Types::kKind == Kind::kPlain ? kFlatEights : Rule::kRowEights;
+      auto* chosen = &kernel<update_kernel<Device, Types, kShortThreads, kBlocks, kEights, Args>>;
+      // Where nothing is summed by rows none is longer than a segment.
+      if constexpr (Types::kHasRows && (!Types::kGeneral || std::is_same_v<typename Types::Param, AnyFloat>))
+        if (is_long(launch)) chosen = &kernel<update_kernel<Device, Types, kLongThreads, 1, kLongEights, Args>>;
+      start(op_, *chosen, launch.count, launch.threads, stream_, args);
+    });
   }
 
   static bool is_long(const Launch& launch) {
