@@ -23,6 +23,8 @@ BUDGET ?= $(if $(filter-out 0,$(DRY)),600,280)
 STAGES ?=
 OUT ?=
 DRY ?=
+# `make gpu`, after a repair: an expression for pytest's -k, for some tests only.
+TESTS ?=
 # `make gpu-report`: a folder that `make gpu` wrote.
 FROM ?=
 # Further arguments of pytest, of the demo, of the benchmarks.
@@ -141,7 +143,7 @@ bench: build ## microbenchmarks against PyTorch; results go to bench/results
 
 # To compile is the first stage of `gpu`, so that it counts. `exec`, so that make's SIGTERM reaches it.
 gpu: $(if $(NO_VENV),,$(VENV)/.editable) ## all checks and races that need a GPU, in BUDGET seconds (DRY=1: without one)
-	@exec $(RUN) bench/gpu/run.py --budget $(call quoted,$(BUDGET)) --stages $(call quoted,$(STAGES)) $(if $(OUT),--out $(call quoted,$(OUT))) $(if $(filter-out 0,$(DRY)),--dry-run)
+	@export FLATKERN_GPU_TESTS=$(call quoted,$(TESTS)); exec $(RUN) bench/gpu/run.py --budget $(call quoted,$(BUDGET)) --stages $(call quoted,$(STAGES)) $(if $(OUT),--out $(call quoted,$(OUT))) $(if $(filter-out 0,$(DRY)),--dry-run)
 
 gpu-report: $(if $(NO_VENV),,$(VENV)/.editable) ## a report of what `make gpu` wrote: make gpu-report FROM=build/gpu
 	@$(if $(FROM),,echo "error: FROM: name a folder that make gpu wrote: make gpu-report FROM=build/gpu" >&2; exit 1)

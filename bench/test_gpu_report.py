@@ -84,7 +84,7 @@ def test_a_rival_that_is_faster_is_shown_as_one(tmp_path):
 
 
 def test_a_second_run_completes_the_first(tmp_path):
-    """Of each stage the newest findings count; a stage that did not get to run leaves those of before."""
+    """Of each stage and race the newest findings count; a stage that did not get to run leaves those of before."""
     results = tmp_path / "results"
     report.take_in(folder(tmp_path / "a", *KEYS, *TESTS), results)
     again = [race(150.0), race(100.0, "torch fused"), ended("keys")]
@@ -94,10 +94,28 @@ def test_a_second_run_completes_the_first(tmp_path):
     assert sorted(p.name for p in (written / "raw").iterdir()) == ["2026-12-01", "2026-12-01-2"]
     found = json.loads((written / "results.json").read_text())
     goal = {g["what"]: g["shown"] for g in found["goals"]}
-    assert goal["m-RWP / SAM / ASAM on GPT-2, float32, in steps of torch's fused SGD"] == ["1.50x", None, None]
+    assert goal["m-RWP / SAM / ASAM on GPT-2, float32, in steps of torch's fused SGD"] == ["1.50x", "2.36x", None]
     assert goal["m-RWP faster than the papers' loop, ResNet-50"] == ["22.22x"]
     assert goal["m-RWP faster than `_foreach` around torch's fused step, worst list"] == ["1.50x"]
     assert found["correctness"]["tests"]["status"] == "passed"
+
+
+def test_a_repair_reruns_some_tests_and_races(tmp_path):
+    """The others count as they were: what failed before and was not run again has not passed."""
+    before = [{**TESTS[0], "name": name, "outcome": "failed"} for name in ("test_b", "test_c")]
+    races = [race(200.0, race=0), race(110.0, "torch fused", race=0), race(260.0, method="sam", race=1)]
+    earlier = folder(tmp_path / "a", *races, ended("keys"), *TESTS[:1], *before, ended("tests", "FAILED"))
+    report.take_in(earlier, tmp_path / "results")
+
+    def repaired(name, *names):
+        tests = [{**TESTS[0], "name": name} for name in names]
+        given = folder(tmp_path / name, race(150.0, race=0), ended("keys"), *tests, ended("tests", sentence=name))
+        return json.loads((report.take_in(given, tmp_path / "results") / "results.json").read_text())
+
+    found = repaired("one", "test_b")
+    assert found["correctness"]["tests"]["status"] == "FAILED"
+    assert [(f["method"], f["us"]) for f in found["findings"] if f["kind"] == "race"] == [("m-rwp", 150), ("sam", 260)]
+    assert repaired("both", "test_b", "test_c")["correctness"]["tests"] == {"status": "passed", "sentence": "both"}
 
 
 def test_the_right_rival_of_masters():

@@ -24,8 +24,9 @@ EVEN_SHAPES = [(64, 64, 3, 3), (256, 16), (64,), (8, 8192), (0,), (4, 0), (2, 65
 # More than the arguments of a launch have room for, with few elements.
 MANY_SHAPES = [(3, 16), (33,)] * 1000
 EVEN, ANY = "multiples of 16 bytes", "any"
-ROWS, MIXED, MANY = "every row", "every row, mixed", "many"
-SHAPES = {EVEN: EVEN_SHAPES, ANY: ANY_SHAPES, ROWS: EVERY_WAY["cuda"], MIXED: EVERY_WAY["cuda"], MANY: MANY_SHAPES}
+ROWS, MIXED, MANY, MANY_MIXED = "every row", "every row, mixed", "many", "many, mixed"
+SHAPES = {EVEN: EVEN_SHAPES, ANY: ANY_SHAPES} | dict.fromkeys((ROWS, MIXED), EVERY_WAY["cuda"])
+SHAPES |= dict.fromkeys((MANY, MANY_MIXED), MANY_SHAPES)
 # Words of which a call has one at most; the others are there or not.
 EITHER = [("found_inf", "skip"), ("second", "third"), ("zero", "infinite")]
 # What a test captures; noise, gradients and device scalars are read where they lie.
@@ -54,7 +55,7 @@ class Case(NamedTuple):
     def make(self, device, times=1, shapes=None):
         """Its arguments; `shapes` instead of its own, or those `times` over."""
         dtypes = cases.FLOATS[:1]
-        if self.kind in (ANY, MIXED):
+        if self.kind in (ANY, MIXED, MANY_MIXED):
             dtypes = cases.FLOATS[self.turn :] + cases.FLOATS[: self.turn]
         return getattr(cases, self.op.name)((shapes or SHAPES[self.kind]) * times, dtypes, device, self.words)
 
@@ -118,7 +119,7 @@ def cases_of(op):
 CASES = [case for op in TRITON for case in cases_of(op)]
 # Of the CUDA kernels alone.
 CUDA_CASES = [Case(op, words, kind, 0) for op in CUDA for words in variants(op, "cuda") for kind in (ROWS, MIXED)]
-CUDA_CASES += [Case(op, max(cases.VARIANTS[op.name], key=len), MANY, 0) for op in CUDA]
+CUDA_CASES += [Case(op, max(cases.VARIANTS[op.name], key=len), kind, 0) for op in CUDA for kind in (MANY, MANY_MIXED)]
 
 
 def cases_by(backend):

@@ -36,8 +36,9 @@ def test_rows_of_every_short_length(op, dtype):
     assert_like_eager(op, "cuda", (shapes, dtype, richest(op)))
 
 
-# Bytes of a kernel's arguments that a tensor takes, at most: those of up to 4 KB and of up to 32,764 bytes are two
-# kernels, and what does not fit these is for further launches.
+# Bytes of a kernel's arguments that a tensor takes, at most: those of up to 4 KB and of up to 25 KB are two kernels,
+# and what does not fit these is for further launches.
+SMALL, LARGE = 4096, 25 * 1024
 BYTES = {
     "fill_normal_": 9, "filter_norms_": 17, "ascent_norm_": 21, "gradient_norm_": 25, "perturb_gaussian_": 50,
     "perturb_ascent_": 41, "restore_": 17, "mix_gradients_": 37, "count_magnitudes_": 9, "pack_mask_": 17,
@@ -56,7 +57,7 @@ def parts(values, length):
         yield {name: x[k : k + length] if isinstance(x, list) else x for name, x in values.items()}
 
 
-@pytest.mark.parametrize("room, launches", [(4096, 1), (32764, 2), (65528, 3)])
+@pytest.mark.parametrize("room, launches", [(SMALL, 1), (LARGE, 2), (2 * LARGE, 3)])
 @pytest.mark.parametrize("op", [op for op in CUDA if op not in TOTALS], ids=name_of)
 def test_many_tensors(op, emulated, room, launches):
     """Are what they are in calls of a few: each has its own scalars."""
@@ -71,7 +72,7 @@ def test_many_tensors(op, emulated, room, launches):
     assert_same_bits(op, got, want)
 
 
-@pytest.mark.parametrize("room, launches", [(4096, 1), (32764, 2), (65528, 3)])
+@pytest.mark.parametrize("room, launches", [(SMALL, 1), (LARGE, 2), (2 * LARGE, 3)])
 @pytest.mark.parametrize("op", TOTALS, ids=name_of)
 def test_a_total_of_many_tensors(op, emulated, room, launches):
     """It goes on through all launches."""

@@ -151,3 +151,13 @@ def test_compiled(which, architecture):
 def test_normals_are_made_without_a_call(architecture):
     for which in ("fill float", "fill AnyFloat"):
         assert not [code for code in kernels(architecture)[which] if code.count(r"CALL\S*")]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_argument_lies_beyond_32_kilobytes(architecture):
+    """Of the constant bank: ptxas 13.0 makes a negative offset of a longer one, and a GPU reads elsewhere. Small
+    ones are those of an index that is counted from 1."""
+    offset = re.compile(r"c\[0x0\]\[(?:U?R\w+\+)?(-?0x[0-9a-f]+)\]")
+    for name, code in kernels_of(architecture).items():
+        found = [int(text, 16) for text in offset.findall(code.listing)]
+        assert found and min(found) > -0x1000 and max(found) < 0x8000, name

@@ -3,8 +3,8 @@
     make gpu-report FROM=build/gpu                    take a run in: raw files, results.json, report.md, README
     python bench/gpu/report.py --check README.md      fail if the README's table is not what the results say
 
-Raw files stay as they came, in raw/<date>/. Everything else is a function of them: of each stage the newest run counts,
-so that a second run, of other stages or after a repair, completes the first.
+Raw files stay as they came, in raw/<date>/. Everything else is a function of them: of each stage, test and race the
+newest run counts, so that a second run, of other ones or after a repair, completes the first.
 """
 
 from __future__ import annotations
@@ -103,16 +103,28 @@ def stored(results: Path) -> list[Run]:
 
 
 def newest(runs: list[Run]) -> list[dict]:
-    """Of each stage the findings of the newest run that has any, marked with that run's folder."""
+    """Of each stage the findings of the newest run that has any, marked with that run's folder; tests and races that
+    this run did not get to, or that were not asked for, are those of before."""
     chosen: dict[str, list[dict]] = {}
     for run in runs:
         by_stage: dict[str, list[dict]] = {}
         for found in run.findings:
             by_stage.setdefault(found.get("stage", ""), []).append({**found, "run": run.folder.name})
-        # A stage that was not reached leaves what an earlier run found.
-        ran = {name for name, found in by_stage.items() if any(f["kind"] != "stage" for f in found)}
-        chosen |= {name: found for name, found in by_stage.items() if name in ran or name not in chosen}
+        for name, found in by_stage.items():
+            earlier = chosen.get(name, [])
+            if name not in chosen or any(f["kind"] != "stage" for f in found):
+                again = {subject(f) for f in found}
+                chosen[name] = found + [f for f in earlier if subject(f) and subject(f) not in again]
     return [found for each in chosen.values() for found in each]
+
+
+def subject(found: dict) -> tuple | None:
+    """What a finding of a stage of many parts is about; None of others."""
+    if found["kind"] == "test":
+        return "test", found["name"]
+    if found["kind"] == "race":
+        return "race", found.get("race"), found["model"], found["method"], found["base"], found["masters"]
+    return None
 
 
 def evaluate(gpu: str, findings: list[dict]) -> list[dict]:

@@ -349,6 +349,9 @@ def on_cpu(values: dict[str, Any]) -> dict[str, Any]:
     def moved(value: Any) -> Any:
         if isinstance(value, list):
             return [moved(v) for v in value]
-        return value.cpu() if isinstance(value, torch.Tensor) else value
+        if not isinstance(value, torch.Tensor):
+            return value
+        # Strides are compared, too, and cpu() makes a tensor with gaps dense.
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).copy_(value)
 
     return {name: moved(value) for name, value in values.items()}

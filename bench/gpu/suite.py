@@ -19,6 +19,7 @@ from bench.gpu import stage
 from bench.gpu.stage import DRY, cores, emit, say
 
 PIPE = "FLATKERN_GPU_REPORTS"  # environment variable: the file descriptor that takes what the plugin tells
+SELECTION = "FLATKERN_GPU_TESTS"  # environment variable: an expression for pytest's -k
 EXCUSED = "but cuda is not live: "  # in the reason of a test that test_gpu.py skips, where it may
 RANKS = ("passed", "skipped", "failed", "error")  # a test is what the worst of its phases is
 NAMED = 8  # tests in the sentence
@@ -126,12 +127,18 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, end)
     tests = Tests()
     try:
-        return run(arguments or ["tests/test_gpu.py"], tests)
+        return run(arguments or ["tests/test_gpu.py", *selected()], tests)
     except Ended:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         tests.stop()
         say(tests.sentence())
         return 1
+
+
+def selected() -> list[str]:
+    """Some tests only, after a repair: those that pytest's -k selects."""
+    words = os.environ.get(SELECTION, "")
+    return ["-k", words] if words else []
 
 
 def run(paths: list[str], tests: Tests) -> int:
@@ -151,7 +158,7 @@ def run(paths: list[str], tests: Tests) -> int:
     status = child.wait()
     forward.join(timeout=1)
     tests.close_all("pytest ended while it ran")
-    text = tests.sentence()
+    text = tests.sentence() + (f" (of those that -k {paths[-1]!r} selects)" if paths[-2:-1] == ["-k"] else "")
     if tests.excused:
         emit("test", name="tests of the CUDA kernels", outcome="left out", seconds=0.0, detail=tests.excuse)
     if not tests.outcomes or status not in (0, 1):

@@ -32,26 +32,18 @@ struct Adam {
     __syncthreads();
   }
 
-  // The state of eight elements.
-  struct Quads {
-    cuda::Quads<State> moment, square;
-
-    template <class Args>
-    FK_DEVICE_MEMBER Quads(const Args& a, uint32_t k, int64_t first)
-        : moment(a.own[k].exp_avg, first), square(a.own[k].exp_avg_sq, first) {}
-  };
-
+  // The rule for four neighbours from `first` on.
   template <class Args>
-  FK_DEVICE_MEMBER void apply(const Args& a, uint32_t k, Quads& state, int h, float (&w)[4],
-                              const float (&g)[4]) const {
+  FK_DEVICE_MEMBER void apply(const Args& a, uint32_t k, int64_t first, float (&w)[4], const float (&g)[4]) const {
     const math::AdamScalars scalars = scalars_of(a, k);
+    Quad<State> moments(a.own[k].exp_avg, first), squares(a.own[k].exp_avg_sq, first);
     float m[4], v[4];
-    state.moment.get(h, m);
-    state.square.get(h, v);
+    moments.get(m);
+    squares.get(v);
 #pragma unroll
     for (int j = 0; j < 4; ++j) w[j] = math::adam_moments(w[j], g[j], m[j], v[j], scalars);
-    state.moment.put(h, m);
-    state.square.put(h, v);
+    moments.put(m);
+    squares.put(v);
     // What is rare is computed for all four again, apart, so that its registers are not needed where it is not.
     float next[4];
     bool rare = shared.inverse == 0.0f;

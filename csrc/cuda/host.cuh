@@ -10,8 +10,11 @@
 
 namespace flatkern::cuda {
 
-// The two sizes of a launch's arguments: up to 4 KB every driver takes, and they are copied faster.
-constexpr size_t kSmall = 4096, kLarge = 32764;
+// The two sizes of a launch's arguments: up to 4 KB every driver takes, and they are copied faster. CUDA takes 32,764
+// bytes, but in the bank of constants they begin at 0x1a80 (sm_80; 0x210 and 0x380 later), and of what lies 32 KB from
+// the bank's begin ptxas 13.0 computes a negative offset: an H200 read the dtypes of Adam's tensors elsewhere.
+constexpr size_t kSmall = 4096, kLarge = 25 * 1024;
+static_assert(kLarge + 0x1a80 <= 0x8000);
 
 #ifdef FK_EMULATION
 constexpr DeviceType kDevice = DeviceType::kCpu;

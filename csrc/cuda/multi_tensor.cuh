@@ -6,6 +6,8 @@
 
 namespace flatkern::cuda {
 
+constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
+
 // A dtype that only the call knows: one of DTypeCode for each tensor.
 struct AnyFloat {};
 enum DTypeCode : uint32_t { kIsFloat32, kIsHalf, kIsBFloat16 };
@@ -219,23 +221,22 @@ class Elements<AnyFloat> {
   int64_t start_;
 };
 
-// Eight whole elements of one tensor, four at a time, so that fewer registers are in use at once. Of 16-bit types all
-// eight are moved together, as four would be half a vector. Where to store is found out anew: with the addresses of all
-// lists in registers the arithmetic would have too few.
+// Four neighbours of one tensor. Where to store is found out anew: with the addresses of all lists in registers the
+// arithmetic would have too few.
 template <class T>
-class Quads {
+class Quad {
  public:
-  FK_DEVICE_MEMBER Quads(const void* data, int64_t first) : data_(data), first_(first) {}
+  FK_DEVICE_MEMBER Quad(const void* data, int64_t first) : data_(data), first_(first) {}
 
-  FK_DEVICE_MEMBER void get(int h, float (&x)[4]) const {
-    const uint2 v = load_once(reinterpret_cast<const uint2*>(static_cast<const T*>(data_) + first_) + h);
+  FK_DEVICE_MEMBER void get(float (&x)[4]) const {
+    const uint2 v = load_once(reinterpret_cast<const uint2*>(static_cast<const T*>(data_) + first_));
     const float2 low = T::unpack(v.x), high = T::unpack(v.y);
     x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
   }
   template <Use use = Use::kOnce>
-  FK_DEVICE_MEMBER void put(int h, const float (&x)[4]) {
+  FK_DEVICE_MEMBER void put(const float (&x)[4]) {
     const uint2 v = make_uint2(T::pack(x[0], x[1]), T::pack(x[2], x[3]));
-    uint2* at = reinterpret_cast<uint2*>(static_cast<T*>(const_cast<void*>(data_)) + forget(first_)) + h;
+    uint2* at = reinterpret_cast<uint2*>(static_cast<T*>(const_cast<void*>(data_)) + forget(first_));
     if (use == Use::kOnce) {
       store_once(at, v);
     } else {
@@ -258,22 +259,22 @@ class Quads {
 };
 
 template <>
-class Quads<float> {
+class Quad<float> {
  public:
-  FK_DEVICE_MEMBER Quads(const void* data, int64_t first) : data_(data), first_(first) {}
+  FK_DEVICE_MEMBER Quad(const void* data, int64_t first) : data_(data), first_(first) {}
 
-  FK_DEVICE_MEMBER void get(int h, float (&x)[4]) const {
-    const float4 v = load_once(reinterpret_cast<const float4*>(static_cast<const float*>(data_) + first_) + h);
+  FK_DEVICE_MEMBER void get(float (&x)[4]) const {
+    const float4 v = load_once(reinterpret_cast<const float4*>(static_cast<const float*>(data_) + first_));
     x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
   }
   template <Use use = Use::kOnce>
-  FK_DEVICE_MEMBER void put(int h, const float (&x)[4]) {
+  FK_DEVICE_MEMBER void put(const float (&x)[4]) {
     const float4 v = make_float4(x[0], x[1], x[2], x[3]);
-    float* at = static_cast<float*>(const_cast<void*>(data_)) + forget(first_);
+    float4* at = reinterpret_cast<float4*>(static_cast<float*>(const_cast<void*>(data_)) + forget(first_));
     if (use == Use::kOnce) {
-      store_once(reinterpret_cast<float4*>(at) + h, v);
+      store_once(at, v);
     } else {
-      reinterpret_cast<float4*>(at)[h] = v;
+      *at = v;
     }
   }
   FK_DEVICE_MEMBER static void round(float (&)[4]) {}
@@ -297,6 +298,9 @@ struct Team {
     length = number + 1 < t.teams ? t.length : number + 1 == t.teams ? t.last : -1;
     start = t.start + static_cast<int64_t>(number) * t.length;
   }
+
+  // Where its row or segment begins in the tile, which has at most a block's eights.
+  FK_DEVICE_MEMBER static int place_in(const Tile& t) { return static_cast<int>(number_in(t)) * t.length; }
 
   // Which of the tile's teams it is: threadIdx.x / t.threads, exact up to 1024.
   FK_DEVICE_MEMBER static uint32_t number_in(const Tile& t) { return threadIdx.x * t.reciprocal >> 20; }
@@ -339,6 +343,30 @@ FK_DEVICE void for_each_eight_in_turn(const Team<kWhole>& team, const Body& body
     s.count = kWhole || rest < kEight ? rest : kEight;
   }
 }
+
+// How a warp moves the whole eights of its lanes four elements at a time, which needs fewer registers than eight: in
+// two turns, in each of which two lanes share an eight, and all of them the sixteen eights of half the lanes. So an
+// access of a warp has no gaps. (If each lane moved a half of its own eight and then the other, every access would
+// touch twice the sectors of memory that it fills; on an H200 that cost twice the traffic.)
+struct SharedEights {
+  static constexpr int kTurns = 2;
+
+  FK_DEVICE_MEMBER static int lane() { return static_cast<int>(threadIdx.x % kWarp); }
+  // The lane whose eight this lane has a part in.
+  FK_DEVICE_MEMBER static int owner(int turn) { return kWarp / kTurns * turn + lane() / 2; }
+  FK_DEVICE_MEMBER static bool is_second() { return lane() % 2 != 0; }
+
+  // What the owner has, in both lanes that share its eight.
+  template <class T>
+  FK_DEVICE_MEMBER static T shared(int turn, T of_owner) {
+    return __shfl_sync(kAllLanes, of_owner, owner(turn));
+  }
+  // For owners, what the second of the lanes that share their eight has found; for others what they have.
+  FK_DEVICE_MEMBER static float given(int turn, float found, float otherwise) {
+    const float given = __shfl_sync(kAllLanes, found, 2 * (lane() % (kWarp / kTurns)) + 1);
+    return lane() / (kWarp / kTurns) == turn ? given : otherwise;
+  }
+};
 
 // A 0-dim float32 of the device, or its value where the host knows it.
 struct Scalar {

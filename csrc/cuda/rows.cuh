@@ -12,15 +12,15 @@
 
 namespace flatkern::cuda {
 
-constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
-
 // The squares of eight neighbours, taken in their order.
 struct Squares {
   float even = 0.0f, odd = 0.0f;
 
   FK_DEVICE_MEMBER void take(int j, float x) {
-    float& chain = j % 2 == 0 ? even : odd;
-    chain = math::fma(x, x, chain);
+    const bool is_even = j % 2 == 0;
+    const float sum = math::fma(x, x, is_even ? even : odd);  // a reference to one of them would put both into memory
+    even = is_even ? sum : even;
+    odd = is_even ? odd : sum;
   }
   template <int kCount>
   FK_DEVICE_MEMBER void take(const float (&x)[kCount]) {
@@ -34,6 +34,15 @@ FK_DEVICE float sum_squares(const float (&x)[8]) {
   Squares squares;
   squares.take(x);
   return squares.sum();
+}
+
+// The sum for an eight of which two lanes have four neighbours each; in the second one.
+FK_DEVICE float sum_squares_of_both(const float (&x)[4]) {
+  Squares first;
+  first.take(x);
+  Squares both = {__shfl_xor_sync(kAllLanes, first.even, 1), __shfl_xor_sync(kAllLanes, first.odd, 1)};
+  both.take(x);
+  return both.sum();
 }
 
 // Sums over the lanes of a warp, or those that a team has of it, a power of two; in every lane.

@@ -22,27 +22,18 @@ struct Sgd {
   template <class Args>
   FK_DEVICE_MEMBER Sgd(const Args& a, uint32_t, Shared&) : skip(a.found_inf.get() != 0.0f) {}
 
-  // The state of eight elements.
-  struct Quads {
-    cuda::Quads<State> buffer;
-    bool has_buffer;
-
-    template <class Args>
-    FK_DEVICE_MEMBER Quads(const Args& a, uint32_t k, int64_t first)
-        : buffer(a.own[k].momentum_buffer, first), has_buffer(a.own[k].momentum_buffer != nullptr) {}
-  };
-
+  // The rule for four neighbours from `first` on.
   template <class Args>
-  FK_DEVICE_MEMBER void apply(const Args& a, uint32_t k, Quads& state, int h, float (&w)[4],
-                              const float (&g)[4]) const {
+  FK_DEVICE_MEMBER void apply(const Args& a, uint32_t k, int64_t first, float (&w)[4], const float (&g)[4]) const {
     const math::SgdScalars scalars = scalars_of(a, k);
-    if (!state.has_buffer) {
+    if (a.own[k].momentum_buffer == nullptr) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) w[j] = math::sgd(w[j], g[j], scalars);
       return;
     }
+    Quad<State> buffer(a.own[k].momentum_buffer, first);
     float v[4];
-    state.buffer.get(h, v);
+    buffer.get(v);
     if (scalars.nesterov) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) w[j] = math::sgd(w[j], g[j], v[j], with_nesterov(scalars, true));
@@ -50,7 +41,7 @@ struct Sgd {
 #pragma unroll
       for (int j = 0; j < 4; ++j) w[j] = math::sgd(w[j], g[j], v[j], with_nesterov(scalars, false));
     }
-    state.buffer.put(h, v);
+    buffer.put(v);
   }
 
   template <class Args>

@@ -1,5 +1,5 @@
 // The pass that every rule shares, for one tile: restore, form the gradient, apply the rule, update the history, store,
-// and perturb again. A rule is a struct: its arguments of a tensor, and `apply` for eight elements (sgd.cu, adam.cu).
+// and perturb again. A rule is a struct: its arguments of a tensor, and `apply` for four elements (sgd.cuh, adam.cuh).
 #pragma once
 
 #include <type_traits>
@@ -120,57 +120,60 @@ struct Step : Rows<Types, kWhole, Args> {
     stores_param = Types::perturbs(a) ? !a.has_copy && !skip : a.has_copy || !skip;
   }
 
-  // Eight whole elements: their new weights. `squares` are those of what is stored, `gradient` those that a history
-  // takes.
+  // Eight whole elements, or none: their new weights. `squares` are those of what is stored, `gradient` those that a
+  // history takes. To be called by every thread of a warp.
   FK_DEVICE_MEMBER void whole(const Span<true>& s, float& squares, float& gradient) const {
-    const int64_t first = team.start + s.place;
-    Quads<C> clean(a.clean[k], first);
-    Quads<P> param(a.params[k], first);
-    const Quads<G> grad(a.grads[k], first), clean_grad(a.clean_grads[k], first);
-    typename Rule::Quads state(a, k, first);
-    const uint32_t bits = has_mask() ? mask_bits(a.masks[k], a.long_rows, t, team, s) : 0;
-    Squares of_weights, of_gradient;
+    const int mine = s.count > 0 ? team.place_in(t) + s.place : -1;
+    const uint32_t my_bits = has_mask() && s.count > 0 ? mask_bits(a.masks[k], a.long_rows, t, team, s) : 0;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+    for (int turn = 0; turn < SharedEights::kTurns; ++turn) {
       in_order();
-      float w[4];
-      clean.get(h, w);
-      if (!skip) {
-        float g[4];
-        grad.get(h, g);
-        if (has_history()) {
-          const float scale = a.grad_scale.get();
-#pragma unroll
-          for (int j = 0; j < 4; ++j) of_gradient.take(j, g[j] * scale);
-        }
-        if (final.mixes) {
-          float other[4];
-          clean_grad.get(h, other);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) g[j] = math::mixed(g[j], other[j], final.factor, final.clean_weight, final.clip);
-        } else if (final.scales) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) g[j] = math::mixed(g[j], final.factor, final.clip);
-        }
-        take_step(state, h, bits >> 4 * h, w, g);
-        Quads<C>::round(w);
-        if (a.keeps_copy) clean.put(h, w);
-      }
-      if (stores_param) param.template put<Use::kAgain>(h, w);
-      of_weights.take(w);
+      const int eight = SharedEights::shared(turn, mine);
+      const bool second = SharedEights::is_second();
+      const uint32_t bits = has_mask() ? SharedEights::shared(turn, my_bits) >> (second ? 4 : 0) : 0;
+      float w[4] = {}, scaled[4] = {};
+      if (eight >= 0) take_four(t.start + (eight + (second ? 4 : 0)), bits, w, scaled);
+      if constexpr (Types::kHasRows) squares = SharedEights::given(turn, sum_squares_of_both(w), squares);
+      if (has_history()) gradient = SharedEights::given(turn, sum_squares_of_both(scaled), gradient);
     }
-    squares = of_weights.sum();
-    gradient = of_gradient.sum();
+  }
+
+  // Four of them: `w` becomes the new weights, `scaled` the gradient that a history takes.
+  FK_DEVICE_MEMBER void take_four(int64_t first, uint32_t bits, float (&w)[4], float (&scaled)[4]) const {
+    Quad<C> clean(a.clean[k], first);
+    Quad<P> param(a.params[k], first);
+    clean.get(w);
+    if (!skip) {
+      float g[4];
+      Quad<G>(a.grads[k], first).get(g);
+      if (has_history()) {
+        const float scale = a.grad_scale.get();
+#pragma unroll
+        for (int j = 0; j < 4; ++j) scaled[j] = g[j] * scale;
+      }
+      if (final.mixes) {
+        float other[4];
+        Quad<G>(a.clean_grads[k], first).get(other);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) g[j] = math::mixed(g[j], other[j], final.factor, final.clean_weight, final.clip);
+      } else if (final.scales) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) g[j] = math::mixed(g[j], final.factor, final.clip);
+      }
+      take_step(first, bits, w, g);
+      Quad<C>::round(w);
+      if (a.keeps_copy) clean.put(w);
+    }
+    if (stores_param) param.template put<Use::kAgain>(w);
   }
 
   // The rule for four elements, and IRE's longer step where a bit is set.
-  FK_DEVICE_MEMBER void take_step(typename Rule::Quads& state, int h, uint32_t bits, float (&w)[4],
-                                  float (&g)[4]) const {
-    if (!has_mask()) return rule.apply(a, k, state, h, w, g);
+  FK_DEVICE_MEMBER void take_step(int64_t first, uint32_t bits, float (&w)[4], float (&g)[4]) const {
+    if (!has_mask()) return rule.apply(a, k, first, w, g);
     float old[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) old[j] = w[j];
-    rule.apply(a, k, state, h, w, g);
+    rule.apply(a, k, first, w, g);
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       if ((bits >> j & 1) != 0) w[j] = math::amplified(w[j], old[j], a.kappa[k]);
@@ -267,16 +270,16 @@ FK_DEVICE void update_tile(const Args& a, const Tile& t, const Rule& rule, Sums&
   float of_weights[kEights] = {}, of_gradient[kEights] = {};
   for_each_eight_in_turn<kEights, true>(team, [&](int, const auto& s) {
     float weights = 0.0f, gradient = 0.0f;
-    if (s.count > 0) {
-      if constexpr (kWhole) {
-        step.whole(s, weights, gradient);
-      } else {
-        step.one_by_one(s, weights, gradient);
-      }
+    if constexpr (kWhole) {
+      step.whole(s, weights, gradient);
+    } else if (s.count > 0) {
+      step.one_by_one(s, weights, gradient);
     }
     push(of_weights, weights);
     push(of_gradient, gradient);
   });
+  // Noise is added to weights that other lanes of the warp have stored.
+  if constexpr (kWhole && Types::kHasRows) __syncwarp();
   if constexpr (Types::kHasRows && (Types::kGeneral || Rule::kIsShortOfRegisters)) {
     // What the first pass does not need is found out anew.
     const Tile& again = a.tiles[forget(static_cast<int>(blockIdx.x))];

@@ -1,8 +1,6 @@
 // From the arguments of an update to its launches, for every rule.
 #pragma once
 
-#include <algorithm>
-
 #include "host.cuh"
 #include "operations.h"
 #include "update.cuh"
@@ -31,22 +29,22 @@ class UpdateLauncher {
     const DType param = a_.params[0].dtype, clean = this->clean()[0].dtype;
     const bool alike = all_are(param, {&a_.params, &a_.grads, &a_.clean_grads}) && all_are(clean, {&this->clean()}) &&
                        rule_.state_is(clean);
-    // In blocks of 1024 threads the general kernel has too few registers for rows that are moved 16 bytes at a time.
-    const bool shared = !alike || (general && has_long_blocks());
-    if (!shared && param == DType::kFloat32 && clean == DType::kFloat32) {
+    if (alike && param == DType::kFloat32 && clean == DType::kFloat32) {
       run_kind<float, float>(general);
-    } else if (!shared && param == DType::kBFloat16 && clean == DType::kFloat32) {
+    } else if (alike && param == DType::kBFloat16 && clean == DType::kFloat32) {
       run_kind<BFloat16, float>(general);
-    } else if (!shared && param == DType::kBFloat16 && clean == DType::kBFloat16 && !general) {
+    } else if (alike && param == DType::kBFloat16 && clean == DType::kBFloat16 && !general) {
       run_kind<BFloat16, BFloat16>(false);
     } else {
-      launch_all<UpdateTypes<AnyFloat, AnyFloat, AnyFloat, AnyFloat, Kind::kGeneral>>();
+      launch_all<AnyTypes>();
     }
   }
 
   const Table& clean() const { return a_.masters ? a_.masters : a_.backups ? a_.backups : a_.params; }
 
  private:
+  using AnyTypes = UpdateTypes<AnyFloat, AnyFloat, AnyFloat, AnyFloat, Kind::kGeneral>;
+
   template <class P, class C>
   void run_kind(bool general) const {
     if (general) {
@@ -69,8 +67,12 @@ class UpdateLauncher {
       constexpr int kEights = Types::kKind == Kind::kPlain ? kFlatEights : Rule::kRowEights;
       auto* chosen = &kernel<update_kernel<Device, Types, kShortThreads, kBlocks, kEights, Args>>;
       // Where nothing is summed by rows none is longer than a segment.
-      if constexpr (Types::kHasRows && (!Types::kGeneral || std::is_same_v<typename Types::Param, AnyFloat>))
-        if (is_long(launch)) chosen = &kernel<update_kernel<Device, Types, kLongThreads, 1, kLongEights, Args>>;
+      if constexpr (Types::kHasRows) {
+        // In blocks of 1024 threads the general kernel has too few registers to move 16 bytes at a time.
+        using Long = std::conditional_t<Types::kGeneral, AnyTypes, Types>;
+        using LongDevice = typename Rule::template Device<Long>;
+        if (is_long(launch)) chosen = &kernel<update_kernel<LongDevice, Long, kLongThreads, 1, kLongEights, Args>>;
+      }
       start(op_, *chosen, launch.count, launch.threads, stream_, args);
     });
   }
@@ -78,7 +80,6 @@ class UpdateLauncher {
   static bool is_long(const Launch& launch) {
     return launch.threads > kShortThreads || launch.eights > Rule::kRowEights;
   }
-  bool has_long_blocks() const { return std::any_of(plan_.launches.begin(), plan_.launches.end(), is_long); }
 
   template <class Args>
   void fill(Args& args, const Launch& launch) const {
