@@ -89,7 +89,8 @@ LISTS = {
     "first": {"build": 25, "smoke": 110, "tests": 110, "warm": 110, "keys": 95, "ncu": 33, "parameters": 12},
     "second": {"build": 25, "warm": 30, "rivals": 75, "e2e": 35, "hints": 25, "sweep": 20, "sanitizer": 65},
     "repaired": {
-        "build": 35, "smoke": 80, "tests": 80, "warm": 80, "keys": 55, "host": 12, "rivals": 30, "e2e": 24, "sanitizer": 48,
+        "build": 35, "smoke": 80, "tests": 80, "warm": 80, "keys": 55, "host": 12, "rivals": 30, "e2e": 24,
+        "sanitizer": 48,
     },
 }  # fmt: skip
 
