@@ -33,7 +33,9 @@ def shards_of(grads: list[Tensor]) -> list[Shard]:
     found: dict[Any, Shard] = {}
     for k, g in enumerate(grads):
         where = g.device, dtensor.ranks_of(g)
-        shard = found.setdefault(where, Shard(*where, [], []))
+        shard = found.get(where)
+        if shard is None:
+            shard = found[where] = Shard(*where, [], [])
         shard.at.append(k)
         shard.grads.append(dtensor.local(g))
     return list(found.values())
