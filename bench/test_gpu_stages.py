@@ -21,7 +21,7 @@ import flatkern
 from bench import results
 from bench.baselines import FusedAndCopy
 from bench.candidates import COPIED, Candidate, floors
-from bench.gpu import beside, goals, machine, names, racing, stage, stand_in, wanted
+from bench.gpu import beside, goals, machine, names, profiled, racing, stage, stand_in, tables, wanted
 from bench.gpu.racing import Racer
 from bench.harness import HOST, LOOP, Gradients
 from bench.methods import METHODS
@@ -120,6 +120,26 @@ def test_masters_are_raced_against_who_has_masters_too(small, capfd):
     rival.step()
     assert rival.weights[0].dtype == torch.bfloat16 and torch.equal(rival.weights[0], params[0].to(torch.bfloat16))
     assert not torch.equal(params[0], torch.ones(3, 8))
+
+
+def test_where_the_hosts_time_goes(small, monkeypatch, capfd):
+    """Every call of every candidate has its times, and the functions that it is in are named, dearest first."""
+    monkeypatch.setattr(profiled, "DRY", True)
+    assert profiled.main([]) == 0
+    found = findings(capfd.readouterr().out)
+    calls = {(f["method"], f["candidate"], f["call"]) for f in found if f["kind"] == "host"}
+    assert {call for method, label, call in calls if (method, label) == ("m-rwp", OURS)} == {
+        "gradients", "perturb", "step",
+    }  # fmt: skip
+    assert {label for _, label, _ in calls} == {OURS, OTHER, "torch fused"}
+    assert ("ire", OURS, "update_mask") in calls
+    named = [f for f in found if f["kind"] == "function" and f["candidate"] == OURS and f["method"] == "m-rwp"]
+    assert any(f["function"].startswith("optim/step.py:") for f in named)
+    assert [f["own_us"] for f in named] == sorted((f["own_us"] for f in named), reverse=True)
+    assert not any("deliver" in f["function"] for f in named), "what hands gradients over is no part of a call"
+    kinds = {kind: [f for f in found if f["kind"] == kind] for kind in ("host", "function")}
+    texts = [text for _, text in tables.host_sections(kinds)]
+    assert [text.count("\n| ResNet-50") for text in texts] == [len(kinds["host"]), len(kinds["function"])]
 
 
 def test_those_who_do_not_fit_are_named(small, monkeypatch):

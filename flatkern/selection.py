@@ -33,7 +33,9 @@ def shards_of(grads: list[Tensor]) -> list[Shard]:
     found: dict[Any, Shard] = {}
     for k, g in enumerate(grads):
         where = g.device, dtensor.ranks_of(g)
-        shard = found.setdefault(where, Shard(*where, [], []))
+        shard = found.get(where)
+        if shard is None:
+            shard = found[where] = Shard(*where, [], [])
         shard.at.append(k)
         shard.grads.append(dtensor.local(g))
     return list(found.values())
@@ -61,50 +63,69 @@ def kth_smallest_magnitude(shards: list[Shard], total: int, rank: int, backend: 
     Returns:
         0-dim float32 on the first shard's device, the same on all ranks; None if an element is infinite or NaN.
 
-    Traffic: three passes over the gradients, of which the sample saves one; after a guess that is wrong by one three
-    again, and five after a worse one. Nothing is sorted, and only the sample is copied. The host waits for the device
-    once, and once more for each wrong guess. Counts of sharded gradients are summed over their ranks: 33 KB in three
-    all-reduces.
+    Traffic: three passes over the gradients, of which the sample saves one. The guess is looked at behind the last
+    pass, so that the host waits for the device once, with all work queued: a guess that is wrong by one costs two more
+    passes, and a worse one five. Nothing is sorted, and only the sample is copied. Counts of sharded gradients are
+    summed over their ranks: 33 KB in three all-reduces.
     """
-    device = shards[0].device
-    wanted = torch.tensor(rank, device=device)
-    unknown = torch.empty(0, dtype=torch.int64, device=device)
-    prefix = _guess_first_digit(shards, wanted / total, backend) if total >= SAMPLED else unknown
+    digits = torch.empty(len(MAGNITUDE_DIGITS), dtype=torch.int64, device=shards[0].device)  # of t, the first one first
+    guessed = total >= SAMPLED
+    if guessed:
+        digits[:1] = _guess_first_digit(shards, rank / total, backend)
     for attempt in range(3):
-        counts = _count(shards, prefix, backend)
-        below, last = counts[-2], counts[:-1].sum()  # ranks below the prefix, and up to the last with it
-        finite, low, high = torch.stack([counts[-1] == 0, wanted <= below, last < wanted]).tolist()
-        if not finite:
+        below, infinite, inside = _find_digits(shards, digits, int(guessed), rank, backend).tolist()
+        if infinite:
             return None
-        if not (low or high):
+        if not guessed or below < rank <= below + inside:
             break
         # Near the border of two digits a sample is wrong by one; a second time it is not relied on.
-        prefix = unknown if attempt else prefix + (1 if high else -1)
-    while True:
-        digit = torch.searchsorted(counts[-2] + counts[:-2].cumsum(0), wanted)
-        prefix = torch.cat([prefix, digit.reshape(1)])
-        if len(prefix) == len(MAGNITUDE_DIGITS):
-            break
-        counts = _count(shards, prefix, backend)
+        digits[0] += 1 if rank > below else -1
+        guessed = attempt == 0
     _, second, third = MAGNITUDE_DIGITS
-    bits = (((prefix[0] << second) | prefix[1]) << third) | prefix[2]
-    return bits.to(torch.int32).view(torch.float32)
+    upper = torch.add(digits[1], digits[0], alpha=1 << second)
+    return torch.add(digits[2], upper, alpha=1 << third).to(torch.int32).view(torch.float32)
 
 
-def _guess_first_digit(shards: list[Shard], quantile: Tensor, backend: str | None) -> Tensor:
+def _find_digits(shards: list[Shard], digits: Tensor, known: int, rank: int, backend: str | None) -> Tensor:
+    """Find those of the digits that are not known, a pass for each. The host does not wait.
+
+    Returns:
+        Of the first of these passes, int64 (3,): how many elements are below the known digits, how many are not finite,
+        and how many have the known digits. Where the `rank`-th is none of the last, the digits mean nothing.
+    """
+    for k in range(known, len(digits)):
+        counts = _count(shards, digits[:k], backend)
+        below, up_to = counts[-2:-1], counts[:-2].cumsum(0)
+        if k == known:
+            first = torch.cat([counts[-2:], up_to[-1:]])
+        # The last value is found where no other is, so that there is one whatever the rank.
+        torch.searchsorted(up_to[:-1], rank - below, out=digits[k : k + 1])
+    return first
+
+
+def _guess_first_digit(shards: list[Shard], quantile: float, backend: str | None) -> Tensor:
     """The first digit of a quantile of the magnitudes, by a sample; int64 (1,)."""
-    counts = _count(shards, torch.empty(0, dtype=torch.int64, device=quantile.device), backend, _sample)[:-2]
-    up_to = counts.cumsum(0)
-    digit = torch.searchsorted(up_to, (quantile * up_to[-1]).long()).clamp(max=len(counts) - 1)
-    return digit.reshape(1)
+    nothing = torch.empty(0, dtype=torch.int64, device=shards[0].device)
+    up_to = _count(shards, nothing, backend, _sample)[:-2].cumsum(0)
+    return torch.searchsorted(up_to[:-1], (up_to[-1:] * quantile).long())
 
 
 def _sample(grads: list[Tensor]) -> list[Tensor]:
-    """One cache line in 64, so that a 64th of the memory is read; tensors of less than 64 lines are left out."""
+    """One cache line in 64, so that a 64th of the memory is read.
+
+    Tensors of less than a 16th of the mean size are left out: they are many, and hold few of the elements. So are those
+    of less than 64 lines.
+    """
     step = 64 * CACHE_LINE_FLOATS
+    sizes = [g.numel() for g in grads]
+    least = sum(sizes) // (16 * len(sizes))
     # The views are copied together: on a GPU a copy of each would be a launch of each.
-    lines = torch.cat([g.as_strided((g.numel() // step, CACHE_LINE_FLOATS), (step, 1)) for g in grads])
-    return [lines.flatten()]
+    lines = [
+        g.as_strided((size // step, CACHE_LINE_FLOATS), (step, 1))
+        for g, size in zip(grads, sizes, strict=True)
+        if size >= least
+    ]
+    return [torch.cat(lines).flatten()]
 
 
 def _count(

@@ -358,7 +358,7 @@ def test_refusals(name, backend):
     assert opt.mask_due and params[0].grad is not None
     assert not opt.state
     opt.update_mask(scaler=torch.amp.GradScaler("cpu"))
-    assert opt.mask_due and params[0].grad is None
+    assert opt.mask_due and params[0].grad is None and not opt.state
     perturbed = build(enhance=ire, perturb=flatkern.RWP())
     perturbed.perturb()
     fill(params)

@@ -88,7 +88,7 @@ def test_not_finite(value, at, sampled, backend, monkeypatch):
 
 
 # What is added to the right first digit, and how many whole passes it takes.
-GUESSES = [(0, 2), (1, 3), (-1, 3), (2, 5), (-2, 5), (40, 5), (-40, 5)]
+GUESSES = [(0, 2), (1, 4), (-1, 4), (2, 7), (-2, 7), (40, 7), (-40, 7)]
 GUESSES_OF = [(kind, *guess) for kind in ("random", "tied", "many scales") for guess in GUESSES]
 # Zeros and subnormals have the digit 0, and there is none below.
 GUESSES_OF += [(kind, *guess) for kind in ("zero", "mostly zero", "subnormal") for guess in GUESSES if guess[0] >= 0]
@@ -116,6 +116,53 @@ def test_passes(backend, monkeypatch, passes):
     monkeypatch.setattr(selection, "SAMPLED", total)
     assert_exact(select(grads, total * 4 // 5, backend), grads, total * 4 // 5)
     assert passes == [1024, total, total]
+
+
+WAITS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy")
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["", "sampled"])
+def test_the_host_waits_once(sampled, backend, monkeypatch):
+    """All work is queued before it does, and nothing is sent to the device, for which it would wait as well."""
+    monkeypatch.setattr(selection, "SAMPLED", 1 if sampled else 10**9)
+    events, inside, resolve = [], [], dispatch.resolve
+
+    def marked(op, device_type, backend):
+        def run(*given):
+            inside.append(op)  # what an operation does on the CPU is its own
+            resolve(op, device_type, backend)(*given)
+            events.append(inside.pop())
+
+        return run
+
+    def waiting(name):
+        true = getattr(torch.Tensor, name)
+
+        def wait(t, *given):
+            if not inside:
+                events.append(name)
+            return true(t, *given)
+
+        return wait
+
+    grads = [torch.randn(1024, 64, generator=torch.Generator().manual_seed(0))]
+    monkeypatch.setattr(selection, "resolve", marked)
+    with monkeypatch.context() as watched:
+        for name in WAITS:
+            watched.setattr(torch.Tensor, name, waiting(name))
+        watched.setattr(torch, "tensor", lambda *given, **named: pytest.fail("a number is sent to the device"))
+        found = select(grads, 1024 * 52, backend)
+    assert_exact(found, grads, 1024 * 52)
+    assert events == [*3 * ["count_magnitudes_"], "tolist"]
+
+
+def test_a_sample_leaves_out_what_is_small_beside_the_rest():
+    """And takes one cache line in 64 of everything else."""
+    grads = [torch.zeros(3000), torch.zeros(1024), torch.ones(200, 1024), torch.zeros(3)]
+    (lines,) = selection._sample(grads)
+    assert torch.equal(lines, torch.ones(16 * 200)), "a 16th of the mean is 3262 elements"
+    (lines,) = selection._sample([torch.arange(4096.0), torch.zeros(0)])
+    assert lines.tolist() == [float(i) for start in range(0, 4096, 1024) for i in range(start, start + 16)]
 
 
 def test_a_sample_of_nothing(backend, monkeypatch):

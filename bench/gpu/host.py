@@ -1,9 +1,14 @@
-"""What a call of a GPU's backend costs the host. Host side only: nothing is launched, and no GPU is needed.
+"""What a call costs the host: of an operation, and of an optimizer. Nothing is launched, and no GPU is needed.
 
 Triton compiles the kernels for sm_90 and launches them by its own launchers, on a libcuda that does nothing (see
 stub_driver.py); the CUDA kernels' emulation drops launches. So a launch counts without the CUDA driver's own part (a
 few microseconds each), and tables are made but not copied to a device. Tensors are as many as ResNet-50 has and of its
 shapes, or a thousand small ones; they are on the CPU and take no part.
+
+An optimizer's call has the operation's in it, and reads the tensors several times more: gradients, versions, state,
+values of groups. It is measured twice: one call after the other, and with caches that have been filled with other data
+meanwhile, which is nearer to a training, where a forward and a backward pass come between. torch's fused SGD is beside
+it, on as many tensors of one element, which cost its kernel next to nothing.
 
     python bench/gpu/host.py
     python bench/gpu/host.py --plain     # without flatkern._C, as where no compiler was found
@@ -27,7 +32,10 @@ if __package__ in (None, ""):  # run as a script: the installed flatkern, if any
     sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import flatkern
+from bench.baselines import torch_optimizer
+from bench.candidates import flatkern_optimizer
 from bench.gpu import silent_driver, stub_driver
+from bench.methods import METHODS
 from bench.models import many_small, resnet50
 from flatkern import dispatch
 from flatkern.ops import OPS
@@ -40,6 +48,9 @@ NUMBERS = {
     "dampening": 0.0, "weight_decay": 1e-4, "nesterov": False, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "offset": 0,
     "kappa": 2.0, "rho": 0.05,
 }  # fmt: skip
+WARM_UP = 5  # cycles: kernels are compiled, tables made, and launches become known
+OTHER_DATA = 16_000_000  # float32, more than a cache holds
+OPTIMIZERS = (("m-rwp", "sgd"), ("sam", "sgd"), ("rolling", "sgd"), ("plain", "sgd"), ("plain", "adamw"))
 CALLS = {  # label: op, and which optional arguments it is given
     "perturb_gaussian_": ("perturb_gaussian_", "backups"),
     "sgd_update_": ("sgd_update_", "momentum_buffers backups"),
@@ -156,6 +167,55 @@ def measure(name: str, given: str, shapes: list[tuple[int, ...]], rounds: int) -
     return found, len(launches)
 
 
+def measure_optimizer(optimizer, params: list[torch.Tensor], method: str, rounds: int) -> dict[str, list[float]]:
+    """Median microseconds of each call of a method's cycle: one after the other, and behind other data."""
+    gradients = [[[torch.empty_like(p) for p in params] for _ in METHODS[method].cycle] for _ in range(2)]
+    other = torch.ones(OTHER_DATA)
+    found: dict[str, list[float]] = {}
+    for between in (lambda: None, lambda: other.add_(1)):
+        times: dict[str, list[float]] = {turn.call: [] for turn in METHODS[method].cycle}
+        gc.collect()
+        gc.disable()
+        for count in range(WARM_UP + rounds):
+            for turn, arriving in zip(METHODS[method].cycle, gradients[count % 2], strict=True):
+                torch._C._increment_version(arriving)
+                for p, grad in zip(params, arriving, strict=True):
+                    p.grad = grad
+                between()
+                start = thread_time_ns()
+                getattr(optimizer, turn.call)()
+                if count >= WARM_UP:
+                    times[turn.call].append((thread_time_ns() - start) / 1000)
+        gc.enable()
+        for call, each in times.items():
+            found.setdefault(call, []).append(statistics.median(each))
+    return found
+
+
+def report_optimizers(backend: str, rounds: int) -> None:
+    """Whole calls of optimizers whose tensors are on the CPU; `backend` launches nothing."""
+    if "cpu" not in dispatch.DEVICES[backend]:
+        dispatch.DEVICES[backend].append("cpu")
+    torch.set_num_threads(1)
+    print(f"\n{'whole calls of optimizers, us':46}{'one by one':>15}{'behind others':>15}")
+
+    def show(label: str, found: dict[str, list[float]]) -> None:
+        for call, each in found.items():
+            print(f"{f'{label}, {call}':46}" + "".join(f"{us:15.1f}" for us in each))
+
+    shapes = resnet50()
+    for method, base in OPTIMIZERS:
+        params = [torch.nn.Parameter(torch.empty(shape)) for shape in shapes]
+        optimizer = flatkern_optimizer(params, METHODS[method], base, backend=backend)
+        label = f"{len(params)} tensors, {METHODS[method].title}, {base}"
+        show(label, measure_optimizer(optimizer, params, method, rounds))
+    for base in ("sgd", "adamw"):
+        params = [torch.nn.Parameter(torch.zeros(1)) for _ in shapes]
+        optimizer = torch_optimizer(params, base, fused=True)
+        label = f"{len(params)} tensors, torch fused, {base}"
+        show(label, measure_optimizer(optimizer, params, "plain", rounds))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60)
@@ -176,6 +236,7 @@ def report_cuda(rounds: int) -> None:
     dispatch.compiled_module("cuda").launch_nothing(True)
     print("us per call of the CUDA kernels; host side only, nothing is launched")
     table(COLUMNS_OF_CUDA, lambda *case: measure_cuda(*case, rounds))
+    report_optimizers("cuda", rounds)
 
 
 def report_triton(args: argparse.Namespace) -> None:
@@ -195,6 +256,7 @@ def report_triton(args: argparse.Namespace) -> None:
     launched = "nothing is launched" if args.no_launcher else "launched by Triton on a libcuda that does nothing"
     print(f"us per call; host side only, {launched}; triton {triton.__version__}, tensors read {read}")
     table(COLUMNS, lambda *case: measure(*case, args.rounds))
+    report_optimizers("triton", args.rounds)
 
 
 def table(columns: list[str], measured: Callable[..., tuple]) -> None:

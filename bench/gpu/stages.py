@@ -72,6 +72,7 @@ STAGES = (
     Stage("keys", "the races that the goals are about, by Triton's kernels and by the CUDA kernels", needs=WARM),
     Stage("ncu", "counters of the main kernels by Nsight Compute", module="counters", needs=WARM),
     Stage("parameters", "arguments by value, of 0.1 to 32 KB: launches, graphs", interpreted=False),
+    Stage("host", "where the host's time goes in a call on many tensors", module="profiled", needs=WARM),
     Stage("rivals", "the other candidates of the races", needs=WARM),
     Stage("e2e", "a small GPT in training", needs=WARM),
     Stage("hints", "the CUDA kernels with cache hints and without", needs=WARM),
@@ -80,14 +81,16 @@ STAGES = (
           needs=WARM, correct=True),
 )  # fmt: skip
 
-# Together 275 and 275 of 280. Simulated with a driver that launches nothing (bench/gpu/estimate.py, Triton 3.9, 16
+# Together 275 and 277 of 280. Simulated with a driver that launches nothing (bench/gpu/estimate.py, Triton 3.9, 16
 # cores, races with their fewest turns): smoke 52, tests 76, warm 28, keys 27; warm 12, rivals 62, hints 11,
 # sweep 9. nvcc takes 12 seconds for the longest of the CUDA kernels' files, and as long again in the second run,
 # without hints.
 # The third is for after a repair, with TESTS='an expression for -k'.
 LISTS = {
     "first": {"build": 25, "smoke": 110, "tests": 110, "warm": 110, "keys": 95, "ncu": 33, "parameters": 12},
-    "second": {"build": 25, "warm": 30, "rivals": 75, "e2e": 35, "hints": 25, "sweep": 20, "sanitizer": 65},
+    "second": {
+        "build": 25, "warm": 30, "host": 14, "rivals": 70, "e2e": 35, "hints": 25, "sweep": 20, "sanitizer": 58,
+    },
     "repaired": {
         "build": 35, "smoke": 80, "tests": 80, "warm": 80, "keys": 55, "host": 12, "rivals": 30, "e2e": 24,
         "sanitizer": 48,

@@ -119,7 +119,7 @@ def header(machine: dict, given: argparse.Namespace, seconds: float) -> str:
 def is_usual(found: dict) -> bool:
     """One of many that need nobody's attention while they come; these are only counted."""
     kind = found["kind"]
-    if kind in ("race", "counter"):
+    if kind in ("race", "counter", "function"):
         return True
     return (kind == "test" and found.get("outcome") == "passed") or (kind == "check" and found.get("ok") is True)
 

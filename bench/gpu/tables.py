@@ -222,6 +222,7 @@ def sections(found: dict) -> Iterable[tuple[str, str]]:
             "Tile sizes",
             markdown(["race", "tile / at most / warps / of a segment", "device us", "of copy", "calls, us"], rows),
         )
+    yield from host_sections(kinds)
     if kinds.get("e2e"):
         rows = [
             [
@@ -264,6 +265,32 @@ def sections(found: dict) -> Iterable[tuple[str, str]]:
             for f in kinds["miss"]
         ]
         yield "Did not run", markdown(["race", "candidate", "reason"], rows)
+
+
+def host_sections(kinds: dict[str, list[dict]]) -> Iterable[tuple[str, str]]:
+    """What calls cost the host, and the functions that it is in."""
+    if kinds.get("host"):
+        header = ["race", "candidate", "call", "us in a loop", "us on an idle device", "calls", "Python's loop, us"]
+        rows = [
+            [host_title(f), f["candidate"], f["call"], number(f["us"]), number(f["alone_us"]), str(f["calls"]),
+             number(f["arithmetic_us"])]
+            for f in kinds["host"]
+        ]  # fmt: skip
+        text = "Medians. *gradients* is what hands them over, and no call of an optimizer.\n\n"
+        yield "The host's time", text + markdown(header, rows)
+    if kinds.get("function"):
+        header = ["race", "candidate", "function", "calls a step", "own us a step", "with its callees"]
+        rows = [
+            [host_title(f), f["candidate"], f["function"], number(f["calls"]), number(f["own_us"]),
+             number(f["whole_us"])]
+            for f in kinds["function"]
+        ]  # fmt: skip
+        text = "By cProfile, whose own price is in them.\n\n"
+        yield "Functions that the host is in", text + markdown(header, rows)
+
+
+def host_title(row: dict) -> str:
+    return title({"dtype": "float32", "masters": False, **row})
 
 
 def report(found: dict) -> str:

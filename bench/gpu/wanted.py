@@ -74,6 +74,11 @@ def hints() -> list[Race]:
     ]
 
 
+def host() -> list[Race]:
+    """Calls on many tensors, where the host is what takes long."""
+    return [race("resnet50", "m-rwp", "sgd", CUDA), race("resnet50", "ire", "adamw", CUDA)]
+
+
 def rivals() -> list[Race]:
     """Loops that a list of a thousand tensors would keep for seconds are left out there, as they are of a billion
     parameters, which leave no room. torch.compile is last: it may take all the time there is."""
@@ -133,6 +138,7 @@ def counters() -> list[Subject]:
 
 STAGES: dict[str, Callable[[], Iterable[Race | Subject]]] = {
     "keys": keys,
+    "host": host,
     "rivals": rivals,
     "sweep": sweep,
     "ncu": counters,

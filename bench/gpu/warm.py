@@ -22,7 +22,7 @@ from typing import Any
 from bench.gpu import compiled
 from bench.gpu.stage import DRY, WITH_CUDA, cores, emit, say
 
-STAGES = ("keys", "ncu", "rivals", "e2e", "hints", "sweep", "sanitizer")
+STAGES = ("keys", "ncu", "host", "rivals", "e2e", "hints", "sweep", "sanitizer")
 THIS_RUN = "FLATKERN_GPU_STAGES"  # environment variable: the names of all stages, with commas
 MOST_PROCESSES = 12
 KERNELS_IN_DRY = 4

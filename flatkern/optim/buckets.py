@@ -174,11 +174,12 @@ class Call:
         return getattr(resolve(self.op, self.bucket.device.type, self.bucket.backend), "progress", "versions")
 
     def marks(self) -> list[int]:
-        """Versions of what the call is about to write; of the first parameter alone where it writes all or nothing."""
-        bucket = self.bucket
-        if getattr(resolve(self.op, bucket.device.type, bucket.backend), "progress", "versions") == "whole":
+        """Versions by which `progress` is told: of the first parameter where a call writes all or nothing, of none
+        where they do not tell."""
+        bucket, progress = self.bucket, self.progress
+        if progress == "whole":
             return [dtensor.version(bucket.params[0])] if bucket.sharded else [bucket.params[0]._version]
-        return bucket.versions()
+        return [] if progress == "launches" else bucket.versions()
 
 
 class Partition:

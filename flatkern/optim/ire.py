@@ -11,7 +11,7 @@ from .. import dtensor
 from ..checks import check_gradient
 from ..dispatch import resolve
 from ..methods import IRE
-from ..selection import Shard, kth_smallest_magnitude, shards_of
+from ..selection import kth_smallest_magnitude, shards_of
 from ..values import check_uint32
 from .buckets import Bucket
 from .cycle import Cycle
@@ -117,6 +117,9 @@ class Mask:
         backend, total = cycle.groups.setup.backend, sum(g.numel() for g in grads)
         shards = shards_of(grads)
         flat = min(max(int(total * (1 - fraction)), 1), total)
+        masks = dict(zip(map(id, params), cycle.state.masks(params), strict=True))
+        # Everything is at hand before the host waits: then the device does.
+        packs = [(shard, [dtensor.local(masks[id(seen[k])]) for k in shard.at]) for shard in shards]
         threshold = kth_smallest_magnitude(shards, total, flat, backend)
         if threshold is None:
             if scaler is None or not scaler.is_enabled():
@@ -124,25 +127,19 @@ class Mask:
                     "update_mask: a gradient is not finite, so the mask is kept; call zero_grad() and take another "
                     "batch"
                 )
+            cycle.state.undo_created()
         else:
-            self._write(cycle, params, seen, shards, threshold)
+            for shard, here in packs:
+                resolve("pack_mask_", shard.device.type, backend)(here, shard.grads, threshold.to(shard.device))
+            # What has no gradient has no mask; a parameter that is left out or frozen now may have one from before.
+            reached = {id(p) for p in seen}
+            others = (p for group in cycle.groups for p in group["params"] if id(p) not in masks)
+            rest = [mask for key, mask in masks.items() if key not in reached]
+            for mask in (*rest, *cycle.state.existing("mask", others)):
+                dtensor.local(mask).zero_()
             for group in cycle.groups:
                 group["mask_age"] = 0
         cycle.gradients.clear(every)
-
-    def _write(
-        self, cycle: Cycle, params: list[Tensor], seen: list[Tensor], shards: list[Shard], threshold: Tensor
-    ) -> None:
-        masks = dict(zip(params, cycle.state.masks(params), strict=True))
-        for shard in shards:
-            here = [dtensor.local(masks[seen[k]]) for k in shard.at]
-            pack = resolve("pack_mask_", shard.device.type, cycle.groups.setup.backend)
-            pack(here, shard.grads, threshold.to(shard.device))
-        # What has no gradient has no mask; a parameter that is left out or frozen now may have one from before.
-        reached = {id(p) for p in seen}
-        others = (p for group in cycle.groups for p in group["params"] if p not in masks)
-        for mask in (*(masks[p] for p in params if id(p) not in reached), *cycle.state.existing("mask", others)):
-            dtensor.local(mask).zero_()
 
 
 def _check_new(cycle: Cycle, every: list[Tensor], seen: list[Tensor]) -> None:

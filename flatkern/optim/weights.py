@@ -53,11 +53,11 @@ Prepare = Callable[[list[CleanStore], bool], list[Call]]
 
 @dataclass
 class Held:
-    """A perturbed bucket: its clean weights, and its parameters' versions after our write; while it runs, before."""
+    """A perturbed bucket: its clean weights, and its parameters' versions after our write."""
 
     bucket: Bucket
     clean: list[Tensor]
-    versions: list[int]
+    versions: list[int]  # while it runs: see `Call.marks`
     call: Call | None = None  # that perturbed it; None where it cannot be repeated
     running: bool = False
     ours: bool = False  # nobody else has written: its clean weights are put back without a look
@@ -323,9 +323,12 @@ class Weights:
             unknown: ids of parameters whose versions do not tell.
         """
         for held in self._held:
-            params, now = held.bucket.params, held.bucket.versions()
-            untouched = [k for k, p in enumerate(params) if now[k] == held.versions[k] or id(p) in unknown]
-            self._put(held.bucket, held.clean, held.written() if held.running else untouched)
+            if held.running:
+                which = held.written()
+            else:
+                triples = zip(held.bucket.params, held.bucket.versions(), held.versions, strict=True)
+                which = [k for k, (p, now, before) in enumerate(triples) if now == before or id(p) in unknown]
+            self._put(held.bucket, held.clean, which)
         self.left()
 
     def left(self) -> None:
