@@ -176,7 +176,8 @@ class Call:
     def marks(self) -> list[int]:
         """Versions by which `progress` is told: of the first parameter where a call writes all or nothing, of none
         where they do not tell."""
-        bucket, progress = self.bucket, self.progress
+        bucket = self.bucket
+        progress = getattr(resolve(self.op, bucket.device.type, bucket.backend), "progress", "versions")
         if progress == "whole":
             return [dtensor.version(bucket.params[0])] if bucket.sharded else [bucket.params[0]._version]
         return [] if progress == "launches" else bucket.versions()

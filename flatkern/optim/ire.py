@@ -110,10 +110,7 @@ class Mask:
         seen = [p for p in params if p.grad is not None]
         _check_new(cycle, every, seen)
         fraction = _common(cycle.groups.listed(), "sharp_fraction", "update_mask")
-        for k, p in enumerate(seen):
-            if p.grad.layout is not torch.strided:
-                check_gradient(f"update_mask: grads[{k}]", dtensor.local(p.grad), dtensor.local(p))
-        grads = [like(p.grad, p) for p in seen]
+        grads = _walkable(seen)
         backend, total = cycle.groups.setup.backend, sum(g.numel() for g in grads)
         shards = shards_of(grads)
         flat = min(max(int(total * (1 - fraction)), 1), total)
@@ -132,14 +129,20 @@ class Mask:
             for shard, here in packs:
                 resolve("pack_mask_", shard.device.type, backend)(here, shard.grads, threshold.to(shard.device))
             # What has no gradient has no mask; a parameter that is left out or frozen now may have one from before.
-            reached = {id(p) for p in seen}
-            others = (p for group in cycle.groups for p in group["params"] if id(p) not in masks)
-            rest = [mask for key, mask in masks.items() if key not in reached]
-            for mask in (*rest, *cycle.state.existing("mask", others)):
+            reached = set(map(id, seen))
+            for mask in cycle.state.existing("mask", [p for p in every if id(p) not in reached]):
                 dtensor.local(mask).zero_()
             for group in cycle.groups:
                 group["mask_age"] = 0
         cycle.gradients.clear(every)
+
+
+def _walkable(params: list[Tensor]) -> list[Tensor]:
+    """The gradients in the parameters' memory formats; refuses what no kernel can walk."""
+    for k, p in enumerate(params):
+        if p.grad.layout is not torch.strided:  # type: ignore[union-attr]
+            check_gradient(f"update_mask: grads[{k}]", dtensor.local(p.grad), dtensor.local(p))  # type: ignore[arg-type]
+    return [like(p.grad, p) for p in params]  # type: ignore[arg-type]
 
 
 def _check_new(cycle: Cycle, every: list[Tensor], seen: list[Tensor]) -> None:
