@@ -103,8 +103,8 @@ def stored(results: Path) -> list[Run]:
 
 
 def newest(runs: list[Run]) -> list[dict]:
-    """Of each stage the findings of the newest run that has any, marked with that run's folder; tests and races that
-    this run did not get to, or that were not asked for, are those of before."""
+    """Of each stage the findings of the newest run that has any, marked with that run's folder; tests, checks and races
+    that this run did not get to, or that were not asked for, are those of before."""
     chosen: dict[str, list[dict]] = {}
     for run in runs:
         by_stage: dict[str, list[dict]] = {}
@@ -120,8 +120,8 @@ def newest(runs: list[Run]) -> list[dict]:
 
 def subject(found: dict) -> tuple | None:
     """What a finding of a stage of many parts is about; None of others."""
-    if found["kind"] == "test":
-        return "test", found["name"]
+    if found["kind"] in ("test", "check"):
+        return found["kind"], found["name"]
     if found["kind"] == "race":
         return "race", found.get("race"), found["model"], found["method"], found["base"], found["masters"]
     return None
