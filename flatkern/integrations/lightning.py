@@ -111,19 +111,24 @@ class FlatkernCallback(Callback):
         for opt in self.optimizers:
             opt.eval()
             opt.release()  # gradients of a step that will not be finished; a checkpoint could not be made of them
+        self.optimizers = []
+        self._unfollow()
+
+    def _unfollow(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self.optimizers, self._handles = [], []
+        self._handles = []
 
     # --- batches ---------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._suspended.close()
-        measures_statistics = trainer.fit_loop._skip_backward  # of BatchNorm, for averaged weights
+        measures_statistics = trainer.fit_loop._skip_backward  # of BatchNorm, for averaged weights, in a last epoch
+        if measures_statistics:
+            self._unfollow()  # or training forwards would switch the noise on
         for opt in self.optimizers:
             if measures_statistics:
                 opt.eval()
-                self._suspended.enter_context(opt.clean())  # forwards of a followed model would switch the noise on
                 continue
             _check_accumulation(trainer, pl_module, opt)  # schedules change it
             first = batch_idx % trainer.accumulate_grad_batches == 0
@@ -143,6 +148,7 @@ class FlatkernCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._second_pass.close()  # it does not come where training_step has skipped its batch
         clean = self.clean_between_batches
         if clean is None:
             clean = any(base.__name__ in AVERAGING for c in trainer.callbacks for base in type(c).__mro__)
