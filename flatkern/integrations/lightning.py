@@ -176,12 +176,6 @@ class FlatkernCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._make_clean()
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._make_clean()
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._make_clean()
-
 
 TWO_PASSES = ("twice each", "clean and perturbed")  # how often step(closure) calls it
 

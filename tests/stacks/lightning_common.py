@@ -18,6 +18,8 @@ class Automatic(LightningModule):
         values: of `make_optimizer`.
     """
 
+    takes_masks = True  # by the callback
+
     def __init__(self, method, batch_norm=False, **values):
         super().__init__()
         self.net = make_model(batch_norm=batch_norm)
@@ -37,6 +39,9 @@ class Automatic(LightningModule):
 
     test_step = validation_step
 
+    def on_train_end(self):
+        self.ended_at = weights(self.net)
+
     def predict_step(self, batch, batch_idx):
         self.validation_step(batch, batch_idx)
         return self(batch[0])
@@ -48,6 +53,8 @@ class Automatic(LightningModule):
 
 class Manual(Automatic):
     """The same by manual optimization: a batch is a window of micro-batches, and the loop is the user's."""
+
+    takes_masks = False
 
     def __init__(self, *args, **values):
         super().__init__(*args, **values)
@@ -74,8 +81,7 @@ QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": 
 
 def make_trainer(module, callbacks=(), epochs=1, **options):
     """With flatkern's callback last, where a user may put it."""
-    automatic = module.automatic_optimization
-    ours = FlatkernCallback(mask_loss=seeded_mask_loss(module)) if automatic else FlatkernCallback()
+    ours = FlatkernCallback(mask_loss=seeded_mask_loss(module) if module.takes_masks else None)
     options = {"accelerator": "cpu", "devices": 1, "enable_checkpointing": False, **QUIET, **options}
     return Trainer(max_epochs=epochs, callbacks=[*callbacks, ours], **options)
 

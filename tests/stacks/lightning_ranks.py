@@ -1,4 +1,4 @@
-"""What two ranks do in test_lightning_distributed.py: the same trainings by Lightning and by hand, under DDP and FSDP2."""
+"""What two ranks do in test_lightning_distributed.py: trainings by Lightning and by hand, under DDP and FSDP2."""
 
 import contextlib
 import io
@@ -8,10 +8,12 @@ import traceback
 from datetime import timedelta
 
 import torch
-from common import METHODS, loss_of, make_batches, make_model, make_optimizer, step_by_hand
+import torch.distributed as dist
+from common import METHODS, TWO_PASS, loss_of, make_batches, make_model, make_optimizer, step_by_hand
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning_common import Automatic, fit
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -20,6 +22,7 @@ from flatkern.integrations.lightning import FlatkernCallback
 
 WORLD = 2
 AUTOMATIC = [name for name in METHODS if name != "mSAM"]
+MANUAL = ["SAM", "m-RWP", "IRE"]
 RESUMED = ["rolling RWP", "SAM", "m-ARWP", "IRE"]
 
 
@@ -46,6 +49,8 @@ def checks(rank, folder):
         yield f"DDP {method}", lambda m=method: full(train(Automatic(m), batches, ddp()))
         yield f"DDP {method} by hand", lambda m=method: full(replicated_by_hand(m, batches))
         yield f"DDP {method} lr=0", lambda m=method: full(train(Automatic(m, lr=0.0), batches, ddp()))
+    for method in MANUAL:
+        yield f"DDP {method} manual", lambda m=method: full(train(Passes(m), batches, ddp()))
     yield "DDP by ranks", lambda: full(train(ByRanks(), batches, ddp()))
     yield "DDP by ranks by hand", lambda: full(by_ranks_by_hand(batches))
     yield "DDP IRE without mask_loss", lambda: refusal(Automatic("IRE"), batches)
@@ -91,6 +96,23 @@ def shard(net, mesh):
     fully_shard(net, mesh=mesh)
 
 
+class Passes(Automatic):
+    """Manual optimization: DDP reduces what goes through manual_backward()."""
+
+    def __init__(self, method):
+        super().__init__(method)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        opt = self.optimizers()
+        opt.zero_grad()
+        self.manual_backward(loss_of(self, batch))
+        if self.method in TWO_PASS:
+            opt.perturb()
+            self.manual_backward(loss_of(self, batch))
+        opt.step()
+
+
 class ByRanks(Automatic):
     """m-RWP by mix="ranks": one gradient on each rank, weighed so that DDP's mean mixes them."""
 
@@ -117,14 +139,17 @@ def refusal(module, batches):
 
 
 def resumed(method, batches, whole, folder):
-    """Twice two epochs, once resumed after the first; their weights, and those in the checkpoint if it is one file."""
+    """Two epochs, and the same resumed after the first; their weights, those of one epoch, and of its checkpoint."""
     saving = {"enable_checkpointing": True, "epochs": 2}
     every = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     straight = full(train(Sharded(method), batches, fsdp2(whole), callbacks=[every], **saving))
     path = os.path.join(folder, "step=2.ckpt")
     other = full(train(Sharded(method), batches, fsdp2(whole), ckpt_path=path, epochs=2))
     first = full(train(Sharded(method), batches, fsdp2(whole)))
-    saved = torch.load(path, weights_only=True)["state_dict"] if whole else {f"net.{k}": v for k, v in first.items()}
+    if not whole:  # a folder of shards, of which one file is made
+        path, folder = f"{path} {dist.get_rank()}", path
+        dcp_to_torch_save(folder, path)
+    saved = torch.load(path, weights_only=True)["state_dict"]
     return straight, other, first, {name.removeprefix("net."): value for name, value in saved.items()}
 
 

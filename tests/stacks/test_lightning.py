@@ -18,6 +18,7 @@ from common import (
     weights,
 )
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.tuner import Tuner
 from lightning_common import Automatic, Manual, by_hand, fit, loader, make_trainer, state_of, windows_of
 
 from flatkern.integrations.lightning import FlatkernCallback
@@ -152,6 +153,7 @@ def test_evaluations_see_clean_weights(method):
     assert len(module.evaluated_at) == len(seen) == 5
     for found, expected in zip(module.evaluated_at, seen, strict=True):
         assert_same_tensors(found, expected)
+    assert_same_tensors(module.ended_at, seen[-1])
     for evaluate in (trainer.test, trainer.validate, trainer.predict):
         module.evaluated_at.clear()
         evaluate(module, loader(make_batches(1)))
@@ -312,6 +314,30 @@ def test_one_callback_serves_several_trainings():
     after = copy.deepcopy(module)
     module.train()(windows[0][0][0])
     assert_same_tensors(weights(module.net), weights(after.net))
+
+
+@pytest.mark.parametrize("method", ["rolling RWP", "SAM"])
+def test_a_search_for_the_learning_rate_changes_nothing(method, tmp_path):
+    """Lightning's Tuner trains without callbacks, and goes back to a checkpoint of its own."""
+
+    class Tuned(Automatic):
+        lr = 0.05
+
+    module = Tuned(method)
+    before = weights(module.net)
+    trainer = make_trainer(module, default_root_dir=tmp_path)
+    Tuner(trainer).lr_find(module, loader(make_batches(9)), num_training=5, update_attr=False)
+    assert_same_tensors(weights(module.net), before)
+
+
+@pytest.mark.parametrize("method", ["rolling RWP", "SAM"])
+def test_a_compiled_module_equals_a_loop_by_hand(method):
+    module, windows = Automatic(method), windows_of(3)
+    trainer = make_trainer(module)
+    trainer.fit(torch.compile(module, backend="eager"), loader([b for (b,) in windows]), loader(make_batches(1)))
+    seen = by_hand(method, windows)[2]
+    assert_same_tensors(weights(module.net), seen[-1])
+    assert_same_tensors(module.evaluated_at[-1], seen[-1])
 
 
 def test_a_rolling_optimizer_without_the_callback_warns():

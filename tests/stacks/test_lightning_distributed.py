@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from common import assert_other_tensors, assert_same_tensors, make_model, weights
-from lightning_ranks import AUTOMATIC, RESUMED, WORLD, serve
+from lightning_ranks import AUTOMATIC, MANUAL, RESUMED, WORLD, serve
 
 PATIENCE = 150  # seconds
 
@@ -46,6 +46,13 @@ def test_ddp_equals_a_loop_by_hand(method, ranks):
     assert_same_tensors(first, second)
     assert_same_tensors(first, results(ranks, f"DDP {method} by hand")[0])
     assert_other_tensors(first, weights(make_model()))
+
+
+@pytest.mark.parametrize("method", MANUAL)
+def test_ddp_by_manual_optimization_equals_a_loop_by_hand(method, ranks):
+    first, second = results(ranks, f"DDP {method} manual")
+    assert_same_tensors(first, second)
+    assert_same_tensors(first, results(ranks, f"DDP {method} by hand")[0])
 
 
 @automatic

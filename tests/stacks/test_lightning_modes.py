@@ -147,6 +147,20 @@ def test_half_precision_takes_masks(method):
     assert module.global_step == 3
 
 
+@pytest.mark.parametrize("method", ["IRE"])
+def test_a_mask_that_overflows_drops_no_gradient(method):
+    """It is due again at the second micro-batch, when the gradient of the first waits in `.grad`."""
+    trained = []
+    for options in ({}, {"enhance": None}):
+        module = Automatic(method, **options)
+        trainer = make_trainer(module, plugins=[half_precision()], accumulate_grad_batches=2)
+        trainer.callbacks = [FlatkernCallback(mask_loss=lambda model, batch: model(batch[0]).sum() * float("inf"))]
+        trainer.fit(module, loader(make_batches(2)))
+        assert module.opt.enhancement is None or module.opt.mask_due
+        trained.append(weights(module.net))
+    assert_same_tensors(*trained)
+
+
 @pytest.mark.parametrize("method", NOT_ROLLING)
 def test_refuses_half_precision_by_automatic_optimization(method):
     module = Automatic(method)
@@ -226,6 +240,17 @@ def test_running_statistics_are_those_of_one_pass(method):
         opt.step()
     assert_same_tensors(module.net.state_dict(), model.state_dict())
     assert module.net[1].track_running_stats
+
+
+@pytest.mark.parametrize("method", TWO_PASS)
+def test_running_statistics_go_on_after_a_skipped_batch(method):
+    class Skips(Automatic):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+    module = Skips(method, batch_norm=True)
+    fit(module, make_batches(3))
+    assert module.net[1].num_batches_tracked == 2
 
 
 # --- clipping -------------------------------------------------------------------------------------
