@@ -15,12 +15,14 @@ from common import (
     make_batches,
     make_model,
     make_optimizer,
+    mask_loss,
     weights,
 )
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.tuner import Tuner
 from lightning_common import Automatic, Manual, by_hand, fit, loader, make_trainer, state_of, windows_of
 
+import flatkern
 from flatkern.integrations.lightning import FlatkernCallback
 
 # Several rounds a step need several batches in one training_step, which is manual optimization.
@@ -41,6 +43,7 @@ def test_automatic_optimization_equals_a_loop_by_hand(method):
     assert_same_tensors(weights(module.net), weights(model))
     assert_same_tensors(state_of(module.opt), state_of(opt))
     assert_other_tensors(weights(model), seen[0])
+    assert_same_tensors(module.ended_at, weights(model))  # in the module's own on_train_end()
     assert len(module.trained_at) == 4 * (2 if method in TWO_PASS else 1)
 
 
@@ -103,6 +106,51 @@ def test_a_skipped_batch_changes_nothing(method):
         assert_same_tensors(states[0], weights(model))
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("method", ["IRE"])
+def test_a_training_step_may_update_the_mask(method, micro_batches):
+    """Without `mask_loss`, on one process; Lightning zeroes the gradients of the last step only afterwards."""
+
+    class Updates(Automatic):
+        takes_masks = False
+
+        def training_step(self, batch, batch_idx):
+            if self.opt.mask_due:
+                self.opt.zero_grad()
+                mask_loss(self, batch, self.global_step).backward()
+                self.opt.update_mask()
+            return super().training_step(batch, batch_idx)
+
+    module, windows = Updates(method), windows_of(3, micro_batches)
+    fit(module, [b for window in windows for b in window], accumulate_grad_batches=micro_batches)
+    assert_same_tensors(weights(module.net), by_hand(method, windows)[2][-1])
+
+
+@pytest.mark.parametrize("method", ["SAM", "RWP", "rolling RWP"])
+def test_a_perturbation_and_a_mask_equal_a_loop_by_hand(method):
+    """The mask is taken at clean weights, whatever is on."""
+    more = {"enhance": flatkern.IRE(kappa=1.0, interval=2)}
+    module, batches = Automatic(method, **more), make_batches(4)
+    fit(module, batches)
+    model = make_model()
+    opt = make_optimizer(method, model, **more)
+    opt.train()
+    for k, batch in enumerate(batches):
+        opt.zero_grad()
+        if opt.mask_due:
+            with opt.clean():
+                mask_loss(model, batch, k).backward()
+                opt.update_mask()
+        if METHODS[method].loop == "ascent":
+            loss_of(model, batch).backward()
+        if not opt.rolling:
+            opt.perturb()
+        loss_of(model, batch).backward()
+        opt.step()
+    opt.eval()
+    assert_same_tensors(weights(module.net), weights(model))
+
+
 # --- accumulation ---------------------------------------------------------------------------------
 
 
@@ -153,7 +201,6 @@ def test_evaluations_see_clean_weights(method):
     assert len(module.evaluated_at) == len(seen) == 5
     for found, expected in zip(module.evaluated_at, seen, strict=True):
         assert_same_tensors(found, expected)
-    assert_same_tensors(module.ended_at, seen[-1])
     for evaluate in (trainer.test, trainer.validate, trainer.predict):
         module.evaluated_at.clear()
         evaluate(module, loader(make_batches(1)))

@@ -18,7 +18,7 @@ from common import (
 )
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision, MixedPrecision
 from lightning_common import Automatic, Manual, by_hand, fit, loader, make_trainer, windows_of
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
@@ -168,6 +168,15 @@ def test_refuses_half_precision_by_automatic_optimization(method):
     with pytest.raises(RuntimeError, match=r"16-mixed.*bf16-mixed.*manual optimization.*rolling=True"):
         fit(module, make_batches(2), plugins=[half_precision()])
     assert_same_tensors(weights(module.net), before)
+    assert not module.trained_at
+
+
+@pytest.mark.parametrize("method", NOT_ROLLING)
+def test_refuses_deepspeed_which_hands_no_closure_on(method):
+    """Its precision plugin is asked, for DeepSpeed itself needs a GPU."""
+    module = Automatic(method)
+    with pytest.raises(RuntimeError, match=r"DeepSpeedPrecision.*manual optimization.*rolling=True"):
+        fit(module, make_batches(2), plugins=[DeepSpeedPrecision("32-true")])
     assert not module.trained_at
 
 
