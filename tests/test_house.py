@@ -141,7 +141,6 @@ TORCH_PRIVATE = {
     "_python_dispatch": "where torch has _disable_current_modes",
     "_register_load_state_dict_pre_hook": "the public one keeps the module in the hook, and so in copies of others",
     "_set_tracing_state": "as _get_tracing_state",
-    "_skip_backward": "of Lightning's fit loop: an epoch that measures BatchNorm's statistics for averaged weights",
     "_utils": "torch.distributed.tensor's, which computes where a shard begins",
     "_version": "counts the writes of a tensor",
 }

@@ -14,6 +14,7 @@ import torch
 from ..optim.base import FlatOptimizer
 from ..optim.errors import warn
 from ..running_stats import frozen_running_stats
+from ..values import check_flag
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,6 +25,8 @@ except ImportError as error:
 
 # Callbacks that read the parameters after a batch. By name: a Lightning that has no such class has no such callback.
 AVERAGING = {"StochasticWeightAveraging", "WeightAveraging"}
+
+TWO_PASSES = ("twice each", "clean and perturbed")  # how often step(closure) calls it
 
 MaskLoss = Callable[[torch.nn.Module, Any], torch.Tensor]
 
@@ -61,11 +64,8 @@ class FlatkernCallback(Callback):
             raise TypeError(
                 f"FlatkernCallback: mask_loss is {mask_loss!r}, but should be a function of (model, batch), or None"
             )
-        if clean_between_batches not in (None, True, False):
-            raise TypeError(
-                f"FlatkernCallback: clean_between_batches is {clean_between_batches!r}, "
-                "but should be True, False, or None"
-            )
+        if clean_between_batches is not None:
+            clean_between_batches = check_flag("FlatkernCallback", "clean_between_batches", clean_between_batches)
         self.mask_loss = mask_loss
         self.clean_between_batches = clean_between_batches
         self.optimizers: list[FlatOptimizer] = []
@@ -123,7 +123,9 @@ class FlatkernCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._suspended.close()
-        measures_statistics = trainer.fit_loop._skip_backward  # of BatchNorm, for averaged weights, in a last epoch
+        # StochasticWeightAveraging adds an epoch without backward to measure BatchNorm's statistics at the averaged
+        # weights. Lightning has no public name for it.
+        measures_statistics = getattr(trainer.fit_loop, "_skip_backward", False)
         if measures_statistics:
             self._unfollow()  # or training forwards would switch the noise on
         for opt in self.optimizers:
@@ -133,7 +135,7 @@ class FlatkernCallback(Callback):
             _check_accumulation(trainer, pl_module, opt)  # schedules change it
             first = batch_idx % trainer.accumulate_grad_batches == 0
             if self.mask_loss is not None and first and opt.enhancement is not None and opt.mask_due:
-                self._update_mask(trainer, pl_module, opt, batch)
+                _update_mask(trainer, pl_module, opt, self.mask_loss, batch)
             opt.train()
 
     def on_before_optimizer_step(
@@ -155,15 +157,6 @@ class FlatkernCallback(Callback):
         if clean:
             self._make_clean()
 
-    def _update_mask(self, trainer: Trainer, pl_module: LightningModule, opt: FlatOptimizer, batch: Any) -> None:
-        assert self.mask_loss is not None
-        with opt.clean(), frozen_running_stats(pl_module), torch.enable_grad():
-            opt.zero_grad()
-            with trainer.precision_plugin.train_step_context():
-                loss = self.mask_loss(trainer.model, batch)
-            trainer.strategy.backward(loss, None)  # scaled, and reduced over the ranks, as that of a training step
-            opt.update_mask(_scaler(trainer))
-
     # --- evaluation ------------------------------------------------------------------------------
 
     def _make_clean(self) -> None:
@@ -177,11 +170,19 @@ class FlatkernCallback(Callback):
         self._make_clean()
 
 
-TWO_PASSES = ("twice each", "clean and perturbed")  # how often step(closure) calls it
-
-
 def _scaler(trainer: Trainer) -> Any:
     return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _update_mask(
+    trainer: Trainer, pl_module: LightningModule, opt: FlatOptimizer, mask_loss: MaskLoss, batch: Any
+) -> None:
+    with opt.clean(), frozen_running_stats(pl_module), torch.enable_grad():
+        opt.zero_grad()
+        with trainer.precision_plugin.train_step_context():
+            loss = mask_loss(trainer.model, batch)
+        trainer.strategy.backward(loss, None)  # scaled, and reduced over the ranks, as that of a training step
+        opt.update_mask(_scaler(trainer))
 
 
 def _check(trainer: Trainer, pl_module: LightningModule, opt: FlatOptimizer, mask_loss: MaskLoss | None) -> None:
