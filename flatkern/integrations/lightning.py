@@ -82,7 +82,6 @@ class FlatkernCallback(Callback):
             trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave()
         found = [opt for opt in trainer.optimizers if isinstance(opt, FlatOptimizer)]
         if not found:
             warn(
