@@ -257,6 +257,23 @@ def test_closure_with_a_scaler(name, backend):
 
 
 @pytest.mark.parametrize("name", [None, *WITH_CLOSURE])
+def test_a_closure_that_runs_no_backward_applies_nothing(name, backend):
+    """Trainers skip a batch so. As for torch's optimizers nothing happens, weights are clean, and training goes on."""
+    run = Closures(name, backend)
+    METHODS[name].closure(run, 0) if name else run.opt.step(run.closure(0))
+    with run.opt.clean():
+        before, state = run.weights(), run.state()
+    for answer in (None, 0.5):
+        assert run.opt.step(lambda answer=answer: answer) == answer
+        with run.opt.clean():
+            assert same(run.weights(), before)
+            assert same_state(run.state(), state)
+    METHODS[name].closure(run, 1) if name else run.opt.step(run.closure(1))
+    run.opt.eval()
+    assert not same(run.weights(), before)
+
+
+@pytest.mark.parametrize("name", [None, *WITH_CLOSURE])
 def test_schedulers_do_not_warn(name, backend):
     """However often a step calls itself, a scheduler counts one."""
     run = Closures(name, backend)

@@ -149,6 +149,8 @@ def _rounds(opt: Passes, closures: list[Closure], params: list[Tensor]) -> Any:
             opt.restore()
         opt.cycle.gradients.clear(params)
         losses.append(_call(closure))
+        if len(closures) == 1 and all(p.grad is None for p in params):
+            break  # no backward has run: nothing to ascend along, and as for torch's optimizers nothing to apply
         opt.perturb()
         summed = {p: p.grad for p in params if p.grad is not None} if k else {}
         _call(closure)

@@ -1,0 +1,31 @@
+"""examples/lightning_sam.py runs by the command of its first line, and prints what it promises."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# What conftest.py does for the libraries, in a process of its own.
+PREPARED = "import conftest, runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+EXAMPLE = ROOT / "examples" / "lightning_sam.py"
+
+
+@pytest.mark.parametrize("method", ["SAM"])
+def test_the_example_trains(method):
+    first = EXAMPLE.read_text().splitlines()[0]
+    assert first.startswith("# python examples/lightning_sam.py [--method SAM|rolling|plain]")
+    command = first.removeprefix("# python ").split(" [")[0].split()
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-c", PREPARED, *command]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    epochs = re.findall(r"^epoch \d: loss ([\d.]+), accuracy ([\d.]+)%$", done.stdout, re.MULTILINE)
+    assert len(epochs) == 5, done.stdout
+    assert float(epochs[-1][0]) < float(epochs[0][0])
+    last = re.search(rf"^{method}: test accuracy ([\d.]+)%, at clean weights$", done.stdout, re.MULTILINE)
+    assert last and float(last[1]) == float(epochs[-1][1]) > 80, done.stdout  # of ten classes
