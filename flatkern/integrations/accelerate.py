@@ -1,6 +1,6 @@
 """Hugging Face Accelerate: every method by one call a micro-batch.
 
-    step = passes(accelerator, opt)
+    step = passes(accelerator, opt, model)
 
     for x, y in loader:
         with accelerator.accumulate(model):
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ..optim import amp
@@ -40,11 +41,17 @@ OTHERS = {
 }
 
 
-def passes(accelerator: Accelerator, opt: torch.optim.Optimizer, sync_ascent: bool = False) -> Step:
+def passes(
+    accelerator: Accelerator,
+    opt: torch.optim.Optimizer,
+    model: torch.nn.Module | None = None,
+    *,
+    sync_ascent: bool = False,
+) -> Step:
     """The training step of an Accelerate script, with as many passes as the method needs.
 
         model, opt, loader, scheduler = accelerator.prepare(model, opt, loader, scheduler)
-        step = passes(accelerator, opt)
+        step = passes(accelerator, opt, model)
 
         for x, y in loader:
             with accelerator.accumulate(model):
@@ -69,6 +76,8 @@ def passes(accelerator: Accelerator, opt: torch.optim.Optimizer, sync_ascent: bo
     Arguments:
         accelerator: with its `gradient_accumulation_steps`, `mixed_precision` and model prepared.
         opt: flatkern's, as it was made or as `prepare` has returned it.
+        model: what `prepare` has returned. With several processes it is needed, since Accelerate itself keeps but the
+            module inside of DDP; with one it may be left out.
         sync_ascent: under DDP the ascent of SAM and ASAM follows each rank's own gradient (mSAM over the ranks), so
             that a step sends no more than an ordinary one and 4 bytes; True takes the mean over the ranks for each
             ascent. FSDP2 always does.
@@ -79,7 +88,8 @@ def passes(accelerator: Accelerator, opt: torch.optim.Optimizer, sync_ascent: bo
 
     Raises:
         TypeError: `accelerator` is no Accelerator, `opt` none of flatkern's.
-        ValueError: `opt` was not prepared; mix="losses"; several micro-batches a step without rounds="sum".
+        ValueError: `opt` or `model` was not prepared, or `model` is missing; mix="losses"; several micro-batches a step
+            without rounds="sum".
         NotImplementedError: Accelerate runs DeepSpeed, Megatron-LM, XLA or FSDP1.
     """
     if not isinstance(accelerator, Accelerator):
@@ -94,7 +104,31 @@ def passes(accelerator: Accelerator, opt: torch.optim.Optimizer, sync_ascent: bo
     if prepared is None:
         raise ValueError("passes: opt was not prepared; call model, opt = accelerator.prepare(model, opt) first")
     _check_rounds(accelerator, inner)
-    return Step(accelerator, prepared, inner, sync_ascent)
+    return Step(accelerator, prepared, inner, _models_of(accelerator, inner, model), sync_ascent)
+
+
+def _models_of(accelerator: Accelerator, opt: FlatOptimizer, model: torch.nn.Module | None) -> list[torch.nn.Module]:
+    """The prepared models that hold the optimizer's parameters."""
+    ours = {id(p) for group in opt.param_groups for p in group["params"]}
+    if model is None and accelerator.distributed_type.name.startswith("MULTI"):
+        raise ValueError(
+            "passes: model is missing, and with several processes it decides which passes synchronize; "
+            "step = passes(accelerator, opt, model), with the model that accelerator.prepare() has returned"
+        )
+    if model is None:
+        return [m for m in accelerator._models if any(id(p) in ours for p in m.parameters())]
+    if not any(id(p) in ours for p in model.parameters()) or _is_unwrapped(accelerator, model):
+        raise ValueError(
+            f"passes: model is {type(model).__name__}, but should be the model of the optimizer's parameters, as "
+            "accelerator.prepare() has returned it"
+        )
+    return [model]
+
+
+def _is_unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> bool:
+    """The module inside of DDP in place of DDP."""
+    replicated = accelerator.distributed_type.name.startswith("MULTI")
+    return replicated and not any(isinstance(part, DistributedDataParallel) for part in model.modules())
 
 
 def _check_distributed(accelerator: Accelerator) -> None:
@@ -127,16 +161,22 @@ def _check_rounds(accelerator: Accelerator, opt: FlatOptimizer) -> None:
 class Step:
     """`loss = step(closure)`: a micro-batch, and with the last one of a window the step. Made by `passes`."""
 
-    def __init__(self, accelerator: Accelerator, prepared: Any, opt: FlatOptimizer, sync_ascent: bool) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        prepared: Any,
+        opt: FlatOptimizer,
+        models: list[torch.nn.Module],
+        sync_ascent: bool,
+    ) -> None:
         self.optimizer = opt
         self._accelerator = accelerator
         self._prepared = prepared
         self._sync_ascent = sync_ascent
-        ours = {id(p) for group in opt.param_groups for p in group["params"]}
-        self._models = [m for m in accelerator._models if any(id(p) in ours for p in m.parameters())]
-        parts = [part for model in self._models for part in model.modules()]
+        self._models = models
+        parts = [part for model in models for part in model.modules()]
         self._replicas = [part for part in parts if isinstance(part, DistributedDataParallel)]
-        self._sharded = [part for part in parts if hasattr(part, "set_requires_gradient_sync")]
+        self._sharded = [part for part in parts if isinstance(part, FSDPModule)]
         self._index = 0  # of the micro-batch in its window
         self._clean = 0  # how many of them were m-RWP's clean ones
 
@@ -265,15 +305,15 @@ class Step:
         FSDP2 adds unsynchronized gradients up outside of `.grad`, where no method finds them: it always synchronizes.
         """
         before = [model.require_backward_grad_sync for model in self._replicas]
-        for model in self._sharded:
-            model.set_requires_gradient_sync(True)
+        for shards in self._sharded:
+            shards.set_requires_gradient_sync(True)
         try:
-            for model in self._replicas:
-                model.require_backward_grad_sync = on
+            for replica in self._replicas:
+                replica.require_backward_grad_sync = on  # what no_sync() sets
             yield
         finally:
-            for model, value in zip(self._replicas, before, strict=True):
-                model.require_backward_grad_sync = value
+            for replica, value in zip(self._replicas, before, strict=True):
+                replica.require_backward_grad_sync = value
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:

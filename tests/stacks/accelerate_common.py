@@ -22,10 +22,13 @@ class Training:
         count: micro-batches of a step, `gradient_accumulation_steps`.
         batches: of all steps.
         scaler: given to the accelerator, which makes one for fp16 on a GPU only.
+        sync: `sync_ascent` of `passes`.
         keywords: more for the Accelerator; `opt` for the optimizer, `own` for its method.
     """
 
-    def __init__(self, method, count=1, batches=8, scaler=None, batch_norm=False, own=None, opt=None, **keywords):
+    def __init__(
+        self, method, count=1, batches=8, scaler=None, batch_norm=False, own=None, opt=None, sync=False, **keywords
+    ):
         start_anew()
         self.method, self.count = method, count
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=count, **keywords)
@@ -40,7 +43,7 @@ class Training:
         data = [torch.cat(parts) for parts in zip(*make_batches(batches), strict=True)]
         loader = DataLoader(TensorDataset(*data), batch_size=ROWS)
         self.model, self.prepared, self.loader = self.accelerator.prepare(self.plain, self.opt, loader)
-        self.step = passes(self.accelerator, self.prepared)
+        self.step = passes(self.accelerator, self.prepared, self.model, sync_ascent=sync)
         self.index = 0  # of the micro-batch
 
     def run(self, start=0, stop=None, loss_of=loss_of):
