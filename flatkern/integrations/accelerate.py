@@ -215,6 +215,8 @@ class Step:
         """One gradient: all micro-batches at the same weights, which are perturbed before the first one."""
         opt = self.optimizer
         if self._index == 0 and opt.perturbation.draws and not opt.rolling:
+            for shards in self._sharded:
+                shards.reshard()  # after an evaluation the root keeps its whole weights, as they were then
             opt.perturb(scaler=self._accelerator.scaler)
         return self._pass(closure, opt.loss_weight)
 

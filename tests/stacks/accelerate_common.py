@@ -1,8 +1,9 @@
 """A training in Accelerate, as its user writes it, for the tests of one process and of several."""
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
 from common import ROWS, loss_of, make_batches, make_model, make_optimizer, mask_loss
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,6 +16,13 @@ def start_anew():
         state._shared_state.clear()
 
 
+def shard(accelerator):
+    """Models are to be sharded by FSDP2, which Accelerate itself does on GPUs only."""
+    state = accelerator.state
+    state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+
+
 class Training:
     """A prepared model, optimizer and loader, and `run`, the loop.
 
@@ -23,26 +31,38 @@ class Training:
         batches: of all steps.
         scaler: given to the accelerator, which makes one for fp16 on a GPU only.
         sync: `sync_ascent` of `passes`.
-        keywords: more for the Accelerator; `opt` for the optimizer, `own` for its method.
+        fsdp2: shard the model.
+        opt: more for the optimizer; `own` for its method.
     """
 
     def __init__(
-        self, method, count=1, batches=8, scaler=None, batch_norm=False, own=None, opt=None, sync=False, **keywords
+        self,
+        method,
+        count=1,
+        batches=8,
+        scaler=None,
+        batch_norm=False,
+        own=None,
+        opt=None,
+        sync=False,
+        fsdp2=False,
     ):
         start_anew()
         self.method, self.count = method, count
-        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=count, **keywords)
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=count)
+        if fsdp2:
+            shard(self.accelerator)
         if scaler is not None:
             self.accelerator.scaler = scaler
         self.plain = make_model(batch_norm=batch_norm)
         if own is None:
             own = {"rounds": "sum"} if count > 1 and method != "IRE" else {}
         self.opt = make_optimizer(method, self.plain, own=own, **(opt or {}))
-        if self.opt.rolling:
-            self.opt.follow(self.plain)
         data = [torch.cat(parts) for parts in zip(*make_batches(batches), strict=True)]
         loader = DataLoader(TensorDataset(*data), batch_size=ROWS)
         self.model, self.prepared, self.loader = self.accelerator.prepare(self.plain, self.opt, loader)
+        if self.opt.rolling:
+            self.opt.follow(self.model)
         self.step = passes(self.accelerator, self.prepared, self.model, sync_ascent=sync)
         self.index = 0  # of the micro-batch
 

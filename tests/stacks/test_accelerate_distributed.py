@@ -6,7 +6,8 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate_common import Training, start_anew
+from accelerate import Accelerator
+from accelerate_common import Training, shard, start_anew
 from common import (
     METHODS,
     assert_same_tensors,
@@ -16,6 +17,7 @@ from common import (
     make_model,
     make_optimizer,
     mask_loss,
+    train_by_hand,
     weights,
 )
 from torch.nn.parallel import DistributedDataParallel
@@ -211,15 +213,8 @@ def test_ddp_resume_is_bit_identical(method, two, tmp_path):
 # --- FSDP2 ----------------------------------------------------------------------------------------
 
 
-def _sharded(method, count, batches=8):
-    from accelerate import FullyShardedDataParallelPlugin
-
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="NO_WRAP")
-    return Training(method, count, batches=batches, fsdp_plugin=plugin)
-
-
 def _fsdp2(method, count):
-    training = _sharded(method, count, 4 * count)
+    training = Training(method, count, 4 * count, fsdp2=True)
     training.run()
     training.opt.eval()
     full = {name: p.full_tensor().detach() for name, p in training.model.named_parameters()}
@@ -229,8 +224,6 @@ def _fsdp2(method, count):
     opt = make_optimizer(method, model, own={"rounds": "sum"} if count > 1 and method != "IRE" else {})
     batches = make_batches(4 * count)
     pairs = [tuple(torch.cat(parts) for parts in zip(*batches[k : k + 2], strict=True)) for k in range(0, 4 * count, 2)]
-    from common import train_by_hand
-
     windows = [pairs[k : k + count] for k in range(0, len(pairs), count)]
     train_by_hand(method, model, opt, windows)
     for name, w in weights(model).items():
@@ -241,3 +234,45 @@ def _fsdp2(method, count):
 @pytest.mark.parametrize("method", ["RWP", "rolling RWP", "m-RWP", "SAM"])
 def test_fsdp2_does_what_one_process_does(method, count, two):
     two.call(_fsdp2, method, count)
+
+
+def _follow_too_early():
+    """Accelerate's prepare() takes the optimizer along when it shards the model."""
+    start_anew()
+    accelerator = Accelerator(cpu=True)
+    shard(accelerator)
+    model = make_model()
+    opt = make_optimizer("rolling RWP", model)
+    opt.follow(model)
+    sharded, _ = accelerator.prepare(model, opt)
+    batch = make_batches(1)[0]
+    with pytest.raises(RuntimeError, match=r"opt\.follow\(model\) behind fully_shard"):
+        loss_of(sharded, batch)
+    assert not opt.is_perturbed
+
+
+def test_fsdp2_refuses_a_model_that_was_followed_before_it_was_sharded(two):
+    two.call(_follow_too_early)
+
+
+def _shards_after(method, evaluate):
+    training = Training(method, batches=8, fsdp2=True)
+    for stop in (2, 4):
+        training.run(start=stop - 2, stop=stop)
+        if evaluate:
+            training.model.eval()
+            with torch.no_grad():
+                training.model(make_batches(1)[0][0])
+            training.model.train()
+    training.opt.eval()
+    return {k: p.to_local().detach().clone() for k, p in enumerate(training.opt.param_groups[0]["params"])}
+
+
+def _evaluate_between(method):
+    """An evaluation has no backward, after which FSDP2's root would drop the weights that it has gathered."""
+    assert_same_tensors(_shards_after(method, True), _shards_after(method, False))
+
+
+@pytest.mark.parametrize("method", ["RWP", "rolling RWP", "m-RWP", "SAM"])
+def test_fsdp2_evaluations_change_nothing(method, two):
+    two.call(_evaluate_between, method)
