@@ -130,7 +130,7 @@ def test_equals_a_loop_by_hand(method, base):
 @every_base
 @every_method
 def test_no_perturbation_leaves_the_optimizer_as_it_is(method, base):
-    """sigma, rho and kappa of 0, all the weight on m-RWP's second pass: the bare optimizer's trajectory, bit for bit."""
+    """sigma, rho, kappa of 0, all the weight on m-RWP's second pass: the bare optimizer's trajectory, bit for bit."""
     model, other = make_model(), make_model()
     neutral = {"SAM": {"rho": 0.0}, "m-RWP": {"sigma": 0.0, "lam": 1.0}}.get(method, {"sigma": 0.0})
     own = METHODS[method].make(**neutral) if method != "IRE" else {"enhance": flatkern.IRE(kappa=0.0, interval=2)}
