@@ -34,7 +34,7 @@ SANITIZE_TESTS ?= tests/test_backends.py tests/test_cpp.py tests/test_noise.py t
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env build demo test test-matrix test-triton test-stacks test-cuda matrix-cuda check format bench gpu gpu-report gpu-model
+.PHONY: help env build demo test test-matrix test-triton test-stacks stacks-page test-cuda matrix-cuda check format bench gpu gpu-report gpu-model
 .PHONY: sanitize sanitize-cuda races-cuda wheel-check wheel-cuda show clean
 
 NATIVE := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
@@ -215,6 +215,9 @@ test-stacks: tree $(if $(NO_VENV),,$(STACKS_STAMP)) ## flatkern inside of traini
 	has pytest || { echo "error: pytest is not installed for $(STACKS_PY)" >&2; exit 1; }; \
 	env -u OMP_NUM_THREADS FLATKERN_STACKS=1 PYTHONSAFEPATH=1 PYTHONPATH="$(TREE)$${PYTHONPATH:+:$$PYTHONPATH}" \
 	  $(STACKS_PY) -m pytest -q $$(has xdist && echo "-n $(JOBS) --dist loadfile") $(or $(ARGS),tests/stacks)
+
+stacks-page: tree $(if $(NO_VENV),,$(STACKS_STAMP)) ## the table of docs/stacks.md, by the names of those tests
+	@PYTHONSAFEPATH=1 PYTHONPATH="$(TREE)$${PYTHONPATH:+:$$PYTHONPATH}" $(STACKS_PY) docs/stacks.py
 
 # What nvcc compiles is looked at and not run; what is run is the same sources, compiled by the C++ compiler for a GPU that
 # is emulated (tests/cuda_emulation).
