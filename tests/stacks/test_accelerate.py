@@ -188,6 +188,8 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale(method, bad):
     training.run(start=2, stop=3, loss_of=overflowing)
     assert_same_tensors(clean_weights(training.plain, training.opt), before)
     assert training.accelerator.scaler.get_scale() == 2.0**9
+    assert int(training.opt.skipped_steps) == 1
+    assert training.prepared.step_was_skipped is False  # Accelerate sees that step() was called
     training.run(start=3)
     assert training.accelerator.scaler.get_scale() == 2.0**9
     after = clean_weights(training.plain, training.opt)
