@@ -35,22 +35,24 @@ def fresh_accelerate():
     start_anew()
 
 
-def by_hand(training, batches=8):
+def by_hand(training, batches=8, **more):
     """The weights and the optimizer of the same training without Accelerate."""
     model = make_model()
     rounds = getattr(training.opt.method, "rounds", "mean")
     own = {"rounds": rounds} if training.opt.method is not None else {}
-    opt = make_optimizer(training.method, model, own=own)
+    opt = make_optimizer(training.method, model, own=own, **more)
     losses = train_by_hand(training.method, model, opt, training.windows(batches))
     return model, opt, losses
 
 
+@pytest.mark.parametrize("base", ["SGD", "AdamW"])
 @pytest.mark.parametrize("count", [1, 2, 3])
 @every_method
-def test_a_step_equals_a_loop_by_hand(method, count):
-    training = Training(method, count, batches=6 if count == 3 else 8)
+def test_a_step_equals_a_loop_by_hand(method, count, base):
+    """SGD sees the scale of a gradient, AdamW has more state."""
+    training = Training(method, count, batches=6 if count == 3 else 8, opt={"base": base})
     losses = training.run()
-    model, opt, expected = by_hand(training, len(losses))
+    model, opt, expected = by_hand(training, len(losses), base=base)
     training.opt.eval()
     assert_same_tensors(weights(training.plain), weights(model))
     assert_same_state(training.opt.state_dict(), opt.state_dict())
@@ -58,6 +60,15 @@ def test_a_step_equals_a_loop_by_hand(method, count):
     if count == 1 or method not in ("m-RWP", "m-ARWP"):
         means = torch.stack(losses).view(-1, count).mean(dim=1)
         torch.testing.assert_close(means, expected, rtol=1e-6, atol=0)  # a mean of up to three float32 numbers
+
+
+@pytest.mark.parametrize("method", TWO_PASS)
+def test_summed_rounds_of_a_single_micro_batch_equal_a_loop_by_hand(method):
+    """m-RWP has two passes in it, so that its losses are halved."""
+    training = Training(method, own={"rounds": "sum"}, opt={"base": "SGD"})
+    training.run()
+    model = by_hand(training, base="SGD")[0]
+    assert_same_tensors(weights(training.plain), weights(model))
 
 
 @pytest.mark.parametrize("method", ["m-RWP", "m-ARWP"])
