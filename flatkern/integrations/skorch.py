@@ -18,7 +18,6 @@ from typing import Any
 
 from torch.nn import Module
 
-from ..methods import ASAM
 from ..optim.base import FlatOptimizer
 
 try:
@@ -35,7 +34,7 @@ class FollowCallback(Callback):  # type: ignore[misc]
     names, is given those of the modules' parameters.
 
     Raises:
-        RuntimeError: at the beginning of a training: no optimizer of the net is a rolling one of flatkern's, or ASAM.
+        RuntimeError: at the beginning of a training: the net has no rolling optimizer of flatkern's, and none that ascends.
     """
 
     def initialize(self) -> FollowCallback:
@@ -46,7 +45,7 @@ class FollowCallback(Callback):  # type: ignore[misc]
         optimizers = [getattr(net, name + "_") for name in net._optimizers]
         ours = [opt for opt in optimizers if isinstance(opt, FlatOptimizer)]
         rolling = [opt for opt in ours if opt.rolling]
-        named = [opt for opt in ours if isinstance(opt.method, ASAM)]
+        named = [opt for opt in ours if opt.perturbation.ascends]
         if not rolling and not named:
             raise RuntimeError(
                 "FollowCallback: the net has no rolling optimizer of flatkern's, so that there is nothing to follow; "

@@ -148,7 +148,7 @@ def test_an_exception_in_training_leaves_clean_weights():
 
 
 def test_refuses_to_follow_without_a_rolling_optimizer():
-    net = make_net("SAM", callbacks=[("follow", FollowCallback())])
+    net = make_net("m-RWP", callbacks=[("follow", FollowCallback())])
     with pytest.raises(RuntimeError, match=r"optimizer__perturb=flatkern\.RWP\(rolling=True\)"):
         net.fit(*data())
 
