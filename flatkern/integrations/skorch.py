@@ -34,7 +34,7 @@ class FollowCallback(Callback):  # type: ignore[misc]
     names, is given those of the modules' parameters.
 
     Raises:
-        RuntimeError: at the beginning of a training: the net has no rolling optimizer of flatkern's, and none that ascends.
+        RuntimeError: at the beginning of a training: the net has no rolling optimizer, and none that ascends.
     """
 
     def initialize(self) -> FollowCallback:
