@@ -36,7 +36,7 @@ SANITIZE_TESTS ?= tests/test_backends.py tests/test_cpp.py tests/test_noise.py t
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env build demo test test-matrix test-triton test-cuda matrix-cuda check format bench gpu gpu-report gpu-model
+.PHONY: help env build demo test test-matrix test-triton test-stacks stacks-page test-cuda matrix-cuda check format bench gpu gpu-report gpu-model
 .PHONY: sanitize sanitize-cuda races-cuda wheel-check wheel-cuda show clean
 
 NATIVE := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
@@ -196,6 +196,30 @@ test-triton: $(READY) ## the Triton kernels in Triton's interpreter (no GPU need
 	else echo "not checked: Triton kernels (triton is not installed)"; fi
 	@$(if $(ARGS),,if $(call has,triton) && $(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  CUDA_VISIBLE_DEVICES= $(PYTEST) -q $(WITHOUT_GPU); fi)
+
+# Training libraries have an environment of their own, since they choose versions of what others need.
+STACKS := build/stacks
+STACKS_PY := $(if $(NO_VENV),$(PYTHON),$(STACKS)/bin/python)
+STACKS_STAMP := $(STACKS)/.installed-$(subst =,-,$(TORCH))
+STACKS_LIBRARIES := lightning transformers peft accelerate timm skorch schedulefree bitsandbytes torchao diffusers
+
+$(STACKS_STAMP): requirements-stacks.txt
+	@echo "installing $(TORCH) and requirements-stacks.txt in $(STACKS) (once)"
+	@$(PYTHON) -m venv $(STACKS)
+	@$(STACKS_PY) -m pip install -qq --disable-pip-version-check '$(TORCH)' -r requirements-stacks.txt
+	@rm -f $(STACKS)/.installed-* && touch $@
+
+# A file of tests is one process, because tests of several ranks keep theirs.
+test-stacks: tree $(if $(NO_VENV),,$(STACKS_STAMP)) ## flatkern inside of training libraries: Lightning, Transformers, Accelerate, timm, skorch
+	@has() { $(STACKS_PY) -c 'import importlib.util as u, sys; sys.exit(u.find_spec(sys.argv[1]) is None)' $$1; }; \
+	for library in $(STACKS_LIBRARIES); do has $$library || \
+	  $(if $(NO_VENV),echo "not checked: flatkern inside of $$library (it is not installed)",{ echo "error: $$library is not installed; remove $(STACKS) and run make again" >&2; exit 1; }); done; \
+	has pytest || { echo "error: pytest is not installed for $(STACKS_PY)" >&2; exit 1; }; \
+	env -u OMP_NUM_THREADS FLATKERN_STACKS=1 PYTHONSAFEPATH=1 PYTHONPATH="$(TREE)$${PYTHONPATH:+:$$PYTHONPATH}" \
+	  $(STACKS_PY) -m pytest -q $$(has xdist && echo "-n $(JOBS) --dist loadfile") $(or $(ARGS),tests/stacks)
+
+stacks-page: tree $(if $(NO_VENV),,$(STACKS_STAMP)) ## the table of docs/stacks.md, by the names of those tests
+	@PYTHONSAFEPATH=1 PYTHONPATH="$(TREE)$${PYTHONPATH:+:$$PYTHONPATH}" $(STACKS_PY) docs/stacks.py
 
 # What nvcc compiles is looked at and not run; what is run is the same sources, compiled by the C++ compiler for a GPU that
 # is emulated (tests/cuda_emulation).

@@ -28,6 +28,10 @@ if INTERPRETING:
 if not FOR_GPUS:
     collect_ignore += ["test_read_on_device.py"]
 
+# Inside of training libraries: `make test-stacks` has an environment with them.
+if not os.environ.get("FLATKERN_STACKS"):
+    collect_ignore += ["stacks"]
+
 # `make test-cuda` builds what these look at, and names it.
 if not EMULATING:
     collect_ignore += [

@@ -1,3 +1,2 @@
-"""Thin helpers for training stacks, each imported by name: flatkern.integrations.lightning, .transformers,
-.accelerate, .timm, .skorch.
-"""
+"""Thin helpers for training stacks, each imported by name: flatkern.integrations.lightning, .transformers, .accelerate,
+.timm, .skorch."""

@@ -94,6 +94,13 @@ def refuse_lost_model(model: str) -> None:
     )
 
 
+def refuse_sharded_later() -> None:
+    raise RuntimeError(
+        "follow: fully_shard() came after follow(model), so that a forward gathers the weights before the noise is "
+        "switched; follow the sharded model: opt.follow(model) behind fully_shard(), or behind accelerator.prepare()"
+    )
+
+
 def warn_never_followed(steps: int) -> None:
     warn(
         f"step: {steps} steps of a rolling optimizer, which leave the noise on in evaluations and checkpoints: nothing "

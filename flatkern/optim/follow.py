@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from .cycle import Cycle
+from .errors import refuse_sharded_later
 from .followers import Followed
 from .phase import PERTURBED, SUSPENDED
 from .tracing import is_observed, unobserved, untraced
@@ -60,21 +62,45 @@ class _Hook:
 class _Forward(_Hook):
     """Before a forward: the noise is on where the model trains."""
 
-    __slots__ = ()
+    __slots__ = ("number",)
+
+    number: int  # torch's, of this hook
 
     @untraced
     def __call__(self, model: torch.nn.Module, *args: Any) -> None:
         opt = self.switch()
         if opt is not None and opt.cycle.phase is not SUSPENDED:
+            if self._is_behind_fsdp(model):
+                refuse_sharded_later()
             if model.training:
                 opt.cycle.followers.trained = True
             else:
                 opt.cycle.followers.evaluated = True
+            before = opt.cycle.phase
             if is_observed():
                 with unobserved():
                     opt.train(model.training)
             else:
                 opt.train(model.training)
+            if opt.cycle.phase is not before:
+                _forget_gathered(model)
+
+    def _is_behind_fsdp(self, model: torch.nn.Module) -> bool:
+        """FSDP2's hook, which gathers the weights, runs before this one: the switch would come too late."""
+        for number, hook in model._forward_pre_hooks.items():
+            if number == self.number:
+                return False
+            if type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp"):
+                return True
+        return False
+
+
+def _forget_gathered(model: torch.nn.Module) -> None:
+    """After a forward without a backward FSDP2's root module keeps its whole weights, as they were then."""
+    kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    for module in () if kind is None else model.modules():
+        if isinstance(module, kind):
+            module.reshard()
 
 
 class _Guard(_Hook):
@@ -133,7 +159,9 @@ def follow(cycle: Cycle, model: torch.nn.Module) -> Handles:
     switch: Callable[[], Any] = cycle.groups.owner  # the optimizer itself, not a proxy of it
     guard = _Guard(switch)
     # Before FSDP2's own, which gathers the weights.
-    handles = [model.register_forward_pre_hook(_Forward(switch), prepend=True)]
+    forward = _Forward(switch)
+    handles = [model.register_forward_pre_hook(forward, prepend=True)]
+    forward.number = handles[0].id
     for module in model.modules():
         if not isinstance(module, torch.jit.ScriptModule):  # has no hooks; those of what it is a part of serve it
             handles.append(module.register_state_dict_pre_hook(guard))

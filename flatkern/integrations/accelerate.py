@@ -1,0 +1,356 @@
+"""Hugging Face Accelerate: every method by one call a micro-batch.
+
+    step = passes(accelerator, opt, model)
+
+    for x, y in loader:
+        with accelerator.accumulate(model):
+            loss = step(lambda: loss_of(model(x), y))      # in place of forward, backward, step() and zero_grad()
+
+Rolling RWP does not need it: `opt.follow(model)` is enough, and the loop stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from ..optim import amp
+from ..optim.base import FlatOptimizer
+from ..running_stats import frozen_running_stats
+
+try:
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+except ImportError as error:
+    raise ImportError(
+        "flatkern.integrations.accelerate needs accelerate; pip install 'flatkern[accelerate]'"
+    ) from error
+
+Closure = Callable[[], Tensor]
+
+OTHERS = {
+    "DEEPSPEED": "DeepSpeed runs backward and step by itself, on flat copies of the parameters",
+    "MEGATRON_LM": "Megatron-LM runs backward and step by itself, on flat shards of the parameters",
+    "XLA": "XLA devices have no kernels here",
+}
+
+
+def passes(
+    accelerator: Accelerator,
+    opt: torch.optim.Optimizer,
+    model: torch.nn.Module | None = None,
+    *,
+    sync_ascent: bool = False,
+) -> Step:
+    """The training step of an Accelerate script, with as many passes as the method needs.
+
+        model, opt, loader, scheduler = accelerator.prepare(model, opt, loader, scheduler)
+        step = passes(accelerator, opt, model)
+
+        for x, y in loader:
+            with accelerator.accumulate(model):
+                loss = step(lambda: loss_of(model(x), y))
+                scheduler.step()
+
+    The closure runs forward and returns the loss; backward, the scaler, `no_sync`, the step and the zeroing of
+    gradients are done inside, the step at the last micro-batch of a window (`accelerator.sync_gradients`).
+
+        RWP, ARWP, mix="ranks"   perturb() before the window, a pass for each micro-batch
+        rolling RWP, IRE alone   a pass for each micro-batch
+        SAM, ASAM                two passes for each micro-batch, a round each (mSAM); `rounds="sum"`
+        m-RWP, m-ARWP            of N micro-batches the first half, rounded up, is clean, the others are noisy, one
+                                 pass each; `rounds="sum"`. Where a window is one micro-batch, it is both, in two
+                                 passes, or the noisy one is another: `step(closure, noisy=closure_of_another_batch)`
+        enhance=IRE(...)         `step(closure, mask=lambda: flatkern.sampled_label_loss(model(x)))`: where the mask is
+                                 due, it is taken before the window
+
+    Statistics of BatchNorm are those of clean weights: second passes leave them alone. Where a closure raises, the
+    weights are clean, and the window is dropped. Clip by `max_grad_norm=` of the optimizer.
+
+    Arguments:
+        accelerator: with its `gradient_accumulation_steps`, `mixed_precision` and model prepared.
+        opt: flatkern's, as it was made or as `prepare` has returned it.
+        model: what `prepare` has returned. With several processes it is needed, since Accelerate itself keeps but the
+            module inside of DDP; with one it may be left out.
+        sync_ascent: under DDP the ascent of SAM and ASAM follows each rank's own gradient (mSAM over the ranks), so
+            that a step sends no more than an ordinary one and 4 bytes; True takes the mean over the ranks for each
+            ascent. FSDP2 always does.
+
+    Returns:
+        `step(closure, noisy=None, mask=None)`, which returns the detached loss of the micro-batch, at clean weights
+        where the method has a clean pass there.
+
+    Raises:
+        TypeError: `accelerator` is no Accelerator, `opt` none of flatkern's.
+        ValueError: `opt` or `model` was not prepared, or `model` is missing; mix="losses"; several micro-batches a step
+            without rounds="sum".
+        NotImplementedError: Accelerate runs DeepSpeed, Megatron-LM, XLA or FSDP1.
+    """
+    if not isinstance(accelerator, Accelerator):
+        raise TypeError(f"passes: accelerator is {type(accelerator).__name__}, but should be an accelerate.Accelerator")
+    inner = opt
+    while not isinstance(inner, FlatOptimizer) and hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not isinstance(inner, FlatOptimizer):
+        raise TypeError(f"passes: opt is {type(inner).__name__}, but should be an optimizer of flatkern's")
+    _check_distributed(accelerator)
+    prepared = next((o for o in accelerator._optimizers if o is opt or o.optimizer is inner), None)
+    if prepared is None:
+        raise ValueError("passes: opt was not prepared; call model, opt = accelerator.prepare(model, opt) first")
+    _check_rounds(accelerator, inner)
+    return Step(accelerator, prepared, inner, _models_of(accelerator, inner, model), sync_ascent)
+
+
+def _models_of(accelerator: Accelerator, opt: FlatOptimizer, model: torch.nn.Module | None) -> list[torch.nn.Module]:
+    """The prepared models that hold the optimizer's parameters."""
+    ours = {id(p) for group in opt.param_groups for p in group["params"]}
+    if model is None and accelerator.distributed_type.name.startswith("MULTI"):
+        raise ValueError(
+            "passes: model is missing, and with several processes it decides which passes synchronize; "
+            "step = passes(accelerator, opt, model), with the model that accelerator.prepare() has returned"
+        )
+    if model is None:
+        return [m for m in accelerator._models if any(id(p) in ours for p in m.parameters())]
+    if not any(id(p) in ours for p in model.parameters()) or _is_unwrapped(accelerator, model):
+        raise ValueError(
+            f"passes: model is {type(model).__name__}, but should be the model of the optimizer's parameters, as "
+            "accelerator.prepare() has returned it"
+        )
+    return [model]
+
+
+def _is_unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> bool:
+    """The module inside of DDP in place of DDP."""
+    replicated = accelerator.distributed_type.name.startswith("MULTI")
+    return replicated and not any(isinstance(part, DistributedDataParallel) for part in model.modules())
+
+
+def _check_distributed(accelerator: Accelerator) -> None:
+    kind = accelerator.distributed_type
+    reason = OTHERS.get(kind.name)
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        reason = "FSDP1 flattens the parameters, so that filters are cut"
+    if reason is not None:
+        raise NotImplementedError(
+            f"passes: {reason}; use DDP, or FSDP2 (FullyShardedDataParallelPlugin(fsdp_version=2))"
+        )
+
+
+def _check_rounds(accelerator: Accelerator, opt: FlatOptimizer) -> None:
+    """Is the method what Accelerate's losses, divided by the number of micro-batches, need?"""
+    kind = opt.perturbation.closures
+    if kind == "none":
+        raise ValueError(
+            'passes: mix="losses" leaves the weighting of losses to the loop; make the optimizer with mix="gradients"'
+        )
+    count = accelerator.gradient_accumulation_steps
+    if kind != "one" and count > 1 and not opt.perturbation.sums:
+        raise ValueError(
+            f"passes: gradient_accumulation_steps is {count}, and Accelerate divides every loss by it, but the "
+            f"method's rounds are averaged; "
+            f'pass {type(opt.method).__name__}(..., rounds="sum")'
+        )
+
+
+class Step:
+    """`loss = step(closure)`: a micro-batch, and with the last one of a window the step. Made by `passes`."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        prepared: Any,
+        opt: FlatOptimizer,
+        models: list[torch.nn.Module],
+        sync_ascent: bool,
+    ) -> None:
+        self.optimizer = opt
+        self._accelerator = accelerator
+        self._prepared = prepared
+        self._sync_ascent = sync_ascent
+        self._models = models
+        parts = [part for model in models for part in model.modules()]
+        self._replicas = [part for part in parts if isinstance(part, DistributedDataParallel)]
+        self._sharded = [part for part in parts if isinstance(part, FSDPModule)]
+        self._index = 0  # of the micro-batch in its window
+        self._clean = 0  # how many of them were m-RWP's clean ones
+
+    def __call__(self, closure: Closure, noisy: Closure | None = None, mask: Closure | None = None) -> Tensor:
+        """Run the passes of a micro-batch; see `passes`.
+
+        Raises:
+            TypeError, ValueError: an argument that the method or the window does not take, or one that is missing.
+                Nothing has changed then.
+        """
+        accelerator, opt = self._accelerator, self.optimizer
+        self._check(closure, noisy, mask)
+        try:
+            if mask is not None and self._index == 0 and opt.mask_due:
+                self._take_mask(mask)
+            kind = opt.perturbation.closures
+            if kind == "twice each":
+                loss = self._ascend(closure)
+            elif kind == "clean and perturbed":
+                loss = self._mix(closure, noisy or closure)
+            else:
+                loss = self._accumulate(closure)
+            self._index += 1
+            if accelerator.sync_gradients:
+                self._prepared.step()
+                self._prepared.zero_grad()
+                self._index = self._clean = 0
+        except BaseException:
+            self._drop_window()
+            raise
+        return loss
+
+    # --- the methods -----------------------------------------------------------------------------
+
+    def _accumulate(self, closure: Closure) -> Tensor:
+        """One gradient: all micro-batches at the same weights, which are perturbed before the first one."""
+        opt = self.optimizer
+        if self._index == 0 and opt.perturbation.draws and not opt.rolling:
+            for shards in self._sharded:
+                shards.reshard()  # after an evaluation the root keeps its whole weights, as they were then
+            opt.perturb(scaler=self._accelerator.scaler)
+        return self._pass(closure, opt.loss_weight)
+
+    def _ascend(self, closure: Closure) -> Tensor:
+        """SAM: a round for each micro-batch; only the last perturbed backward is synchronized."""
+        opt, last = self.optimizer, self._accelerator.sync_gradients
+        with self._synchronized(self._sync_ascent):
+            loss = self._pass(closure)
+        if self._replicas and not self._sync_ascent:
+            self._perturb_alike()
+        else:
+            opt.perturb(scaler=self._accelerator.scaler)
+        with self._frozen(), self._synchronized(last):
+            self._pass(closure)
+        if not last:
+            opt.restore()
+        return loss
+
+    def _perturb_alike(self) -> None:
+        """Ranks that ascend along gradients of their own skip a step together, and lower the loss scale together."""
+        opt, accelerator = self.optimizer, self._accelerator
+        opt.perturb()
+        assert opt.ascent_norm is not None
+        nonfinite = accelerator.reduce(opt.ascent_norm.mul(0).ne(0).float(), reduction="sum")
+        opt.cycle.skip_if([nonfinite])
+        amp.record(accelerator.scaler, nonfinite)
+
+    def _mix(self, closure: Closure, noisy: Closure) -> Tensor:
+        """m-RWP: the first micro-batches at clean weights, the others at perturbed ones."""
+        opt, accelerator, last = self.optimizer, self._accelerator, self._accelerator.sync_gradients
+        sums = opt.perturbation.sums
+        half = (accelerator.gradient_accumulation_steps + 1) // 2
+        if self._index == 0 and last:  # the whole window: a loss of two passes
+            weight = 0.5 if sums else 1.0
+            with self._synchronized(True):
+                loss = self._pass(closure, weight)
+            opt.perturb(scaler=accelerator.scaler)
+            with self._frozen(), self._synchronized(True):
+                self._pass(noisy, weight)
+            counted = 1, 1
+        elif self._index < half and not last:
+            with self._synchronized(self._index == half - 1):
+                loss = self._pass(closure)
+            self._clean += 1
+            return loss
+        else:
+            if not opt.is_perturbed:
+                if self._index < half:
+                    self._reduce_gradients()
+                opt.perturb(scaler=accelerator.scaler)
+            with self._frozen(), self._synchronized(last):
+                loss = self._pass(closure)
+            counted = self._clean, self._index + 1 - self._clean
+        if last and sums:
+            opt.passes = counted  # of sharded parameters they cannot be counted
+        return loss
+
+    def _reduce_gradients(self) -> None:
+        """A window that ends early, with its data: the clean passes before did not synchronize yet."""
+        if self._replicas:
+            for group in self.optimizer.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.copy_(self._accelerator.reduce(p.grad, reduction="mean"))
+
+    def _take_mask(self, mask: Closure) -> None:
+        """All ranks have the same mask, since it is made of the mean gradient."""
+        opt = self.optimizer
+        with opt.clean(), self._synchronized(True):
+            self._pass(mask)
+            opt.update_mask(scaler=self._accelerator.scaler)
+
+    # --- what they share -------------------------------------------------------------------------
+
+    def _pass(self, closure: Closure, weight: float = 1.0) -> Tensor:
+        loss = closure()
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"step: closure has returned {type(loss).__name__}, but should return the loss, a tensor")
+        if not loss.requires_grad:
+            raise ValueError("step: closure has returned a loss without a graph; it returns it without backward()")
+        self._accelerator.backward(loss if weight == 1.0 else loss * weight)
+        return loss.detach()
+
+    @contextmanager
+    def _synchronized(self, on: bool) -> Iterator[None]:
+        """Forward and backward that take the mean over DDP's ranks, or do not, whatever `accumulate` has set.
+
+        FSDP2 adds unsynchronized gradients up outside of `.grad`, where no method finds them: it always synchronizes.
+        """
+        before = [model.require_backward_grad_sync for model in self._replicas]
+        for shards in self._sharded:
+            shards.set_requires_gradient_sync(True)
+        try:
+            for replica in self._replicas:
+                replica.require_backward_grad_sync = on  # what no_sync() sets
+            yield
+        finally:
+            for replica, value in zip(self._replicas, before, strict=True):
+                replica.require_backward_grad_sync = value
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for model in self._models:
+                stack.enter_context(frozen_running_stats(model))
+            yield
+
+    def _drop_window(self) -> None:
+        opt = self.optimizer
+        opt.eval()
+        opt.release()
+        opt.zero_grad()
+        self._index = self._clean = 0
+
+    def _check(self, closure: Closure, noisy: Closure | None, mask: Closure | None) -> None:
+        opt, accelerator = self.optimizer, self._accelerator
+        if not callable(closure):
+            raise TypeError(
+                f"step: closure is {type(closure).__name__}, but should be a function that runs the forward and "
+                "returns the loss: step(lambda: loss_of(model(x), y))"
+            )
+        if self._index == 0:
+            _check_rounds(accelerator, opt)
+        if noisy is not None and opt.perturbation.closures != "clean and perturbed":
+            raise TypeError("step: noisy is given, but only m-RWP has a batch of its own for the noisy pass")
+        if noisy is not None and not (self._index == 0 and accelerator.sync_gradients):
+            raise ValueError(
+                "step: noisy is given, but with gradient accumulation the second half of the micro-batches is noisy; "
+                "leave it out"
+            )
+        if mask is not None and opt.enhancement is None:
+            raise TypeError("step: mask is given, but the optimizer has no enhance=flatkern.IRE(...)")
+        if mask is None and self._index == 0 and opt.enhancement is not None and opt.mask_due:
+            raise TypeError(
+                "step: mask is missing, and IRE's is due; pass "
+                "step(closure, mask=lambda: flatkern.sampled_label_loss(model(x)))"
+            )
