@@ -1,0 +1,2 @@
+"""Thin helpers for training stacks, each imported by name: flatkern.integrations.lightning, .transformers, .accelerate,
+.timm, .skorch."""
