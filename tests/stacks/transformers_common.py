@@ -1,5 +1,7 @@
 """What the tests of Hugging Face's Trainer share: tiny models and data, trainings, and the same loops written by hand."""
 
+import contextlib
+
 import pytest
 import torch
 from common import METHODS
@@ -119,24 +121,30 @@ def windows_of(data, accumulation, steps, rows=ROWS):
     return [epoch[k % len(epoch)] for k in range(steps)]
 
 
-def loss_of(model, batch, items):
-    """The Trainer's loss of a micro-batch: a sum over its tokens, divided by those of all micro-batches of the step."""
-    return model(**batch, num_items_in_batch=items).loss
+def backward(model, batch, items, averaged):
+    """The Trainer's loss of a micro-batch: a sum over its tokens, divided by those of all micro-batches of the step, of
+    all ranks, times the number of ranks, because DDP takes their mean.
 
-
-def mask_loss(model, batch):
-    """Labels are drawn for the positions that are in the loss, each of which predicts the next token."""
-    logits = model(**batch).logits[:, :-1][batch["labels"][:, 1:] != -100]
-    return flatkern.sampled_label_loss(logits)
+    Arguments:
+        averaged: over the ranks, now; otherwise by a later backward.
+    """
+    is_ddp = isinstance(model, torch.nn.parallel.DistributedDataParallel)
+    with model.no_sync() if is_ddp and not averaged else contextlib.nullcontext():
+        loss = model(**batch, num_items_in_batch=items).loss
+        (loss * (torch.distributed.get_world_size() if is_ddp else 1)).backward()
 
 
 def step_by_hand(method, model, opt, window):
     """One step of a causal language model, by flatkern's public calls alone, on losses as the Trainer divides them."""
     opt.zero_grad()
     if opt.enhancement is not None and opt.mask_due:
-        mask_loss(model, window[0]).backward()
+        # Labels are drawn for the positions that are in the loss, each of which predicts the next token.
+        logits = model(**window[0]).logits[:, :-1][window[0]["labels"][:, 1:] != -100]
+        flatkern.sampled_label_loss(logits).backward()
         opt.update_mask()
     items = sum((batch["labels"] != -100).sum() for batch in window)
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        torch.distributed.all_reduce(items)
     loop, n = METHODS[method].loop, len(window)
     if loop == "mixed" and n == 1:
         (batch,) = window
@@ -144,16 +152,18 @@ def step_by_hand(method, model, opt, window):
         window = [{key: v[:first] for key, v in batch.items()}, {key: v[first:] for key, v in batch.items()}]
         opt.passes = len(window[0]["input_ids"]), len(window[1]["input_ids"])
         n = 2
+    clean = (n + 1) // 2
     if loop == "noisy":
         opt.perturb()
     for k, batch in enumerate(window):
-        if loop == "mixed" and k == (n + 1) // 2:
+        if loop == "mixed" and k == clean:
             opt.perturb()
-        loss_of(model, batch, items).backward()
+        last = k == n - 1 or (loop == "mixed" and k == clean - 1)
+        backward(model, batch, items, averaged=last and loop != "ascent")
         if loop == "ascent":
             opt.perturb()
-            loss_of(model, batch, items).backward()
-            if k < n - 1:
+            backward(model, batch, items, averaged=last)
+            if not last:
                 opt.restore()
     opt.step()
 

@@ -1,0 +1,70 @@
+"""Hugging Face's Trainer under DDP and under torch.compile."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from common import METHODS, assert_same_tensors, weights
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer
+from transformers_common import (
+    ROWS,
+    Texts,
+    arguments,
+    batches_of,
+    make_gpt,
+    make_optimizer,
+    train,
+    train_by_hand,
+)
+
+from flatkern.integrations.transformers import FlatkernCallback, FlatkernTrainer
+
+STEPS = 3
+
+
+def kind_of(method):
+    if method == "rolling RWP":
+        return {"kind": Trainer, "callbacks": [FlatkernCallback()]}
+    return {"kind": FlatkernTrainer}
+
+
+def train_on_two_ranks(method, accumulation, folder):
+    """By the Trainer, and by hand, on this rank's batches; returns the weights of both."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    # What torchrun sets; the process group is there already.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    texts = Texts(STEPS * accumulation * ROWS * world)
+    args = arguments(folder, max_steps=STEPS, gradient_accumulation_steps=accumulation, max_grad_norm=0.25)
+    trainer = train(method, make_gpt(), args, texts, **kind_of(method))
+    assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+
+    by_hand = DistributedDataParallel(make_gpt())
+    opt = make_optimizer(method, by_hand, max_grad_norm=None if method == "rolling RWP" else 0.25)
+    own = batches_of(texts)[rank::world]
+    windows = [own[k : k + accumulation] for k in range(0, len(own), accumulation)]
+    if method == "rolling RWP":
+        opt.register_step_pre_hook(lambda *_: torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 0.25) and None)
+    train_by_hand(method, by_hand, opt, windows)
+    return weights(trainer.model), weights(by_hand.module)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks_equal_a_loop_by_hand_and_one_another(method, accumulation, two, tmp_path):
+    (first, by_hand), (second, _) = two.call(train_on_two_ranks, method, accumulation, tmp_path)
+    assert_same_tensors(first, second)
+    assert_same_tensors(first, by_hand)
+
+
+@pytest.mark.parametrize("method", ["rolling RWP", "SAM", "m-RWP", "IRE"])
+def test_a_compiled_training_is_the_same(method, tmp_path):
+    """torch_compile=True: nothing of the optimizer is traced, and the compiled model sees the perturbed weights."""
+    texts, trained = Texts(4 * ROWS), []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        args = arguments(tmp_path, gradient_accumulation_steps=2, **compiled)
+        trainer = train(method, make_gpt(dropout=0.0), args, texts, **kind_of(method))
+        assert hasattr(trainer.model_wrapped, "_orig_mod") is bool(compiled)
+        trained.append(weights(trainer.model))
+    assert_same_tensors(*trained)
