@@ -1,22 +1,23 @@
-"""What the tests of Hugging Face's Trainer share: tiny models and data, trainings, and the same loops written by hand."""
+"""What the tests of Hugging Face's Trainer share: tiny models and data, trainings, and the same loops by hand."""
 
 import contextlib
 
 import pytest
 import torch
-from common import METHODS
+from common import METHODS, weights
 from torch.utils.data import Dataset
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
 import flatkern
-from flatkern.integrations.transformers import FlatkernTrainer
+from flatkern.integrations.transformers import FlatkernCallback, FlatkernTrainer
 
 VOCABULARY, TOKENS, ROWS = 13, 6, 4
 
@@ -67,14 +68,14 @@ def make_bert(seed=0):
     return BertForSequenceClassification(config)
 
 
-def arguments(folder, **more):
+def arguments(folder, kind=TrainingArguments, **more):
     """Three steps in the order of the data, on the CPU; nothing is logged, shown, or saved."""
     values = {
         "output_dir": str(folder), "per_device_train_batch_size": ROWS, "max_steps": 3, "use_cpu": True,
         "report_to": [], "disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "seed": 11,
         "lr_scheduler_type": "constant", "train_sampling_strategy": "sequential", 
     }  # fmt: skip
-    return TrainingArguments(**{**values, **more})
+    return kind(**{**values, **more})
 
 
 def make_optimizer(method, model, lr=0.02, own=None, **more):
@@ -90,6 +91,19 @@ class SeedSteps(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         torch.manual_seed(1000 + state.global_step)
+
+
+def kind_of(method):
+    """A plain Trainer with the callback where that is enough."""
+    if method == "rolling RWP":
+        return {"kind": Trainer, "callbacks": [FlatkernCallback()]}
+    return {"kind": FlatkernTrainer}
+
+
+def with_accumulation(all_of):
+    """Methods and accumulations: 1, 2 and 3 for `all_of`, 2 for the others."""
+    pairs = [(method, n) for method in METHODS for n in ((1, 2, 3) if method in all_of else (2,))]
+    return pytest.mark.parametrize("method, accumulation", pairs)
 
 
 def make_trainer(method, model, args, data, kind=FlatkernTrainer, callbacks=(), own=None, lr=0.02, limit=None, **more):
@@ -169,18 +183,17 @@ def step_by_hand(method, model, opt, window):
 
 
 def train_by_hand(method, model, opt, windows):
+    """Train; ends with clean weights. Returns the clean weights after each step."""
     if method == "ASAM":
         opt.name_parameters(model)
+    after = []
     model.train()
     if opt.rolling:
         opt.train()
     for k, window in enumerate(windows):
         torch.manual_seed(1000 + k)
         step_by_hand(method, model, opt, window)
+        with opt.clean():
+            after.append(weights(model))
     opt.eval()
-
-
-@pytest.fixture
-def texts():
-    """Five micro-batches, the last of three rows: accumulation 2 and 3 leave a short last step in an epoch."""
-    return Texts(5 * ROWS - 1)
+    return after
