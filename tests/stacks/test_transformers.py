@@ -1,8 +1,14 @@
 """Trainings by Hugging Face's Trainer equal a loop written by hand, bit for bit."""
 
+import pytest
+import torch
 from common import assert_other_tensors, assert_same_tensors, weights
+from torch.utils.data import Subset
+from transformers import Trainer
 from transformers_common import (
     ROWS,
+    VOCABULARY,
+    Sentences,
     Texts,
     arguments,
     make_gpt,
@@ -32,3 +38,31 @@ def test_a_training_equals_a_loop_by_hand(method, accumulation, tmp_path):
     assert_other_tensors(weights(model), start)
     assert_same_tensors(weights(model), weights(by_hand))
     assert opt.grad_norm > LIMIT
+
+
+class WithBatchNorm(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = torch.nn.Embedding(VOCABULARY, 8), torch.nn.BatchNorm1d(8)
+        self.head = torch.nn.Linear(8, 3)
+
+    def forward(self, input_ids, labels):
+        logits = self.head(self.norm(self.embed(input_ids).mean(dim=1)))
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("method", ["SAM", "m-RWP", "IRE"])
+def test_running_statistics_are_those_of_clean_passes(method, tmp_path):
+    """A plain training at lr = 0 sees the same clean micro-batches: for m-RWP every other one."""
+    data = Sentences(6 * ROWS)
+    args = arguments(tmp_path, gradient_accumulation_steps=2)
+    torch.manual_seed(0)
+    model, plain = WithBatchNorm(), WithBatchNorm()
+    plain.load_state_dict(model.state_dict())
+    train(method, model, args, data, lr=0.0)
+    if method == "m-RWP":
+        data, args = Subset(data, [k for k in range(len(data)) if k // ROWS % 2 == 0]), arguments(tmp_path)
+    opt = torch.optim.SGD(plain.parameters(), lr=0.0)
+    Trainer(plain, args, train_dataset=data, optimizers=(opt, None)).train()
+    assert_same_tensors(dict(model.named_buffers()), dict(plain.named_buffers()))
+    assert model.norm.num_batches_tracked == (3 if method == "m-RWP" else 6)

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
 from common import TWO_PASS, assert_other_tensors, assert_same_tensors, weights
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 from transformers_common import (
@@ -211,6 +212,20 @@ def test_refuses_a_batch_that_cannot_be_halved(method, tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("method", ["SAM", "m-RWP", "IRE", "rolling RWP"])
+def test_refuses_sharding_that_hides_the_gradients_of_a_pass(method, tmp_path, monkeypatch):
+    trainer = make_trainer(method, make_gpt(), arguments(tmp_path), TEXTS)
+    batch = {key: torch.stack([TEXTS[k][key] for k in range(2)]) for key in TEXTS[0]}
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP))
+    if method == "rolling RWP":
+        trainer.current_gradient_accumulation_steps = 1  # which a Trainer sets before the first step
+        trainer.training_step(trainer.model, batch)
+    else:
+        with pytest.raises(RuntimeError, match=r"distributed by FSDP.*use DDP, or perturb=flatkern.RWP"):
+            trainer.training_step(trainer.model, batch)
+        assert all(p.grad is None for p in trainer.model.parameters())
+
+
 def test_refuses_schedules_that_nothing_reads(tmp_path):
     with pytest.raises(TypeError, match=r"sigma is 0.1, but should be a function of the step number"):
         FlatkernCallback(sigma=0.1)
@@ -245,7 +260,5 @@ def test_a_step_that_nobody_finished_is_dropped_with_a_warning(method, tmp_path)
 def test_without_the_library_an_import_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "flatkern.integrations.transformers")
-    with pytest.raises(
-        ImportError, match=r"^flatkern.integrations.transformers: .*'flatkern\[transformers\]'"
-    ):
+    with pytest.raises(ImportError, match=r"^flatkern.integrations.transformers: .*'flatkern\[transformers\]'"):
         importlib.import_module("flatkern.integrations.transformers")
