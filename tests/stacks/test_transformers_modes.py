@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from common import assert_same_tensors, weights
+from common import TWO_PASS, assert_same_tensors, weights
 from torch.nn.parallel import DistributedDataParallel
 from transformers_common import (
     ROWS,
@@ -15,6 +15,7 @@ from transformers_common import (
     kind_of,
     make_gpt,
     make_optimizer,
+    make_trainer,
     train,
     train_by_hand,
     with_accumulation,
@@ -59,4 +60,32 @@ def test_a_compiled_training_is_the_same(method, tmp_path):
         trainer = train(method, make_gpt(dropout=0.0), args, texts, **kind_of(method))
         assert hasattr(trainer.model_wrapped, "_orig_mod") is bool(compiled)
         trained.append(weights(trainer.model))
+    assert_same_tensors(*trained)
+
+
+@pytest.mark.parametrize("method", ["rolling RWP", *TWO_PASS, "IRE"])
+def test_a_gradient_scaler_changes_nothing(method, tmp_path):
+    """As under fp16, which needs a GPU. The scale is a power of two, so that no bit of a gradient depends on it."""
+    texts, trained = Texts(4 * ROWS), []
+    for scaled in (False, True):
+        args = arguments(tmp_path, gradient_accumulation_steps=2, max_grad_norm=0.0)
+        trainer = make_trainer(method, make_gpt(), args, texts, **kind_of(method))
+        if scaled:
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+        trainer.train()
+        assert (trainer.optimizer.scaler is not None) is scaled and trainer.flat.skipped_steps == 0
+        trained.append(weights(trainer.model))
+    assert_same_tensors(*trained)
+
+
+@pytest.mark.parametrize("method", ["rolling RWP", "SAM", "m-RWP"])
+def test_gradient_checkpointing_changes_nothing(method, tmp_path):
+    """Reentrant: one of its backwards is several for autograd, so that m-RWP's passes cannot be counted."""
+    texts, trained = Texts(4 * ROWS), []
+    for own in ({}, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}):
+        model = make_gpt()
+        args = arguments(tmp_path, gradient_accumulation_steps=2, **own)
+        train(method, model, args, texts, **kind_of(method))
+        assert model.is_gradient_checkpointing is bool(own)
+        trained.append(weights(model))
     assert_same_tensors(*trained)

@@ -1,5 +1,7 @@
 """Hugging Face's Trainer: evaluations, checkpoints and resuming, of one-pass and of two-pass methods."""
 
+import warnings
+
 import pytest
 import torch
 from common import METHODS, TWO_PASS, assert_same_state, assert_same_tensors, weights
@@ -51,19 +53,20 @@ class EvaluationsAtCleanWeights(TrainerCallback):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_evaluations_and_checkpoints_hold_clean_weights(method, tmp_path):
-    """And neither changes what is trained."""
+    """And neither changes what is trained. The first and the third checkpoint have no evaluation before them."""
     look = EvaluationsAtCleanWeights()
     more = kind_of(method)
     callbacks = [*more.pop("callbacks", []), look]
     args = arguments(
-        tmp_path, gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+        tmp_path, gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=2, save_strategy="steps",
         save_steps=1, logging_strategy="steps", logging_steps=1, max_grad_norm=0.0,
+        max_steps=4,
     )  # fmt: skip
     model = make_gpt()
     trainer = train(method, model, args, TEXTS, callbacks=callbacks, eval_dataset=TEXTS, **more)
-    by_hand = weights_by_hand(method, 3)
+    by_hand = weights_by_hand(method, 4)
     assert_same_tensors(weights(model), by_hand[-1])
-    assert len(look.seen) == 9  # three batches in each evaluation
+    assert [step for step, _ in look.seen] == [2, 2, 2, 4, 4, 4]  # three batches each
     for step, seen in look.seen:
         assert_same_tensors(seen, by_hand[step - 1])
     for step, expected in enumerate(by_hand, 1):
@@ -154,6 +157,48 @@ def test_a_training_that_fails_leaves_clean_weights_by_itself(tmp_path):
         trainer.train()
     assert_same_tensors(weights(model), weights(make_gpt()))
     assert not trainer.flat.is_perturbed and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", TWO_PASS)
+def test_a_training_that_fails_between_micro_batches_leaves_no_step_behind(method, tmp_path):
+    class Fail(TrainerCallback):
+        substeps = 0
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            self.substeps += 1
+            if self.substeps == 2:
+                raise KeyboardInterrupt
+
+    args = arguments(tmp_path, gradient_accumulation_steps=3)
+    trainer = make_trainer(method, make_gpt(), args, TEXTS, callbacks=[Fail()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert_same_tensors(weights(trainer.model), weights(make_gpt()))
+    assert all(p.grad is None for p in trainer.model.parameters())
+    trainer.flat.state_dict()  # would be refused with a step pending
+
+
+@pytest.mark.parametrize("method", TWO_PASS)
+def test_auto_find_batch_size_goes_on_from_clean_weights(method, tmp_path):
+    """Memory runs out in a second pass, and the Trainer begins again with smaller batches, inside of train()."""
+
+    class Small(FlatkernTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if len(inputs["input_ids"]) > ROWS // 2 and self.flat.is_perturbed:
+                raise RuntimeError("CUDA out of memory.")
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    trained = []
+    for own in ({"auto_find_batch_size": True}, {"per_device_train_batch_size": ROWS // 2}):
+        args = arguments(tmp_path, gradient_accumulation_steps=2, **own)
+        trainer = make_trainer(method, make_gpt(), args, TEXTS, kind=Small)
+        if "sigma" in trainer.flat.param_groups[0] and len(trained):
+            trainer.flat.param_groups[0]["round"] = 2  # two were drawn for batches of 4 and of 3 rows
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="FlatkernTrainer")
+            trainer.train()
+        trained.append(weights(trainer.model))
+    assert_same_tensors(*trained)
 
 
 def test_the_model_is_not_followed_any_more_after_a_training(tmp_path):
