@@ -85,8 +85,7 @@ class FlatkernCallback(TrainerCallback):
                     f"the optimizer's max_grad_norm={opt.max_grad_norm}; set args.max_grad_norm=0.0",
                     stacklevel=2,
                 )
-        before = state.global_step - 1
-        self._schedulers = [PerturbationScheduler(opt, key, f, before) for key, f in self._schedules.items()]
+        self._schedulers = [PerturbationScheduler(opt, key, f) for key, f in self._schedules.items()]
         if any(g.get("adaptive", False) is None and "param_names" not in g for g in opt.param_groups):
             opt.name_parameters(model)
         self._optimizer = opt

@@ -11,6 +11,7 @@ from transformers_common import (
     Sentences,
     Texts,
     arguments,
+    batches_of,
     make_gpt,
     make_optimizer,
     train,
@@ -18,6 +19,8 @@ from transformers_common import (
     windows_of,
     with_accumulation,
 )
+
+import flatkern
 
 STEPS, LIMIT = 4, 0.25
 # Five micro-batches, the last of three rows: accumulation 2 and 3 leave a short last step in an epoch.
@@ -66,3 +69,37 @@ def test_running_statistics_are_those_of_clean_passes(method, tmp_path):
     Trainer(plain, args, train_dataset=data, optimizers=(opt, None)).train()
     assert_same_tensors(dict(model.named_buffers()), dict(plain.named_buffers()))
     assert model.norm.num_batches_tracked == (3 if method == "m-RWP" else 6)
+
+
+@pytest.mark.parametrize("method", ["IRE"])
+def test_the_mask_of_a_rolling_optimizer_is_taken_at_clean_weights(method, tmp_path):
+    trained = []
+    for by_hand in (False, True):
+        model = make_gpt()
+        opt = make_optimizer(method, model, perturb=flatkern.RWP(sigma=0.05, rolling=True))
+        if by_hand:
+            train_by_hand(method, model, opt, windows_of(TEXTS, 1, STEPS))
+        else:
+            train(method, model, arguments(tmp_path, max_steps=STEPS, max_grad_norm=0.0), TEXTS, opt=opt)
+        trained.append(weights(model))
+    assert_same_tensors(*trained)
+
+
+@pytest.mark.parametrize("method", ["m-RWP"])
+def test_halves_of_a_batch_whose_loss_is_a_mean(method, tmp_path):
+    """A model that takes no `num_items_in_batch`: (1 - lam) of the first half's mean gradient, lam of the second's."""
+    data, args = Sentences(3 * ROWS), arguments(tmp_path, max_grad_norm=0.0)
+    torch.manual_seed(0)
+    model, by_hand = WithBatchNorm(), WithBatchNorm()
+    by_hand.load_state_dict(model.state_dict())
+    train(method, model, args, data)
+    opt = make_optimizer(method, by_hand)
+    for batch in batches_of(data):
+        opt.zero_grad()
+        clean, noisy = ({key: v[at] for key, v in batch.items()} for at in (slice(2), slice(2, None)))
+        (by_hand(**clean)["loss"] / 2).backward()
+        opt.perturb()
+        with flatkern.frozen_running_stats(by_hand):
+            (by_hand(**noisy)["loss"] / 2).backward()
+        opt.step()
+    assert_same_tensors(weights(model), weights(by_hand))

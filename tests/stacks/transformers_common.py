@@ -111,9 +111,11 @@ def with_accumulation(all_of):
     return pytest.mark.parametrize("method, accumulation", pairs)
 
 
-def make_trainer(method, model, args, data, kind=FlatkernTrainer, callbacks=(), own=None, lr=0.02, limit=None, **more):
+def make_trainer(
+    method, model, args, data, kind=FlatkernTrainer, callbacks=(), own=None, lr=0.02, limit=None, opt=None, **more
+):
     """A Trainer; its optimizer itself is `trainer.flat`."""
-    opt = make_optimizer(method, model, lr, own, max_grad_norm=limit)
+    opt = opt or make_optimizer(method, model, lr, own, max_grad_norm=limit)
     trainer = kind(
         model=model, args=args, train_dataset=data, optimizers=(opt, None), callbacks=[SeedSteps(), *callbacks], **more
     )
@@ -122,6 +124,7 @@ def make_trainer(method, model, args, data, kind=FlatkernTrainer, callbacks=(), 
 
 
 def train(*args, **more):
+    """Train; returns the Trainer."""
     trainer = make_trainer(*args, **more)
     trainer.train()
     return trainer
@@ -158,9 +161,10 @@ def step_by_hand(method, model, opt, window):
     opt.zero_grad()
     if opt.enhancement is not None and opt.mask_due:
         # Labels are drawn for the positions that are in the loss, each of which predicts the next token.
-        logits = model(**window[0]).logits[:, :-1][window[0]["labels"][:, 1:] != -100]
-        flatkern.sampled_label_loss(logits).backward()
-        opt.update_mask()
+        with opt.clean():
+            logits = model(**window[0]).logits[:, :-1][window[0]["labels"][:, 1:] != -100]
+            flatkern.sampled_label_loss(logits).backward()
+            opt.update_mask()
     items = sum((batch["labels"] != -100).sum() for batch in window)
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         torch.distributed.all_reduce(items)
