@@ -3,6 +3,8 @@
 Scales are powers of two, so a scaled run is bit-identical to the unscaled one.
 """
 
+import copy
+
 import pytest
 import torch
 from patterns import BASES, METHODS, Training, backends, noise, plain, same, same_state, train
@@ -301,6 +303,20 @@ def test_max_grad_norm_is_torchs(options, backend):
 def test_bad_max_grad_norm(bad):
     with pytest.raises(ValueError, match="max_grad_norm"):
         Training(None, max_grad_norm=bad)
+    opt = Training(None, max_grad_norm=0.5).opt
+    with pytest.raises(ValueError, match=f"max_grad_norm is {bad!r}, but should be a number > 0, or None"):
+        opt.max_grad_norm = bad
+    assert opt.max_grad_norm == 0.5
+
+
+def test_max_grad_norm_may_be_set_between_steps(backend):
+    """It is then as if the optimizer had been made with it; a copy keeps it."""
+    run, limited = (Training(None, backend=backend, max_grad_norm=limit) for limit in (None, 0.05))
+    run.opt.max_grad_norm = 0.05
+    for r in (run, limited):
+        plain(r, 0)
+    assert same(run.weights(), limited.weights()) and torch.equal(run.opt.grad_norm, limited.opt.grad_norm)
+    assert copy.deepcopy(run.opt).max_grad_norm == 0.05
 
 
 # --- autocast ---------------------------------------------------------------------------------------

@@ -18,13 +18,13 @@ from .. import dtensor
 from ..checks import check_backend, check_outer_filters, check_parameters
 from ..dispatch import resolve
 from ..methods import IRE
-from ..values import check_flag, check_value, is_number
+from ..values import check_flag, check_value
 from . import amp, closures, follow, names
 from .buckets import Bucket, Call
 from .cycle import Cycle
 from .draw import draw_again
 from .errors import warn_never_masked, warn_never_perturbed
-from .groups import Group, Groups, Setup
+from .groups import Group, Groups, Setup, checked_limit
 from .ire import Mask
 from .perturb import perturbation_of
 from .phase import Phase
@@ -54,11 +54,10 @@ class FlatOptimizer(Saved):
 
     def set_up(self, setup: Setup) -> Group:
         """Set what stays fixed, and make the parts; returns the group defaults that the method adds."""
-        name, limit = setup.name, setup.max_grad_norm
+        name = setup.name
         if setup.enhancement is not None and not isinstance(setup.enhancement, IRE):
             raise TypeError(f"{name}: enhance is {setup.enhancement!r}, but should be flatkern.IRE(kappa=...), or None")
-        if limit is not None and not (is_number(limit) and limit > 0):
-            raise ValueError(f"{name}: max_grad_norm is {limit!r}, but should be a number > 0, or None")
+        checked_limit(name, setup.max_grad_norm)
         setup.master_weights = check_flag(name, "master_weights", setup.master_weights)
         setup.capturable = check_flag(name, "capturable", setup.capturable)
         setup.backend = check_backend(setup.backend)

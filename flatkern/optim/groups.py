@@ -97,6 +97,17 @@ class Setup:
         return self.master_weights and p.dtype != torch.float32
 
 
+def checked_limit(name: str, limit: Any) -> float | None:
+    """What max_grad_norm is set to, of the optimizer of that name.
+
+    Raises:
+        ValueError: it is neither a number > 0 nor None.
+    """
+    if limit is not None and not (is_number(limit) and limit > 0):
+        raise ValueError(f"{name}: max_grad_norm is {limit!r}, but should be a number > 0, or None")
+    return cast("float | None", limit)
+
+
 class Groups:
     """The groups of one optimizer, reached through a weak reference, so that no part keeps its optimizer alive."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..methods import IRE, RWP, SAM
 from .cycle import Cycle
-from .groups import Setup
+from .groups import Setup, checked_limit
 from .ire import Mask
 from .passes import Pair, checked_passes
 from .perturbation import NoPerturbation
@@ -20,7 +20,8 @@ from .tracing import untraced
 
 
 class Known(torch.optim.Optimizer):
-    """The parts of an optimizer, and what they know. Nothing here changes anything, but that `passes` may be set."""
+    """The parts of an optimizer, and what they know. Nothing here changes anything, but that two may be set: `passes`
+    and `max_grad_norm`."""
 
     setup: Setup
     cycle: Cycle
@@ -54,7 +55,17 @@ class Known(torch.optim.Optimizer):
 
     @property
     def max_grad_norm(self) -> float | None:
+        """The limit of the final gradient's norm. It may be set, and counts from the next step on; in a captured CUDA
+        graph it stays as captured.
+
+        Raises:
+            ValueError: it is set to something else than a number > 0, or None.
+        """
         return self.setup.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        self.setup.max_grad_norm = checked_limit(self.setup.name, value)
 
     @property
     def rolling(self) -> bool:
