@@ -26,7 +26,7 @@ except ImportError as error:
     raise ImportError("flatkern.integrations.skorch needs skorch; pip install 'flatkern[skorch]'") from error
 
 
-class FollowCallback(Callback):  # type: ignore[misc]
+class FollowCallback(Callback):
     """Rolling optimizers: noise in training forwards, clean weights wherever skorch predicts, scores or saves.
 
     The net's optimizers follow its modules from the beginning of each training on, also where `initialize()` or
