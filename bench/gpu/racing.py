@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from time import monotonic
 
 import flatkern
 
@@ -17,7 +20,7 @@ from ..runner import Runner
 from . import stand_in
 from .goals import CUDA
 from .machine import Gpu
-from .stage import DRY, WITH_CUDA, each, emit, is_lost, left, say
+from .stage import BEGAN, DRY, WITH_CUDA, each, emit, is_lost, left, say
 
 TURNS, LEAST = 50, 3  # of a candidate; five times as many where a model is small
 SETTING_UP = 0.3  # seconds that a candidate takes before its first turn
@@ -66,6 +69,7 @@ class Racer(Runner):
         return super().fitting(race)
 
     def prepare(self, race: Race, entry: Entry, weights, gradients):
+        say(f"{monotonic() - BEGAN:7.1f} s  {entry.label}")
         if entry.label != "compiled":
             return super().prepare(race, entry, weights, gradients)
         with at_most(self.left() - COMPILING / 2):
@@ -124,6 +128,8 @@ def run(
     races, absent = with_live(races)
     if absent:
         emit("miss", model="all", method="all", base="all", candidate=CUDA, reason=absent)
+    # What is compiled here, in spite of stage warm, is named in the log.
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(relativeCreated)d ms  %(message)s")
     runner = racer(stand_in.StandIn() if DRY else Gpu(), usual, most)
     gc.collect()
     gc.freeze()  # every race collects, and would look through torch each time

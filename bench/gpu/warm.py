@@ -196,10 +196,10 @@ def jobs_of_stage(name: str) -> Iterator[tuple[str, Callable[[], list[Any]]]]:
 
     if name == "hints":
         return  # nvcc compiles what it launches
-    if name == "sanitizer":
+    if name in ("sanitizer", "smoke"):
         from bench.gpu import smoke
 
-        yield "smoke --brief", lambda: smoke.jobs(brief=True)
+        yield name, lambda: smoke.jobs(brief=name == "sanitizer")
     elif name == "e2e":
         from bench.gpu import e2e
 
