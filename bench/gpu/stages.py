@@ -81,9 +81,9 @@ STAGES = (
           needs=WARM, correct=True),
 )  # fmt: skip
 
-# Together 273, 268 and 280 of 280. An H200 with 16 slow cores took 34 for build, 98 for smoke and tests side by side, 59
-# for warm beside them, 96 for 17 of 18 races of keys, 19 for ncu, 6 for parameters, 28 for 8 of 13 rivals, 24 for the
-# sanitizers. The third list is for after a repair, with TESTS='an expression for -k'.
+# Together 273, 268 and 280 of 280. An H200 with 16 slow cores took 34 for build, 98 for smoke and tests side by side,
+# 59 for warm beside them, 96 for 17 of 18 races of keys, 19 for ncu, 6 for parameters, 28 for 8 of 13 rivals, 24
+# for the sanitizers. The third list is for after a repair, with TESTS='an expression for -k'.
 LISTS = {
     "first": {"build": 35, "smoke": 110, "tests": 110, "warm": 110, "keys": 95, "ncu": 25, "parameters": 8},
     "second": {
