@@ -88,7 +88,8 @@ class Gradients:
         generator = torch.Generator(params[0].device).manual_seed(7)
         kinds = "clean", "noisy"
         self.sources = {k: [torch.empty_like(p).normal_(0, 0.01, generator=generator) for p in params] for k in kinds}
-        self.buffers = [{k: [torch.empty_like(p) for p in params] for k in kinds} for _ in range(sets)]
+        # Numbers from the beginning: those that arrive without being fresh are taken as they are.
+        self.buffers = [{k: [s.clone() for s in self.sources[k]] for k in kinds} for _ in range(sets)]
 
     @torch.no_grad()
     def deliver(self, params: list[Tensor], kind: str, count: int, clock: Clock | None = None, fresh=True) -> None:

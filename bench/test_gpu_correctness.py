@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import flatkern
-from bench.gpu import e2e, live, stage, stages, warm
+from bench.gpu import e2e, live, stage, stages, warm, workers
 from flatkern.ops import OPS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -254,7 +254,7 @@ def listed(names, failed):
 def test_warm_goes_on_without_a_kernel_and_without_a_process(tmp_path, monkeypatch, capfd):
     (tmp_path / "some_jobs.py").write_text(JOBS)
     monkeypatch.syspath_prepend(tmp_path)
-    assert warm.run(["keys"], 2, "some_jobs:listed") == 1
+    assert workers.run(["keys"], 2, "some_jobs:listed") == 1
     out = capfd.readouterr().out
     assert "the kernels of a race are not known: ValueError: no such model" in out
     assert "kernel 3: RuntimeError: ptxas fatal" in out
@@ -290,7 +290,7 @@ import multiprocessing
 import sys
 import torch
 import flatkern
-from bench.gpu import warm
+from bench.gpu import workers
 from flatkern import compilation
 
 def optimizer(backend):
@@ -302,10 +302,10 @@ def listed(names, failed):
 
 if __name__ == "__main__" and sys.argv[1:] == ["warm"]:
     spawned = multiprocessing.get_context("spawn")
-    warm.work(["keys"], "hit:listed", 0, 1, spawned.Value("l", 0), warm.Share(spawned))
+    workers.work(["keys"], "hit:listed", 0, 1, spawned.Value("l", 0), workers.Share(spawned))
 elif __name__ == "__main__":
     import triton
-    warm.pretend()
+    workers.pretend()
     hits = []
     triton.knobs.compilation.listener = lambda *, cache_hit, **rest: hits.append(cache_hit)
     p, opt = optimizer("triton")

@@ -94,9 +94,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         began = perf_counter()
-        from bench.gpu import smoke, warm
+        from bench.gpu import smoke, warm, workers
 
-        warm.pretend()
+        workers.pretend()
         imports = perf_counter() - began
         smoke.DRY, smoke.COLUMNS, warm.DRY = False, 8208, False  # the whole lists
         report(measure(every), imports, options.cores)
@@ -124,7 +124,7 @@ def measure(every: int) -> dict[str, Cost]:
 
 def report(costs: dict[str, Cost], imports: float, cores: int) -> None:
     from bench.gpu.stages import LISTS, USUAL
-    from bench.gpu.warm import MOST_PROCESSES
+    from bench.gpu.workers import MOST_PROCESSES
 
     warm = {name.removeprefix("warm for "): cost for name, cost in costs.items() if name.startswith("warm for ")}
 

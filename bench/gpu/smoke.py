@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench.gpu import workers
 from bench.gpu.stage import DRY, each, emit, is_lost, say
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -318,6 +319,11 @@ def jobs(brief: bool) -> list[Any]:
     return list({job.key: job for job in [*recorded, *found]}.values())
 
 
+def all_jobs(names: list[str], failed: Any) -> list[Any]:
+    """As workers.py asks for them, in each process."""
+    return jobs(brief=False)
+
+
 def optimizers(brief: bool) -> Iterator[torch.optim.Optimizer]:
     for method in (*restored(brief), *(() if brief else ("rolling ARWP",))):
         yield network(method).opt
@@ -330,12 +336,10 @@ def optimizers(brief: bool) -> Iterator[torch.optim.Optimizer]:
 def compile_ahead() -> str:
     """All kernels side by side: one after the other, they would take minutes on a machine that has none yet. In
     processes, as half of the work is Triton's own, in Python."""
-    from bench.gpu import warm
-
-    workers = max(1, min(8, warm.processes()))
-    if warm.run(["smoke"], workers):
+    count = min(8, workers.processes())
+    if workers.run(["smoke"], count, "bench.gpu.smoke:all_jobs"):
         raise RuntimeError("kernels were not compiled; the log names them")
-    return f"by {workers} processes"
+    return f"by {count} processes"
 
 
 def synchronize() -> None:

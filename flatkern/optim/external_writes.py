@@ -5,7 +5,7 @@ Functions of tensors alone. Which weights are perturbed, and where their clean v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -185,3 +185,10 @@ def written_by_interrupted(call: Call | None, clean: Sequence[Tensor], versions:
     again = [c.clone() for c in clean]
     call.on(again)
     return [k for k, (p, a) in enumerate(zip(bucket.params, again, strict=True)) if is_as_drawn(p, a)]
+
+
+def untouched(bucket: Bucket, versions: list[int], unknown: Collection[int]) -> list[int]:
+    """The positions of the parameters whose versions are still these, and of those (by id) whose versions do not
+    tell."""
+    triples = zip(bucket.params, bucket.versions(), versions, strict=True)
+    return [k for k, (p, now, before) in enumerate(triples) if now == before or id(p) in unknown]

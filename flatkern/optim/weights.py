@@ -28,6 +28,7 @@ from .external_writes import (
     is_as_drawn,
     is_laid_out_as_drawn,
     take_over,
+    untouched,
     written_by_interrupted,
 )
 from .groups import Setup
@@ -323,11 +324,7 @@ class Weights:
             unknown: ids of parameters whose versions do not tell.
         """
         for held in self._held:
-            if held.running:
-                which = held.written()
-            else:
-                triples = zip(held.bucket.params, held.bucket.versions(), held.versions, strict=True)
-                which = [k for k, (p, now, before) in enumerate(triples) if now == before or id(p) in unknown]
+            which = held.written() if held.running else untouched(held.bucket, held.versions, unknown)
             self._put(held.bucket, held.clean, which)
         self.left()
 
