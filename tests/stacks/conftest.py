@@ -3,10 +3,12 @@
 A library that is not installed leaves its files out, and `make test-stacks` has said so.
 """
 
+import importlib
 import importlib.util
 import os
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,18 +17,11 @@ import torch
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", DISABLE_TELEMETRY="1", ACCELERATE_USE_CPU="true")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
-# torchvision from PyPI is built for torch with CUDA. Beside a torch for CPUs its operators are missing, and it fails
-# where it describes two of them, which nothing here calls.
-try:
-    import torchvision  # noqa: F401
-except ImportError:
-    pass
-except RuntimeError:
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    missing = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        missing.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+# Ranks and examples are processes of their own.
+STARTUP = Path(__file__).parent / "startup"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(STARTUP), os.environ.get("PYTHONPATH")]))
+sys.path.insert(0, str(STARTUP))
+importlib.import_module("torchvision_operators")
 
 # The models are tiny: several threads would only wait for one another.
 torch.set_num_threads(1)

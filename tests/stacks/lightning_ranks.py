@@ -7,7 +7,6 @@ import os
 import traceback
 from datetime import timedelta
 
-import conftest  # noqa: F401  a rank is a process of its own, and Lightning is imported below
 import torch
 import torch.distributed as dist
 from common import METHODS, TWO_PASS, loss_of, make_batches, make_model, make_optimizer, step_by_hand

@@ -10,29 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# As in conftest.py, for a process of its own.
-WITH_TORCHVISION = """
-import runpy, sys, torch
-try:
-    import torchvision
-except RuntimeError:
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    missing = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        missing.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-sys.path.insert(0, "examples")
-runpy.run_path(sys.argv[1], run_name="__main__")
-"""
 
 
 def run(name):
     path = f"examples/{name}.py"
     command = re.match(r'"""(python examples/\S+)', (ROOT / path).read_text()).group(1)
     assert command == f"python {path}"
-    prefix = ["-c", WITH_TORCHVISION] if name.startswith("timm") else []
     done = subprocess.run(
-        [sys.executable, *prefix, path],
+        [sys.executable, path],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
