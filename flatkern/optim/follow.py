@@ -95,6 +95,23 @@ class _Forward(_Hook):
         return False
 
 
+class _Inner(_Forward):
+    """Before the forward of a module inside of what is followed, which holds all the parameters and runs alone, too: in
+    `generate()` of a model that has adapters, or where a LightningModule calls its network.
+
+    Inside of the whole forward the mode is that one's. So this switches on only where gradients are taken, and off only
+    where none are.
+    """
+
+    __slots__ = ()
+
+    def __call__(self, model: torch.nn.Module, *args: Any) -> None:
+        if torch.compiler.is_compiling():  # inside of a compiled forward, which is switched as a whole
+            return
+        if model.training == torch.is_grad_enabled() and not self._is_behind_fsdp(model):
+            super().__call__(model, *args)
+
+
 def _forget_gathered(model: torch.nn.Module) -> None:
     """After a forward without a backward FSDP2's root module keeps its whole weights, as they were then."""
     kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
@@ -147,7 +164,8 @@ class Handles:
 
 
 def follow(cycle: Cycle, model: torch.nn.Module) -> Handles:
-    """Register the hooks: one for the model's forward, and for every module in it those that keep checkpoints clean.
+    """Register the hooks: one for the model's forward and those of modules that hold all its parameters, and for every
+    module in it those that keep checkpoints clean.
 
     Parts are saved, loaded and copied on their own too: a backbone, the module inside of a wrapper.
     """
@@ -158,10 +176,12 @@ def follow(cycle: Cycle, model: torch.nn.Module) -> Handles:
     followed = cycle.followers.find(model)
     switch: Callable[[], Any] = cycle.groups.owner  # the optimizer itself, not a proxy of it
     guard = _Guard(switch)
-    # Before FSDP2's own, which gathers the weights.
-    forward = _Forward(switch)
-    handles = [model.register_forward_pre_hook(forward, prepend=True)]
-    forward.number = handles[0].id
+    handles: list[Any] = []
+    for module in _holders(model, cycle.groups.params()):
+        forward = _Forward(switch) if module is model else _Inner(switch)
+        # Before FSDP2's own, which gathers the weights.
+        handles.append(module.register_forward_pre_hook(forward, prepend=True))
+        forward.number = handles[-1].id
     for module in model.modules():
         if not isinstance(module, torch.jit.ScriptModule):  # has no hooks; those of what it is a part of serve it
             handles.append(module.register_state_dict_pre_hook(guard))
@@ -170,6 +190,22 @@ def follow(cycle: Cycle, model: torch.nn.Module) -> Handles:
     cycle.weights.drop_writes(_written_by_forwards(model, cycle.groups.params()))
     cycle.followers.add(followed, cycle.steps)
     return Handles(guard, followed, handles)
+
+
+def _holders(model: torch.nn.Module, params: list[torch.Tensor]) -> list[torch.nn.Module]:
+    """The model, and as long as one module inside of the last one holds all that it has of `params`, that one."""
+    ours = set(map(id, params))
+
+    def held(module: torch.nn.Module) -> set[int]:
+        return ours.intersection(map(id, module.parameters()))
+
+    found, all_of_them = [model], held(model)
+    while "_orig_mod" not in found[-1]._modules:  # torch.compile's: the inside is compiled
+        inner = [m for m in found[-1].children() if held(m) == all_of_them]
+        if len(inner) != 1 or isinstance(inner[0], torch.jit.ScriptModule):
+            break
+        found += inner
+    return found
 
 
 def _written_by_forwards(model: torch.nn.Module, params: list[torch.Tensor]) -> list[torch.Tensor]:
