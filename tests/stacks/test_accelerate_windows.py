@@ -1,5 +1,6 @@
 """flatkern in Accelerate: what others do between the micro-batches of a window, and beside of it."""
 
+import copy
 import gc
 
 import pytest
@@ -132,6 +133,32 @@ def test_a_checkpoint_loaded_within_a_window_begins_a_new_one(method, stop, tmp_
             training.run(start=4, stop=4 + stop)
             training.accelerator.load_state(tmp_path)
             assert not training.opt.is_perturbed
+        training.index = 4
+        training.run(start=4)
+        training.opt.eval()
+        return weights(training.plain)
+
+    assert_same_tensors(run(True), run(False))
+
+
+@every_method
+def test_a_state_loaded_by_hand_within_a_window_begins_a_new_one(method):
+    """Where noise waits for the next micro-batch it is refused, with the remedy."""
+
+    def run(back):
+        training = Training(method, 4)
+        training.run(stop=4)
+        training.opt.eval()  # rolling: clean
+        state, clean = copy.deepcopy(training.prepared.state_dict()), weights(training.model)
+        if back:
+            training.run(start=4, stop=7)
+            if METHODS[method].loop in ("noisy", "mixed"):
+                with pytest.raises(RuntimeError, match=r"load_state_dict: .*step\.drop_window\(\)"):
+                    training.prepared.load_state_dict(state)
+                training.step.drop_window()
+            training.prepared.load_state_dict(state)
+            training.model.load_state_dict(clean)
+            training.accelerator.step = 4
         training.index = 4
         training.run(start=4)
         training.opt.eval()
