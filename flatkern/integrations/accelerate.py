@@ -6,11 +6,13 @@
         with accelerator.accumulate(model):
             loss = step(lambda: loss_of(model(x), y))      # in place of forward, backward, step() and zero_grad()
 
-Rolling RWP does not need it: `opt.follow(model)` is enough, and the loop stays as it is.
+Rolling RWP does not need it: `opt.optimizer.follow(model)` after `prepare()`, which has put its own optimizer around
+flatkern's, is enough, and the loop stays as it is.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -23,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..optim import amp
 from ..optim.base import FlatOptimizer
 from ..running_stats import frozen_running_stats
+from .window import Window
 
 try:
     from accelerate import Accelerator
@@ -45,7 +48,7 @@ def passes(
     accelerator: Accelerator,
     opt: torch.optim.Optimizer,
     model: torch.nn.Module | None = None,
-    *,
+    *others: torch.nn.Module,
     sync_ascent: bool = False,
 ) -> Step:
     """The training step of an Accelerate script, with as many passes as the method needs.
@@ -70,14 +73,19 @@ def passes(
         enhance=IRE(...)         `step(closure, mask=lambda: flatkern.sampled_label_loss(model(x)))`: where the mask is
                                  due, it is taken before the window
 
-    Statistics of BatchNorm are those of clean weights: second passes leave them alone. Where a closure raises, the
-    weights are clean, and the window is dropped. Clip by `max_grad_norm=` of the optimizer.
+    A window begins with no gradients: what others have left in `.grad` (the generator's step in a discriminator's) is
+    dropped, as `zero_grad()` would. Between two calls weights are clean, for evaluations and others that read them, and
+    `.grad` is empty: noise and gradients come back with the next micro-batch. Statistics of BatchNorm are those of
+    clean weights: second passes leave those of all prepared models alone. Where a closure raises, or
+    `accelerator.load_state` comes within a window, the weights are clean, and the window is dropped; so does
+    `step.drop_window()`. Clip by `max_grad_norm=` of the optimizer.
 
     Arguments:
         accelerator: with its `gradient_accumulation_steps`, `mixed_precision` and model prepared.
         opt: flatkern's, as it was made or as `prepare` has returned it.
         model: what `prepare` has returned. With several processes it is needed, since Accelerate itself keeps but the
             module inside of DDP; with one it may be left out.
+        others: further models, where the optimizer has parameters of several.
         sync_ascent: under DDP the ascent of SAM and ASAM follows each rank's own gradient (mSAM over the ranks), so
             that a step sends no more than an ordinary one and 4 bytes; True takes the mean over the ranks for each
             ascent. FSDP2 always does.
@@ -88,8 +96,8 @@ def passes(
 
     Raises:
         TypeError: `accelerator` is no Accelerator, `opt` none of flatkern's.
-        ValueError: `opt` or `model` was not prepared, or `model` is missing; mix="losses"; several micro-batches a step
-            without rounds="sum".
+        ValueError: `opt` or `model` was not prepared; `model` is missing, or another one that holds parameters of the
+            optimizer; mix="losses"; several micro-batches a step without rounds="sum".
         NotImplementedError: Accelerate runs DeepSpeed, Megatron-LM, XLA or FSDP1.
     """
     if not isinstance(accelerator, Accelerator):
@@ -104,10 +112,15 @@ def passes(
     if prepared is None:
         raise ValueError("passes: opt was not prepared; call model, opt = accelerator.prepare(model, opt) first")
     _check_rounds(accelerator, inner)
-    return Step(accelerator, prepared, inner, _models_of(accelerator, inner, model), sync_ascent)
+    return Step(accelerator, prepared, inner, _models_of(accelerator, inner, model, others), sync_ascent)
 
 
-def _models_of(accelerator: Accelerator, opt: FlatOptimizer, model: torch.nn.Module | None) -> list[torch.nn.Module]:
+def _models_of(
+    accelerator: Accelerator,
+    opt: FlatOptimizer,
+    model: torch.nn.Module | None,
+    others: tuple[torch.nn.Module, ...],
+) -> list[torch.nn.Module]:
     """The prepared models that hold the optimizer's parameters."""
     ours = {id(p) for group in opt.param_groups for p in group["params"]}
     if model is None and accelerator.distributed_type.name.startswith("MULTI"):
@@ -115,14 +128,24 @@ def _models_of(accelerator: Accelerator, opt: FlatOptimizer, model: torch.nn.Mod
             "passes: model is missing, and with several processes it decides which passes synchronize; "
             "step = passes(accelerator, opt, model), with the model that accelerator.prepare() has returned"
         )
+    prepared = [m for m in accelerator._models if any(id(p) in ours for p in m.parameters())]
     if model is None:
-        return [m for m in accelerator._models if any(id(p) in ours for p in m.parameters())]
-    if not any(id(p) in ours for p in model.parameters()) or _is_unwrapped(accelerator, model):
-        raise ValueError(
-            f"passes: model is {type(model).__name__}, but should be the model of the optimizer's parameters, as "
-            "accelerator.prepare() has returned it"
-        )
-    return [model]
+        return prepared
+    given = [model, *others]
+    for m in given:
+        if not any(id(p) in ours for p in m.parameters()) or _is_unwrapped(accelerator, m):
+            raise ValueError(
+                f"passes: model is {type(m).__name__}, but should be the model of the optimizer's parameters, as "
+                "accelerator.prepare() has returned it"
+            )
+    held = {id(p) for m in given for p in m.parameters()}
+    for m in prepared:
+        if any(id(p) in ours - held for p in m.parameters()):
+            raise ValueError(
+                f"passes: model is {type(model).__name__}, but the optimizer has parameters of {type(m).__name__}, "
+                "too; pass all of its models: passes(accelerator, opt, model, other_model)"
+            )
+    return given
 
 
 def _is_unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> bool:
@@ -158,6 +181,36 @@ def _check_rounds(accelerator: Accelerator, opt: FlatOptimizer) -> None:
         )
 
 
+def _watch(accelerator: Accelerator, window: Window) -> list[Any]:
+    """Hooks of checkpoints, which keep neither the window nor its optimizer alive."""
+    known, config = weakref.ref(window), accelerator.project_configuration
+
+    def before_save(models: Any, weights: Any, folder: str) -> None:
+        if (alive := known()) is not None:
+            alive.check_save(folder, config.automatic_checkpoint_naming)
+
+    def before_load(models: Any, folder: str) -> None:
+        if (alive := known()) is not None:
+            alive.drop_open()
+
+    def after_load(opt: torch.optim.Optimizer) -> None:
+        if (alive := known()) is not None:
+            alive.forget()
+
+    return [
+        accelerator.register_save_state_pre_hook(before_save),
+        accelerator.register_load_state_pre_hook(before_load),
+        window.opt.register_load_state_dict_post_hook(after_load),
+    ]
+
+
+def _end(window: Window, handles: list[Any]) -> None:
+    """The Step is gone: its window will not go on."""
+    for handle in handles:
+        handle.remove()
+    window.drop_open()
+
+
 class Step:
     """`loss = step(closure)`: a micro-batch, and with the last one of a window the step. Made by `passes`."""
 
@@ -177,8 +230,8 @@ class Step:
         parts = [part for model in models for part in model.modules()]
         self._replicas = [part for part in parts if isinstance(part, DistributedDataParallel)]
         self._sharded = [part for part in parts if isinstance(part, FSDPModule)]
-        self._index = 0  # of the micro-batch in its window
-        self._clean = 0  # how many of them were m-RWP's clean ones
+        self._window = Window(opt, self._sharded)
+        weakref.finalize(self, _end, self._window, _watch(accelerator, self._window)).atexit = False
 
     def __call__(self, closure: Closure, noisy: Closure | None = None, mask: Closure | None = None) -> Tensor:
         """Run the passes of a micro-batch; see `passes`.
@@ -187,10 +240,11 @@ class Step:
             TypeError, ValueError: an argument that the method or the window does not take, or one that is missing.
                 Nothing has changed then.
         """
-        accelerator, opt = self._accelerator, self.optimizer
+        opt, window = self.optimizer, self._window
         self._check(closure, noisy, mask)
         try:
-            if mask is not None and self._index == 0 and opt.mask_due:
+            window.begin_micro_batch()
+            if mask is not None and window.index == 0 and opt.mask_due:
                 self._take_mask(mask)
             kind = opt.perturbation.closures
             if kind == "twice each":
@@ -199,24 +253,32 @@ class Step:
                 loss = self._mix(closure, noisy or closure)
             else:
                 loss = self._accumulate(closure)
-            self._index += 1
-            if accelerator.sync_gradients:
+            if self._accelerator.sync_gradients:
                 self._prepared.step()
                 self._prepared.zero_grad()
-                self._index = self._clean = 0
+                window.forget()
+            else:
+                window.end_micro_batch()
         except BaseException:
-            self._drop_window()
+            window.drop()
             raise
         return loss
+
+    def drop_window(self) -> None:
+        """Drop the micro-batches since the last step, where a loop ends or loads within a window.
+
+        The weights are clean afterwards, and the next micro-batch is the first of a window, which ends where
+        Accelerate, whose count goes on, says so.
+        """
+        self._window.drop_open()
 
     # --- the methods -----------------------------------------------------------------------------
 
     def _accumulate(self, closure: Closure) -> Tensor:
         """One gradient: all micro-batches at the same weights, which are perturbed before the first one."""
         opt = self.optimizer
-        if self._index == 0 and opt.perturbation.draws and not opt.rolling:
-            for shards in self._sharded:
-                shards.reshard()  # after an evaluation the root keeps its whole weights, as they were then
+        if self._window.index == 0 and opt.perturbation.draws and not opt.rolling:
+            self._window.reshard()
             opt.perturb(scaler=self._accelerator.scaler)
         return self._pass(closure, opt.loss_weight)
 
@@ -246,10 +308,15 @@ class Step:
 
     def _mix(self, closure: Closure, noisy: Closure) -> Tensor:
         """m-RWP: the first micro-batches at clean weights, the others at perturbed ones."""
-        opt, accelerator, last = self.optimizer, self._accelerator, self._accelerator.sync_gradients
+        opt, accelerator, window, last = (
+            self.optimizer,
+            self._accelerator,
+            self._window,
+            self._accelerator.sync_gradients,
+        )
         sums = opt.perturbation.sums
         half = (accelerator.gradient_accumulation_steps + 1) // 2
-        if self._index == 0 and last:  # the whole window: a loss of two passes
+        if window.index == 0 and last:  # the whole window: a loss of two passes
             weight = 0.5 if sums else 1.0
             with self._synchronized(True):
                 loss = self._pass(closure, weight)
@@ -257,19 +324,20 @@ class Step:
             with self._frozen(), self._synchronized(True):
                 self._pass(noisy, weight)
             counted = 1, 1
-        elif self._index < half and not last:
-            with self._synchronized(self._index == half - 1):
+        elif window.index < half and not last:
+            with self._synchronized(window.index == half - 1):
                 loss = self._pass(closure)
-            self._clean += 1
+            window.clean += 1
             return loss
         else:
             if not opt.is_perturbed:
-                if self._index < half:
+                if window.index < half:
                     self._reduce_gradients()
+                window.reshard()
                 opt.perturb(scaler=accelerator.scaler)
             with self._frozen(), self._synchronized(last):
                 loss = self._pass(closure)
-            counted = self._clean, self._index + 1 - self._clean
+            counted = window.clean, window.index + 1 - window.clean
         if last and sums:
             opt.passes = counted  # of sharded parameters they cannot be counted
         return loss
@@ -317,19 +385,17 @@ class Step:
             for replica, value in zip(self._replicas, before, strict=True):
                 replica.require_backward_grad_sync = value
 
+    def _beside(self) -> list[torch.nn.Module]:
+        """Prepared models of other optimizers: a discriminator in the generator's loss."""
+        parts = {part for model in self._models for part in model.modules()}
+        return [model for model in self._accelerator._models if parts.isdisjoint(model.modules())]
+
     @contextmanager
     def _frozen(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for model in self._models:
+            for model in [*self._models, *self._beside()]:
                 stack.enter_context(frozen_running_stats(model))
             yield
-
-    def _drop_window(self) -> None:
-        opt = self.optimizer
-        opt.eval()
-        opt.release()
-        opt.zero_grad()
-        self._index = self._clean = 0
 
     def _check(self, closure: Closure, noisy: Closure | None, mask: Closure | None) -> None:
         opt, accelerator = self.optimizer, self._accelerator
@@ -338,18 +404,18 @@ class Step:
                 f"step: closure is {type(closure).__name__}, but should be a function that runs the forward and "
                 "returns the loss: step(lambda: loss_of(model(x), y))"
             )
-        if self._index == 0:
+        if self._window.index == 0:
             _check_rounds(accelerator, opt)
         if noisy is not None and opt.perturbation.closures != "clean and perturbed":
             raise TypeError("step: noisy is given, but only m-RWP has a batch of its own for the noisy pass")
-        if noisy is not None and not (self._index == 0 and accelerator.sync_gradients):
+        if noisy is not None and not (self._window.index == 0 and accelerator.sync_gradients):
             raise ValueError(
                 "step: noisy is given, but with gradient accumulation the second half of the micro-batches is noisy; "
                 "leave it out"
             )
         if mask is not None and opt.enhancement is None:
             raise TypeError("step: mask is given, but the optimizer has no enhance=flatkern.IRE(...)")
-        if mask is None and self._index == 0 and opt.enhancement is not None and opt.mask_due:
+        if mask is None and self._window.index == 0 and opt.enhancement is not None and opt.mask_due:
             raise TypeError(
                 "step: mask is missing, and IRE's is due; pass "
                 "step(closure, mask=lambda: flatkern.sampled_label_loss(model(x)))"

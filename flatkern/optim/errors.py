@@ -27,7 +27,10 @@ def refuse_while_perturbed(call: str, way_back: str) -> None:
 
 
 def refuse_while_suspended(call: str) -> None:
-    raise RuntimeError(f"{call}: inside clean() the weights stay as they are; leave the with block first")
+    raise RuntimeError(
+        f"{call}: inside clean() the weights stay as they are; leave the with block first (between the micro-batches "
+        "of flatkern.integrations.accelerate: step.drop_window())"
+    )
 
 
 def refuse_while_pending(call: str) -> None:

@@ -382,16 +382,14 @@ class Weights:
                 self.phase = CLEAN
                 self._state.forget_masters()  # others may have written to p.data, which moves no version
             return
-        with torch.no_grad():
-            kept = self._suspend()
+        kept = self.suspend()
         try:
             yield
         finally:
-            if self.phase is SUSPENDED:
-                with torch.no_grad():
-                    self._resume(kept)
+            self.resume(kept)
 
-    def _suspend(self) -> list[list[Tensor | None]]:
+    @torch.no_grad()
+    def suspend(self) -> list[list[Tensor | None]]:
         """PERTURBED -> SUSPENDED; returns the perturbed values of an ascent, None where they stay as they are."""
         kept: list[list[Tensor | None]] = []
         left: list[str] = []
@@ -409,8 +407,11 @@ class Weights:
             warn_left_as_written(left)
         return kept
 
-    def _resume(self, kept: list[list[Tensor | None]]) -> None:
-        """SUSPENDED -> PERTURBED, around the weights that are there now."""
+    @torch.no_grad()
+    def resume(self, kept: list[list[Tensor | None]]) -> None:
+        """SUSPENDED -> PERTURBED, around the weights that are there now; nothing where the perturbation has ended."""
+        if self.phase is not SUSPENDED:
+            return
         partition, parts = self.partition, self._held
         assert partition is not None
         values: list[list[Tensor]] | None = None

@@ -32,6 +32,7 @@ class Training:
         scaler: given to the accelerator, which makes one for fp16 on a GPU only.
         sync: `sync_ascent` of `passes`.
         fsdp2: shard the model.
+        handlers: `kwargs_handlers` of the accelerator.
         opt: more for the optimizer; `own` for its method.
     """
 
@@ -46,10 +47,11 @@ class Training:
         opt=None,
         sync=False,
         fsdp2=False,
+        handlers=None,
     ):
         start_anew()
         self.method, self.count = method, count
-        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=count)
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=count, kwargs_handlers=handlers)
         if fsdp2:
             shard(self.accelerator)
         if scaler is not None:

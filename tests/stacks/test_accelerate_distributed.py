@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from accelerate_common import Training, shard, start_anew
 from common import (
     METHODS,
@@ -21,6 +22,8 @@ from common import (
     weights,
 )
 from torch.nn.parallel import DistributedDataParallel
+
+from flatkern.integrations.accelerate import passes
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
@@ -210,6 +213,45 @@ def test_ddp_resume_is_bit_identical(method, two, tmp_path):
     two.call(_resume, method, str(tmp_path))
 
 
+def _disturbed(method, disturb):
+    """Another backward of the model overwrites the views of DDP's buckets that gradients are here."""
+    training = Training(method, 4, 16, handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
+    for k, (x, y) in enumerate(training.loader):
+        with training.accelerator.accumulate(training.model):
+            training.micro_batch(x, y)
+        if disturb and k % 4 < 3:
+            (10 * loss_of(training.model, (x, y))).backward()
+    training.opt.eval()
+    return weights(training.plain)
+
+
+def _disturb(method):
+    assert_same_tensors(_disturbed(method, True), _disturbed(method, False))
+
+
+@pytest.mark.parametrize("method", ["RWP", "rolling RWP", "m-RWP", "mSAM"])
+def test_ddp_backwards_of_others_within_a_window_change_nothing(method, two):
+    two.call(_disturb, method)
+
+
+def _two_models():
+    start_anew()
+    accelerator = Accelerator(cpu=True)
+    first, second = make_model(0), make_model(1)
+    opt = make_optimizer("SAM", torch.nn.ModuleList([first, second]))
+    first, second, opt = accelerator.prepare(first, second, opt)
+    with pytest.raises(ValueError, match=r"parameters of Sequential, too; pass all of its models"):
+        passes(accelerator, opt, first)
+    step, batch = passes(accelerator, opt, first, second), make_batches(2)[dist.get_rank()]
+    with accelerator.accumulate(first, second):
+        step(lambda: loss_of(first, batch) + loss_of(second, batch))
+    assert _same_on_all_ranks([*first.parameters(), *second.parameters()])
+
+
+def test_ddp_replicas_of_two_models_of_one_optimizer_are_equal(two):
+    two.call(_two_models)
+
+
 # --- FSDP2 ----------------------------------------------------------------------------------------
 
 
@@ -255,11 +297,11 @@ def test_fsdp2_refuses_a_model_that_was_followed_before_it_was_sharded(two):
     two.call(_follow_too_early)
 
 
-def _shards_after(method, evaluate):
-    training = Training(method, batches=8, fsdp2=True)
-    for stop in (2, 4):
-        training.run(start=stop - 2, stop=stop)
-        if evaluate:
+def _shards_after(method, count, evaluate):
+    training = Training(method, count, batches=8, fsdp2=True)
+    for stop in range(1, 5):
+        training.run(start=stop - 1, stop=stop)
+        if evaluate and (count > 1 or stop % 2 == 0):
             training.model.eval()
             with torch.no_grad():
                 training.model(make_batches(1)[0][0])
@@ -268,11 +310,13 @@ def _shards_after(method, evaluate):
     return {k: p.to_local().detach().clone() for k, p in enumerate(training.opt.param_groups[0]["params"])}
 
 
-def _evaluate_between(method):
+def _evaluate_between(method, count):
     """An evaluation has no backward, after which FSDP2's root would drop the weights that it has gathered."""
-    assert_same_tensors(_shards_after(method, True), _shards_after(method, False))
+    assert_same_tensors(_shards_after(method, count, True), _shards_after(method, count, False))
 
 
+@pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("method", ["RWP", "rolling RWP", "m-RWP", "SAM"])
-def test_fsdp2_evaluations_change_nothing(method, two):
-    two.call(_evaluate_between, method)
+def test_fsdp2_evaluations_change_nothing(method, count, two):
+    """Between steps, and between the micro-batches of one."""
+    two.call(_evaluate_between, method, count)
