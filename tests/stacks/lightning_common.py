@@ -3,7 +3,17 @@
 import warnings
 
 import torch
-from common import clean_weights, loss_of, make_batches, make_model, make_optimizer, mask_loss, step_by_hand, weights
+from common import (
+    METHODS,
+    clean_weights,
+    loss_of,
+    make_batches,
+    make_model,
+    make_optimizer,
+    mask_loss,
+    step_by_hand,
+    weights,
+)
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
@@ -63,6 +73,27 @@ class Manual(Automatic):
     def training_step(self, window, batch_idx):
         self.trained_at.append(weights(self.net))
         step_by_hand(self.method, self, self.optimizers(), window, self.global_step)
+
+
+class TwoBatches(Automatic):
+    """Manual optimization with one pass a batch: the weights stay perturbed from one batch to the next."""
+
+    takes_masks = False
+
+    def __init__(self, *args, **values):
+        super().__init__(*args, **values)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        opt, first = self.optimizers(), batch_idx % 2 == 0
+        if first:
+            opt.zero_grad()
+        if not first or METHODS[self.method].loop != "noisy":
+            self.manual_backward(loss_of(self, batch))
+        if first:
+            opt.perturb()
+        else:
+            opt.step()
 
 
 # Lightning's, on trainings as tiny as these, and on what is done here on purpose.

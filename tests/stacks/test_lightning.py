@@ -18,9 +18,10 @@ from common import (
     mask_loss,
     weights,
 )
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.tuner import Tuner
-from lightning_common import Automatic, Manual, by_hand, fit, loader, make_trainer, state_of, windows_of
+from lightning_common import Automatic, Manual, TwoBatches, by_hand, fit, loader, make_trainer, state_of, windows_of
 
 import flatkern
 from flatkern.integrations.lightning import FlatkernCallback
@@ -224,22 +225,7 @@ def test_a_training_batch_sees_the_noise_of_its_round():
 def test_validation_inside_of_a_cycle_of_several_batches():
     """Manual optimization: m-RWP's clean pass on one batch, its noisy pass on the next, a validation between them."""
 
-    class TwoBatches(Automatic):
-        def __init__(self):
-            super().__init__("m-RWP")
-            self.automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            opt = self.optimizers()
-            if batch_idx % 2 == 0:
-                opt.zero_grad()
-            self.manual_backward(loss_of(self, batch))
-            if batch_idx % 2 == 0:
-                opt.perturb()
-            else:
-                opt.step()
-
-    module, windows = TwoBatches(), windows_of(2, size=2)
+    module, windows = TwoBatches("m-RWP"), windows_of(2, size=2)
     flat = [batch for window in windows for batch in window]
     fit(module, flat, validate=make_batches(1), val_check_interval=1, num_sanity_val_steps=0)
     _, _, seen = by_hand("m-RWP", windows)
@@ -296,6 +282,91 @@ def test_resume_is_bit_identical_by_manual_optimization(method, tmp_path):
     fit(module, windows, epochs=2, ckpt_path=tmp_path / "step=2.ckpt")
     assert_same_tensors(weights(module.net), weights(straight.net))
     assert_same_state(module.opt.state_dict(), straight.opt.state_dict())
+
+
+class AfterBatches(Callback):
+    def __init__(self, call):
+        self.call = call
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.call(trainer, batch_idx)
+
+
+def twice(windows):
+    """Each batch for both passes."""
+    return [batch for (batch,) in windows for _ in range(2)]
+
+
+@pytest.mark.parametrize("method", [*EXPLICIT, "mSAM"])
+def test_weights_saved_between_two_passes_are_clean(method, tmp_path):
+    """And a checkpoint of the whole training raises there; neither changes the trajectory."""
+
+    def save(trainer, batch_idx):
+        trainer.save_checkpoint(tmp_path / f"{batch_idx}.ckpt", weights_only=True)
+        if batch_idx % 2 == 0:
+            with pytest.raises(RuntimeError, match="the weights are perturbed"):
+                trainer.save_checkpoint(tmp_path / "whole.ckpt")
+
+    module, windows = TwoBatches(method), windows_of(2)
+    fit(module, twice(windows), [AfterBatches(save)])
+    _, _, seen = by_hand(method, windows)
+    for batch_idx, step in ((0, 0), (1, 1), (2, 1), (3, 2)):
+        assert_same_tensors(network(torch.load(tmp_path / f"{batch_idx}.ckpt", weights_only=True)), seen[step])
+    assert_same_tensors(weights(module.net), seen[-1])
+
+
+def test_what_of_a_model_is_saved_between_two_passes():
+    """Parts are clean too, tied weights stay tied, and what holds nothing of the optimizer's is left alone."""
+
+    def save(trainer, batch_idx):
+        if batch_idx % 2 == 0:
+            seen.append(clean_weights(module.net, module.opt)["0.weight"])
+            part, whole = module.net[0].state_dict(prefix="a."), module.state_dict()
+            assert torch.equal(part["a.weight"], seen[-1])
+            assert torch.equal(whole["net.0.weight"], seen[-1])
+            assert whole["net.0.weight"].data_ptr() == whole["first.weight"].data_ptr()
+            assert module.state_dict(keep_vars=True)["net.0.weight"] is module.net[0].weight
+            assert not torch.equal(module.net[0].weight, seen[-1])
+            version = module.net[0].weight._version
+            module.frozen.state_dict()
+            copied = copy.deepcopy(module.net)  # which the optimizer does not know
+            assert torch.equal(copied.state_dict()["0.weight"], module.net[0].weight)
+            assert module.net[0].weight._version == version
+
+    module, windows, seen = TwoBatches("SAM"), windows_of(2), []
+    module.first, module.frozen = module.net[0], make_model().requires_grad_(False)
+    fit(module, twice(windows), [AfterBatches(save)])
+    assert len(seen) == 2
+    assert_same_tensors(weights(module.net), by_hand("SAM", windows)[2][-1])
+    assert not module._state_dict_pre_hooks
+    assert not module.net[0]._state_dict_hooks
+
+
+def test_a_state_dict_that_fails_between_two_passes():
+    """The next batch goes on at perturbed weights, and a later state_dict() is as ever."""
+
+    class Fails(TwoBatches):
+        failing = False
+
+        def get_extra_state(self):
+            if self.failing:
+                raise Stops
+            return 0
+
+        def set_extra_state(self, state):
+            pass
+
+    def save(trainer, batch_idx):
+        module.failing = batch_idx % 2 == 0
+        if module.failing:
+            with pytest.raises(Stops):
+                module.state_dict()
+        else:
+            assert module.state_dict()["net.0.weight"].data_ptr() == module.net[0].weight.data_ptr()
+
+    module, windows = Fails("SAM"), windows_of(2)
+    fit(module, twice(windows), [AfterBatches(save)])
+    assert_same_tensors(weights(module.net), by_hand("SAM", windows)[2][-1])
 
 
 # --- the end --------------------------------------------------------------------------------------
