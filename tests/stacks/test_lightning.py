@@ -152,6 +152,27 @@ def test_a_perturbation_and_a_mask_equal_a_loop_by_hand(method):
     assert_same_tensors(weights(module.net), weights(model))
 
 
+HOOKS = "on_before_zero_grad on_before_backward on_after_backward on_before_optimizer_step".split()
+
+
+@automatic
+def test_hooks_around_a_pass_run_once_a_pass(method):
+    calls = dict.fromkeys([*HOOKS, "on_train_batch_start", "on_train_batch_end"], 0)
+
+    def counter(name):
+        def count(self, *args):
+            calls[name] += 1
+
+        return count
+
+    counting = type("Counts", (Callback,), {name: counter(name) for name in calls})
+    fit(Automatic(method), make_batches(3), [counting()])
+    passes = 2 if method in TWO_PASS else 1
+    masks = 2 if method == "IRE" else 0  # every other step of three
+    backward = {"on_before_backward": masks, "on_after_backward": masks}
+    assert calls == {name: 3 * (passes if name in HOOKS else 1) + backward.get(name, 0) for name in calls}
+
+
 # --- accumulation ---------------------------------------------------------------------------------
 
 
