@@ -15,9 +15,15 @@ from common import (
     weights,
 )
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from flatkern.integrations.lightning import FlatkernCallback
+
+# Several rounds a step need several batches in one training_step, which is manual optimization.
+AUTOMATIC = [name for name in METHODS if name != "mSAM"]
+ROLLING = ["rolling RWP"]
+EXPLICIT = [name for name in AUTOMATIC if name not in ("rolling RWP", "IRE")]
 
 
 class Automatic(LightningModule):
@@ -139,6 +145,17 @@ def fit(module, batches, callbacks=(), epochs=1, ckpt_path=None, validate=None, 
             warnings.filterwarnings("ignore", text)
         trainer.fit(module, loader(batches), None if validate is None else loader(validate), ckpt_path=ckpt_path)
     return trainer
+
+
+# --- checkpoints -----------------------------------------------------------------------------------
+
+
+def every_step(folder, **options):
+    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1, **options)
+
+
+def network(checkpoint):
+    return {name.removeprefix("net."): value for name, value in checkpoint["state_dict"].items()}
 
 
 # --- the same by hand ------------------------------------------------------------------------------
