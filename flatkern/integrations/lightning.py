@@ -5,8 +5,9 @@ The optimizer is made in `configure_optimizers` as any other; nothing of the Lig
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..values import check_flag
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.utilities.model_helpers import is_overridden
 except ImportError as error:
     raise ImportError(
         f"flatkern.integrations.lightning needs Lightning ({error}); pip install 'flatkern[lightning]'"
@@ -40,9 +42,11 @@ class FlatkernCallback(Callback):
         trainer = Trainer(callbacks=[FlatkernCallback()])
 
     Rolling RWP and ARWP: the noise is on in training batches and off in validation, test, prediction, checkpoints and
-    when training ends, by an exception too. SAM, ASAM, m-RWP and explicit RWP under automatic optimization need no
-    further line: Lightning hands a closure to `step()`, which runs `training_step` as often as the method needs;
-    BatchNorm's running statistics are those of the first pass. What cannot work is refused when training starts.
+    when training ends, by an exception too. Where the other methods are between two passes, `state_dict()` of the
+    module or of a part copies clean weights; a checkpoint with the optimizer's state raises there. SAM, ASAM, m-RWP and
+    explicit RWP under automatic optimization need no further line: Lightning hands a closure to `step()`, which runs
+    `training_step` as often as the method needs; BatchNorm's running statistics are those of the first pass.
+    What cannot work is refused when training starts.
 
     Arguments:
         mask_loss: for IRE: `mask_loss(model, batch)` returns the loss whose gradient makes the mask,
@@ -91,6 +95,8 @@ class FlatkernCallback(Callback):
             _check(trainer, pl_module, opt, self.mask_loss)
         self.optimizers = found
         self._handles = [opt.follow(pl_module) for opt in found if opt.rolling]
+        explicit = [opt for opt in found if opt.perturbation.moves and not opt.rolling]
+        self._handles += _copy_clean_weights(pl_module, explicit, self._suspended)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._suspended.close()
@@ -169,6 +175,73 @@ class FlatkernCallback(Callback):
         self._make_clean()
 
 
+class _Hook:
+    """What a module holds while it trains. A copied or pickled module has a callable of Python's own that does nothing
+    in place of this, so that the copy neither takes the optimizer along nor needs flatkern."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")
+
+
+def _is_perturbed(module: torch.nn.Module, opt: FlatOptimizer) -> bool:
+    """A frozen teacher is not: its `state_dict()` may come between a forward and its backward."""
+    moved = opt.cycle.weights.partition
+    return opt.is_perturbed and moved is not None and any(id(p) in moved.members for p in module.parameters())
+
+
+class _Saving(_Hook):
+    """Before a module's `state_dict()` between two passes: clean weights, until `_Saved` has copied them.
+
+    Arguments:
+        suspended: leads back; closed by the callback too, where a `state_dict()` has failed.
+    """
+
+    def __init__(self, optimizers: list[FlatOptimizer], suspended: ExitStack) -> None:
+        self.optimizers = optimizers
+        self.suspended = suspended
+        self.outermost: tuple[torch.nn.Module, str] | None = None  # the call that found perturbed weights
+
+    def __call__(self, module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
+        # keep_vars asks for the parameters themselves, whatever they hold. Calls inside of this one find clean weights.
+        perturbed = [] if keep_vars else [opt for opt in self.optimizers if _is_perturbed(module, opt)]
+        if perturbed:
+            self.outermost = module, prefix
+            self.suspended.callback(self.forget)
+            for opt in perturbed:
+                self.suspended.enter_context(opt.clean())
+
+    def forget(self) -> None:
+        self.outermost = None
+
+
+class _Saved(_Hook):
+    """After it: copies, for the parameters themselves go back to where the next pass needs them."""
+
+    def __init__(self, saving: _Saving) -> None:
+        self.saving = saving
+
+    def __call__(self, module: torch.nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+        if self.saving.outermost != (module, prefix):
+            return
+        shared: dict[int, Any] = {}  # what shares memory goes on to: tied weights are saved once
+        for name, value in state.items():
+            if name.startswith(prefix) and isinstance(value, torch.Tensor):
+                state[name] = copy.deepcopy(value, shared)
+        self.saving.suspended.close()
+
+
+def _copy_clean_weights(model: torch.nn.Module, optimizers: list[FlatOptimizer], suspended: ExitStack) -> list[Any]:
+    """Hooks for the model and every part of it: adapters and backbones are saved on their own too."""
+    saving = _Saving(optimizers, suspended)
+    saved = _Saved(saving)
+    handles: list[Any] = []
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule):  # has no hooks; those of what it is a part of serve it
+            handles.append(module.register_state_dict_pre_hook(saving))
+            handles.append(module.register_state_dict_post_hook(saved))
+    return handles
+
+
 def _scaler(trainer: Trainer) -> Any:
     return getattr(trainer.precision_plugin, "scaler", None)
 
@@ -205,7 +278,7 @@ def _check(trainer: Trainer, pl_module: LightningModule, opt: FlatOptimizer, mas
             "RWP(rolling=True), which needs one gradient"
         )
     _check_accumulation(trainer, pl_module, opt)
-    _check_clipping(trainer, opt)
+    _check_clipping(trainer, pl_module, opt)
     is_replicated = isinstance(trainer.model, torch.nn.parallel.DistributedDataParallel)
     if opt.enhancement is not None and mask_loss is None and is_replicated:
         raise RuntimeError(
@@ -228,9 +301,10 @@ def _check_accumulation(trainer: Trainer, pl_module: LightningModule, opt: FlatO
         )
 
 
-def _check_clipping(trainer: Trainer, opt: FlatOptimizer) -> None:
+def _check_clipping(trainer: Trainer, pl_module: LightningModule, opt: FlatOptimizer) -> None:
     limit, method = trainer.gradient_clip_val, opt.perturbation
     if not limit:
+        _check_own_clipping(trainer, pl_module, opt)
         return
     clip = f"FlatkernCallback: gradient_clip_val={limit!r}"
     remedy = f"pass max_grad_norm={limit!r} to the optimizer and leave gradient_clip_val out"
@@ -247,3 +321,21 @@ def _check_clipping(trainer: Trainer, opt: FlatOptimizer) -> None:
     by_value = trainer.gradient_clip_algorithm == "value"
     if method.has_clean_pass or (method.ascends and by_value):
         warn(f"{clip} clips the gradient of each pass of {method.name}, not the one of the step; {remedy}")
+
+
+def _check_own_clipping(trainer: Trainer, pl_module: LightningModule, opt: FlatOptimizer) -> None:
+    """What an override does cannot be known, so that it is warned of."""
+    if not is_overridden("configure_gradient_clipping", pl_module):
+        return
+    method, problems = opt.perturbation, []
+    if opt.max_grad_norm is not None:
+        problems.append(f"clips beside max_grad_norm={opt.max_grad_norm!r} of the optimizer, so twice")
+    if method.has_clean_pass:
+        problems.append(f"clips the gradient of each pass of {method.name}, not the one of the step")
+    if _scaler(trainer) is not None:
+        problems.append("finds scaled gradients under a GradScaler, since the optimizer unscales them itself")
+    if problems:
+        warn(
+            f"FlatkernCallback: configure_gradient_clipping() of {type(pl_module).__name__}, if it clips, "
+            f"{', and '.join(problems)}; pass max_grad_norm to the optimizer and leave the override out"
+        )

@@ -3,11 +3,27 @@
 import warnings
 
 import torch
-from common import clean_weights, loss_of, make_batches, make_model, make_optimizer, mask_loss, step_by_hand, weights
+from common import (
+    METHODS,
+    clean_weights,
+    loss_of,
+    make_batches,
+    make_model,
+    make_optimizer,
+    mask_loss,
+    step_by_hand,
+    weights,
+)
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from flatkern.integrations.lightning import FlatkernCallback
+
+# Several rounds a step need several batches in one training_step, which is manual optimization.
+AUTOMATIC = [name for name in METHODS if name != "mSAM"]
+ROLLING = ["rolling RWP"]
+EXPLICIT = [name for name in AUTOMATIC if name not in ("rolling RWP", "IRE")]
 
 
 class Automatic(LightningModule):
@@ -65,6 +81,27 @@ class Manual(Automatic):
         step_by_hand(self.method, self, self.optimizers(), window, self.global_step)
 
 
+class TwoBatches(Automatic):
+    """Manual optimization with one pass a batch: the weights stay perturbed from one batch to the next."""
+
+    takes_masks = False
+
+    def __init__(self, *args, **values):
+        super().__init__(*args, **values)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        opt, first = self.optimizers(), batch_idx % 2 == 0
+        if first:
+            opt.zero_grad()
+        if not first or METHODS[self.method].loop != "noisy":
+            self.manual_backward(loss_of(self, batch))
+        if first:
+            opt.perturb()
+        else:
+            opt.step()
+
+
 # Lightning's, on trainings as tiny as these, and on what is done here on purpose.
 REMARKS = (
     "The '(train|val)_dataloader' does not have many workers",
@@ -108,6 +145,17 @@ def fit(module, batches, callbacks=(), epochs=1, ckpt_path=None, validate=None, 
             warnings.filterwarnings("ignore", text)
         trainer.fit(module, loader(batches), None if validate is None else loader(validate), ckpt_path=ckpt_path)
     return trainer
+
+
+# --- checkpoints -----------------------------------------------------------------------------------
+
+
+def every_step(folder, **options):
+    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1, **options)
+
+
+def network(checkpoint):
+    return {name.removeprefix("net."): value for name, value in checkpoint["state_dict"].items()}
 
 
 # --- the same by hand ------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from common import (
     METHODS,
     TWO_PASS,
     assert_other_tensors,
-    assert_same_state,
     assert_same_tensors,
     clean_weights,
     loss_of,
@@ -18,17 +17,28 @@ from common import (
     mask_loss,
     weights,
 )
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, OnExceptionCheckpoint
 from lightning.pytorch.tuner import Tuner
-from lightning_common import Automatic, Manual, by_hand, fit, loader, make_trainer, state_of, windows_of
+from lightning_common import (
+    AUTOMATIC,
+    EXPLICIT,
+    ROLLING,
+    Automatic,
+    Manual,
+    TwoBatches,
+    by_hand,
+    fit,
+    loader,
+    make_trainer,
+    network,
+    state_of,
+    windows_of,
+)
 
 import flatkern
 from flatkern.integrations.lightning import FlatkernCallback
 
-# Several rounds a step need several batches in one training_step, which is manual optimization.
-AUTOMATIC = [name for name in METHODS if name != "mSAM"]
-ROLLING = ["rolling RWP"]
-EXPLICIT = [name for name in AUTOMATIC if name not in ("rolling RWP", "IRE")]
 automatic = pytest.mark.parametrize("method", AUTOMATIC)
 
 
@@ -151,6 +161,27 @@ def test_a_perturbation_and_a_mask_equal_a_loop_by_hand(method):
     assert_same_tensors(weights(module.net), weights(model))
 
 
+HOOKS = "on_before_zero_grad on_before_backward on_after_backward on_before_optimizer_step".split()
+
+
+@automatic
+def test_hooks_around_a_pass_run_once_a_pass(method):
+    calls = dict.fromkeys([*HOOKS, "on_train_batch_start", "on_train_batch_end"], 0)
+
+    def counter(name):
+        def count(self, *args):
+            calls[name] += 1
+
+        return count
+
+    counting = type("Counts", (Callback,), {name: counter(name) for name in calls})
+    fit(Automatic(method), make_batches(3), [counting()])
+    passes = 2 if method in TWO_PASS else 1
+    masks = 2 if method == "IRE" else 0  # every other step of three
+    backward = {"on_before_backward": masks, "on_after_backward": masks}
+    assert calls == {name: 3 * (passes if name in HOOKS else 1) + backward.get(name, 0) for name in calls}
+
+
 # --- accumulation ---------------------------------------------------------------------------------
 
 
@@ -224,78 +255,13 @@ def test_a_training_batch_sees_the_noise_of_its_round():
 def test_validation_inside_of_a_cycle_of_several_batches():
     """Manual optimization: m-RWP's clean pass on one batch, its noisy pass on the next, a validation between them."""
 
-    class TwoBatches(Automatic):
-        def __init__(self):
-            super().__init__("m-RWP")
-            self.automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            opt = self.optimizers()
-            if batch_idx % 2 == 0:
-                opt.zero_grad()
-            self.manual_backward(loss_of(self, batch))
-            if batch_idx % 2 == 0:
-                opt.perturb()
-            else:
-                opt.step()
-
-    module, windows = TwoBatches(), windows_of(2, size=2)
+    module, windows = TwoBatches("m-RWP"), windows_of(2, size=2)
     flat = [batch for window in windows for batch in window]
     fit(module, flat, validate=make_batches(1), val_check_interval=1, num_sanity_val_steps=0)
     _, _, seen = by_hand("m-RWP", windows)
     assert_same_tensors(weights(module.net), seen[-1])
     for found, expected in zip(module.evaluated_at, [seen[0], seen[1], seen[1], seen[2]], strict=True):
         assert_same_tensors(found, expected)
-
-
-# --- checkpoints ----------------------------------------------------------------------------------
-
-
-def every_step(folder, **options):
-    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1, **options)
-
-
-def network(checkpoint):
-    return {name.removeprefix("net."): value for name, value in checkpoint["state_dict"].items()}
-
-
-@automatic
-def test_checkpoints_hold_clean_weights(method, tmp_path):
-    module, windows = Automatic(method), windows_of(3)
-    fit(module, [b for (b,) in windows], [every_step(tmp_path)], enable_checkpointing=True)
-    model, _, seen = by_hand(method, windows)
-    assert_same_tensors(weights(module.net), weights(model))
-    for step in (1, 2, 3):
-        saved = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)
-        assert_same_tensors(network(saved), seen[step])
-    assert_same_state(saved["optimizer_states"][0], module.opt.state_dict())
-
-
-@automatic
-def test_resume_is_bit_identical(method, tmp_path):
-    """From the middle of an epoch and from its end, in a new module with other weights."""
-    # Lightning begins a resumed epoch with its first batch, unless the loader has a state: here all are the same.
-    for step, batches in ((3, 4 * make_batches(1)), (4, make_batches(4))):
-        folder = tmp_path / str(step)
-        straight, module = Automatic(method), Automatic(method)
-        fit(straight, batches, [every_step(folder)], epochs=2, enable_checkpointing=True)
-        with torch.no_grad():
-            for p in module.parameters():
-                p.add_(1)
-        fit(module, batches, epochs=2, ckpt_path=folder / f"step={step}.ckpt")
-        assert module.global_step == 8
-        assert_same_tensors(weights(module.net), weights(straight.net))
-        assert_same_state(module.opt.state_dict(), straight.opt.state_dict())
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_resume_is_bit_identical_by_manual_optimization(method, tmp_path):
-    windows = windows_of(2, size=2)
-    straight, module = Manual(method), Manual(method)
-    fit(straight, windows, [every_step(tmp_path)], epochs=2, enable_checkpointing=True)
-    fit(module, windows, epochs=2, ckpt_path=tmp_path / "step=2.ckpt")
-    assert_same_tensors(weights(module.net), weights(straight.net))
-    assert_same_state(module.opt.state_dict(), straight.opt.state_dict())
 
 
 # --- the end --------------------------------------------------------------------------------------

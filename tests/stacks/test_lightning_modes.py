@@ -293,11 +293,41 @@ def test_warns_of_values_that_are_clipped_before_an_ascent():
         fit(Automatic("SAM"), make_batches(2), gradient_clip_val=0.5, gradient_clip_algorithm="value")
 
 
+class Clips(Automatic):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        self.clip_gradients(optimizer, gradient_clip_val=0.3, gradient_clip_algorithm="norm")
+
+
+@pytest.mark.parametrize("method", ["m-RWP", "m-ARWP"])
+def test_warns_of_a_hook_that_may_clip_each_pass(method):
+    with pytest.warns(UserWarning, match=r"configure_gradient_clipping\(\) of Clips.*each pass.*pass max_grad_norm"):
+        fit(Clips(method), make_batches(1))
+
+
+@pytest.mark.parametrize("method", ["rolling RWP", "SAM", "IRE"])
+def test_warns_of_a_hook_that_may_clip_twice(method):
+    with pytest.warns(UserWarning, match=r"configure_gradient_clipping\(\) of Clips.*max_grad_norm=5.0.*so twice"):
+        fit(Clips(method, max_grad_norm=5.0), make_batches(1))
+
+
+def test_warns_of_a_hook_that_may_clip_scaled_gradients():
+    class Unclipped(Clips):
+        def configure_gradient_clipping(self, *args, **kwargs):
+            pass
+
+    with pytest.warns(UserWarning, match=r"of Unclipped, if it clips, finds scaled gradients.*max_grad_norm"):
+        fit(Unclipped("rolling RWP"), make_batches(1), plugins=[half_precision()])
+
+
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("method", ["rolling RWP", "RWP", "SAM"])
-def test_lightnings_clipping_equals_a_loop_by_hand(method):
-    """One pass, or one whose gradient gives a direction only: that of the last pass is that of the step."""
-    module, batches = Automatic(method), make_batches(3)
-    fit(module, batches, gradient_clip_val=0.3)
+def test_lightnings_clipping_equals_a_loop_by_hand(method, own):
+    """One pass, or one whose gradient gives a direction only: that of the last pass is that of the step.
+
+    By `gradient_clip_val` or by a hook of the module's, without a warning.
+    """
+    module, batches = (Clips if own else Automatic)(method), make_batches(3)
+    fit(module, batches, gradient_clip_val=None if own else 0.3)
     model = make_model()
     opt = make_optimizer(method, model)
     opt.train()
