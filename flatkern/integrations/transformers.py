@@ -298,7 +298,8 @@ class FlatkernTrainer(Trainer):
         """
         *batches, rows = halves(inputs)
         opt.passes = 1, 1
-        compute_loss, losses = self.compute_loss, []
+        compute_loss = self.compute_loss
+        losses: list[Tensor] = []
         for half, count in zip(batches, rows, strict=True):
             if items is not None:
                 _, items = super().get_batch_samples(iter([half]), 1, self.args.device)
