@@ -95,12 +95,12 @@ def test_evaluations_and_saves_inside_of_a_step_see_clean_weights(method, tmp_pa
     for inside in ([], [Inside()]):
         model, more = make_gpt(dropout=0.0), kind_of(method)  # an evaluation draws a random number
         callbacks = [*more.pop("callbacks", []), *inside]
-        args = arguments(tmp_path, gradient_accumulation_steps=3, max_steps=1)
+        args = arguments(tmp_path, gradient_accumulation_steps=4, max_steps=1)
         trainer = make_trainer(method, model, args, TEXTS, callbacks=callbacks, eval_dataset=Texts(ROWS), **more)
         trainer.train()
         trained.append(weights(model))
     assert_same_tensors(*trained)
-    assert len(seen) == 2 * 2
+    assert len(seen) == 3 * 2
     start = weights(make_gpt())
     for tensors in seen:
         assert_same_tensors(tensors, {name: start[name] for name in tensors})
