@@ -303,6 +303,7 @@ class FlatkernTrainer(Trainer):
         for half, count in zip(batches, rows, strict=True):
             if items is not None:
                 _, items = super().get_batch_samples(iter([half]), 1, self.args.device)
+                items = torch.as_tensor(items).clamp(min=1)  # rows whose labels are all ignored: 0 / 1, not 0 / 0
             is_noisy = bool(losses)
             if is_noisy:
                 opt.perturb(self.accelerator.scaler)

@@ -164,6 +164,19 @@ def test_a_single_row_at_an_epochs_end_is_taken_in_both_passes(method, accumulat
     assert_same_tensors(weights(model), weights(by_hand))
 
 
+@pytest.mark.parametrize("method", ["m-RWP"])
+def test_a_half_whose_labels_are_all_ignored_has_a_loss_of_zero(method, tmp_path):
+    """Not of 0 / 0; the other half has its own."""
+    data = Texts(ROWS)
+    data.labels[: ROWS // 2] = -100
+    model, start = make_gpt(), weights(make_gpt())
+    args = arguments(tmp_path, max_steps=1, logging_strategy="steps", logging_steps=1, logging_nan_inf_filter=False)
+    trainer = train(method, model, args, data)
+    assert 0 < trainer.state.log_history[0]["loss"] < float("inf")
+    assert all(w.isfinite().all() for w in weights(model).values())
+    assert_other_tensors(weights(model), start)
+
+
 def test_what_cannot_be_halved_is_taken_twice():
     """Tensors of other lengths, and tensors inside of something, whose rows nobody knows."""
     rows, others = torch.ones(4, 6), torch.ones(3, 6)
