@@ -460,6 +460,13 @@ def by_hand(model, opt):
     opt.eval()
 
 
+def by_hand_once_an_epoch(model, opt):
+    """Epochs of twenty steps, none of which is evaluated so far."""
+    if opt.cycle.steps % 20 == 0:
+        opt.train()
+    body_only(model, opt)
+
+
 def several_steps(model, opt):
     train(model, opt)
     body_only(model, opt)
@@ -475,13 +482,27 @@ def saves(model, opt):
 @pytest.mark.parametrize(
     ("follows", "user"),
     [(True, train), (True, evaluate_between), (True, evaluate_before_step), (True, by_hand), (False, by_hand),
-     (True, several_steps), (True, saves)],
+     (False, by_hand_once_an_epoch), (True, several_steps), (True, saves)],
 )  # fmt: skip
 def test_no_warning(follows, user):
     model, opt = make()
     if follows:
         opt.follow(model)
     assert not warned(25, lambda _: user(model, opt))
+
+
+def test_a_loop_that_calls_train_before_every_step_and_never_eval():
+    """As Hugging Face's Trainer does with any optimizer that has train()."""
+    model, opt = make()
+
+    def step(_):
+        opt.train()
+        body_only(model, opt)
+
+    ((step, message, is_here),) = warned(30, step)
+    assert step == 10
+    assert "train() was called before each of them, but never eval()" in message and "FlatkernCallback" in message
+    assert is_here
 
 
 def test_a_checkpoint_is_no_evaluation():

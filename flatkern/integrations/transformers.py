@@ -5,9 +5,10 @@ Of the Trainer only what is public is used or overridden.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ class FlatkernCallback(TrainerCallback):
         trainer = Trainer(model, args, ..., optimizers=(opt, None), callbacks=[FlatkernCallback()])
 
     A rolling optimizer follows the model while `train()` runs: noise in training forwards, clean weights in
-    evaluations and checkpoints, and afterwards. ASAM gets the parameters' names from the model, unless it has some.
+    evaluations and checkpoints, and afterwards; a Trainer tells nobody of a training that has failed, so that the noise
+    stays until `opt.eval()` then. ASAM gets the parameters' names from the model, unless it has some.
     In a `FlatkernTrainer` the callback is needed for schedules only, and any method goes.
 
     Arguments:
@@ -64,7 +66,7 @@ class FlatkernCallback(TrainerCallback):
                     f"FlatkernCallback: {key} is {schedule!r}, but should be a function of the step number; "
                     "a value that does not change is an argument of the method"
                 )
-        self.trainer_runs_passes = False  # set by FlatkernTrainer
+        self.trainer_runs_passes = False  # True while train() of a FlatkernTrainer runs
         self._schedules = schedules
         self._schedulers: list[PerturbationScheduler] = []
         self._optimizer: FlatOptimizer | None = None
@@ -120,7 +122,8 @@ class FlatkernTrainer(Trainer):
 
         SAM, ASAM       two on every micro-batch: a round each, which is mSAM where N > 1
         m-RWP, m-ARWP   one on every micro-batch, the first ceil(N / 2) at clean weights, the others at noisy ones;
-                        N = 1: one on the first half of the batch's rows, clean, and one on the others, noisy
+                        N = 1: one on the first half of the batch's rows, clean, and one on the others, noisy, each of
+                        which counts as a batch; both on all of it where it cannot be halved (a single row)
         RWP, ARWP       one on every micro-batch, all at the same noisy weights (`rolling=True` is faster)
         IRE             those of its method, and before them, where the mask is due, one with sampled labels on the
                         first micro-batch
@@ -128,24 +131,24 @@ class FlatkernTrainer(Trainer):
     The Trainer divides losses by the number of micro-batches or of their tokens, so the method needs `rounds="sum"`
     (SAM and ASAM with N = 1 do without). Second passes leave running statistics alone. Under DDP an ascent is that of
     a rank's own batch (mSAM over ranks); what is averaged over the ranks is the last perturbed backward, m-RWP's last
-    clean one and IRE's. The logged loss is that of the first pass. While `train()` runs, `args.max_grad_norm` is the
-    optimizer's, which clips the final, mixed gradient, and `grad_norm` in the logs is the norm of that one before
-    clipping. A step that fails, and a training that fails, leaves clean weights.
+    clean one and IRE's. The logged loss is that of the first pass on every micro-batch, or of both halves of one;
+    `compute_loss` runs in every pass. While `train()` runs, `args.max_grad_norm` is the optimizer's, too, which clips
+    the final, mixed gradient in the Trainer's place, and the logged `grad_norm` is the norm of that one before clipping
+    (m-RWP without a limit: none is logged). `evaluate()`, `predict()` and `save_model()` see clean weights inside of a
+    step, too. A step that fails, and a training that fails, leaves clean weights.
 
     Other Trainers are combined with it by inheritance: `class SAMTrainer(FlatkernTrainer, Seq2SeqTrainer): pass`.
 
     Raises, all in `train()`:
         TypeError: the optimizer is none of flatkern's. IRE: the model returns no logits.
         ValueError: rounds="mean" where losses are divided; another mix than "gradients"; two different limits in
-            `args.max_grad_norm` and the optimizer's; m-RWP with N = 1 and a batch that cannot be halved.
+            `args.max_grad_norm` and the optimizer's.
         RuntimeError: FSDP or DeepSpeed, with a method that needs more than one pass.
     """
 
-    current_gradient_accumulation_steps: float  # the Trainer's: what it divides losses by that are means
-
     _micro_batch = 0  # of the window: the micro-batches of a step
     _micro_batches = 1
-    _clips_before: tuple[FlatOptimizer, float | None] | None = None  # the optimizer that clips, and its own limit
+    _clipping: tuple[FlatOptimizer, float | None] | None = None  # the optimizer that clips, and its own limit
 
     # --- what the Trainer calls --------------------------------------------------------------------
 
@@ -156,19 +159,31 @@ class FlatkernTrainer(Trainer):
             self.add_callback(callbacks[0])
         for callback in callbacks:
             callback.trainer_runs_passes = True
-        limit = self.args.max_grad_norm
         try:
             return super().train(*args, **kwargs)
         finally:
-            self.args.max_grad_norm = limit
-            if self._clips_before is not None:
-                clipping, own_limit = self._clips_before
-                clipping.max_grad_norm, self._clips_before = own_limit, None
+            self._return_clipping()
             opt = unwrapped(self.optimizer)
             if isinstance(opt, FlatOptimizer) and has_unfinished_step(opt):
                 drop_step(opt)
             for callback in callbacks:
+                callback.trainer_runs_passes = False
                 callback.end()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        clip = self.accelerator.clip_grad_norm_
+
+        def clip_unless_the_optimizer_does(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
+            if self._clipping is None or max_norm not in (self.args.max_grad_norm, float("inf")):
+                return clip(parameters, max_norm, *args, **kwargs)
+            opt, _ = self._clipping
+            if opt.max_grad_norm is not None:
+                return torch.tensor(float("nan"))  # not known before the step; log() has it
+            # Of m-RWP `.grad` holds the noisy part alone, whose norm means nothing.
+            return None if opt.perturbation.mixes else clip(parameters, max_norm, *args, **kwargs)
+
+        self.accelerator.clip_grad_norm_ = clip_unless_the_optimizer_does
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         samples, items = super().get_batch_samples(*args, **kwargs)
@@ -188,11 +203,25 @@ class FlatkernTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "grad_norm" in logs and self._clips_before is not None:
-            norm = self._clips_before[0].grad_norm
-            if norm is not None:
-                logs = {**logs, "grad_norm": norm.item()}
+        if "grad_norm" in logs and self._clipping is not None:
+            opt, _ = self._clipping
+            if opt.max_grad_norm is not None and opt.grad_norm is not None:
+                logs = {**logs, "grad_norm": opt.grad_norm.item()}
         super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self._clean_weights():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        with self._clean_weights():
+            super().save_model(*args, **kwargs)
+
+    def _clean_weights(self) -> AbstractContextManager[None]:
+        """Inside of a step, where a callback may evaluate; the step goes on afterwards. Followed models need it not."""
+        opt = unwrapped(self.optimizer)
+        is_perturbed = isinstance(opt, FlatOptimizer) and opt.is_perturbed and not opt.rolling
+        return opt.clean() if is_perturbed else nullcontext()
 
     # --- passes ------------------------------------------------------------------------------------
 
@@ -210,22 +239,27 @@ class FlatkernTrainer(Trainer):
                 stacklevel=3,
             )
             drop_step(opt)
-        self._move_clipping(opt)
+        self._take_over_clipping(opt)
         if opt.mask_due:
             self._update_mask(opt, model, inputs)
 
-    def _move_clipping(self, opt: FlatOptimizer) -> None:
+    def _take_over_clipping(self, opt: FlatOptimizer) -> None:
         """The Trainer would clip what is in `.grad` before the step: of m-RWP only the noisy half."""
-        limit = self.args.max_grad_norm
-        if not limit:
-            return
-        if opt.max_grad_norm not in (None, limit):
+        if self._clipping is None or self._clipping[0] is not opt:
+            self._return_clipping()
+            self._clipping = opt, opt.max_grad_norm
+        limit, own = self.args.max_grad_norm, self._clipping[1]
+        if limit and own not in (None, limit):
             raise ValueError(
-                f"FlatkernTrainer: args.max_grad_norm is {limit} and the optimizer's max_grad_norm is "
-                f"{opt.max_grad_norm}; give one of them, and args.max_grad_norm=0.0 (its default is 1.0) for the other"
+                f"FlatkernTrainer: args.max_grad_norm is {limit} and the optimizer's max_grad_norm is {own}; give one "
+                "of them, and args.max_grad_norm=0.0 (its default is 1.0) for the other"
             )
-        self._clips_before = opt, opt.max_grad_norm
-        opt.max_grad_norm, self.args.max_grad_norm = limit, 0.0
+        opt.max_grad_norm = limit or own
+
+    def _return_clipping(self) -> None:
+        if self._clipping is not None:
+            opt, opt_limit = self._clipping
+            opt.max_grad_norm, self._clipping = opt_limit, None
 
     def _run_passes(self, opt: FlatOptimizer, model: Any, inputs: Any, items: Any) -> Any:
         """The passes on one micro-batch; after the last one only `step()` is missing."""
@@ -257,39 +291,63 @@ class FlatkernTrainer(Trainer):
         return super().training_step(model, inputs, items)
 
     def _run_halves(self, opt: FlatOptimizer, model: Any, inputs: Any, items: Any) -> Any:
-        """m-RWP without accumulation: half of the rows at clean weights, the others at noisy ones."""
-        clean, noisy, rows = halves(inputs)
-        undivided: float = self.current_gradient_accumulation_steps
-        try:
-            # A half's mean is divided as its share of a sum over all items is, so that `passes` serves both.
-            self.current_gradient_accumulation_steps = sum(rows) / rows[0]
-            with averaging_over_ranks(model, True):
-                loss = super().training_step(model, clean, items)
-            opt.perturb(self.accelerator.scaler)
-            opt.passes = rows
-            self.current_gradient_accumulation_steps = sum(rows) / rows[1]
-            with averaging_over_ranks(model, True), frozen_running_stats(model):
-                return loss + super().training_step(model, noisy, items)
-        finally:
-            self.current_gradient_accumulation_steps = undivided
+        """m-RWP with a single micro-batch: half of the rows at clean weights, the others at noisy ones.
+
+        A half counts its own items. So its loss is its mean, whether `compute_loss` divides by items or takes the mean
+        itself, and the Trainer, which divides by one at most, need not know which.
+        """
+        *batches, rows = halves(inputs)
+        opt.passes = 1, 1
+        compute_loss = self.compute_loss
+        losses: list[Tensor] = []
+        for half, count in zip(batches, rows, strict=True):
+            if items is not None:
+                _, items = super().get_batch_samples(iter([half]), 1, self.args.device)
+                items = torch.as_tensor(items).clamp(min=1)  # rows whose labels are all ignored: 0 / 1, not 0 / 0
+            is_noisy = bool(losses)
+            if is_noisy:
+                opt.perturb(self.accelerator.scaler)
+            with (
+                self._loss_by(lambda *args, **kwargs: _halved(compute_loss(*args, **kwargs))),
+                averaging_over_ranks(model, True),
+                frozen_running_stats(model) if is_noisy else nullcontext(),
+            ):
+                losses.append(super().training_step(model, half, items) * (2 * count / sum(rows)))
+        return losses[0] + losses[1]
 
     def _update_mask(self, opt: FlatOptimizer, model: Any, inputs: Any) -> None:
         """IRE: a pass of its own at clean weights, by the Trainer's step with another loss."""
 
         def loss_of_sampled_labels(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-            return sampled_label_loss(self.logits_for_mask(model(**inputs), inputs))
+            return sampled_label_loss(self.logits_for_mask(self.outputs_for_mask(model, inputs), inputs))
 
-        own = vars(self).get("compute_loss")
-        # On the instance, so that it precedes those of derived classes.
-        self.compute_loss = loss_of_sampled_labels
-        try:
-            with opt.clean(), frozen_running_stats(model), averaging_over_ranks(model, True):
+        with self._loss_by(loss_of_sampled_labels), opt.clean(), frozen_running_stats(model):
+            with averaging_over_ranks(model, True):
                 super().training_step(model, inputs)
-                opt.update_mask(self.accelerator.scaler)
+            opt.update_mask(self.accelerator.scaler)
+
+    @contextmanager
+    def _loss_by(self, compute_loss: Callable[..., Any]) -> Iterator[None]:
+        """On the instance, so that it precedes those of derived classes."""
+        own = vars(self).get("compute_loss")
+        self.compute_loss = compute_loss
+        try:
+            yield
         finally:
             del self.compute_loss
             if own is not None:
                 self.compute_loss = own
+
+    def outputs_for_mask(self, model: Any, inputs: Mapping[str, Any]) -> Any:
+        """IRE: what `logits_for_mask` gets: `model(**inputs)`, without inputs that its forward does not take.
+
+        To be overridden with the forward of your `compute_loss`, where that is another one.
+        """
+        taken = inspect.signature(self.model.forward).parameters.values()
+        if any(p.kind is p.VAR_KEYWORD for p in taken):
+            return model(**inputs)
+        names = {p.name for p in taken}
+        return model(**{key: value for key, value in inputs.items() if key in names})
 
     def logits_for_mask(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         """IRE: the logits that labels are drawn for, shape (..., classes). To be overridden where a model has others.
@@ -406,21 +464,17 @@ def averaging_over_ranks(model: torch.nn.Module, wanted: bool) -> Iterator[None]
             m.require_backward_grad_sync = value
 
 
-def halves(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], tuple[int, int]]:
+def halves(inputs: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any], tuple[int, int]]:
     """The first and the second half of a batch's rows, and how many rows each has.
 
-    Raises:
-        ValueError: a single row, or a tensor that has neither the batch's number of rows nor one.
+    Twice the whole batch where it cannot be halved: a single row, or a tensor that has neither the batch's number of
+    rows nor one, or tensors inside of something.
     """
-    tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor) and value.dim()}
-    rows = max(map(len, tensors.values()), default=0)
-    odd = [f"{key} has shape {tuple(v.shape)}" for key, v in tensors.items() if len(v) not in (1, rows)]
-    if rows < 2 or odd:
-        raise ValueError(
-            "FlatkernTrainer: without accumulation m-RWP takes half of a batch's rows at clean weights and the others "
-            f"at noisy ones, but this batch has {rows} row{'s' * (rows != 1)}{''.join(', and ' + o for o in odd)}; use "
-            "gradient_accumulation_steps=2, or two rows and more in every batch (dataloader_drop_last=True)"
-        )
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim()]
+    rows = max(map(len, tensors), default=0)
+    is_odd = any(isinstance(v, Mapping) for v in inputs.values()) or any(len(v) not in (1, rows) for v in tensors)
+    if rows < 2 or is_odd:
+        return inputs, inputs, (1, 1)
     first = (rows + 1) // 2
 
     def part(rows_of: slice) -> dict[str, Any]:
@@ -430,6 +484,11 @@ def halves(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], t
         }
 
     return part(slice(first)), part(slice(first, None)), (first, rows - first)
+
+
+def _halved(loss: Any) -> Any:
+    """Of two passes, each a half of the gradient; it may come with outputs."""
+    return (loss[0] / 2, *loss[1:]) if isinstance(loss, tuple) else loss / 2
 
 
 def _length(value: Any) -> int:

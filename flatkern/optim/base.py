@@ -313,7 +313,7 @@ class FlatOptimizer(Saved):
         if not mode:
             return self.eval()
         cycle = self.cycle
-        cycle.followers.switched = True
+        cycle.followers.switched_on = True
         if self.perturbation.rolling and cycle.require("train") is Phase.CLEAN:
             cycle.groups.check_changed()
             cycle.scalars.sync_groups("train")

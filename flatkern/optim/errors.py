@@ -104,10 +104,16 @@ def refuse_sharded_later() -> None:
     )
 
 
-def warn_never_followed(steps: int) -> None:
+def warn_never_followed(steps: int, trained: bool) -> None:
+    called = (
+        "train() was called before each of them, but never eval()"
+        if trained
+        else ("neither train() nor eval() was called")
+    )
     warn(
         f"step: {steps} steps of a rolling optimizer, which leave the noise on in evaluations and checkpoints: nothing "
-        "follows a model, and neither train() nor eval() was called; call opt.follow(model) once"
+        f"follows a model, and {called}; call opt.follow(model) once"
+        + (", or pass callbacks=[FlatkernCallback()] to Hugging Face's Trainer" if trained else "")
     )
 
 

@@ -35,12 +35,14 @@ class Followers:
 
     def __init__(self, groups: Groups) -> None:
         self.models: list[Followed] = []
-        self.switched = False  # train() or eval() was called, by the user or by a followed forward
+        self.switched = False  # eval() was called, by the user or by a followed forward
+        self.switched_on = False  # train() was, since the last step
         self.trained = self.evaluated = False  # a followed forward ran in that mode since the last step
         self._groups = groups
         self._ever = False
         self._first_step = 0  # since when it is followed; without, since when it exists
         self._eval_steps = 0  # in a row whose followed forwards ran in eval mode
+        self._train_steps = 0  # before which train() was called
 
     def find(self, model: torch.nn.Module) -> Followed:
         """A model that may be followed.
@@ -90,15 +92,19 @@ class Followers:
                 found = False
             if not found:
                 self._look_again(followed)
+        self._train_steps += self.switched_on
+        self.switched_on = False
         if self.trained or self.evaluated:
             self._eval_steps = 0 if self.trained else self._eval_steps + 1
             self.trained = self.evaluated = False
             if self._eval_steps == FIRST_STEPS:
                 warn_always_in_eval_mode(self._names(), FIRST_STEPS)
         elif steps + 1 == self._first_step + FIRST_STEPS and not self.switched:
-            if not self._ever:
-                warn_never_followed(FIRST_STEPS)
-            elif self.models:
+            # Who calls train() once may well call eval() later; a Trainer calls it before every forward, and never
+            # eval() before it saves.
+            if not self._ever and self._train_steps in (0, FIRST_STEPS):
+                warn_never_followed(FIRST_STEPS, bool(self._train_steps))
+            elif self.models and not self._train_steps:
                 warn_no_followed_forward(self._names(), FIRST_STEPS)
 
     def _look_again(self, followed: Followed) -> None:

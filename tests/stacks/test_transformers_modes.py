@@ -68,7 +68,9 @@ def test_a_gradient_scaler_changes_nothing(method, tmp_path):
     """As under fp16, which needs a GPU. The scale is a power of two, so that no bit of a gradient depends on it."""
     texts, trained = Texts(4 * ROWS), []
     for scaled in (False, True):
-        args = arguments(tmp_path, gradient_accumulation_steps=2, max_grad_norm=0.0)
+        # A plain Trainer clips scaled gradients here, because only fp16 tells Accelerate to unscale.
+        limit = 0.0 if method == "rolling RWP" else 0.25
+        args = arguments(tmp_path, gradient_accumulation_steps=2, max_grad_norm=limit)
         trainer = make_trainer(method, make_gpt(), args, texts, **kind_of(method))
         if scaled:
             trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)

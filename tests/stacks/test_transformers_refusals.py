@@ -110,6 +110,30 @@ def test_IRE_takes_another_loss_once_in_an_interval(tmp_path):
     assert kinds == ["mask", "loss", "loss", "loss", "loss", "mask", "loss", "loss"]
 
 
+class Headed(torch.nn.Module):
+    """Its forward takes no labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(13, 8), torch.nn.Linear(8, 3)
+
+    def forward(self, input_ids):
+        return {"logits": self.head(self.embed(input_ids).mean(dim=1))}
+
+
+@pytest.mark.parametrize("method", ["IRE"])
+def test_inputs_that_only_compute_loss_takes_are_no_inputs_of_the_mask(method, tmp_path):
+    class Own(FlatkernTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            labels = inputs.pop("labels")
+            return torch.nn.functional.cross_entropy(model(**inputs)["logits"], labels)
+
+    torch.manual_seed(0)
+    args = arguments(tmp_path, remove_unused_columns=False)
+    trainer = train(method, Headed(), args, Sentences(3 * ROWS), kind=Own)
+    assert trainer.state.global_step == 3 and trainer.flat.mask.exists and not trainer.flat.mask_due
+
+
 def test_IRE_refuses_what_has_no_classes(tmp_path):
     trainer = FlatkernTrainer(make_bert(), arguments(tmp_path))
     with pytest.raises(ValueError, match=r"shape \(4, 1\), but should be .*override FlatkernTrainer.logits_for_mask"):
@@ -121,13 +145,44 @@ def test_IRE_refuses_what_has_no_classes(tmp_path):
 # --- clipping -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("limit", ["of the arguments", "of the optimizer"])
 @pytest.mark.parametrize("method", ["m-RWP", "SAM", "rolling RWP"])
-def test_the_logged_norm_is_that_of_the_final_gradient(method, tmp_path):
-    args = arguments(tmp_path, gradient_accumulation_steps=2, logging_strategy="steps", logging_steps=1)
-    trainer = train(method, make_gpt(), args, TEXTS)
+def test_the_logged_norm_is_that_of_the_final_gradient(method, limit, tmp_path):
+    own, given = (None, 1.0) if limit == "of the arguments" else (1.0, 0.0)
+    args = arguments(
+        tmp_path, gradient_accumulation_steps=2, logging_strategy="steps", logging_steps=1, max_grad_norm=given
+    )
+    trainer = train(method, make_gpt(), args, TEXTS, limit=own)
     logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     assert len(logged) == 3 and logged[-1] == trainer.flat.grad_norm.item()
-    assert args.max_grad_norm == 1.0 and trainer.flat.max_grad_norm is None  # as before
+    assert args.max_grad_norm == given and trainer.flat.max_grad_norm == own  # as before
+
+
+@pytest.mark.parametrize("method", ["m-RWP", "SAM"])
+def test_without_a_limit_the_norm_of_half_a_gradient_is_not_logged(method, tmp_path):
+    args = arguments(tmp_path, logging_strategy="steps", logging_steps=1, max_grad_norm=0.0)
+    history = train(method, make_gpt(), args, TEXTS).state.log_history
+    assert [entry["grad_norm"] > 0 for entry in history if "grad_norm" in entry] == [True] * 3 * (method == "SAM")
+
+
+@pytest.mark.parametrize("method", ["m-RWP", "SAM"])
+def test_the_arguments_stay_as_they_were_given(method, tmp_path):
+    """For callbacks, in checkpoints, and for others who clip by the Trainer's accelerator."""
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append(args.max_grad_norm)
+            other = torch.nn.Parameter(torch.zeros(1))
+            other.grad = torch.full((1,), 8.0)
+            trainer.accelerator.clip_grad_norm_([other], 2.0)
+            seen.append(round(other.grad.item(), 4))
+
+    args = arguments(tmp_path, max_grad_norm=0.5, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer = make_trainer(method, make_gpt(), args, TEXTS, callbacks=[Look()])
+    trainer.train()
+    assert seen == [0.5, 2.0]
+    assert torch.load(tmp_path / "checkpoint-1" / "training_args.bin", weights_only=False).max_grad_norm == 0.5
 
 
 def test_two_different_limits_are_refused(tmp_path):
@@ -159,6 +214,23 @@ def test_a_plain_Trainer_refuses_what_needs_more_than_step(method, tmp_path):
     assert_same_tensors(weights(model), weights(make_gpt()))
 
 
+@pytest.mark.parametrize("method", ["SAM"])
+def test_a_plain_Trainer_refuses_it_with_a_callback_of_a_FlatkernTrainer_too(method, tmp_path):
+    callback = FlatkernCallback()
+    train(method, make_gpt(), arguments(tmp_path, max_steps=1), TEXTS, callbacks=[callback])
+    again = make_trainer(method, make_gpt(), arguments(tmp_path), TEXTS, kind=Trainer, callbacks=[callback])
+    with pytest.raises(RuntimeError, match=r"SAM needs more than the optimizer.step\(\)"):
+        again.train()
+
+
+@pytest.mark.parametrize("method", ["rolling RWP"])
+def test_a_forgotten_callback_is_warned_of(method, tmp_path):
+    """The Trainer calls train() of the optimizer before every forward, and saves without eval()."""
+    trainer = make_trainer(method, make_gpt(), arguments(tmp_path, max_steps=10), TEXTS, kind=Trainer)
+    with pytest.warns(UserWarning, match=r"nothing follows a model, and train\(\) was called .*FlatkernCallback\(\)"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("kind", [Trainer, FlatkernTrainer])
 def test_refuses_an_optimizer_of_others(kind, tmp_path):
     trainer = kind(make_gpt(), arguments(tmp_path), train_dataset=TEXTS, callbacks=[FlatkernCallback()])
@@ -188,27 +260,6 @@ def test_refuses_another_mix(method, tmp_path):
     own = {"mix": "losses", "rounds": "mean"}
     trainer = make_trainer(method, make_gpt(), arguments(tmp_path), TEXTS, own=own)
     with pytest.raises(ValueError, match=r'mix="losses".*pass mix="gradients", rounds="sum"'):
-        trainer.train()
-
-
-@pytest.mark.parametrize("method", ["m-RWP"])
-def test_refuses_a_batch_that_cannot_be_halved(method, tmp_path):
-    model = make_gpt()
-    trainer = make_trainer(method, model, arguments(tmp_path, per_device_train_batch_size=1), TEXTS)
-    with pytest.raises(ValueError, match=r"this batch has 1 row; use gradient_accumulation_steps=2.*drop_last"):
-        trainer.train()
-    assert_same_tensors(weights(model), weights(make_gpt()))
-
-    class Packed(Texts):
-        def __getitem__(self, k):
-            return {**super().__getitem__(k), "position_ids": torch.arange(6)}
-
-    def collate(items):
-        batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}
-        return {**batch, "position_ids": batch["position_ids"][:3]}
-
-    trainer = make_trainer(method, model, arguments(tmp_path), Packed(8), data_collator=collate)
-    with pytest.raises(ValueError, match=r"4 rows, and position_ids has shape \(3, 6\)"):
         trainer.train()
 
 

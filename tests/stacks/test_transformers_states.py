@@ -78,6 +78,35 @@ def test_evaluations_and_checkpoints_hold_clean_weights(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_evaluations_and_saves_inside_of_a_step_see_clean_weights(method, tmp_path):
+    """By a callback between micro-batches, and the step goes on as if nothing had been."""
+
+    seen, trained = [], []
+
+    class Inside(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            trainer.evaluate()
+            trainer.save_model(tmp_path / "inside")
+            seen.append(load_file(tmp_path / "inside" / "model.safetensors"))
+
+        def on_prediction_step(self, args, state, control, model=None, **kwargs):
+            seen.append(weights(model))
+
+    for inside in ([], [Inside()]):
+        model, more = make_gpt(dropout=0.0), kind_of(method)  # an evaluation draws a random number
+        callbacks = [*more.pop("callbacks", []), *inside]
+        args = arguments(tmp_path, gradient_accumulation_steps=4, max_steps=1)
+        trainer = make_trainer(method, model, args, TEXTS, callbacks=callbacks, eval_dataset=Texts(ROWS), **more)
+        trainer.train()
+        trained.append(weights(model))
+    assert_same_tensors(*trained)
+    assert len(seen) == 3 * 2
+    start = weights(make_gpt())
+    for tensors in seen:
+        assert_same_tensors(tensors, {name: start[name] for name in tensors})
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_resume_is_bit_identical(method, tmp_path):
     """From a checkpoint inside an epoch, with dropout, a learning rate and a value of the method that change."""
     key = {"IRE": "kappa"}.get(method, "rho" if METHODS[method].loop == "ascent" else "sigma")
@@ -138,13 +167,17 @@ def test_a_training_that_fails_leaves_clean_weights(method, tmp_path):
     trainer = make_trainer(method, make_gpt(), args, TEXTS, **{**kind_of(method), "kind": Failing})
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    trainer.flat.eval()  # nothing to do where the Trainer is a FlatkernTrainer
+    if method == "rolling RWP":  # a plain Trainer tells no callback: followed, so that what is saved is clean
+        saved = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        assert_same_tensors({name: saved[name] for name in weights(trainer.model)}, weights_by_hand(method, 1)[0])
+        trainer.flat.eval()
     assert_same_tensors(weights(trainer.model), weights_by_hand(method, 1)[0])
     trainer.train()
     assert trainer.state.global_step == 3 and not trainer.flat.is_perturbed
 
 
-def test_a_training_that_fails_leaves_clean_weights_by_itself(tmp_path):
+@pytest.mark.parametrize("method", ["SAM", "rolling RWP"])
+def test_a_FlatkernTrainer_that_fails_leaves_clean_weights_by_itself(method, tmp_path):
     class Failing(FlatkernTrainer):
         def compute_loss(self, *args, **kwargs):
             if self.flat.is_perturbed:
@@ -152,7 +185,7 @@ def test_a_training_that_fails_leaves_clean_weights_by_itself(tmp_path):
             return super().compute_loss(*args, **kwargs)
 
     model = make_gpt()
-    trainer = make_trainer("SAM", model, arguments(tmp_path), TEXTS, kind=Failing)
+    trainer = make_trainer(method, model, arguments(tmp_path), TEXTS, kind=Failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer.train()
     assert_same_tensors(weights(model), weights(make_gpt()))

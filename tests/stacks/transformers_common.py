@@ -143,6 +143,14 @@ def windows_of(data, accumulation, steps, rows=ROWS):
     return [epoch[k % len(epoch)] for k in range(steps)]
 
 
+def halves_of(batch):
+    """A single row cannot be halved, and comes twice."""
+    first = (len(batch["input_ids"]) + 1) // 2
+    if len(batch["input_ids"]) == 1:
+        return [batch, batch]
+    return [{key: v[:first] for key, v in batch.items()}, {key: v[first:] for key, v in batch.items()}]
+
+
 def backward(model, batch, items, averaged):
     """The Trainer's loss of a micro-batch: a sum over its tokens, divided by those of all micro-batches of the step, of
     all ranks, times the number of ranks, because DDP takes their mean.
@@ -165,16 +173,15 @@ def step_by_hand(method, model, opt, window):
             logits = model(**window[0]).logits[:, :-1][window[0]["labels"][:, 1:] != -100]
             flatkern.sampled_label_loss(logits).backward()
             opt.update_mask()
-    items = sum((batch["labels"] != -100).sum() for batch in window)
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        torch.distributed.all_reduce(items)
     loop, n = METHODS[method].loop, len(window)
+    items = [sum((batch["labels"] != -100).sum() for batch in window)] * n
     if loop == "mixed" and n == 1:
-        (batch,) = window
-        first = (len(batch["input_ids"]) + 1) // 2
-        window = [{key: v[:first] for key, v in batch.items()}, {key: v[first:] for key, v in batch.items()}]
-        opt.passes = len(window[0]["input_ids"]), len(window[1]["input_ids"])
+        window = halves_of(*window)
+        items = [2 * (batch["labels"] != -100).sum() for batch in window]  # half of each half's mean
         n = 2
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        for count in {id(count): count for count in items}.values():
+            torch.distributed.all_reduce(count)
     clean = (n + 1) // 2
     if loop == "noisy":
         opt.perturb()
@@ -182,10 +189,10 @@ def step_by_hand(method, model, opt, window):
         if loop == "mixed" and k == clean:
             opt.perturb()
         last = k == n - 1 or (loop == "mixed" and k == clean - 1)
-        backward(model, batch, items, averaged=last and loop != "ascent")
+        backward(model, batch, items[k], averaged=last and loop != "ascent")
         if loop == "ascent":
             opt.perturb()
-            backward(model, batch, items, averaged=last)
+            backward(model, batch, items[k], averaged=last)
             if not last:
                 opt.restore()
     opt.step()
