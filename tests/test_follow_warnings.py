@@ -5,7 +5,6 @@ import warnings
 import pytest
 from test_follow import X, make, train
 
-
 CALLERS = (__file__, train.__code__.co_filename)  # where step() is called
 
 
