@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 
 from ..optim import amp
 from ..optim.base import FlatOptimizer
 from ..running_stats import frozen_running_stats
+from .shared import averaging_over_ranks, replicas_in, unwrapped
 from .window import Window
 
 try:
@@ -102,9 +102,7 @@ def passes(
     """
     if not isinstance(accelerator, Accelerator):
         raise TypeError(f"passes: accelerator is {type(accelerator).__name__}, but should be an accelerate.Accelerator")
-    inner = opt
-    while not isinstance(inner, FlatOptimizer) and hasattr(inner, "optimizer"):
-        inner = inner.optimizer
+    inner = unwrapped(opt)
     if not isinstance(inner, FlatOptimizer):
         raise TypeError(f"passes: opt is {type(inner).__name__}, but should be an optimizer of flatkern's")
     _check_distributed(accelerator)
@@ -151,7 +149,7 @@ def _models_of(
 def _is_unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> bool:
     """The module inside of DDP in place of DDP."""
     replicated = accelerator.distributed_type.name.startswith("MULTI")
-    return replicated and not any(isinstance(part, DistributedDataParallel) for part in model.modules())
+    return replicated and not replicas_in(model)
 
 
 def _check_distributed(accelerator: Accelerator) -> None:
@@ -227,9 +225,8 @@ class Step:
         self._prepared = prepared
         self._sync_ascent = sync_ascent
         self._models = models
-        parts = [part for model in models for part in model.modules()]
-        self._replicas = [part for part in parts if isinstance(part, DistributedDataParallel)]
-        self._sharded = [part for part in parts if isinstance(part, FSDPModule)]
+        self._replicas = [replica for model in models for replica in replicas_in(model)]
+        self._sharded = [part for model in models for part in model.modules() if isinstance(part, FSDPModule)]
         self._window = Window(opt, self._sharded)
         weakref.finalize(self, _end, self._window, _watch(accelerator, self._window)).atexit = False
 
@@ -308,13 +305,8 @@ class Step:
 
     def _mix(self, closure: Closure, noisy: Closure) -> Tensor:
         """m-RWP: the first micro-batches at clean weights, the others at perturbed ones."""
-        opt, accelerator, window, last = (
-            self.optimizer,
-            self._accelerator,
-            self._window,
-            self._accelerator.sync_gradients,
-        )
-        sums = opt.perturbation.sums
+        opt, accelerator, window = self.optimizer, self._accelerator, self._window
+        last, sums = accelerator.sync_gradients, opt.perturbation.sums
         half = (accelerator.gradient_accumulation_steps + 1) // 2
         if window.index == 0 and last:  # the whole window: a loss of two passes
             weight = 0.5 if sums else 1.0
@@ -374,16 +366,10 @@ class Step:
 
         FSDP2 adds unsynchronized gradients up outside of `.grad`, where no method finds them: it always synchronizes.
         """
-        before = [model.require_backward_grad_sync for model in self._replicas]
         for shards in self._sharded:
             shards.set_requires_gradient_sync(True)
-        try:
-            for replica in self._replicas:
-                replica.require_backward_grad_sync = on  # what no_sync() sets
+        with averaging_over_ranks(self._replicas, on):
             yield
-        finally:
-            for replica, value in zip(self._replicas, before, strict=True):
-                replica.require_backward_grad_sync = value
 
     def _beside(self) -> list[torch.nn.Module]:
         """Prepared models of other optimizers: a discriminator in the generator's loss."""

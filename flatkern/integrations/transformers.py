@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from ..losses import sampled_label_loss
 from ..optim.base import FlatOptimizer
 from ..running_stats import frozen_running_stats
 from ..schedules import PerturbationScheduler
+from .shared import averaging_over_ranks, drop_step, replicas_in, unwrapped
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -266,10 +266,10 @@ class FlatkernTrainer(Trainer):
         perturbation, scaler = opt.perturbation, self.accelerator.scaler
         k, n = self._micro_batch, self._micro_batches
         if perturbation.ascends:
-            with averaging_over_ranks(model, False):
+            with averaging_over_ranks(replicas_in(model), False):
                 loss = super().training_step(model, inputs, items)
             opt.perturb(scaler)
-            with averaging_over_ranks(model, k == n - 1), frozen_running_stats(model):
+            with averaging_over_ranks(replicas_in(model), k == n - 1), frozen_running_stats(model):
                 super().training_step(model, inputs, items)
             if k < n - 1:
                 opt.restore()
@@ -279,12 +279,12 @@ class FlatkernTrainer(Trainer):
         if perturbation.mixes:
             clean = (n + 1) // 2
             if k < clean:
-                with averaging_over_ranks(model, k == clean - 1):
+                with averaging_over_ranks(replicas_in(model), k == clean - 1):
                     return super().training_step(model, inputs, items)
             if k == clean:
                 opt.perturb(scaler)
                 opt.passes = clean, n - clean
-            with averaging_over_ranks(model, k == n - 1), frozen_running_stats(model):
+            with averaging_over_ranks(replicas_in(model), k == n - 1), frozen_running_stats(model):
                 return super().training_step(model, inputs, items)
         if perturbation.moves and not perturbation.rolling and k == 0:
             opt.perturb(scaler)
@@ -309,7 +309,7 @@ class FlatkernTrainer(Trainer):
                 opt.perturb(self.accelerator.scaler)
             with (
                 self._loss_by(lambda *args, **kwargs: _halved(compute_loss(*args, **kwargs))),
-                averaging_over_ranks(model, True),
+                averaging_over_ranks(replicas_in(model), True),
                 frozen_running_stats(model) if is_noisy else nullcontext(),
             ):
                 losses.append(super().training_step(model, half, items) * (2 * count / sum(rows)))
@@ -322,7 +322,7 @@ class FlatkernTrainer(Trainer):
             return sampled_label_loss(self.logits_for_mask(self.outputs_for_mask(model, inputs), inputs))
 
         with self._loss_by(loss_of_sampled_labels), opt.clean(), frozen_running_stats(model):
-            with averaging_over_ranks(model, True):
+            with averaging_over_ranks(replicas_in(model), True):
                 super().training_step(model, inputs)
             opt.update_mask(self.accelerator.scaler)
 
@@ -376,13 +376,6 @@ class FlatkernTrainer(Trainer):
             logits, labels = logits[..., :-1, :], labels[..., 1:]  # a position predicts the next label
         chosen = logits[labels != IGNORED_LABEL]
         return chosen if len(chosen) else logits
-
-
-def unwrapped(optimizer: Any) -> Any:
-    """The flatkern optimizer inside of Accelerate's wrapper; where there is none, the innermost one."""
-    while not isinstance(optimizer, FlatOptimizer) and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def optimizer_of(optimizer: Any) -> FlatOptimizer:
@@ -439,29 +432,6 @@ def has_unfinished_step(opt: FlatOptimizer) -> bool:
     ledger = opt.cycle.gradients
     perturbed = opt.is_perturbed and not opt.rolling
     return perturbed or ledger.is_pending or ledger.was_given(opt.cycle.groups.params())
-
-
-def drop_step(opt: FlatOptimizer) -> None:
-    """Clean weights, and none of the gradients of the step that has begun."""
-    opt.eval()
-    opt.release()
-    opt.zero_grad()
-
-
-@contextmanager
-def averaging_over_ranks(model: torch.nn.Module, wanted: bool) -> Iterator[None]:
-    """DDP averages what a backward inside leaves in `.grad`, or leaves it to a later one; what the Trainer wants does
-    not matter."""
-    # Found inside of what torch.compile makes of it, too.
-    replicas = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
-    before = [m.require_backward_grad_sync for m in replicas]
-    for m in replicas:
-        m.require_backward_grad_sync = wanted
-    try:
-        yield
-    finally:
-        for m, value in zip(replicas, before, strict=True):
-            m.require_backward_grad_sync = value
 
 
 def halves(inputs: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any], tuple[int, int]]:

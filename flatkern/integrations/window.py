@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..optim.base import FlatOptimizer
 from ..optim.phase import SUSPENDED
+from .shared import drop_step
 
 
 class Window:
@@ -67,9 +68,7 @@ class Window:
             opt.cycle.weights.left()  # they are clean
             opt.refresh_masters()
         self.forget()
-        opt.eval()
-        opt.release()
-        opt.zero_grad()
+        drop_step(opt)
 
     def drop_open(self) -> None:
         if self.index:

@@ -1,5 +1,6 @@
 """A training in Accelerate, as its user writes it, for the tests of one process and of several."""
 
+import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -14,6 +15,14 @@ def start_anew():
     """Accelerate keeps its state in the process; every training of the tests has one of its own."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Of every test in a file that imports it."""
+    start_anew()
+    yield
+    start_anew()
 
 
 def shard(accelerator):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from accelerate_common import Training, start_anew
+from accelerate_common import Training, fresh_accelerate  # noqa: F401  a fixture
 from common import (
     METHODS,
     TWO_PASS,
@@ -26,13 +26,6 @@ import flatkern
 from flatkern.integrations.accelerate import passes
 
 every_method = pytest.mark.parametrize("method", METHODS)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    start_anew()
-    yield
-    start_anew()
 
 
 def by_hand(training, batches=8, **more):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from accelerate_common import Training, start_anew
+from accelerate_common import Training, fresh_accelerate, start_anew  # noqa: F401  a fixture
 from common import (
     CLASSES,
     FEATURES,
@@ -29,13 +29,6 @@ import flatkern
 from flatkern.integrations.accelerate import passes
 
 every_method = pytest.mark.parametrize("method", METHODS)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    start_anew()
-    yield
-    start_anew()
 
 
 def train(method, between, count=4, steps=2, **keywords):
