@@ -33,7 +33,8 @@ def replicas_in(model: torch.nn.Module) -> list[DistributedDataParallel]:
 
 @contextmanager
 def averaging_over_ranks(replicas: Sequence[DistributedDataParallel], wanted: bool) -> Iterator[None]:
-    """DDP averages what a backward inside leaves in `.grad`, or leaves it to a later one, whatever the trainer wants."""
+    """DDP averages what a backward inside leaves in `.grad`, or leaves it to a later one, whatever the trainer has set
+    before."""
     before = [m.require_backward_grad_sync for m in replicas]
     try:
         for m in replicas:
