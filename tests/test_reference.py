@@ -55,7 +55,7 @@ class Values:
     def run(self, name, **given):
         """Run an op in place; scalars are repeated for every entry."""
         op, n = OPS[name], len(self.shapes)
-        zero = dict.fromkeys(("offset", "kappa", "eta", "sigma", "beta"), 0.0) | dict(offset=0)
+        zero = dict.fromkeys(("offset", "kappa", "eta", "sigma", "beta", "momentum"), 0.0) | dict(offset=0)
         defaults = dict(index=list(range(n)), grad_weight=1.0, clean_weight=1.0, **zero)
         values = {}
         for a in op.arguments:
@@ -142,6 +142,36 @@ def test_the_ascent_is_that_of_the_paper(eta, shapes, seed, rho, sign):
             assert_close(p, w.double().numpy() + e, 16, np.abs(e) + np.abs(w.double().numpy()))
 
 
+@law("ascent_norm_", "perturb_ascent_")
+@pytest.mark.parametrize("eta", [-1.0, 0.0], ids=["plain", "adaptive"])
+@examples
+@given(shapes=shapes, seed=seeds, sigma=st.floats(0.0, 2.0), momentum=weights)
+def test_friendly_sam_climbs_beside_the_mean_and_then_renews_it(eta, shapes, seed, sigma, momentum):
+    """d = g - sigma m, e = rho T^2 d / ||T d||, m <- momentum m + (1 - momentum) g."""
+    v = Values(shapes, seed)
+    params, grads, means, new, norm = v.tensors(), v.tensors(), v.tensors(), v.tensors(), scalar(-1.0)
+    clean, before = copies(params), copies(means)
+    numbers = dict(eta=eta, sigma=sigma)
+    v.run("ascent_norm_", norm=norm, params=params if eta >= 0 else None, grads=grads, means=means, **numbers)
+    ascent = dict(new_means=new, grads=grads, means=means, norm=norm, rho=0.3, momentum=momentum)
+    v.run("perturb_ascent_", params=params, **ascent, **numbers)
+
+    t = [np.abs(w.double().numpy()) + eta if eta >= 0 else np.ones(w.shape) for w in clean]
+    pairs = [(g.double().numpy(), m.double().numpy()) for g, m in zip(grads, before, strict=True)]
+    d = [g - sigma * m for g, m in pairs]
+    total = math.sqrt(sum(float(((ti * di) ** 2).sum()) for ti, di in zip(t, d, strict=True)))
+    size = math.sqrt(
+        sum(float(((ti * (np.abs(g) + sigma * np.abs(m))) ** 2).sum()) for ti, (g, m) in zip(t, pairs, strict=True))
+    )
+    assert_close(norm, total, 8, size)
+    assert_same(means, before)
+    for k, (g, m) in enumerate(pairs):
+        assert_close(new[k], momentum * m + (1 - momentum) * g, 4, np.abs(g) + np.abs(m))
+        if total > 1e-3 * size:
+            w, e = clean[k].double().numpy(), 0.3 / total * t[k] ** 2 * (np.abs(g) + sigma * np.abs(m))
+            assert_close(params[k], w + 0.3 / total * t[k] ** 2 * d[k], 16 + 16 * size / total, e + np.abs(w))
+
+
 @law("perturb_ascent_")
 @pytest.mark.parametrize("rho, norm", [(0.0, 2.0), (0.1, math.inf), (0.1, math.nan)])
 def test_no_ascent_leaves_every_bit(rho, norm):
@@ -149,9 +179,12 @@ def test_no_ascent_leaves_every_bit(rho, norm):
     v = Values([(3, 5), (7,)], 0)
     params, grads = v.tensors(), v.tensors()
     params[0][0, 0], grads[0][0, 1], grads[1][2] = -0.0, math.inf, math.nan
-    clean = copies(params)
-    v.run("perturb_ascent_", params=params, grads=grads, norm=scalar(norm), rho=rho, eta=[-1.0, 0.1])
+    clean, means, new = copies(params), v.tensors(), v.tensors()
+    numbers = dict(rho=rho, eta=[-1.0, 0.1], sigma=0.5, momentum=0.9)
+    v.run("perturb_ascent_", params=params, grads=grads, norm=scalar(norm), new_means=new, means=means, **numbers)
     assert_same(params, clean)
+    if not math.isfinite(norm):
+        assert_same(new, means)
 
 
 # Gaussian noise.
@@ -274,6 +307,44 @@ def test_mixing(shapes, seed, lam, scale, clip, beta, two):
         assert_close(history[k], beta * before[k].double().numpy() + new, 8)
     size = sum(float(t.double().square().sum()) for t in given + (clean or []))
     assert_close(norm, math.sqrt(total), 8, math.sqrt(size))
+
+
+@law("gradient_products_")
+@examples
+@given(shapes=shapes, seed=seeds)
+def test_products_are_in_float64(shapes, seed):
+    v = Values(shapes, seed)
+    grads, clean, products = v.tensors(), v.tensors(), torch.full((3,), -1.0, dtype=torch.float64)
+    v.run("gradient_products_", products=products, grads=grads, clean_grads=clean)
+    g, a = (np.concatenate([x.double().numpy().ravel() for x in side]) for side in (grads, clean))
+    size = np.array([a @ a, np.abs(a) @ np.abs(g), g @ g])
+    assert np.all(np.abs(products.numpy() - [a @ a, a @ g, g @ g]) <= 1e-13 * size)
+
+
+@law("mix_gradients_", "gradient_norm_")
+@examples
+@given(shapes=shapes, seed=seeds, weight=weights, clean_weight=st.floats(-2.0, 2.0), q=weights, r=st.floats(-2.0, 2.0))
+def test_a_component_takes_the_place_of_the_clean_gradient(shapes, seed, weight, clean_weight, q, r):
+    """g = weight s g + clean_weight (q a - r s g), kept in `outs` where they are given."""
+    v = Values(shapes, seed)
+    grads, clean, outs, norm = v.tensors(), v.tensors(), v.tensors(), scalar(-1.0)
+    given, component = copies(grads), torch.tensor([q, r], dtype=torch.float32)
+    mixing = dict(clean_grads=clean, component=component, grad_scale=scalar(0.5), grad_weight=weight)
+    mixing["clean_weight"] = clean_weight
+    v.run("gradient_norm_", norm=norm, grads=grads, **mixing)
+    v.run("mix_gradients_", grads=grads, outs=outs, found_inf=scalar(0.0), **mixing)
+    assert_same(grads, given)
+    total, size = 0.0, 0.0
+    for k, out in enumerate(outs):
+        g, a = 0.5 * rows64(given[k]), rows64(clean[k])
+        want, largest = weight * g + clean_weight * (q * a - r * g), np.abs(g) * (weight + abs(clean_weight * r))
+        largest += np.abs(a) * abs(clean_weight) * q
+        assert_close(out, want, 8, largest)
+        total, size = total + float((want**2).sum()), size + float((largest**2).sum())
+    assert_close(norm, math.sqrt(total), 16, math.sqrt(size))
+    kept = copies(outs)
+    v.run("mix_gradients_", grads=grads, outs=outs, found_inf=scalar(1.0), **mixing)
+    assert_same(outs, kept)
 
 
 UPDATES = {

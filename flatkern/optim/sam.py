@@ -120,9 +120,11 @@ class AscentPerturbation(NoPerturbation):
             eta, ascended = numbers["eta"], bucket.gradients(grads, lay_out)
             norm = torch.zeros((), dtype=torch.float32, device=bucket.device)
             weights = (store.masters or bucket.params) if any([e >= 0 for e in eta]) else None
-            bucket.op("ascent_norm_")(norm, weights, ascended, eta=eta)
+            bucket.op("ascent_norm_")(norm, weights, ascended, None, eta=eta, sigma=bucket.zeros)
             norms.append((bucket.ranks, norm))
-            calls.append(Call(bucket, "perturb_ascent_", (bucket.params, *store, ascended), {**numbers}))
+            arguments = bucket.params, store.backups, None, store.masters, ascended, None
+            numbers = {**numbers, "sigma": bucket.zeros, "momentum": bucket.zeros}
+            calls.append(Call(bucket, "perturb_ascent_", arguments, numbers))
         total = global_norm(norms) if norms else None
         for call in calls:
             call.args += (total.to(call.bucket.device),)  # type: ignore[union-attr]

@@ -50,6 +50,7 @@ class SharedArguments:
     lrs: Tensor | None  # on the device; None where the rule reads numbers of the host
     sigmas: Tensor | None
     noise: Tensor | None  # rolling: of the coming round
+    component: Tensor | None  # what of the clean gradient enters
     grad_scale: Tensor | None
     clip: Tensor | None
     found_inf: Tensor | None
@@ -60,7 +61,7 @@ class SharedArguments:
         """The positional arguments that follow a rule's own state."""
         return (
             *self.store, self.history, self.grads, self.clean_grads, self.masks,
-            self.lrs, self.sigmas, self.noise, self.grad_scale, self.clip, self.found_inf,
+            self.lrs, self.sigmas, self.noise, self.component, self.grad_scale, self.clip, self.found_inf,
         )  # fmt: skip
 
     def draw(self, bucket: Bucket) -> Call:
@@ -205,6 +206,7 @@ class Step:
             lrs=scalars.on_device(bucket, "lr") if cycle.groups.setup.capturable else None,
             sigmas=None,
             noise=None,
+            component=None,
             grad_scale=None,
             clip=None,
             found_inf=None,
@@ -259,7 +261,7 @@ class Step:
         for bucket, s in zip(buckets, shared, strict=True):
             norm = torch.zeros((), dtype=torch.float32, device=bucket.device)
             weights = {key: s.numbers[key] for key in ("grad_weight", "clean_weight")}
-            bucket.op("gradient_norm_")(norm, s.grads, s.clean_grads, s.grad_scale, **weights)
+            bucket.op("gradient_norm_")(norm, s.grads, s.clean_grads, s.component, s.grad_scale, **weights)
             norms.append((bucket.ranks, norm))
         total = global_norm(norms)
         clip = (limit / (total + 1e-6)).clamp(max=1.0)

@@ -166,7 +166,8 @@ class Wrap(FlatOptimizer):
         if s.clean_grads is None and s.grad_scale is None and s.clip is None and history is None:
             return None
         numbers = {key: s.numbers[key] for key in ("grad_weight", "clean_weight", "beta")}
-        return Call(bucket, "mix_gradients_", (grads, history, s.clean_grads, s.grad_scale, s.clip), numbers)
+        arguments = grads, history, None, s.clean_grads, s.component, s.grad_scale, s.clip, None
+        return Call(bucket, "mix_gradients_", arguments, numbers)
 
     def finish(self, work: list[Prepared]) -> None:
         """Mix, let the base step, amplify, draw."""
