@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..methods import IRE, RWP, SAM
+from ..methods import IRE, Method
 from ..values import check_value
+from .arguments import SharedArguments
 from .buckets import Bucket, Call
 from .fused import FusedOptimizer, require_unset
 from .groups import Group
-from .step import SharedArguments
 
 NUMBERS_ON_DEVICE = {
     "beta1": lambda group: float(group["betas"][0]),
@@ -66,7 +66,7 @@ class Adam(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        perturb: RWP | SAM | None = None,
+        perturb: Method | None = None,
         enhance: IRE | None = None,
         backend: str | None = None,
         master_weights: bool = False,
@@ -135,7 +135,7 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        perturb: RWP | SAM | None = None,
+        perturb: Method | None = None,
         enhance: IRE | None = None,
         backend: str | None = None,
         master_weights: bool = False,

@@ -20,18 +20,19 @@ from ..dispatch import resolve
 from ..methods import IRE
 from ..values import check_flag, check_value
 from . import amp, closures, follow, names
+from .arguments import SharedArguments
 from .buckets import Bucket, Call
 from .cycle import Cycle
-from .draw import draw_again
 from .errors import warn_never_masked, warn_never_perturbed
 from .groups import Group, Groups, Setup, checked_limit
 from .ire import Mask
 from .perturb import perturbation_of
+from .perturbation import StaysPerturbed
 from .phase import Phase
 from .saving import Saved
 from .scalars import check_can_be_captured, check_group_can_be_captured, scalars_of
 from .sharding import check_sharding
-from .step import Prepared, SharedArguments, Step, restore
+from .step import Prepared, Step, restore
 from .tracing import untraced
 
 Closure = Callable[[], Any]
@@ -99,6 +100,7 @@ class FlatOptimizer(Saved):
         for group in self.param_groups:
             self.check_group(group)
         self.mask.check_common(self.own_groups, name)
+        self.perturbation.check_common(self.own_groups, name)
         self.cycle.scalars.sync_groups(name)
         self.watch_passes()
         self._ready = True
@@ -128,7 +130,7 @@ class FlatOptimizer(Saved):
             if key in self.flag_keys:
                 check_flag(name, key, value)
             elif self.checks_key(key) and not (key == "lam" and value is None):
-                check_value(key, value, name)
+                check_value(key, value, name, wanted=self.perturbation.ranges.get(key))
         if group.get("writes", "keep") not in ("keep", "drop"):
             raise ValueError(f'{name}: writes is {group["writes"]!r}, but should be "keep" or "drop"')
         self.perturbation.check_group(group, name, capturable)
@@ -312,14 +314,14 @@ class FlatOptimizer(Saved):
         """Rolling: apply the noise of the current round (idempotent; draws nothing new). Otherwise nothing."""
         if not mode:
             return self.eval()
-        cycle = self.cycle
+        cycle, perturbation = self.cycle, self.perturbation
         cycle.followers.switched_on = True
-        if self.perturbation.rolling and cycle.require("train") is Phase.CLEAN:
+        if isinstance(perturbation, StaysPerturbed) and cycle.require("train") is Phase.CLEAN:
             cycle.groups.check_changed()
             cycle.scalars.sync_groups("train")
             cycle.weights.check_alone("train", cycle.groups.params())
             try:
-                draw_again(cycle)
+                perturbation.put_on(cycle)
             except BaseException:
                 cycle.undo()
                 raise
@@ -385,6 +387,7 @@ class FlatOptimizer(Saved):
         self.cycle.require("release")
         self.cycle.drop_pending()
         self.cycle.weights.release()
+        self.perturbation.release()
         self.cycle.partitions.clear()
 
     # --- enhancement -----------------------------------------------------------------------------

@@ -262,8 +262,14 @@ def global_norm(norms: list[tuple[dtensor.Ranks, Tensor]]) -> Tensor:
     first = norms[0][1]
     if len(norms) == 1 and not norms[0][0]:
         return first
+    return global_sum([(ranks, norm.double().square()) for ranks, norm in norms]).sqrt().float()
+
+
+def global_sum(parts: list[tuple[dtensor.Ranks, Tensor]]) -> Tensor:
+    """The sum over several buckets, on the device of the first; each is summed over the ranks that share it."""
+    device = parts[0][1].device
     shared: dict[dtensor.Ranks, list[Tensor]] = {}
-    for ranks, norm in norms:
-        shared.setdefault(ranks, []).append(norm.to(first.device).double().square())
-    squares = [dtensor.all_reduce_sum(torch.stack(each).sum(), ranks) for ranks, each in shared.items()]
-    return torch.stack(squares).sum().sqrt().float()
+    for ranks, part in parts:
+        shared.setdefault(ranks, []).append(part.to(device))
+    sums = [dtensor.all_reduce_sum(torch.stack(each).sum(dim=0), ranks) for ranks, each in shared.items()]
+    return torch.stack(sums).sum(dim=0)

@@ -56,11 +56,13 @@ def draw_again(
         wide = [sources[j].dim() >= 2 and rows[j] != ALL_ROWS for j in range(len(at))]
         own = [dtensor.local(history[k]) for k in at]
         history = [h.narrow(0, *r).clone() if w else h for h, r, w in zip(own, rows, wide, strict=True)]
+    if norms is not None:  # of all rows, or of the whole vector
+        norms = [norms[k] if r == ALL_ROWS else norms[k].narrow(0, *r).clone() for k, r in zip(at, rows, strict=True)]
     resolve(call.op, bucket.device.type, bucket.backend)(
         outs,
         None,
         sources if bucket.has_master else None,
-        None if norms is None else [norms[k] for k in at],
+        norms,
         history,
         None if sigmas is None else sigmas[list(at)],
         noise,

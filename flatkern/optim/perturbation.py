@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..values import Range
 from .amp import Amp
+from .arguments import SharedArguments
+from .buckets import Bucket
 from .cycle import Cycle
 from .errors import refuse_lost_sum
 from .gradients import Final, Grads, mean_is_over_ranks, resolved
 from .groups import Group
+
+Weights = Mapping[str, Callable[[Group], float]]  # "grad_weight", "clean_weight"
 
 
 class NoPerturbation:
@@ -19,13 +25,19 @@ class NoPerturbation:
     name = "None"
     moves = False  # the weights, in perturb()
     pattern = "loss.backward(); opt.step()"
-    closures = "one"  # what step(closure) takes, and how often it calls it; see closures.py
+    closures = "one"  # what step(closure) takes, and how often it calls it; see closures.py, and `closures_of`
     draws = False  # noise, so that groups have seed, stream and round
     rolling = False  # the noise stays on between steps
-    refuses_perturb = "perturb: this optimizer has no perturbation; pass perturb=flatkern.RWP(), SAM() or ASAM()"
+    refuses_perturb = "perturb: this optimizer has no perturbation; pass perturb=flatkern.RWP(), SAM(), ..."
+    starts_perturbed = False  # a step begins with perturb(), before its only gradient
     ascends = False  # along the gradient, which has to be there before perturb()
+    uses_ascent_gradient = False  # in the update or in its state: under DDP that backward has to be synchronized
+    has_interval = False  # only some steps are perturbed; groups have perturb_interval and perturb_count
     has_clean_pass = False  # a step needs a gradient at the clean weights, too
-    mixes = False  # and mixes it with the perturbed one in the update
+    mixes = False  # the gradient at the clean weights enters the update, too
+    weights: ClassVar[Weights] = {}  # of both gradients in the update, where it mixes
+    state_key: str | None = None  # of what it keeps per parameter, like a momentum
+    ranges: ClassVar[Mapping[str, Range]] = {}  # of group values that have another range than elsewhere
     accumulates = True  # all gradients of a step are taken at the same weights
     sums = False  # losses are divided by the number of passes, so that rounds are not
     counts = False  # those passes
@@ -35,6 +47,17 @@ class NoPerturbation:
 
     def check_group(self, group: Group, optimizer: str, capturable: bool) -> None:
         """Refuse values of a group that do not go together."""
+
+    def check_common(self, groups: list[Group], optimizer: str) -> None:
+        """Refuse groups with different values where all share one."""
+
+    def is_due(self, groups: list[Group]) -> bool:
+        """True if the coming step is one that perturb() belongs to."""
+        return self.moves and not self.rolling
+
+    def closures_of(self, groups: list[Group]) -> str:
+        """`closures` of the coming step."""
+        return self.closures
 
     def is_described_by(self, saved: Group, group: Group) -> bool:
         """True if a saved group's values mean what they mean in `group`; keys of another method have the same names."""
@@ -64,6 +87,16 @@ class NoPerturbation:
     def move(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
         """CLEAN -> PERTURBED, and the gradients to where the next backward needs them."""
         raise NotImplementedError
+
+    def combine(self, cycle: Cycle, final: Final, parts: list[tuple[Bucket, SharedArguments]]) -> None:
+        """What enters the update of the clean gradients, where numbers of the host do not say it. Reads gradients, and
+        writes nothing: `SharedArguments.keep` is a call that does, when the step is made."""
+
+    def count_step(self, cycle: Cycle, skips: list[Tensor]) -> None:
+        """A step has been made, or skipped where one of `skips` is nonzero."""
+
+    def release(self) -> None:
+        """Free the scratch."""
 
     def end_round(self, cycle: Cycle, params: list[Tensor], counted: bool) -> None:
         """restore() has put the clean weights back: keep this round's gradients.
@@ -105,6 +138,44 @@ class NoPerturbation:
             refuse_lost_sum()
         summed = resolved(ledger.accumulated_grads)
         return Final(summed, rounds=divisor, at_perturbed_weights=True, from_grad=False)
+
+
+class StaysPerturbed(NoPerturbation):
+    """Rolling: the perturbation stays on between steps, and step() renews it. There are no rounds."""
+
+    pattern = "opt.train(); loss.backward(); opt.step(); or opt.follow(model) once"
+    rolling = True
+    starts_perturbed = False
+    refuses_perturb = "perturb: the optimizer is rolling and perturbs in step(); use train(), eval() or follow(model)"
+    accumulates = True
+
+    def put_on(self, cycle: Cycle) -> None:
+        """CLEAN -> PERTURBED, as it was before an evaluation, if it was."""
+        raise NotImplementedError
+
+    def put_on_after_clean(self, cycle: Cycle) -> None:
+        """CLEAN -> PERTURBED after a step whose gradient was taken at clean weights."""
+        raise NotImplementedError
+
+    def is_renewed_inside(self, cycle: Cycle) -> bool:
+        """True if the update makes the coming perturbation in the same pass."""
+        return False
+
+    def check_next(self, cycle: Cycle) -> None:
+        """Refuse a step that no perturbation could follow."""
+
+    def put_on_next(self, cycle: Cycle) -> None:
+        """CLEAN -> PERTURBED after a step from perturbed weights, where it is not renewed inside."""
+        raise NotImplementedError
+
+    def end_round(self, cycle: Cycle, params: list[Tensor], counted: bool) -> None:
+        """There is none."""
+
+    def keep_round(self, cycle: Cycle, params: list[Tensor]) -> None:
+        """There is none."""
+
+    def final(self, cycle: Cycle, params: list[Tensor], grads: Grads, amp: Amp) -> Final:
+        return Final(grads, at_perturbed_weights=cycle.weights.partition is not None)
 
 
 def with_earlier_rounds(cycle: Cycle, params: list[Tensor], grads: Grads) -> Grads:

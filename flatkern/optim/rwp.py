@@ -7,13 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from ..methods import RWP
-from ..values import check_uint32
-from .amp import Amp
+from ..methods.rwp import SCALES
+from ..values import check_choice, check_uint32
 from .cycle import Cycle
-from .draw import draw
-from .gradients import Final, Grads
+from .draw import draw, draw_again, perturbed_partition
+from .errors import refuse_unused_gradient
 from .groups import Group
-from .perturbation import NoPerturbation
+from .perturbation import NoPerturbation, StaysPerturbed
 from .scalars import Read
 
 
@@ -23,6 +23,7 @@ class RandomPerturbation(NoPerturbation):
     pattern = "opt.perturb(); loss.backward(); opt.step()"
     moves = True
     draws = True
+    starts_perturbed = True
     ops = ("perturb_gaussian_", "filter_norms_")
     refuses_perturb = ""
     accumulates = False
@@ -40,6 +41,7 @@ class RandomPerturbation(NoPerturbation):
                 f"{optimizer}: a group has lam={group['lam']!r} and the method lam={self.lam!r}; "
                 "lam may not mix None and a number"
             )
+        check_choice(optimizer, "scale", group["scale"], SCALES)
         for key in ("seed", "stream", "round"):
             if not (capturable and isinstance(group[key], Tensor)):
                 check_uint32(optimizer, key, group[key])
@@ -56,11 +58,7 @@ class RandomPerturbation(NoPerturbation):
 
     def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
         if new and not cycle.gradients.holds_zeros_only(params):
-            raise RuntimeError(
-                "perturb: there is a gradient in .grad that no step has used, and RWP has one gradient, taken at the "
-                "perturbed weights, so it would be lost; call opt.zero_grad() if it is not wanted. "
-                f"The pattern is: {self.pattern}"
-            )
+            refuse_unused_gradient(self.name, self.pattern)
 
     def move(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
         draw(cycle, self.read)
@@ -76,20 +74,24 @@ class RandomPerturbation(NoPerturbation):
         cycle.gradients.mark_zeroed(params)
 
 
-class RollingPerturbation(RandomPerturbation):
+class RollingPerturbation(StaysPerturbed, RandomPerturbation):
     """RWP and ARWP whose noise stays on between steps; step() renews it."""
 
-    pattern = "opt.train(); loss.backward(); opt.step(); or opt.follow(model) once"
-    rolling = True
-    refuses_perturb = "perturb: the optimizer is rolling and perturbs in step(); use train(), eval() or follow(model)"
-    accumulates = True
     launches = 1
 
-    def end_round(self, cycle: Cycle, params: list[Tensor], counted: bool) -> None:
-        """There are no rounds."""
+    def put_on(self, cycle: Cycle) -> None:
+        draw_again(cycle)
 
-    def keep_round(self, cycle: Cycle, params: list[Tensor]) -> None:
-        """There are no rounds."""
+    put_on_after_clean = put_on  # it was no step of this round, whose noise may have been drawn
 
-    def final(self, cycle: Cycle, params: list[Tensor], grads: Grads, amp: Amp) -> Final:
-        return Final(grads, at_perturbed_weights=cycle.weights.partition is not None)
+    def is_renewed_inside(self, cycle: Cycle) -> bool:
+        """Not where a group or a parameter was switched, and one pass cannot serve two sets; nor from clean weights."""
+        return perturbed_partition(cycle) is cycle.weights.partition
+
+    def check_next(self, cycle: Cycle) -> None:
+        cycle.scalars.noise(ahead=1)
+
+    def put_on_next(self, cycle: Cycle) -> None:
+        cycle.scalars.next_round()
+        draw(cycle)
+        cycle.scalars.note_draw()

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..methods import IRE, RWP, SAM
+from ..methods import IRE, Method
+from .arguments import SharedArguments
 from .buckets import Bucket, Call
 from .fused import FusedOptimizer, require_unset
 from .groups import Group
-from .step import SharedArguments
 
 NUMBERS_ON_DEVICE = {
     "momentum": lambda group: float(group["momentum"]),
@@ -36,7 +36,7 @@ class SGD(FusedOptimizer):
         foreach, fused: accepted and ignored; `backend` decides.
         differentiable: refused when True.
     and ours, keyword-only:
-        perturb: flatkern.RWP, SAM or ASAM, or None for the plain optimizer.
+        perturb: flatkern.RWP, SAM, ASAM, GSAM, FriendlySAM, LookSAM or MomentumSAM, or None for the plain optimizer.
         enhance: flatkern.IRE, or None.
         backend: "eager", "cpp", "triton" or "cuda", used or refused; None takes the best one that is live.
         master_weights: keep float32 weights behind half-precision parameters.
@@ -77,7 +77,7 @@ class SGD(FusedOptimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        perturb: RWP | SAM | None = None,
+        perturb: Method | None = None,
         enhance: IRE | None = None,
         backend: str | None = None,
         master_weights: bool = False,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,59 +16,26 @@ from torch import Tensor
 from .. import dtensor
 from ..checks import LayoutError
 from .amp import NO_AMP, Amp
+from .arguments import SharedArguments
 from .buckets import Bucket, Call, Partition, global_norm
 from .cycle import Cycle
-from .draw import draw, draw_again, noise_call, perturbed_partition
-from .external_writes import REPEATABLE
+from .draw import drawn_with, is_absolute, noise_call, relative, sigmas_on_device
 from .gradients import Final, gradients_of, show_unscaled
 from .groups import Group
 from .ire import Mask
-from .perturbation import NoPerturbation
+from .perturbation import NoPerturbation, StaysPerturbed
 from .scalars import is_capturing
 from .weights import CleanStore, perturbing
 
 IN_PLACE = CleanStore(None, None)
-DRAWN_WITH = ("sigma", "eta", "index", "offset")
-# What the perturbed and the clean gradient are multiplied by; maximize negates both on their way in, as in torch.
-MIXED = {"grad_weight": lambda group: float(group["lam"]), "clean_weight": lambda group: 1.0 - float(group["lam"])}
-MIXED_SIGNED = {
-    "grad_weight": lambda group: -float(group["lam"]) if group["maximize"] else float(group["lam"]),
-    "clean_weight": lambda group: float(group["lam"]) - 1.0 if group["maximize"] else 1.0 - float(group["lam"]),
-}
+SIGMA = {"sigma": lambda group: float(group["sigma"]), "scale": lambda group: group["scale"]}
 SIGNED = {"grad_weight": lambda group: -1.0 if group["maximize"] else 1.0, "clean_weight": lambda group: 0.0}
 
 
-@dataclass
-class SharedArguments:
-    """What every update op takes besides its rule's own state and numbers."""
-
-    store: CleanStore  # where the clean weights are; (None, None) where the parameters hold them
-    history: list[Tensor] | None
-    grads: list[Tensor]
-    clean_grads: list[Tensor] | None
-    masks: list[Tensor] | None
-    lrs: Tensor | None  # on the device; None where the rule reads numbers of the host
-    sigmas: Tensor | None
-    noise: Tensor | None  # rolling: of the coming round
-    component: Tensor | None  # what of the clean gradient enters
-    grad_scale: Tensor | None
-    clip: Tensor | None
-    found_inf: Tensor | None
-    numbers: dict[str, list[Any]]
-    drawn_with: Callable[[], tuple[Any, Any]] | None = None  # see Call
-
-    def tensors(self) -> tuple[Any, ...]:
-        """The positional arguments that follow a rule's own state."""
-        return (
-            *self.store, self.history, self.grads, self.clean_grads, self.masks,
-            self.lrs, self.sigmas, self.noise, self.component, self.grad_scale, self.clip, self.found_inf,
-        )  # fmt: skip
-
-    def draw(self, bucket: Bucket) -> Call:
-        """Rolling: the draw of the coming round by itself, as the update makes it in the same pass."""
-        arguments = bucket.params, *self.store, None, self.history, self.sigmas, self.noise
-        numbers = {key: self.numbers[key] for key in DRAWN_WITH}
-        return Call(bucket, REPEATABLE, arguments, numbers, drawn_with=self.drawn_with)
+@cache
+def signed(read: Callable[[Group], float]) -> Callable[[Group], float]:
+    """maximize negates both gradients on their way in, as in torch."""
+    return lambda group: -read(group) if group["maximize"] else read(group)
 
 
 class Prepared(NamedTuple):
@@ -125,8 +92,8 @@ class Step:
         final = self.perturbation.final(cycle, params, grads, self.amp)
         if final is None:
             restore(self.perturbation, cycle)
-        elif self.perturbation.rolling:
-            self._run_rolling(params, final)
+        elif isinstance(self.perturbation, StaysPerturbed):
+            self._run_rolling(self.perturbation, params, final)
         else:
             self._update(params, final)
             if final.unscaled and final.clean is not None:
@@ -137,7 +104,7 @@ class Step:
                 cycle.drop_pending()
         cycle.gradients.mark_used(params)
 
-    def _run_rolling(self, params: list[Tensor], final: Final) -> None:
+    def _run_rolling(self, perturbation: StaysPerturbed, params: list[Tensor], final: Final) -> None:
         cycle, weights = self.cycle, self.cycle.weights
         partition = weights.partition
         of_this_round = partition is None and cycle.gradients.is_noisy(params)  # eval() came after the backward
@@ -147,16 +114,13 @@ class Step:
             creates_state = no_state and all(cycle.scalars.host_value(g, "lr") == 0 for g in cycle.groups)
             self._update(params, final)
             if not creates_state:
-                draw_again(cycle)
-        elif perturbed_partition(cycle) is partition:
+                perturbation.put_on_after_clean(cycle)
+        elif perturbation.is_renewed_inside(cycle):
             self._update(params, final, cycle.scalars.noise(ahead=1))
         else:
-            # A group or a parameter was switched, and one pass cannot serve two sets; or the weights are clean already.
-            cycle.scalars.noise(ahead=1)  # refuses where there is none
+            perturbation.check_next(cycle)
             self._update(params, replace(final, at_perturbed_weights=True))
-            cycle.scalars.next_round()
-            draw(cycle)
-            cycle.scalars.note_draw()
+            perturbation.put_on_next(cycle)
 
     # --- prepare ---------------------------------------------------------------------------------
 
@@ -170,9 +134,9 @@ class Step:
         if not self.complete:
             params = [p for k, p in enumerate(params) if final.has(k)]
         cycle, split_by = self.cycle, self.rule.split_by
-        if self.mask.exists:
+        if self.mask.exists or noise is not None:
             by_rule, is_on = split_by, self.mask.is_on
-            split_by = lambda group: (by_rule(group), is_on(group))  # noqa: E731
+            split_by = lambda group: (by_rule(group), is_on(group), is_absolute(group))  # noqa: E731
         partition = cycle.partitions.of(params, cycle.weights.partition, split_by)
         try:
             self._commit(partition, self._prepare(partition, final, noise), final, noise)
@@ -186,12 +150,15 @@ class Step:
     ) -> list[Prepared]:
         buckets = partition.buckets
         shared = [self._share(bucket, final, noise, lay_out) for bucket in buckets]
+        if final.clean is not None:
+            self.perturbation.combine(self.cycle, final, list(zip(buckets, shared, strict=True)))
         limit = self.cycle.groups.setup.max_grad_norm
         if limit is not None and buckets:
             self._clip(buckets, shared, limit)
         work = [Prepared(b, s, self.rule.prepare(b, s)) for b, s in zip(buckets, shared, strict=True)]
-        if len(work) > 1:
-            for call in (call for _, _, call in work if call is not None):
+        calls = [call for _, s, own in work for call in (own, s.keep) if call is not None]
+        if len(calls) > 1:
+            for call in calls:
                 call.check()  # an op checks before it writes, but the last one would come after the first has written
         return work
 
@@ -217,13 +184,13 @@ class Step:
             shared.found_inf = amp.skip(cycle.nonfinite, bucket.device)
         if self.perturbation.draws and any([group["eta"] for group in bucket.groups]):
             self._share_history(bucket, final, shared)
-        if noise is not None and bucket.perturbed and not bucket.split_vectors:
+        if noise is not None and bucket.perturbed and not self._draws_apart(bucket):
             shared.noise = noise
             if cycle.groups.setup.capturable:
-                shared.sigmas = scalars.on_device(bucket, "sigma")
-                shared.drawn_with = partial(scalars.drawn_with, bucket, rolling=True)
+                shared.sigmas = sigmas_on_device(cycle, bucket)
+                shared.drawn_with = partial(drawn_with, cycle, bucket, rolling=True)
             else:
-                shared.numbers["sigma"] = bucket.values("sigma")
+                shared.numbers["sigma"] = bucket.columns("relative sigma", SIGMA, relative)["sigma"]
         if self.mask.exists:
             shared.masks, shared.numbers["kappa"] = self.mask.masks_and_kappa(cycle, bucket)
         if bucket.perturbed or bucket.has_master:
@@ -244,9 +211,12 @@ class Step:
         zeros = bucket.zeros
         negates = self.rule.negates and any([group["maximize"] for group in bucket.groups])
         if final.clean is not None:
-            weights = bucket.columns("mixed, signed", MIXED_SIGNED) if negates else bucket.columns("mixed", MIXED)
+            reads = self.perturbation.weights
+            if negates:
+                reads = {key: signed(read) for key, read in reads.items()}
+            weights = bucket.columns("mixed, signed" if negates else "mixed", reads)
             if final.clean_rounds != 1:
-                name, read, by = "clean", (MIXED_SIGNED if negates else MIXED)["clean_weight"], final.clean_rounds
+                name, read, by = "clean", reads["clean_weight"], final.clean_rounds
                 weights = weights | bucket.columns(name, {"clean_weight": lambda group: read(group) / by})
         elif negates:
             weights = bucket.columns("signed", SIGNED)
@@ -281,6 +251,8 @@ class Step:
         try:
             for call in calls:
                 call.run()
+            for keep in (s.keep for _, s, _ in work if s.keep is not None):
+                keep.run()
             if self.rule.finishes:
                 self.rule.finish(work)
             self.updated = True
@@ -312,6 +284,7 @@ class Step:
             cycle.count_skip(skips[0] if skips else None)
         if self.mask.exists:
             self.mask.count_step(cycle, skips)
+        self.perturbation.count_step(cycle, skips)
         if final.squares:
             self._update_history(final.squares, partition.members)
         if self.grad_norm is not None:
@@ -319,8 +292,7 @@ class Step:
         if noise is None or perturbed is None:
             weights.left()
             return
-        # The norm of a vector that is divided among ranks is known only when all of them have updated it.
-        perturbed_by += [self._draw(b, s.store, noise) for b, s, _ in work if b.perturbed and b.split_vectors]
+        perturbed_by += [self._draw(b, s.store, noise) for b, s, _ in work if b.perturbed and self._draws_apart(b)]
         cycle.scalars.next_round()
         cycle.scalars.note_draw()
         weights.perturbed_by(perturbed, perturbed_by)
@@ -346,6 +318,12 @@ class Step:
             cycle.gradients.mark_used(params)
         else:
             self.perturbation.keep_round(cycle, params)
+
+    def _draws_apart(self, bucket: Bucket) -> bool:
+        """Rolling: True where the update does not draw in the same pass. The norm of a vector that is divided among
+        ranks is known only when all of them have updated it; and an update measures norms, which absolute noise has
+        not."""
+        return bucket.split_vectors or is_absolute(bucket.groups[0])
 
     def _draw(self, bucket: Bucket, store: CleanStore, noise: Tensor) -> tuple[Bucket, CleanStore, Call]:
         call = noise_call(self.cycle, bucket, store, noise)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .. import dtensor
 from ..checks import check_gradient
-from ..methods import IRE, RWP, SAM
+from ..methods import IRE, Method
 from ..values import check_value
+from .arguments import SharedArguments
 from .base import FlatOptimizer
 from .buckets import Bucket, Call
 from .errors import warn_keys_of_the_base
@@ -19,7 +20,7 @@ from .groups import PREFIX, Group, Setup
 from .phase import CLEAN
 from .scalars import LAST_DRAW
 from .state import OWN_KEYS
-from .step import Prepared, SharedArguments
+from .step import Prepared
 from .tracing import untraced
 
 ALWAYS_OURS = ("perturb", "enhance", "writes", "adaptive")
@@ -63,7 +64,7 @@ class Wrap(FlatOptimizer):
     def __init__(
         self,
         base_optimizer: torch.optim.Optimizer,
-        perturb: RWP | SAM | None = None,
+        perturb: Method | None = None,
         enhance: IRE | None = None,
         backend: str | None = None,
         max_grad_norm: float | None = None,

@@ -1,0 +1,74 @@
+"""LookSAM: what SAM's gradient has beside the ordinary one is kept, and serves the steps until the next ascent."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .amp import Amp
+from .buckets import Call, global_norm
+from .cycle import Cycle
+from .gradients import Final, Grads
+from .groups import Group
+from .gsam import LEAST, Parts, alpha_of, beside, products
+from .mixed_sam import ClimbedGradients
+from .perturbation import Weights
+
+LENGTH = 1024.0  # of what is kept: elements of a direction in a billion dimensions are normal numbers of float16, too
+LEAST_SQUARE = 2.0**-126
+
+
+class ReusedAscent(ClimbedGradients):
+    """g_p in every k-th step; between, a + alpha ||a|| g_v / ||g_v||, g_v = g_p - <a, g_p> / ||a||^2 a of the last."""
+
+    ops = (*ClimbedGradients.ops, "gradient_products_", "gradient_norm_", "mix_gradients_")
+    state_key = "orthogonal"
+    weights: ClassVar[Weights] = {"grad_weight": lambda group: 1.0, "clean_weight": alpha_of}
+
+    def needs_clean(self, groups: list[Group]) -> bool:
+        return True
+
+    def final(self, cycle: Cycle, params: list[Tensor], grads: Grads, amp: Amp) -> Final | None:
+        final = super().final(cycle, params, grads, amp)
+        groups = cycle.groups.listed()
+        if final is None or final.at_perturbed_weights or self.is_due(groups) or not any(map(alpha_of, groups)):
+            return final
+        kept: Grads = [next(cycle.state.existing(self.state_key, [p]), None) for p in params]
+        return replace(final, clean=kept) if any(t is not None for t in kept) else final
+
+    def combine(self, cycle: Cycle, final: Final, parts: Parts) -> None:
+        if final.at_perturbed_weights:
+            self._keep(cycle, parts)
+        else:
+            self._reuse(parts)
+
+    def _keep(self, cycle: Cycle, parts: Parts) -> None:
+        aa, ag, gg = products(parts)
+        square = beside(gg, ag, aa.clamp(min=LEAST_SQUARE))
+        there = square >= LEAST * gg
+        scale = LENGTH * there / square.where(there & (square > 0), torch.ones_like(square)).sqrt()
+        component = torch.stack([-ag / aa.clamp(min=LEAST_SQUARE) * scale, -scale])
+        for bucket, shared in parts:
+            outs, _ = cycle.state.like_params(bucket.params, self.state_key)
+            numbers = bucket.columns("kept", {"clean_weight": lambda group: float(group["perturb"])})
+            numbers = {"grad_weight": bucket.zeros, "beta": bucket.zeros, **numbers}
+            here = component.to(bucket.device, torch.float32)
+            tensors = shared.grads, None, outs, shared.clean_grads, here, shared.grad_scale, None, shared.found_inf
+            shared.keep = Call(bucket, "mix_gradients_", tensors, numbers)
+            shared.clean_grads = None  # the update is SAM's
+
+    def _reuse(self, parts: Parts) -> None:
+        norms = []
+        for bucket, shared in parts:
+            norm = torch.zeros((), dtype=torch.float32, device=bucket.device)
+            wanted = bucket.values("is perturbed, as a weight", lambda group: float(group["perturb"]))
+            numbers = {"grad_weight": wanted, "clean_weight": bucket.zeros}
+            bucket.op("gradient_norm_")(norm, shared.grads, None, None, shared.grad_scale, **numbers)
+            norms.append((bucket.ranks, norm))
+        total = global_norm(norms) / LENGTH
+        component = torch.stack([total, torch.zeros_like(total)])
+        for bucket, shared in parts:
+            shared.component = component.to(bucket.device)
