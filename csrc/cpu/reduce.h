@@ -95,37 +95,68 @@ struct Products {
   }
 };
 
-typedef double Doubles8 __attribute__((vector_size(64)));
+// As many of the 16 lanes as let all three sums of all lanes stay in registers.
+#if defined(__AVX512F__)
+constexpr int kDoubles = 8;
+#else
+constexpr int kDoubles = 4;
+#endif
+typedef double Doubles4 __attribute__((vector_size(32)));
+typedef float Narrow __attribute__((vector_size(kDoubles * sizeof(float))));
+typedef double Doubles __attribute__((vector_size(kDoubles * sizeof(double))));
 
-FK_INLINE Doubles8 doubles(const float* x) {
-  Lanes8 v;
+FK_INLINE Doubles doubles(const float* x) {
+  Narrow v;
   std::memcpy(&v, x, sizeof v);
-  return __builtin_convertvector(v, Doubles8);
+  return __builtin_convertvector(v, Doubles);
 }
 
-FK_INLINE double fold(Doubles8 lanes) {
-  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+// sum + x y. The product is exact, so that fusing it with the addition changes no bit.
+FK_INLINE void add_product(Doubles& sum, const Doubles& x, const Doubles& y) {
+#if defined(__AVX512F__)
+  sum = (Doubles)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)sum);
+#elif defined(__FMA__)
+  sum = (Doubles)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)sum);
+#else
+  sum += x * y;
+#endif
+}
+
+FK_INLINE void add_products(Doubles (&sums)[3], const float* a, const float* g) {
+  const Doubles x = doubles(a), y = doubles(g);
+  add_product(sums[0], x, x);
+  add_product(sums[1], x, y);
+  add_product(sums[2], y, y);
+}
+
+FK_INLINE double fold(const Doubles& lanes) {
+  Doubles4 sum;
+  std::memcpy(&sum, &lanes, sizeof sum);
+  if constexpr (kDoubles == 8) {
+    Doubles4 upper;
+    std::memcpy(&upper, reinterpret_cast<const char*>(&lanes) + sizeof sum, sizeof upper);
+    sum += upper;
+  }
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
 // Of one chunk, n <= kChunk: lane j of 16 adds the products of elements j, j + 16, ...; the lanes fold pairwise.
 inline Products sum_products(const float* a, const float* g, int64_t n) {
-  Doubles8 sums[2][3] = {};
-  const auto add = [&](int j, const float* a, const float* g) {
-    const Doubles8 x = doubles(a), y = doubles(g);
-    sums[j][0] += x * x;
-    sums[j][1] += x * y;
-    sums[j][2] += y * y;
-  };
+  constexpr int kLanes = 16, kParts = kLanes / kDoubles;
+  Doubles sums[kParts][3] = {};
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int j = 0; j < 2; ++j) add(j, a + i + 8 * j, g + i + 8 * j);
+  for (; i + kLanes <= n; i += kLanes)
+    for (int p = 0; p < kParts; ++p) add_products(sums[p], a + i + kDoubles * p, g + i + kDoubles * p);
   if (i < n) {
-    float last[2][16] = {};
+    float last[2][kLanes] = {};  // the lanes beyond the end add a zero
     std::memcpy(last[0], a + i, (n - i) * sizeof(float));
     std::memcpy(last[1], g + i, (n - i) * sizeof(float));
-    for (int j = 0; j < 2; ++j) add(j, last[0] + 8 * j, last[1] + 8 * j);
+    for (int p = 0; p < kParts; ++p) add_products(sums[p], last[0] + kDoubles * p, last[1] + kDoubles * p);
   }
-  return {{fold(sums[0][0] + sums[1][0]), fold(sums[0][1] + sums[1][1]), fold(sums[0][2] + sums[1][2])}};
+  for (int half = kParts / 2; half > 0; half /= 2)
+    for (int p = 0; p < half; ++p)
+      for (int j = 0; j < 3; ++j) sums[p][j] += sums[p + half][j];
+  return {{fold(sums[0][0]), fold(sums[0][1]), fold(sums[0][2])}};
 }
 
 // The halves of a list first, and so on: errors grow with the logarithm of its length. Zeros of an empty one.
