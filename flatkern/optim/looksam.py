@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from .. import dtensor
 from .amp import Amp
 from .buckets import Call, global_norm
 from .cycle import Cycle
@@ -36,7 +38,8 @@ class ReusedAscent(ClimbedGradients):
         groups = cycle.groups.listed()
         if final is None or final.at_perturbed_weights or self.is_due(groups) or not any(map(alpha_of, groups)):
             return final
-        kept: Grads = [next(cycle.state.existing(self.state_key, [p]), None) for p in params]
+        pairs = zip(params, grads, strict=True)
+        kept: Grads = [None if g is None else next(cycle.state.existing(self.state_key, [p]), None) for p, g in pairs]
         return replace(final, clean=kept) if any(t is not None for t in kept) else final
 
     def combine(self, cycle: Cycle, final: Final, parts: Parts) -> None:
@@ -46,6 +49,8 @@ class ReusedAscent(ClimbedGradients):
             self._reuse(parts)
 
     def _keep(self, cycle: Cycle, parts: Parts) -> None:
+        reached = {p for bucket, _ in parts for p in bucket.params}
+        stale = list(cycle.state.existing(self.state_key, [p for p in cycle.groups.params() if p not in reached]))
         aa, ag, gg = products(parts)
         square = beside(gg, ag, aa.clamp(min=LEAST_SQUARE))
         there = square >= LEAST * gg
@@ -59,6 +64,8 @@ class ReusedAscent(ClimbedGradients):
             tensors = shared.grads, None, outs, shared.clean_grads, here, shared.grad_scale, None, shared.found_inf
             shared.keep = Call(bucket, "mix_gradients_", tensors, numbers)
             shared.clean_grads = None  # the update is SAM's
+        if stale and parts:
+            parts[0][1].keep.after = partial(_clear, stale, parts[0][1].found_inf)  # type: ignore[union-attr]
 
     def _reuse(self, parts: Parts) -> None:
         norms = []
@@ -72,3 +79,9 @@ class ReusedAscent(ClimbedGradients):
         component = torch.stack([total, torch.zeros_like(total)])
         for bucket, shared in parts:
             shared.component = component.to(bucket.device)
+
+
+def _clear(stale: list[Tensor], found_inf: Tensor | None) -> None:
+    """What an earlier ascent kept of parameters that this one did not reach goes, unless the step is skipped."""
+    for t in map(dtensor.local, stale):
+        t.zero_() if found_inf is None else t.mul_((found_inf != 0).to(t.device))

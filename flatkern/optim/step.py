@@ -253,6 +253,8 @@ class Step:
                 call.run()
             for keep in (s.keep for _, s, _ in work if s.keep is not None):
                 keep.run()
+                if keep.after is not None:
+                    keep.after()
             if self.rule.finishes:
                 self.rule.finish(work)
             self.updated = True
