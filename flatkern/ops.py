@@ -137,8 +137,8 @@ _ROWS = (
         schema="(Tensor(a!) products, Tensor[] grads, Tensor[] clean_grads) -> ()",
         reads="grads clean_grads",
         backends="cpp",
-        # Of float64, beside the lengths of both gradients: each product passes fewer than 256 additions on either side, and
-        # each addition is off by at most 2^-53 of the sum of the products' magnitudes, which those lengths bound.
+        # Of float64, beside the lengths of both gradients: each product passes fewer than 256 additions on either
+        # side, each off by at most 2^-53 of the sum of the products' magnitudes, which those lengths bound.
         ulp=512,
     ),
     Op(

@@ -108,7 +108,7 @@ class Adam(FusedOptimizer):
         numbers = {**shared.numbers, **bucket.columns("adam", NUMBERS if shared.lrs is None else NUMBERS_ON_DEVICE)}
         (exp_avgs, exp_avg_sqs, steps), _ = self.cycle.state.get(bucket, ("exp_avg", "exp_avg_sq", "step"))
         op = "adamw_update_" if bucket.groups[0]["decoupled_weight_decay"] else "adam_update_"
-        return Call(bucket, op, (bucket.params, exp_avgs, exp_avg_sqs, steps, *shared.tensors()), numbers)
+        return Call(bucket, op, (shared.params, exp_avgs, exp_avg_sqs, steps, *shared.tensors()), numbers)
 
 
 class AdamW(Adam):

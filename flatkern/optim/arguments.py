@@ -19,6 +19,7 @@ DRAWN_WITH = ("sigma", "eta", "index", "offset")
 class SharedArguments:
     """What every update op takes besides its rule's own state and numbers."""
 
+    params: list[Tensor]  # what is updated: the bucket's, or copies of them that stay clean
     store: CleanStore  # where the clean weights are; (None, None) where the parameters hold them
     history: list[Tensor] | None
     grads: list[Tensor]

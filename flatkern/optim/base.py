@@ -47,6 +47,7 @@ class FlatOptimizer(Saved):
     _step_supports_amp_scaling = True
     flag_keys: tuple[str, ...] = ("perturb", "enhance")  # group values that are True or False
     finishes = False  # `finish` has something to do
+    updates_copies = False  # where clean weights are in copies that stay
     negates = True  # the gradient where a group says maximize; a base does it itself
     defers_state = False  # the state is a base's, which creates its own first
     ops: tuple[str, ...] = ()  # that its rule calls

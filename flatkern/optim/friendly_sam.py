@@ -17,6 +17,7 @@ from .errors import refuse_scaled_ascent
 from .gradients import Final, Grads
 from .sam import AscentPerturbation, Numbers
 from .scalars import is_capturing
+from .traffic import Sizes, Traffic
 
 MEAN = {
     "sigma": lambda group: float(group["sigma"]),
@@ -40,6 +41,10 @@ class FriendlyAscent(AscentPerturbation):
         self._ascents = 0  # of the coming step
         self._renewed: list[Tensor] = []  # parameters whose mean this round has renewed
         self._first: set[Tensor] = set()  # those of them that had none before
+
+    def traffic_when_due(self, sizes: Sizes) -> Traffic:
+        # The norm and the ascent read the mean, and the ascent writes the new one.
+        return super().traffic_when_due(sizes).plus(3 * sizes.moment, scratch=sizes.moment, state=sizes.moment)
 
     def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
         super().check(cycle, params, new, scaler)

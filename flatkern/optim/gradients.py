@@ -25,6 +25,7 @@ class Final:
     at_perturbed_weights: bool = False  # then ARWP's history sees it
     unscaled: bool = False  # a GradScaler's factor is off already
     from_grad: bool = True  # `perturbed` is what is in `.grad`
+    in_copies: bool = False  # rolling: the copies are updated, and the parameters stay as they are for the moment
     squares: dict[Tensor, Tensor] = field(default_factory=dict)  # where not `perturbed`: what ARWP's history takes
     clean_rounds: float = 1  # what the sum `clean` is divided by
 

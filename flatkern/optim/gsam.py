@@ -14,6 +14,7 @@ from .gradients import Final
 from .groups import Group
 from .mixed_sam import ClimbedGradients
 from .perturbation import Weights
+from .traffic import Sizes, Traffic
 
 EPS = 1e-12
 LEAST = 1e-12  # of the square of what is beside a projection, relative: 1e-6 of its norm
@@ -30,6 +31,11 @@ class SurrogateGapAscent(ClimbedGradients):
 
     ops = (*ClimbedGradients.ops, "gradient_products_")
     weights: ClassVar[Weights] = {"grad_weight": lambda group: 1.0, "clean_weight": lambda group: -alpha_of(group)}
+
+    launches = 4
+
+    def traffic_when_due(self, sizes: Sizes) -> Traffic:
+        return super().traffic_when_due(sizes).plus(2 * sizes.item)
 
     def needs_clean(self, groups: list[Group]) -> bool:
         return any([alpha_of(group) for group in groups])

@@ -18,6 +18,7 @@ from .groups import Group
 from .gsam import LEAST, Parts, alpha_of, beside, products
 from .mixed_sam import ClimbedGradients
 from .perturbation import Weights
+from .traffic import Sizes, Traffic, ascend
 
 LENGTH = 1024.0  # of what is kept: elements of a direction in a billion dimensions are normal numbers of float16, too
 LEAST_SQUARE = 2.0**-126
@@ -29,6 +30,16 @@ class ReusedAscent(ClimbedGradients):
     ops = (*ClimbedGradients.ops, "gradient_products_", "gradient_norm_", "mix_gradients_")
     state_key = "orthogonal"
     weights: ClassVar[Weights] = {"grad_weight": lambda group: 1.0, "clean_weight": alpha_of}
+
+    launches = 5
+
+    def traffic(self, group: Group, sizes: Sizes) -> Traffic:
+        between = (sizes.item + sizes.moment) * (1 - 1 / group["perturb_interval"])
+        return super().traffic(group, sizes).plus(between, state=sizes.moment)
+
+    def traffic_when_due(self, sizes: Sizes) -> Traffic:
+        # Products read both gradients, and what is kept is made of both; the update reads the perturbed one alone.
+        return ascend(sizes).plus(4 * sizes.item + sizes.moment, scratch=sizes.item)
 
     def needs_clean(self, groups: list[Group]) -> bool:
         return True

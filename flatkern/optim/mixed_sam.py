@@ -16,6 +16,7 @@ from .gradients import Final, Grads, gradients_of, resolved
 from .groups import Group
 from .perturbation import Weights
 from .sam import AscentPerturbation
+from .traffic import Sizes, Traffic
 
 
 class ClimbedGradients(AscentPerturbation):
@@ -42,6 +43,9 @@ class ClimbedGradients(AscentPerturbation):
     def keep_round(self, cycle: Cycle, params: list[Tensor]) -> None:
         cycle.gradients.end_ascent(cycle.gradients.has_new_since_perturb(params))
         super().keep_round(cycle, params)
+
+    def traffic_when_due(self, sizes: Sizes) -> Traffic:
+        return super().traffic_when_due(sizes).plus(sizes.item, scratch=sizes.item)
 
     def needs_clean(self, groups: list[Group]) -> bool:
         """True if the gradient at the clean weights changes the step."""

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..methods import MomentumSAM
 from .buckets import Bucket, Call
 from .cycle import Cycle
 from .errors import refuse_unused_gradient
+from .gradients import Final
 from .groups import Group
 from .perturbation import NoPerturbation, StaysPerturbed
 from .sam import Climb, climb_calls, warn_once_if_rounded_away
 from .scalars import LAST_DRAW
+from .traffic import Sizes, Traffic, perturb
 from .weights import CleanStore
 
 MOMENTA = ("momentum_buffer", "exp_avg")  # as torch's optimizers call them
@@ -55,6 +58,9 @@ class MomentumPerturbation(NoPerturbation):
     def is_described_by(self, saved: Group, group: Group) -> bool:
         return "rho" in saved and saved.get("ascent") == group["ascent"]
 
+    def traffic(self, group: Group, sizes: Sizes) -> Traffic:
+        return perturb(sizes).plus(2 * sizes.moment)
+
     def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
         if new and not cycle.gradients.holds_zeros_only(params):
             refuse_unused_gradient(self.name, self.pattern)
@@ -86,10 +92,13 @@ class MomentumPerturbation(NoPerturbation):
                 )
         return found
 
+    def _wanted(self, cycle: Cycle, read: Read) -> list[Tensor]:
+        groups = cycle.groups.listed()
+        return [p for group in groups if read(group)["perturb"] for p in group["params"] if p.requires_grad]
+
     def climb(self, cycle: Cycle, read: Read) -> None:
         """CLEAN -> PERTURBED."""
-        groups = cycle.groups.listed()
-        on = [p for group in groups if read(group)["perturb"] for p in group["params"] if p.requires_grad]
+        on = self._wanted(cycle, read)
         momenta = self._momenta(cycle, on)
         partition = cycle.partitions.of([p for p in on if p in momenta])
 
@@ -103,7 +112,9 @@ class MomentumPerturbation(NoPerturbation):
 
             return climb_calls(partition, stores, climb)
 
-        calls = cycle.weights.perturb(partition, prepare)
+        from_copies = cycle.weights.partition is partition
+        perturb = cycle.weights.perturb_from_copies if from_copies else cycle.weights.perturb
+        calls = perturb(partition, prepare)
         if calls:
             cycle.ascent_norm = calls[0].args[-1]
         warn_once_if_rounded_away(cycle, self.name)
@@ -119,6 +130,15 @@ class RollingMomentum(StaysPerturbed, MomentumPerturbation):
         self._climb_and_note(cycle, present)
 
     put_on_after_clean = put_on_next
+
+    def climbs_from_copies(self, cycle: Cycle, params: list[Tensor], final: Final) -> bool:
+        """Not where a parameter's first momentum adds it to what is perturbed, nor from copies in half precision."""
+        partition = cycle.weights.partition
+        if partition is None or any(b.has_master or {*b.dtypes} != {torch.float32} for b in partition.buckets):
+            return False
+        reached = {p for k, p in enumerate(params) if final.has(k)}
+        coming = [p for p in self._wanted(cycle, present) if p in reached or id(p) in partition.members]
+        return cycle.partitions.of(coming) is partition
 
     def _climb_and_note(self, cycle: Cycle, read: Read) -> None:
         self.climb(cycle, read)

@@ -18,6 +18,7 @@ from .gradients import Final, Grads, gradients_of, resolved
 from .groups import Group
 from .perturbation import NoPerturbation, Weights, with_earlier_rounds
 from .rwp import RandomPerturbation
+from .traffic import Sizes, Traffic
 
 WHY_UNSCALED = 'm-RWP with mix="gradients" needs; keep float32 weights under torch.autocast, or use mix="losses"'
 
@@ -34,6 +35,9 @@ class MixedPerturbation(RandomPerturbation):
         "grad_weight": lambda group: float(group["lam"]),
         "clean_weight": lambda group: 1.0 - float(group["lam"]),
     }
+
+    def traffic(self, group: Group, sizes: Sizes) -> Traffic:
+        return super().traffic(group, sizes).plus(sizes.item, scratch=sizes.item)
 
     def loss_weight(self, groups: list[Group], perturbed: bool) -> float:
         value = common_lam(groups)
@@ -147,6 +151,9 @@ class MixedLosses(MixedPerturbation):
 
     closures = "none"
     mixes = False
+
+    def traffic(self, group: Group, sizes: Sizes) -> Traffic:
+        return RandomPerturbation.traffic(self, group, sizes)
 
     def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
         if any(group["eta"] > 0 for group in cycle.groups) and new:

@@ -15,6 +15,7 @@ from .cycle import Cycle
 from .errors import refuse_lost_sum
 from .gradients import Final, Grads, mean_is_over_ranks, resolved
 from .groups import Group
+from .traffic import Sizes, Traffic
 
 Weights = Mapping[str, Callable[[Group], float]]  # "grad_weight", "clean_weight"
 
@@ -95,6 +96,10 @@ class NoPerturbation:
     def count_step(self, cycle: Cycle, skips: list[Tensor]) -> None:
         """A step has been made, or skipped where one of `skips` is nonzero."""
 
+    def traffic(self, group: Group, sizes: Sizes) -> Traffic:
+        """Bytes per parameter that a step of this method moves beside its base, at the least."""
+        return Traffic()
+
     def release(self) -> None:
         """Free the scratch."""
 
@@ -163,6 +168,10 @@ class StaysPerturbed(NoPerturbation):
 
     def check_next(self, cycle: Cycle) -> None:
         """Refuse a step that no perturbation could follow."""
+
+    def climbs_from_copies(self, cycle: Cycle, params: list[Tensor], final: Final) -> bool:
+        """True if `put_on_next` takes clean weights from their copies, which the step may update in place."""
+        return False
 
     def put_on_next(self, cycle: Cycle) -> None:
         """CLEAN -> PERTURBED after a step from perturbed weights, where it is not renewed inside."""

@@ -10,11 +10,12 @@ from ..methods import RWP
 from ..methods.rwp import SCALES
 from ..values import check_choice, check_uint32
 from .cycle import Cycle
-from .draw import draw, draw_again, perturbed_partition
+from .draw import draw, draw_again, is_absolute, perturbed_partition
 from .errors import refuse_unused_gradient
 from .groups import Group
 from .perturbation import NoPerturbation, StaysPerturbed
 from .scalars import Read
+from .traffic import Sizes, Traffic, perturb
 
 
 class RandomPerturbation(NoPerturbation):
@@ -60,6 +61,9 @@ class RandomPerturbation(NoPerturbation):
         if new and not cycle.gradients.holds_zeros_only(params):
             refuse_unused_gradient(self.name, self.pattern)
 
+    def traffic(self, group: Group, sizes: Sizes) -> Traffic:
+        return perturb(sizes)
+
     def move(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
         draw(cycle, self.read)
         cycle.unscaled.scaler = scaler
@@ -78,6 +82,10 @@ class RollingPerturbation(StaysPerturbed, RandomPerturbation):
     """RWP and ARWP whose noise stays on between steps; step() renews it."""
 
     launches = 1
+
+    def traffic(self, group: Group, sizes: Sizes) -> Traffic:
+        # The update writes the new weight twice, clean and perturbed; apart from it absolute noise is drawn.
+        return perturb(sizes) if is_absolute(group) else Traffic(sizes.copy, sizes.copy)
 
     def put_on(self, cycle: Cycle) -> None:
         draw_again(cycle)

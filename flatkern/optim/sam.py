@@ -19,6 +19,7 @@ from .gradients import Grads, gradients_of
 from .groups import Group, common_value
 from .names import names_of
 from .perturbation import NoPerturbation
+from .traffic import Sizes, Traffic, ascend
 from .weights import CleanStore
 
 Numbers = dict[str, list[Any]]
@@ -117,6 +118,14 @@ class AscentPerturbation(NoPerturbation):
             cycle.warned_unnamed = True
             warn_unnamed(self.name)
         return {"rho": lists["rho"], "eta": eta}
+
+    def traffic(self, group: Group, sizes: Sizes) -> Traffic:
+        extra = self.traffic_when_due(sizes)
+        return extra._replace(moved=extra.moved / group["perturb_interval"]) if self.has_interval else extra
+
+    def traffic_when_due(self, sizes: Sizes) -> Traffic:
+        """Of a step that ascends."""
+        return ascend(sizes)
 
     # --- the cycle -------------------------------------------------------------------------------
 

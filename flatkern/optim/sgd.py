@@ -114,7 +114,7 @@ class SGD(FusedOptimizer):
                 numbers["dampening"] = [0.0 if k in created else d for k, d in enumerate(dampening)]
                 if shared.found_inf is not None and any(dampening):
                     after = partial(self._forget_skipped_first_step, bucket, created, shared.found_inf)
-        return Call(bucket, "sgd_update_", (bucket.params, buffers, *shared.tensors()), numbers, after)
+        return Call(bucket, "sgd_update_", (shared.params, buffers, *shared.tensors()), numbers, after)
 
     def _forget_skipped_first_step(self, bucket: Bucket, created: Collection[int], found_inf: Tensor) -> None:
         """A skipped first step is no first step: with dampening the next one must still be v <- d.

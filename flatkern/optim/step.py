@@ -50,6 +50,7 @@ class Rule(Protocol):
     """A base rule: one call a bucket, and what is left when all of them have run."""
 
     finishes: bool  # `finish` has something to do
+    updates_copies: bool  # clean weights may be updated where they are kept; the parameters follow
     negates: bool  # gradients are negated in our ops where a group says maximize; a base does it itself
 
     @property
@@ -119,7 +120,8 @@ class Step:
             self._update(params, final, cycle.scalars.noise(ahead=1))
         else:
             perturbation.check_next(cycle)
-            self._update(params, replace(final, at_perturbed_weights=True))
+            in_copies = self.rule.updates_copies and perturbation.climbs_from_copies(cycle, params, final)
+            self._update(params, replace(final, at_perturbed_weights=True, in_copies=in_copies))
             perturbation.put_on_next(cycle)
 
     # --- prepare ---------------------------------------------------------------------------------
@@ -165,6 +167,7 @@ class Step:
     def _share(self, bucket: Bucket, final: Final, noise: Tensor | None, lay_out: bool) -> SharedArguments:
         cycle, amp, scalars = self.cycle, self.amp, self.cycle.scalars
         shared = SharedArguments(
+            params=bucket.params,
             store=IN_PLACE,
             history=None,
             grads=bucket.gradients(final.perturbed, lay_out, self.complete),
@@ -195,6 +198,8 @@ class Step:
             shared.masks, shared.numbers["kappa"] = self.mask.masks_and_kappa(cycle, bucket)
         if bucket.perturbed or bucket.has_master:
             shared.store = cycle.weights.store(bucket)
+        if final.in_copies and bucket.perturbed:
+            shared.params, shared.store = shared.store.backups or [], IN_PLACE
         return shared
 
     def _share_history(self, bucket: Bucket, final: Final, shared: SharedArguments) -> None:
@@ -263,7 +268,9 @@ class Step:
             if isinstance(error, (TypeError, ValueError)) and not any(call.done for call in calls):
                 raise  # an op has checked its arguments, and nothing is written
             state.keep_created()
-            self._leave_clean(noise, next((call for call in calls if not call.done), None))
+            self._leave_clean(
+                noise is not None or final.in_copies, next((call for call in calls if not call.done), None)
+            )
             if isinstance(error, LayoutError):
                 raise RuntimeError("step: a memory format has changed during the step") from error
             raise
@@ -279,7 +286,7 @@ class Step:
             if call is not None and call.after is not None:
                 call.after()
         perturbed_by = [(b, s.store, s.draw(b)) for b, s, _ in work if s.noise is not None]
-        if not partition.covers_perturbed:
+        if not (partition.covers_perturbed or final.in_copies):
             perturbed_by += self._restore_params_without_gradient(partition.members, noise)
         skips = [s.found_inf for _, s, _ in work if s.found_inf is not None]
         if skips or cycle.groups.setup.capturable:
@@ -291,6 +298,8 @@ class Step:
             self._update_history(final.squares, partition.members)
         if self.grad_norm is not None:
             cycle.grad_norm = self.grad_norm
+        if final.in_copies:
+            return  # perturbed as before; the copies are ahead
         if noise is None or perturbed is None:
             weights.left()
             return
@@ -299,14 +308,14 @@ class Step:
         cycle.scalars.note_draw()
         weights.perturbed_by(perturbed, perturbed_by)
 
-    def _leave_clean(self, noise: Tensor | None, interrupted: Call | None) -> None:
+    def _leave_clean(self, writes_copies: bool, interrupted: Call | None) -> None:
         cycle = self.cycle
         if cycle.weights.partition is None:
             return
         if is_capturing():
             cycle.weights.note_captured_writes()
             return
-        if noise is not None:
+        if writes_copies:
             cycle.weights.put_back()  # the update writes the copies, too, so that each is clean, old or new
             return
         params = cycle.groups.params()

@@ -168,6 +168,18 @@ class Weights:
             self.put_back()
             raise
 
+    def perturb_from_copies(self, partition: Partition, prepare: Prepare) -> list[Call]:
+        """Perturb weights that are perturbed anew: their clean copies are ahead of them."""
+        try:
+            calls = prepare([CleanStore(None, self.store(bucket).backups) for bucket in partition.buckets], False)
+            for call in calls:
+                call.check()
+            self._execute(partition, calls, [CleanStore(None, call.args[3]) for call in calls])
+        except BaseException:
+            self.put_back()
+            raise
+        return calls
+
     def _run(self, partition: Partition, prepare: Prepare, again: bool) -> list[Call]:
         stores = [self.store(bucket) for bucket in partition.buckets]
         calls = prepare(stores, again)
