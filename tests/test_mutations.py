@@ -13,7 +13,8 @@ from compare import assert_within, bits
 
 from flatkern.dispatch import resolve
 from flatkern.ops import OPS
-from flatkern.reference import noise, norm
+from flatkern.reference import arithmetic, noise, norm, perturb, update
+from flatkern.reference.arithmetic import float32
 from flatkern.tables import rows
 
 WRONG = []  # (op, function of its arguments by name)
@@ -182,9 +183,94 @@ def measures_a_norm_that_is_off(op, v):
         p.copy_(w.float() + (p.float() - w.float()) * (1 + 2.0**-17))
 
 
-@wrong("ascent_norm_")
+@wrong("ascent_norm_", "gradient_norm_", "gradient_products_")
 def leaves_out_the_last_tensor(op, v):
-    eager(op, v | {"grads": v["grads"][:-1], "params": v["params"] and v["params"][:-1], "eta": v["eta"][:-1]})
+    eager(op, v | {name: value[:-1] for name, value in v.items() if isinstance(value, list)})
+
+
+def add_products(v, multiply):
+    pairs = [multiply(a, g) for g, a in zip(v["grads"], v["clean_grads"], strict=True)]
+    v["products"].copy_(torch.tensor(pairs, dtype=torch.float64).reshape(-1, 3).sum(dim=0))
+
+
+@wrong("gradient_products_")
+def multiplies_in_float32(op, v):
+    def multiply(a, g):
+        a, g = a.float(), g.float()
+        return [(a * a).double().sum(), (a * g).double().sum(), (g * g).double().sum()]
+
+    add_products(v, multiply)
+
+
+@wrong("gradient_products_")
+def keeps_partial_sums_in_float32(op, v):
+    def multiply(a, g):
+        a, g = a.double(), g.double()
+        return [(a * a).sum().float(), (a * g).sum().float(), (g * g).sum().float()]
+
+    add_products(v, multiply)
+
+
+@wrong("gradient_products_")
+def exchanges_the_gradients(op, v):
+    eager(op, v | {"grads": v["clean_grads"], "clean_grads": v["grads"]})
+
+
+@wrong("gradient_products_")
+def adds_to_what_was_there(op, v):
+    before = v["products"].clone()
+    eager(op, v)
+    v["products"].add_(before)
+
+
+@wrong("ascent_norm_", "perturb_ascent_")
+def climbs_along_the_gradient_itself(op, v):
+    eager(op, v | {"sigma": [0.0] * len(v["sigma"])})
+
+
+@wrong("ascent_norm_", "perturb_ascent_")
+def contracts_the_direction_to_fma(op, v, monkeypatch):
+    def fused(g, mean, sigma):
+        return g.float() if mean is None else (g.double() - float32(sigma, g).double() * mean.double()).float()
+
+    for module in (norm, perturb):
+        monkeypatch.setattr(module, "direction", fused)
+    eager(op, v)
+
+
+@wrong("perturb_ascent_")
+def renews_the_means_before_it_uses_them(op, v):
+    if v["new_means"]:
+        untouched = {"params": copy.deepcopy(v["params"]), "backups": copy.deepcopy(v["backups"])}
+        eager(op, v | untouched)
+        eager(op, v | {"means": v["new_means"], "new_means": None})
+    else:
+        eager(op, v)
+
+
+@wrong("perturb_ascent_")
+def renews_the_means_in_place(op, v):
+    eager(op, v)
+    for mean, new in zip(v["means"] or [], v["new_means"] or [], strict=False):
+        mean.copy_(new)
+
+
+@wrong("perturb_ascent_")
+def renews_the_means_where_the_norm_is_infinite(op, v):
+    eager(op, v)
+    if v["new_means"] and not v["norm"].isfinite():
+        for g, mean, new, momentum in zip(v["grads"], v["means"], v["new_means"], v["momentum"], strict=True):
+            new.copy_(momentum * mean.float() + (1 - momentum) * g.float())
+
+
+@wrong("perturb_ascent_")
+def weighs_the_mean_by_the_rest_of_a_rounded_momentum(op, v):
+    """1 - momentum in float32."""
+    eager(op, v)
+    if v["new_means"] and v["norm"].isfinite():
+        for g, mean, new, number in zip(v["grads"], v["means"], v["new_means"], v["momentum"], strict=True):
+            momentum = float32(number, g)
+            new.copy_(momentum * mean.float() + (1 - momentum) * g.float())
 
 
 @wrong("perturb_ascent_")
@@ -256,8 +342,9 @@ def remembers_the_mixed_gradient(op, v):
     before = copy.deepcopy(v["history"])
     scale, clean = v["grad_scale"], v["clean_grads"]
     final = [g.clone() for g in v["grads"]]
-    mixing = {key: v[key] for key in ("clip", "grad_weight", "clean_weight", "beta")}
-    eager(OPS["mix_gradients_"], dict(grads=final, history=None, clean_grads=clean, grad_scale=scale, **mixing))
+    mixing = {key: v[key] for key in ("component", "clip", "found_inf", "grad_weight", "clean_weight", "beta")}
+    given = dict(grads=final, history=None, outs=None, clean_grads=clean, grad_scale=scale)
+    eager(OPS["mix_gradients_"], given | mixing)
     eager(op, v)
     for f, old, g, beta in zip(v["history"] or [], before or [], final, v["beta"], strict=False):
         f.copy_(beta * old + (norm.row_norms(rows(g)).square() if g.dim() > 1 else g.float().square().flatten()))
@@ -269,9 +356,70 @@ def scales_the_clean_gradient_too(op, v):
     eager(op, v | {"clean_grads": v["clean_grads"] and [g if scale is None else g * scale for g in v["clean_grads"]]})
 
 
+def given_component(v, q=None, r=None):
+    if v["component"] is None:
+        return v
+    known = v["component"].tolist()
+    return v | {"component": torch.tensor([known[0] if q is None else q, known[1] if r is None else r])}
+
+
+@wrong("gradient_norm_", "mix_gradients_", *UPDATES)
+def forgets_what_is_left_of_the_clean_gradient(op, v):
+    """q."""
+    eager(op, given_component(v, q=1.0))
+
+
+@wrong("gradient_norm_", "mix_gradients_", *UPDATES)
+def forgets_what_is_taken_off_the_clean_gradient(op, v):
+    """r."""
+    eager(op, given_component(v, r=0.0))
+
+
+@wrong("gradient_norm_", "mix_gradients_", *UPDATES)
+def does_not_scale_what_it_takes_off(op, v):
+    scale = 1.0 if v["grad_scale"] is None else v["grad_scale"].item()
+    eager(op, given_component(v, r=None if v["component"] is None else v["component"][1].item() / scale))
+
+
+@wrong("mix_gradients_", *UPDATES)
+def forms_the_component_of_each_element(op, v, monkeypatch):
+    """Instead of the weights of both gradients."""
+
+    def one_by_one(g, clean, component, grad_scale, weight, clean_weight, clip):
+        if component is not None:
+            scaled = g.float() if grad_scale is None else g.float() * grad_scale
+            clean = component[0] * clean.float() - component[1] * scaled
+        return right(g, clean, None, grad_scale, weight, clean_weight, clip)
+
+    right = arithmetic.mixed
+    monkeypatch.setattr(update, "mixed", one_by_one)
+    eager(op, v)
+
+
+@wrong("mix_gradients_")
+def writes_the_gradients_beside_the_outs(op, v):
+    eager(op, v)
+    for g, out in zip(v["grads"], v["outs"] or [], strict=False):
+        g.copy_(out)
+
+
+@wrong("mix_gradients_")
+def leaves_the_outs_alone(op, v):
+    eager(op, v | {"outs": None})
+
+
+@wrong("mix_gradients_")
+def remembers_a_gradient_that_is_skipped(op, v):
+    if v["found_inf"] is not None and v["found_inf"]:
+        grads = copy.deepcopy(v["grads"])
+        eager(op, v | {"grads": grads, "outs": None, "found_inf": None})
+    else:
+        eager(op, v)
+
+
 @wrong("gradient_norm_")
 def measures_each_gradient_alone(op, v):
-    eager(op, v | {"clean_grads": None})
+    eager(op, v | {"clean_grads": None, "component": None})
 
 
 @wrong("mix_gradients_", *UPDATES)
@@ -294,7 +442,7 @@ def decays_the_perturbed_weights(op, v):
     eager(op, v | {"grads": grads})
 
 
-@wrong(*UPDATES)
+@wrong("mix_gradients_", *UPDATES)
 def forgets_found_inf(op, v):
     eager(op, v | {"found_inf": None})
 
