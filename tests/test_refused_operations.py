@@ -1,4 +1,4 @@
-"""What operations refuse of the arguments that few of them have: every backend in the same words, and nothing is written."""
+"""What operations refuse of arguments that few of them have: all backends in the same words, and nothing is written."""
 
 import copy
 import re
