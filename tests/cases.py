@@ -405,7 +405,7 @@ VARIANTS = {
         "history clean_grads grad_scale clip",
         "history grad_scale specials",
         "outs clean_grads component grad_scale found_inf",
-        "outs clean_grads component skip",
+        "history outs clean_grads component skip",
     ],
     "sgd_update_": ["unit", *_UPDATES, *(f"momentum_buffers {words}" for words in _UPDATES)],
     "adam_update_": ["unit", *_UPDATES],

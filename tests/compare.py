@@ -113,8 +113,9 @@ def _like(values):
 
 
 def _lengths(products):
-    """What bounds the magnitudes behind <a, a>, <a, g>, <g, g>: the second by Cauchy and Schwarz."""
-    return torch.stack([products[0], (products[0] * products[2]).sqrt(), products[2]])
+    """What bounds the magnitudes behind <a, a>, <a, g>, <g, g>: the second by Cauchy and Schwarz. 0 if not finite."""
+    bounds = torch.stack([products[0], (products[0] * products[2]).sqrt(), products[2]])
+    return torch.where(bounds.isfinite(), bounds, 0.0)
 
 
 def _measures_norm(op, values):
