@@ -187,7 +187,8 @@ def _compiled(op: Op, backend: str) -> Callable[..., None]:
             check(op, bind(op, args, kwargs))  # raises the same refusal with its remedy
             raise
         for k in to_bump:
-            bump(args[k])
+            if args[k] is not None:
+                bump(args[k])
 
     # A call of CUDA may be several launches: of many tensors, or of long filters.
     run.progress = "whole" if backend == "cpp" else "launches"  # type: ignore[attr-defined]
