@@ -432,7 +432,7 @@ UPDATE = {"lr": [0.1], "momentum": [0.0], "dampening": [0.0], "weight_decay": [0
           "grad_weight": [1.0], "clean_weight": [0.0], "kappa": [0.0], "beta": [0.0], "sigma": [0.0], "eta": [0.0],
           "index": [0], "offset": [0]}  # fmt: skip
 TENSORS = ("params", "momentum_buffers", "backups", "masters", "history", "grads", "clean_grads", "masks", "lrs",
-           "sigmas", "noise", "grad_scale", "clip", "found_inf")  # fmt: skip
+           "sigmas", "noise", "component", "grad_scale", "clip", "found_inf")  # fmt: skip
 DRAWS = torch.zeros(3, dtype=torch.int64)
 OPERATION = [  # arguments of sgd_update_, and what every backend says about them
     ("grads[0] is on meta, but params[0] is on cpu; move one of them", ValueError, {"grads": [META]}),
