@@ -223,6 +223,6 @@ def test_what_is_left_beside_a_projection_can_be_told():
     clean, both, other = products.tolist()
     x, y = a.double(), g.double()
     left = y - (x @ y) / (x @ x) * x
-    # Of each product 12 additions in a segment and 2 above, the second of them twice, and 3 operations here: 59 roundings
-    # of 2^-53 of <g, g> at most, of which 2^-40 is what is left.
+    # Of each product 12 additions in a segment and 2 above, the second of them twice, and 3 operations here: at most 59
+    # roundings of 2^-53 of <g, g>, of which 2^-40 is what is left.
     assert abs(other - both * both / clean - left @ left) < 2.0**-7 * (left @ left)
