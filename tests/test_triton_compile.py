@@ -121,7 +121,7 @@ CASES = {
         types={"partials": "*fp64"},
     ),
     "total": Case(norm.total_kernel, {}, 0, 0, 64, warps=16),
-    "total of products": Case(norm.total_products_kernel, {}, 0, 0, 64, warps=16, types={"partials": "*fp64"}),
+    "total of products": Case(norm.total_products_kernel, {}, 0, 0, 104, warps=16, types={"partials": "*fp64"}),
     "finish rows": Case(norm.finish_rows_kernel, dict(NORM=7, HISTORY=3, BETA=3, WIDTH=11, SCALARS=15), 0, 0, 104),
     "perturb": perturbing(SEVERAL, 4, 8, 96, BACKUP=F32),
     "perturb, captured": perturbing(ONE, 4, 8, 64, BACKUP=F32, device=True),
