@@ -68,6 +68,7 @@ def check(op: Op, values: dict[str, Any]) -> None:
         elif name == "component":
             if value.dtype != torch.float32 or value.shape != (2,) or not value.is_contiguous():
                 raise TypeError(f"{op.name}: component is {_kind(value)}, but should be float32 (2,), contiguous")
+            _check_beside(op, name, value, reference_name, reference)
         elif name == "products":
             if value.dtype != torch.float64 or value.shape != (3,) or not value.is_contiguous():
                 raise TypeError(f"{op.name}: products is {_kind(value)}, but should be float64 (3,), contiguous")
@@ -181,6 +182,10 @@ def _check_numbers(op: Op, name: str, t: Tensor, reference_name: str, reference:
         raise TypeError(
             f"{op.name}: {name} is {kind}, but should be float64 ({len(reference)},), one for each of {reference_name}"
         )
+    _check_beside(op, name, t, reference_name, reference)
+
+
+def _check_beside(op: Op, name: str, t: Tensor, reference_name: str, reference: Sequence[Tensor]) -> None:
     if reference and t.device != reference[0].device:
         raise ValueError(
             f"{op.name}: {name} is on {t.device}, but {reference_name}[0] is on {reference[0].device}; move one of them"

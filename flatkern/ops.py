@@ -136,9 +136,9 @@ _ROWS = (
         family="norm",
         schema="(Tensor(a!) products, Tensor[] grads, Tensor[] clean_grads) -> ()",
         reads="grads clean_grads",
-        backends="cpp",
-        # Of float64, beside the lengths of both gradients: each product passes fewer than 256 additions on either
-        # side, each off by at most 2^-53 of the sum of the products' magnitudes, which those lengths bound.
+        backends="cpp triton",
+        # In units of 2^-53 of the product of two lengths, which bounds the sum of the magnitudes: products are exact in
+        # float64, and each passes fewer than 256 additions on either side, with fewer than a hundred tensors.
         ulp=512,
     ),
     Op(

@@ -338,6 +338,12 @@ BAD = {
     "masters in half precision": lambda v: v | {"masters": [p.half() for p in v["params"]]},
     "a scalar tensor with a dimension": lambda v: v | {"clip": torch.ones(1)},
     "an integer scalar tensor": lambda v: v | {"grad_scale": torch.tensor(1)},
+    "a component of three numbers": lambda v: v | {"clean_grads": v["backups"], "component": torch.ones(3)},
+    "a component with gaps": lambda v: v | {"clean_grads": v["backups"], "component": torch.ones(4)[::2]},
+    "a component elsewhere": lambda v: v | {
+        "clean_grads": v["backups"], "component": torch.ones(2, device="meta"),
+    },
+    "a component of no clean gradient": lambda v: v | {"component": torch.ones(2)},
     "a round out of range": lambda v: v | {"noise": torch.tensor([0, 0, 2**32])},
     "two words": lambda v: v | {"noise": torch.tensor([0, 0])},
     "a negative index": lambda v: v | {"noise": torch.tensor([0, 0, 0]), "index": [-1] * len(v["index"])},
