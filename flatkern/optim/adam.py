@@ -8,8 +8,7 @@ from torch import Tensor
 
 from ..methods import IRE, Method
 from ..values import check_value
-from .arguments import SharedArguments
-from .buckets import Bucket, Call
+from .buckets import Bucket, Call, SharedArguments
 from .fused import FusedOptimizer, require_unset
 from .groups import Group
 

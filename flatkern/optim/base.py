@@ -20,8 +20,7 @@ from ..dispatch import resolve
 from ..methods import IRE
 from ..values import check_flag, check_value
 from . import amp, closures, follow, names
-from .arguments import SharedArguments
-from .buckets import Bucket, Call
+from .buckets import Bucket, Call, SharedArguments
 from .cycle import Cycle
 from .errors import warn_never_masked, warn_never_perturbed
 from .groups import Group, Groups, Setup, checked_limit

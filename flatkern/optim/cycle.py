@@ -107,14 +107,6 @@ class Cycle:
         if flag is not None:
             known.add_(flag != 0)
 
-    def is_known_to_skip(self, skips: list[Tensor]) -> bool:
-        """True if this step is skipped. On a GPU the host does not wait to know.
-
-        Arguments:
-            skips: nonzero where a step is skipped.
-        """
-        return not self.groups.setup.capturable and any(flag.is_cpu and bool(flag) for flag in skips)
-
     def drop_ascent(self) -> None:
         """A round has no gradient, so whether its ascent was finite does not matter."""
         if self.before_ascent is not None:

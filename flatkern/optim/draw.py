@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -10,32 +12,36 @@ from torch import Tensor
 
 from .. import dtensor
 from ..tables import columns, filters
-from .buckets import Bucket, Call, Partition
+from .buckets import Bucket, Call, CleanStore, Partition
 from .cycle import Cycle
 from .external_writes import REPEATABLE
 from .groups import Group
 from .scalars import Read, last_draw
-from .weights import CleanStore
+
+SCALE: Callable[[Group], str] = itemgetter(
+    "scale"
+)  # what sigma of a group is relative to; "absolute": to nothing, and no norm is needed
 
 
-def is_absolute(group: Group) -> bool:
-    """True if the noise of a group does not depend on the norms of its filters."""
-    return bool(group["scale"] == "absolute")
-
-
-NUMBERS = {
+NUMBERS: dict[str, Callable[[Group], Any]] = {
     "sigma": lambda group: float(group["sigma"]),
     "eta": lambda group: float(group["eta"]),
-    "scale": lambda group: group["scale"],
+    "scale": SCALE,
 }
-NUMBERS_OF_LAST_DRAW = {key: (lambda group, read=read: read(last_draw(group))) for key, read in NUMBERS.items()}
+
+
+def _of_last_draw(read: Callable[[Group], Any]) -> Callable[[Group], Any]:
+    return lambda group: read(last_draw(group))
+
+
+NUMBERS_OF_LAST_DRAW = {key: _of_last_draw(read) for key, read in NUMBERS.items()}
 
 
 def perturbed_partition(cycle: Cycle, read: Read = None) -> Partition:
     """The parameters that the coming draw perturbs, in buckets."""
     groups = cycle.groups.owner().own_groups  # type: ignore[union-attr]
     on = [g for g in groups if (g if read is None else read(g))["perturb"]]
-    split_by = is_absolute if read is None else lambda group: is_absolute(read(group))
+    split_by = SCALE if read is None else lambda group: SCALE(read(group))
     return cycle.partitions.of([p for g in on for p in g["params"] if p.requires_grad], split_by=split_by)
 
 
@@ -66,7 +72,7 @@ def noise_call(cycle: Cycle, bucket: Bucket, store: CleanStore, noise: Tensor, r
         lists = bucket.columns(name, numbers, relative)
     history = cycle.state.histories(bucket.params) if any(lists["eta"]) else None
     norms = None
-    if is_absolute(bucket.groups[0] if read is None else read(bucket.groups[0])):
+    if SCALE(bucket.groups[0] if read is None else read(bucket.groups[0])) == "absolute":
         norms = _ones(bucket)
     elif bucket.split_vectors:
         norms = _norms_of_the_whole(bucket, store.masters or bucket.params)

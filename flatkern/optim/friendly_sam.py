@@ -37,6 +37,7 @@ class FriendlyAscent(AscentPerturbation):
 
     def __init__(self, method: FriendlySAM) -> None:
         super().__init__(method)
+        self.counts_steps = True
         self._others: dict[Tensor, Tensor] = {}  # scratch of the same kind as the means
         self._ascents = 0  # of the coming step
         self._renewed: list[Tensor] = []  # parameters whose mean this round has renewed
@@ -103,8 +104,8 @@ class FriendlyAscent(AscentPerturbation):
             self.forget_round(cycle)
         super().end_round(cycle, params, counted)
 
-    def count_step(self, cycle: Cycle, skips: list[Tensor]) -> None:
-        if self._ascents == 1 and cycle.is_known_to_skip(skips):
+    def count_step(self, cycle: Cycle, skipped: bool) -> None:
+        if self._ascents == 1 and skipped:
             self.forget_round(cycle)
         self._ascents, self._renewed, self._first = 0, [], set()
 

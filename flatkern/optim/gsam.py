@@ -7,8 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .arguments import SharedArguments
-from .buckets import Bucket, global_sum
+from .buckets import Bucket, SharedArguments, global_sum
 from .cycle import Cycle
 from .gradients import Final
 from .groups import Group
@@ -33,6 +32,7 @@ class SurrogateGapAscent(ClimbedGradients):
     weights: ClassVar[Weights] = {"grad_weight": lambda group: 1.0, "clean_weight": lambda group: -alpha_of(group)}
 
     launches = 4
+    combines = True
 
     def traffic_when_due(self, sizes: Sizes) -> Traffic:
         return super().traffic_when_due(sizes).plus(2 * sizes.item)

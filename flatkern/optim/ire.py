@@ -76,13 +76,9 @@ class Mask:
         lr = float(group["lr"])
         return kappa * (lr / max(lr, group["largest_lr"])) if lr else 0.0
 
-    def count_step(self, cycle: Cycle, skips: list[Tensor]) -> None:
-        """The mask is a step older, unless the step was skipped. On a GPU the host does not wait to know.
-
-        Arguments:
-            skips: nonzero where a step is skipped.
-        """
-        if cycle.is_known_to_skip(skips):
+    def count_step(self, cycle: Cycle, skipped: bool) -> None:
+        """The mask is a step older, unless the step is known to be skipped."""
+        if skipped:
             return
         for group in cycle.groups:
             if self._enhancement.kappa_follows_lr:  # type: ignore[union-attr]

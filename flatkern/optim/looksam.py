@@ -32,6 +32,7 @@ class ReusedAscent(ClimbedGradients):
     weights: ClassVar[Weights] = {"grad_weight": lambda group: 1.0, "clean_weight": alpha_of}
 
     launches = 5
+    combines = True
 
     def traffic(self, group: Group, sizes: Sizes) -> Traffic:
         between = (sizes.item + sizes.moment) * (1 - 1 / group["perturb_interval"])

@@ -30,7 +30,7 @@ class ClimbedGradients(AscentPerturbation):
         if scaler is not None:
             check_can_unscale(scaler, params, f"{self.name} needs; keep float32 weights under torch.autocast")
 
-    def end_ascent(self, cycle: Cycle, params: list[Tensor], nonfinite: Tensor, scaler: Any) -> None:
+    def keep_ascent(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
         if scaler is not None:
             cycle.unscaled.scaler = scaler
             cycle.skip_if(cycle.unscaled.unscale(cycle.groups.listed()))

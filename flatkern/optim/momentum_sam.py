@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from ..methods import MomentumSAM
-from .buckets import Bucket, Call
+from .buckets import Call, CleanStore
 from .cycle import Cycle
 from .errors import refuse_unused_gradient
 from .gradients import Final
 from .groups import Group
 from .perturbation import NoPerturbation, StaysPerturbed
-from .sam import Climb, climb_calls, warn_once_if_rounded_away
+from .sam import Climb, climb_calls, warn_if_rounded_away
 from .scalars import LAST_DRAW
 from .traffic import Sizes, Traffic, perturb
-from .weights import CleanStore
 
 MOMENTA = ("momentum_buffer", "exp_avg")  # as torch's optimizers call them
 CLIMB = {"rho": lambda group: -float(group["rho"]), "eta": lambda group: -1.0}
@@ -105,19 +104,15 @@ class MomentumPerturbation(NoPerturbation):
         def prepare(stores: list[CleanStore], again: bool) -> list[Call]:
             along = momenta if not again else self._momenta(cycle, on)  # which have followed a memory format
 
-            def climb(bucket: Bucket) -> Climb:
-                reads = {key: (lambda group, number=number: number(read(group))) for key, number in CLIMB.items()}
-                name = "climb" if read is present else "last climb"
-                return Climb([along[p] for p in bucket.params], bucket.columns(name, reads))
+            reads = {key: (lambda group, number=number: number(read(group))) for key, number in CLIMB.items()}
+            name = "climb" if read is present else "last climb"
+            return climb_calls(partition, stores, lambda b: Climb([along[p] for p in b.params], b.columns(name, reads)))
 
-            return climb_calls(partition, stores, climb)
-
-        from_copies = cycle.weights.partition is partition
-        perturb = cycle.weights.perturb_from_copies if from_copies else cycle.weights.perturb
-        calls = perturb(partition, prepare)
+        calls = cycle.weights.perturb(partition, prepare)
         if calls:
             cycle.ascent_norm = calls[0].args[-1]
-        warn_once_if_rounded_away(cycle, self.name)
+        if not cycle.warned_rounded_away:
+            warn_if_rounded_away(cycle, self.name)
 
 
 class RollingMomentum(StaysPerturbed, MomentumPerturbation):

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..values import Range
 from .amp import Amp
-from .arguments import SharedArguments
-from .buckets import Bucket
+from .buckets import Bucket, SharedArguments
 from .cycle import Cycle
 from .errors import refuse_lost_sum
 from .gradients import Final, Grads, mean_is_over_ranks, resolved
@@ -33,6 +32,8 @@ class NoPerturbation:
     starts_perturbed = False  # a step begins with perturb(), before its only gradient
     ascends = False  # along the gradient, which has to be there before perturb()
     uses_ascent_gradient = False  # in the update or in its state: under DDP that backward has to be synchronized
+    counts_steps = False  # by `count_step`
+    combines = False  # what the update takes of the clean gradients, by `combine`
     has_interval = False  # only some steps are perturbed; groups have perturb_interval and perturb_count
     has_clean_pass = False  # a step needs a gradient at the clean weights, too
     mixes = False  # the gradient at the clean weights enters the update, too
@@ -93,8 +94,8 @@ class NoPerturbation:
         """What enters the update of the clean gradients, where numbers of the host do not say it. Reads gradients, and
         writes nothing: `SharedArguments.keep` is a call that does, when the step is made."""
 
-    def count_step(self, cycle: Cycle, skips: list[Tensor]) -> None:
-        """A step has been made, or skipped where one of `skips` is nonzero."""
+    def count_step(self, cycle: Cycle, skipped: bool) -> None:
+        """A step has been made, unless it is known to be skipped."""
 
     def traffic(self, group: Group, sizes: Sizes) -> Traffic:
         """Bytes per parameter that a step of this method moves beside its base, at the least."""
@@ -153,6 +154,7 @@ class StaysPerturbed(NoPerturbation):
     starts_perturbed = False
     refuses_perturb = "perturb: the optimizer is rolling and perturbs in step(); use train(), eval() or follow(model)"
     accumulates = True
+    renews_inside = False  # in the update, in the same pass, where the same parameters are perturbed again
 
     def put_on(self, cycle: Cycle) -> None:
         """CLEAN -> PERTURBED, as it was before an evaluation, if it was."""
@@ -161,10 +163,6 @@ class StaysPerturbed(NoPerturbation):
     def put_on_after_clean(self, cycle: Cycle) -> None:
         """CLEAN -> PERTURBED after a step whose gradient was taken at clean weights."""
         raise NotImplementedError
-
-    def is_renewed_inside(self, cycle: Cycle) -> bool:
-        """True if the update makes the coming perturbation in the same pass."""
-        return False
 
     def check_next(self, cycle: Cycle) -> None:
         """Refuse a step that no perturbation could follow."""

@@ -10,7 +10,7 @@ from ..methods import RWP
 from ..methods.rwp import SCALES
 from ..values import check_choice, check_uint32
 from .cycle import Cycle
-from .draw import draw, draw_again, is_absolute, perturbed_partition
+from .draw import draw, draw_again
 from .errors import refuse_unused_gradient
 from .groups import Group
 from .perturbation import NoPerturbation, StaysPerturbed
@@ -82,19 +82,16 @@ class RollingPerturbation(StaysPerturbed, RandomPerturbation):
     """RWP and ARWP whose noise stays on between steps; step() renews it."""
 
     launches = 1
+    renews_inside = True
 
     def traffic(self, group: Group, sizes: Sizes) -> Traffic:
         # The update writes the new weight twice, clean and perturbed; apart from it absolute noise is drawn.
-        return perturb(sizes) if is_absolute(group) else Traffic(sizes.copy, sizes.copy)
+        return perturb(sizes) if group["scale"] == "absolute" else Traffic(sizes.copy, sizes.copy)
 
     def put_on(self, cycle: Cycle) -> None:
         draw_again(cycle)
 
     put_on_after_clean = put_on  # it was no step of this round, whose noise may have been drawn
-
-    def is_renewed_inside(self, cycle: Cycle) -> bool:
-        """Not where a group or a parameter was switched, and one pass cannot serve two sets; nor from clean weights."""
-        return perturbed_partition(cycle) is cycle.weights.partition
 
     def check_next(self, cycle: Cycle) -> None:
         cycle.scalars.noise(ahead=1)

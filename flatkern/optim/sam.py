@@ -12,15 +12,14 @@ from torch import Tensor
 from ..methods import GSAM, SAM, FriendlySAM, LookSAM
 from ..values import check_flag, check_positive
 from .amp import record
-from .buckets import Bucket, Call, Partition, global_norm
+from .buckets import Bucket, Call, CleanStore, Partition, global_norm
 from .cycle import Cycle
 from .errors import warn_rounded_away, warn_unnamed
-from .gradients import Grads, gradients_of
+from .gradients import gradients_of
 from .groups import Group, common_value
 from .names import names_of
 from .perturbation import NoPerturbation
 from .traffic import Sizes, Traffic, ascend
-from .weights import CleanStore
 
 Numbers = dict[str, list[Any]]
 Tensors = list[Tensor] | None
@@ -64,16 +63,12 @@ class AscentPerturbation(NoPerturbation):
     def is_due(self, groups: list[Group]) -> bool:
         if not self.has_interval or not groups:
             return True
-        interval = common_value(groups, "perturb_interval", "perturb_due", "one ascent")
-        return bool(groups[0]["perturb_count"] % interval == 0)
+        if any([group["perturb_interval"] != groups[0]["perturb_interval"] for group in groups]):
+            self.check_common(groups, "perturb_due")
+        return bool(groups[0]["perturb_count"] % groups[0]["perturb_interval"] == 0)
 
     def closures_of(self, groups: list[Group]) -> str:
         return self.closures if self.is_due(groups) else "once each"
-
-    def count_step(self, cycle: Cycle, skips: list[Tensor]) -> None:
-        if self.has_interval and not cycle.is_known_to_skip(skips):
-            for group in cycle.groups:
-                group["perturb_count"] += 1
 
     # --- groups ----------------------------------------------------------------------------------
 
@@ -121,7 +116,7 @@ class AscentPerturbation(NoPerturbation):
 
     def traffic(self, group: Group, sizes: Sizes) -> Traffic:
         extra = self.traffic_when_due(sizes)
-        return extra._replace(moved=extra.moved / group["perturb_interval"]) if self.has_interval else extra
+        return extra.every(group["perturb_interval"]) if self.has_interval else extra
 
     def traffic_when_due(self, sizes: Sizes) -> Traffic:
         """Of a step that ascends."""
@@ -130,7 +125,7 @@ class AscentPerturbation(NoPerturbation):
     # --- the cycle -------------------------------------------------------------------------------
 
     def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
-        groups = cycle.groups.listed()
+        groups = cycle.groups.owner().own_groups  # type: ignore[union-attr]
         if not self.is_due(groups):
             count, interval = groups[0]["perturb_count"], groups[0]["perturb_interval"]
             raise RuntimeError(
@@ -149,38 +144,41 @@ class AscentPerturbation(NoPerturbation):
         wanted = [group["perturb"] for group in groups for _ in group["params"]]
         triples = zip(params, grads, wanted, strict=True)
         partition = cycle.partitions.of([p for p, g, w in triples if w and g is not None and p.requires_grad])
+        by_rule = partial(self._by_rule, cycle)
         calls = cycle.weights.perturb(
-            partition, lambda stores, again: self._calls(cycle, partition, stores, grads, again)
+            partition,
+            lambda stores, again: climb_calls(
+                partition,
+                stores,
+                lambda bucket: Climb(
+                    bucket.gradients(grads, again),
+                    bucket.columns("ascent", ASCENT, by_rule),
+                    *(() if self.state_key is None else self.means(cycle, bucket)),
+                ),
+            ),
         )
         norm = calls[0].args[-1] if calls else torch.zeros((), dtype=torch.float32, device=params[0].device)
         cycle.ascent_norm, cycle.before_ascent = norm, (cycle.nonfinite,)
         nonfinite = norm.mul(0).ne_(0)  # 0 times what is not finite is not a number
         cycle.skip_if([nonfinite])
-        warn_once_if_rounded_away(cycle, self.name)
-        self.end_ascent(cycle, params, nonfinite, scaler)
+        if not cycle.warned_rounded_away:
+            warn_if_rounded_away(cycle, self.name)
+        if self.mixes:
+            self.keep_ascent(cycle, params, scaler)
+        else:
+            cycle.gradients.clear(params)
+            if scaler is not None:
+                record(scaler, nonfinite)
         if cycle.gradients.accumulated_grads:
             cycle.gradients.give_back(params)
 
-    def end_ascent(self, cycle: Cycle, params: list[Tensor], nonfinite: Tensor, scaler: Any) -> None:
-        """What becomes of the gradient that the ascent went along."""
-        cycle.gradients.clear(params)
-        if scaler is not None:
-            record(scaler, nonfinite)
+    def keep_ascent(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
+        """Keep the gradient that the ascent went along, which enters the update."""
+        raise NotImplementedError
 
-    def _calls(
-        self, cycle: Cycle, partition: Partition, stores: list[CleanStore], grads: Grads, lay_out: bool
-    ) -> list[Call]:
-        """perturb_ascent_ on every bucket, by the norm of the gradient over all of them, scaled by T_w for ASAM."""
-
-        def climb(bucket: Bucket) -> Climb:
-            numbers = bucket.columns("ascent", ASCENT, partial(self._by_rule, cycle))
-            return Climb(bucket.gradients(grads, lay_out), numbers, *self.means(cycle, bucket))
-
-        return climb_calls(partition, stores, climb)
-
-    def means(self, cycle: Cycle, bucket: Bucket) -> tuple[Tensors, Tensors, Numbers | None]:
+    def means(self, cycle: Cycle, bucket: Bucket) -> tuple[Tensors, Tensors, Numbers] | tuple[()]:
         """Means of earlier gradients, what they become, and the numbers that go with them."""
-        return None, None, None
+        return ()
 
 
 class Climb(NamedTuple):
@@ -211,10 +209,9 @@ def climb_calls(partition: Partition, stores: list[CleanStore], climb_of: Callab
     return calls
 
 
-def warn_once_if_rounded_away(cycle: Cycle, name: str) -> None:
-    """bfloat16 weights may be too coarse for a climb."""
-    if not cycle.warned_rounded_away:
-        cycle.warned_rounded_away = True
-        moved, total = cycle.weights.rounded_away()
-        if total:
-            warn_rounded_away(name, moved, total)
+def warn_if_rounded_away(cycle: Cycle, name: str) -> None:
+    """bfloat16 weights may be too coarse for a climb; once, at the first."""
+    cycle.warned_rounded_away = True
+    moved, total = cycle.weights.rounded_away()
+    if total:
+        warn_rounded_away(name, moved, total)

@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..methods import IRE, Method
-from .arguments import SharedArguments
-from .buckets import Bucket, Call
+from .buckets import Bucket, Call, SharedArguments
 from .fused import FusedOptimizer, require_unset
 from .groups import Group
 
@@ -104,16 +103,17 @@ class SGD(FusedOptimizer):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
     def prepare(self, bucket: Bucket, shared: SharedArguments) -> Call:
-        numbers = {**shared.numbers, **bucket.columns("sgd", NUMBERS if shared.lrs is None else NUMBERS_ON_DEVICE)}
         buffers, after = None, None
+        created: Collection[int] = ()
         if bucket.groups[0]["momentum"] != 0:
             (buffers,), created = self.cycle.state.get(bucket, ("momentum_buffer",))
-            if created:
-                # v <- d on the first step is v <- momentum 0 + (1 - 0) d.
-                dampening = numbers["dampening"]
-                numbers["dampening"] = [0.0 if k in created else d for k, d in enumerate(dampening)]
-                if shared.found_inf is not None and any(dampening):
-                    after = partial(self._forget_skipped_first_step, bucket, created, shared.found_inf)
+        numbers = {**shared.numbers, **bucket.columns("sgd", NUMBERS if shared.lrs is None else NUMBERS_ON_DEVICE)}
+        if created:
+            # v <- d on the first step is v <- momentum 0 + (1 - 0) d.
+            dampening = numbers["dampening"]
+            numbers["dampening"] = [0.0 if k in created else d for k, d in enumerate(dampening)]
+            if shared.found_inf is not None and any(dampening):
+                after = partial(self._forget_skipped_first_step, bucket, created, shared.found_inf)
         return Call(bucket, "sgd_update_", (shared.params, buffers, *shared.tensors()), numbers, after)
 
     def _forget_skipped_first_step(self, bucket: Bucket, created: Collection[int], found_inf: Tensor) -> None:

@@ -16,19 +16,19 @@ from torch import Tensor
 from .. import dtensor
 from ..checks import LayoutError
 from .amp import NO_AMP, Amp
-from .arguments import SharedArguments
-from .buckets import Bucket, Call, Partition, global_norm
+from .buckets import IN_PLACE, Bucket, Call, CleanStore, Partition, SharedArguments, global_norm
 from .cycle import Cycle
-from .draw import drawn_with, is_absolute, noise_call, relative, sigmas_on_device
+from .draw import SCALE, drawn_with, noise_call, perturbed_partition, relative, sigmas_on_device
+from .external_writes import REPEATABLE
 from .gradients import Final, gradients_of, show_unscaled
 from .groups import Group
 from .ire import Mask
 from .perturbation import NoPerturbation, StaysPerturbed
 from .scalars import is_capturing
-from .weights import CleanStore, perturbing
+from .weights import perturbing
 
-IN_PLACE = CleanStore(None, None)
-SIGMA = {"sigma": lambda group: float(group["sigma"]), "scale": lambda group: group["scale"]}
+DRAWN_WITH = ("sigma", "eta", "index", "offset")
+SIGMA = {"sigma": lambda group: float(group["sigma"]), "scale": SCALE}
 SIGNED = {"grad_weight": lambda group: -1.0 if group["maximize"] else 1.0, "clean_weight": lambda group: 0.0}
 
 
@@ -116,9 +116,10 @@ class Step:
             self._update(params, final)
             if not creates_state:
                 perturbation.put_on_after_clean(cycle)
-        elif perturbation.is_renewed_inside(cycle):
+        elif perturbation.renews_inside and perturbed_partition(cycle) is partition:
             self._update(params, final, cycle.scalars.noise(ahead=1))
         else:
+            # A group or a parameter was switched, and one pass cannot serve two sets; or the weights are clean already.
             perturbation.check_next(cycle)
             in_copies = self.rule.updates_copies and perturbation.climbs_from_copies(cycle, params, final)
             self._update(params, replace(final, at_perturbed_weights=True, in_copies=in_copies))
@@ -136,9 +137,12 @@ class Step:
         if not self.complete:
             params = [p for k, p in enumerate(params) if final.has(k)]
         cycle, split_by = self.cycle, self.rule.split_by
-        if self.mask.exists or noise is not None:
+        if self.mask.exists:
             by_rule, is_on = split_by, self.mask.is_on
-            split_by = lambda group: (by_rule(group), is_on(group), is_absolute(group))  # noqa: E731
+            split_by = lambda group: (by_rule(group), is_on(group))  # noqa: E731
+        if noise is not None:
+            by_all = split_by
+            split_by = lambda group: (by_all(group), SCALE(group))  # noqa: E731
         partition = cycle.partitions.of(params, cycle.weights.partition, split_by)
         try:
             self._commit(partition, self._prepare(partition, final, noise), final, noise)
@@ -152,7 +156,7 @@ class Step:
     ) -> list[Prepared]:
         buckets = partition.buckets
         shared = [self._share(bucket, final, noise, lay_out) for bucket in buckets]
-        if final.clean is not None:
+        if final.clean is not None and self.perturbation.combines:
             self.perturbation.combine(self.cycle, final, list(zip(buckets, shared, strict=True)))
         limit = self.cycle.groups.setup.max_grad_norm
         if limit is not None and buckets:
@@ -167,27 +171,22 @@ class Step:
     def _share(self, bucket: Bucket, final: Final, noise: Tensor | None, lay_out: bool) -> SharedArguments:
         cycle, amp, scalars = self.cycle, self.amp, self.cycle.scalars
         shared = SharedArguments(
-            params=bucket.params,
-            store=IN_PLACE,
-            history=None,
-            grads=bucket.gradients(final.perturbed, lay_out, self.complete),
-            clean_grads=None if final.clean is None else bucket.gradients(final.clean, lay_out),
-            masks=None,
-            lrs=scalars.on_device(bucket, "lr") if cycle.groups.setup.capturable else None,
-            sigmas=None,
-            noise=None,
-            component=None,
-            grad_scale=None,
-            clip=None,
-            found_inf=None,
-            numbers=self._numbers(bucket, final),
+            bucket.params,
+            bucket.gradients(final.perturbed, lay_out, self.complete),
+            None if final.clean is None else bucket.gradients(final.clean, lay_out),
+            self._numbers(bucket, final),
         )
+        if cycle.groups.setup.capturable:
+            shared.lrs = scalars.on_device(bucket, "lr")
         if amp is not NO_AMP or cycle.nonfinite is not None or final.rounds != 1 or final.unscaled:
             shared.grad_scale = amp.factor(final.rounds, final.unscaled, bucket.device)
             shared.found_inf = amp.skip(cycle.nonfinite, bucket.device)
         if self.perturbation.draws and any([group["eta"] for group in bucket.groups]):
             self._share_history(bucket, final, shared)
-        if noise is not None and bucket.perturbed and not self._draws_apart(bucket):
+        # Drawn apart: the norm of a vector that is divided among ranks is known only when all of them have updated it;
+        # and an update measures norms, which absolute noise has not.
+        apart = bucket.split_vectors or (noise is not None and SCALE(bucket.groups[0]) == "absolute")
+        if noise is not None and bucket.perturbed and not apart:
             shared.noise = noise
             if cycle.groups.setup.capturable:
                 shared.sigmas = sigmas_on_device(cycle, bucket)
@@ -285,15 +284,23 @@ class Step:
                 cycle.state.note_masters(bucket.params, bucket.versions())
             if call is not None and call.after is not None:
                 call.after()
-        perturbed_by = [(b, s.store, s.draw(b)) for b, s, _ in work if s.noise is not None]
+        perturbed_by = [(b, s.store, draw_call(b, s)) for b, s, _ in work if s.noise is not None]
         if not (partition.covers_perturbed or final.in_copies):
             perturbed_by += self._restore_params_without_gradient(partition.members, noise)
         skips = [s.found_inf for _, s, _ in work if s.found_inf is not None]
         if skips or cycle.groups.setup.capturable:
             cycle.count_skip(skips[0] if skips else None)
-        if self.mask.exists:
-            self.mask.count_step(cycle, skips)
-        self.perturbation.count_step(cycle, skips)
+        perturbation = self.perturbation
+        if self.mask.exists or perturbation.counts_steps or perturbation.has_interval:
+            # On a GPU the host does not wait to know.
+            skipped = not cycle.groups.setup.capturable and any([flag.is_cpu and bool(flag) for flag in skips])
+            if self.mask.exists:
+                self.mask.count_step(cycle, skipped)
+            if perturbation.counts_steps:
+                perturbation.count_step(cycle, skipped)
+            if perturbation.has_interval and not skipped:
+                for group in cycle.groups.owner().own_groups:  # type: ignore[union-attr]
+                    group["perturb_count"] += 1
         if final.squares:
             self._update_history(final.squares, partition.members)
         if self.grad_norm is not None:
@@ -303,7 +310,7 @@ class Step:
         if noise is None or perturbed is None:
             weights.left()
             return
-        perturbed_by += [self._draw(b, s.store, noise) for b, s, _ in work if b.perturbed and self._draws_apart(b)]
+        perturbed_by += [self._draw(b, s.store, noise) for b, s, _ in work if b.perturbed and s.noise is None]
         cycle.scalars.next_round()
         cycle.scalars.note_draw()
         weights.perturbed_by(perturbed, perturbed_by)
@@ -329,12 +336,6 @@ class Step:
             cycle.gradients.mark_used(params)
         else:
             self.perturbation.keep_round(cycle, params)
-
-    def _draws_apart(self, bucket: Bucket) -> bool:
-        """Rolling: True where the update does not draw in the same pass. The norm of a vector that is divided among
-        ranks is known only when all of them have updated it; and an update measures norms, which absolute noise has
-        not."""
-        return bucket.split_vectors or is_absolute(bucket.groups[0])
 
     def _draw(self, bucket: Bucket, store: CleanStore, noise: Tensor) -> tuple[Bucket, CleanStore, Call]:
         call = noise_call(self.cycle, bucket, store, noise)
@@ -364,6 +365,12 @@ class Step:
                     new += squares[p]
                 skip = self.amp.skip(cycle.nonfinite, part.device)
                 part.copy_(new if skip is None else torch.where(skip != 0, part, new))
+
+
+def draw_call(bucket: Bucket, s: SharedArguments) -> Call:
+    """Rolling: the draw of the coming round by itself, as the update makes it in the same pass."""
+    arguments = bucket.params, *s.store, None, s.history, s.sigmas, s.noise
+    return Call(bucket, REPEATABLE, arguments, {key: s.numbers[key] for key in DRAWN_WITH}, drawn_with=s.drawn_with)
 
 
 def restore(perturbation: NoPerturbation, cycle: Cycle) -> None:

@@ -25,6 +25,10 @@ class Traffic(NamedTuple):
     def plus(self, moved: float = 0, scratch: int = 0, state: int = 0) -> Traffic:
         return Traffic(self.moved + moved, self.scratch + scratch, self.state + state)
 
+    def every(self, k: int) -> Traffic:
+        """The mean over k steps, of which one moves this."""
+        return Traffic(self.moved / k, self.scratch, self.state)
+
 
 def perturb(sizes: Sizes) -> Traffic:
     """perturb() reads the weight and writes it perturbed, and its copy, from which the update restores it."""

@@ -12,15 +12,14 @@ from .. import dtensor
 from ..checks import check_gradient
 from ..methods import IRE, Method
 from ..values import check_value
-from .arguments import SharedArguments
 from .base import FlatOptimizer
-from .buckets import Bucket, Call
+from .buckets import Bucket, Call, SharedArguments
 from .errors import warn_keys_of_the_base
 from .groups import PREFIX, Group, Setup
 from .phase import CLEAN
 from .scalars import LAST_DRAW
 from .state import OWN_KEYS
-from .step import Prepared
+from .step import Prepared, draw_call
 from .tracing import untraced
 
 ALWAYS_OURS = ("perturb", "enhance", "writes", "adaptive")
@@ -229,7 +228,7 @@ class Wrap(FlatOptimizer):
         """Rolling: the noise of the coming round."""
         for bucket, s, _ in work:
             if s.noise is not None:
-                s.draw(bucket).run()
+                draw_call(bucket, s).run()
 
     # --- groups and state belong to the base -----------------------------------------------------
 
