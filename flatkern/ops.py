@@ -136,7 +136,7 @@ _ROWS = (
         family="norm",
         schema="(Tensor(a!) products, Tensor[] grads, Tensor[] clean_grads) -> ()",
         reads="grads clean_grads",
-        backends="",
+        backends="cuda",
     ),
     Op(
         name="perturb_gaussian_",

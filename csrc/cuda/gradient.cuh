@@ -6,22 +6,29 @@
 
 namespace flatkern::cuda {
 
-// g <- clip (factor g + clean_weight g_clean), with factor = grad_weight grad_scale.
+// g <- clip (factor g + clean_weight g_clean), where the component is part of both weights, and grad_scale of factor.
 struct FinalGradient {
   float factor, clean_weight, clip;
   bool mixes, scales;
 
+  // A component is one of clean gradients: without them nothing is read.
   template <class Args>
   FK_DEVICE_MEMBER FinalGradient(const Args& a, uint32_t k, bool mixes)
-      : factor(a.grad_weight[k] * a.grad_scale.get()),
-        clean_weight(a.clean_weight[k]),
-        clip(a.clip.get()),
-        mixes(mixes),
-        scales(factor != 1.0f || clip != 1.0f) {}
+      : FinalGradient(a, math::mixing_weights(a.grad_weight[k], a.clean_weight[k], mixes ? a.component : nullptr),
+                      mixes) {}
 
   FK_DEVICE_MEMBER float of(float g, float clean) const {
     return mixes ? math::mixed(g, clean, factor, clean_weight, clip) : scales ? math::mixed(g, factor, clip) : g;
   }
+
+ private:
+  template <class Args>
+  FK_DEVICE_MEMBER FinalGradient(const Args& a, const math::MixingWeights& weights, bool mixes)
+      : factor(weights.grad * a.grad_scale.get()),
+        clean_weight(weights.clean),
+        clip(a.clip.get()),
+        mixes(mixes),
+        scales(factor != 1.0f || clip != 1.0f) {}
 };
 
 }  // namespace flatkern::cuda
