@@ -136,7 +136,10 @@ _ROWS = (
         family="norm",
         schema="(Tensor(a!) products, Tensor[] grads, Tensor[] clean_grads) -> ()",
         reads="grads clean_grads",
-        backends="cuda",
+        backends="cpp cuda",
+        # Of float64, beside the lengths of both gradients: each product passes fewer than 256 additions on either side, and
+        # each addition is off by at most 2^-53 of the sum of the products' magnitudes, which those lengths bound.
+        ulp=512,
     ),
     Op(
         name="perturb_gaussian_",

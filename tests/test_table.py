@@ -18,7 +18,7 @@ from flatkern.dispatch import PREFERENCE, compiled_module
 from flatkern.ops import OPS
 
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-REDUCTIONS = {"filter_norms_", "ascent_norm_", "gradient_norm_"}
+REDUCTIONS = {"filter_norms_", "ascent_norm_", "gradient_norm_", "gradient_products_"}
 
 
 def expected(op):

@@ -154,17 +154,29 @@ inline void for_each_block(const Table& at, const Body& body) {
   }
 }
 
+// Numbers the chunks of a list, so that what is summed of each can be added in one order, whoever walked it.
+class Chunks {
+ public:
+  explicit Chunks(const Table& at) : first_(at.size() + 1) {
+    first_[0] = 0;
+    for (int64_t k = 0; k < at.size(); ++k) first_[k + 1] = first_[k] + ceil_div(at[k].numel, kChunk);
+  }
+
+  int64_t count() const { return first_[first_.size() - 1]; }
+  int64_t number(const Block& b) const { return first_[b.k] + b.begin / kChunk; }
+
+ private:
+  Array<int64_t> first_;
+};
+
 // The L2 norm over all elements of all tensors, where values(block, scratch) returns what is squared. It is infinite
 // only where the norm itself is beyond float32.
 template <class Values>
 inline float total_norm(const Table& at, const Values& values) {
-  Array<int64_t> first(at.size() + 1);
-  first[0] = 0;
-  for (int64_t k = 0; k < at.size(); ++k) first[k + 1] = first[k] + ceil_div(at[k].numel, kChunk);
-  Array<float> sums(first[at.size()]);
-  for_each_block(at, [&](const Block& b, Scratch& scratch) {
-    sums[first[b.k] + b.begin / kChunk] = partial_squares(values(b, scratch), b.n);
-  });
+  const Chunks chunks(at);
+  Array<float> sums(chunks.count());
+  for_each_block(
+      at, [&](const Block& b, Scratch& scratch) { sums[chunks.number(b)] = partial_squares(values(b, scratch), b.n); });
   return math::norm(sum_partials(&sums[0], sums.size()));
 }
 

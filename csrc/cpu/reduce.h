@@ -1,4 +1,4 @@
-// The one order in which squares are added, so that the result depends on nothing but the length of a row.
+// The one order in which squares and products are added, so that the result depends on nothing but the length of a row.
 //
 // A row is cut into chunks of 1024 elements. In a chunk, lane j of 64 adds the squares of elements j, j + 64, ... in
 // float32; the lanes fold pairwise, 64 to 32 to ... to 1. Chunks are added in float64, in their order.
@@ -84,6 +84,54 @@ inline double sum_partials(const float* partials, int64_t n) {
   double sum = 0;
   for (int64_t i = 0; i < n; ++i) sum += partials[i] < 0.0f ? partials[i] * -kGrow : partials[i];
   return sum;
+}
+
+// <a, a>, <a, g>, <g, g>, in float64: a product of two float32 numbers is exact there.
+struct Products {
+  double of[3];
+
+  FK_INLINE Products operator+(const Products& other) const {
+    return {{of[0] + other.of[0], of[1] + other.of[1], of[2] + other.of[2]}};
+  }
+};
+
+typedef double Doubles8 __attribute__((vector_size(64)));
+
+FK_INLINE Doubles8 doubles(const float* x) {
+  Lanes8 v;
+  std::memcpy(&v, x, sizeof v);
+  return __builtin_convertvector(v, Doubles8);
+}
+
+FK_INLINE double fold(Doubles8 lanes) {
+  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
+
+// Of one chunk, n <= kChunk: lane j of 16 adds the products of elements j, j + 16, ...; the lanes fold pairwise.
+inline Products sum_products(const float* a, const float* g, int64_t n) {
+  Doubles8 sums[2][3] = {};
+  const auto add = [&](int j, const float* a, const float* g) {
+    const Doubles8 x = doubles(a), y = doubles(g);
+    sums[j][0] += x * x;
+    sums[j][1] += x * y;
+    sums[j][2] += y * y;
+  };
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int j = 0; j < 2; ++j) add(j, a + i + 8 * j, g + i + 8 * j);
+  if (i < n) {
+    float last[2][16] = {};
+    std::memcpy(last[0], a + i, (n - i) * sizeof(float));
+    std::memcpy(last[1], g + i, (n - i) * sizeof(float));
+    for (int j = 0; j < 2; ++j) add(j, last[0] + 8 * j, last[1] + 8 * j);
+  }
+  return {{fold(sums[0][0] + sums[1][0]), fold(sums[0][1] + sums[1][1]), fold(sums[0][2] + sums[1][2])}};
+}
+
+// The halves of a list first, and so on: errors grow with the logarithm of its length. Zeros of an empty one.
+inline Products sum_pairwise(const Products* partials, int64_t n) {
+  if (n <= 1) return n == 1 ? partials[0] : Products{};
+  return sum_pairwise(partials, n / 2) + sum_pairwise(partials + n / 2, n - n / 2);
 }
 
 }  // namespace flatkern::cpu::FK_ISA

@@ -165,7 +165,8 @@ FK_HD MixingWeights mixing_weights(float grad_weight, float clean_weight, const 
   return {grad_weight - clean_weight * component[1], clean_weight * component[0]};
 }
 
-// g <- clip (factor g + clean_weight g_clean), with factor = weights.grad grad_scale. An absent clip is 1, which changes no bit.
+// g <- clip (factor g + clean_weight g_clean), with factor = weights.grad grad_scale. An absent clip is 1, which
+// changes no bit.
 FK_HD float mixed(float g, float clean, float factor, float clean_weight, float clip) {
   return (factor * g + clean_weight * clean) * clip;
 }
