@@ -124,8 +124,7 @@ void fill(Args& args, const MixGradients& a, const Plan& plan, const Launch& lau
     args.clean_weight[i] = static_cast<float>(a.clean_weight[k]);
     args.beta[i] = static_cast<float>(a.beta[k]);
     const DType clean = a.clean_grads ? a.clean_grads[k].dtype : a.grads[k].dtype;
-    args.codes[i] =
-        static_cast<uint8_t>(code_of(a.grads[k].dtype) | code_of(clean) << 2 | code_of(outs[k].dtype) << 4);
+    args.codes[i] = static_cast<uint8_t>(code_of(a.grads[k].dtype) | code_of(clean) << 2 | code_of(outs[k].dtype) << 4);
   }
 }
 

@@ -215,8 +215,8 @@ void run(const AscentNorm& a, const Plan& plan, Stream stream) {
 
 void ascent_norm_(const AscentNorm& a) {
   const Place place = place_of(kAscent.op, a.grads.size() > 0 ? a.grads : a.norm);
-  const auto plan = find_plan(a.means ? kMeanAscent : kAscent,
-                              {false, false, a.grads, {&a.params, &a.means}, nullptr}, place);
+  const auto plan =
+      find_plan(a.means ? kMeanAscent : kAscent, {false, false, a.grads, {&a.params, &a.means}, nullptr}, place);
   const Launching launching(*plan);
   if (all_are(DType::kFloat32, {&a.grads, &a.params, &a.means})) {
     run<float, float>(a, *plan, place.stream);
@@ -235,10 +235,9 @@ namespace {
 
 template <size_t kBytes>
 struct GradientArguments {
-  static constexpr int kTensors =
-      (kBytes - sizeof(Totals) - 2 * sizeof(void*) - 2 * sizeof(Scalar)) /
-          (2 * sizeof(void*) + 2 * sizeof(float) + sizeof(uint8_t)) -
-      1;
+  static constexpr int kTensors = (kBytes - sizeof(Totals) - 2 * sizeof(void*) - 2 * sizeof(Scalar)) /
+                                      (2 * sizeof(void*) + 2 * sizeof(float) + sizeof(uint8_t)) -
+                                  1;
   Totals total;
   float* norm;
   const float* component;
@@ -355,10 +354,10 @@ __global__ void __launch_bounds__(kShortThreads) gradient_products_kernel(FK_PAR
   FK_SHARED(TotalRoom<3>, room);
   total_sums(
       a.total, room,
-      [&](const Tile& t, double(&sums)[3]) {
+      [&](const Tile& t, double (&sums)[3]) {
         (t.flags & kWhole) != 0 ? add_products<T, true>(a, t, sums) : add_products<T, false>(a, t, sums);
       },
-      [&](const double(&sums)[3]) {
+      [&](const double (&sums)[3]) {
 #pragma unroll
         for (int i = 0; i < 3; ++i) a.products[i] = sums[i];
       });

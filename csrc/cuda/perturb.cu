@@ -221,9 +221,9 @@ void run_ascent(const PerturbAscent& a, const Plan& plan, Stream stream) {
 void perturb_ascent_(const PerturbAscent& a) {
   if (a.params.size() == 0) return;
   const Place place = place_of(kAscent.op, a.params);
-  const auto plan = find_plan(
-      a.means ? kMeanAscent : kAscent,
-      {false, false, a.params, {&a.backups, &a.new_means, &a.masters, &a.grads, &a.means}, nullptr}, place);
+  const auto plan =
+      find_plan(a.means ? kMeanAscent : kAscent,
+                {false, false, a.params, {&a.backups, &a.new_means, &a.masters, &a.grads, &a.means}, nullptr}, place);
   const Launching launching(*plan);
   const auto are = [&](DType dtype) { return all_are(dtype, {&a.params, &a.backups, &a.grads}); };
   const auto clean_are = [&](DType dtype) { return all_are(dtype, {&a.masters, &a.means, &a.new_means}); };

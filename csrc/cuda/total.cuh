@@ -90,8 +90,8 @@ FK_DEVICE void total_sums(const Totals& total, TotalRoom<kCount>& room, const Ad
 template <class SumTile>
 FK_DEVICE void total_norm(const Totals& total, float* norm, TotalRoom<1>& room, const SumTile& sum_tile) {
   total_sums(
-      total, room, [&](const Tile& t, double(&sums)[1]) { sums[0] += sum_tile(t); },
-      [&](const double(&sums)[1]) { *norm = math::norm(sums[0]); });
+      total, room, [&](const Tile& t, double (&sums)[1]) { sums[0] += sum_tile(t); },
+      [&](const double (&sums)[1]) { *norm = math::norm(sums[0]); });
 }
 
 }  // namespace flatkern::cuda
