@@ -269,8 +269,10 @@ FK_DEVICE double sum_gradient(const Args& a, const Tile& t) {
   return sum;
 }
 
+// Six blocks, where ptxas would take the registers of five for sm_100; the kernel of any type needs more for sm_80.
 template <class T, class Args>
-__global__ void __launch_bounds__(kShortThreads) gradient_norm_kernel(FK_PARAM(Args) a) {
+__global__ void __launch_bounds__(kShortThreads, std::is_same_v<T, AnyFloat> ? 0 : 6)
+    gradient_norm_kernel(FK_PARAM(Args) a) {
   FK_SHARED(TotalRoom<1>, room);
   total_norm(a.total, a.norm, room, [&](const Tile& t) {
     return (t.flags & kWhole) != 0 ? sum_gradient<T, true>(a, t) : sum_gradient<T, false>(a, t);

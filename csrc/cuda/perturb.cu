@@ -167,8 +167,9 @@ FK_DEVICE void ascend_tile(const Args& a, const Tile& t) {
   eta >= 0.0f ? ascend(std::true_type()) : ascend(std::false_type());
 }
 
+// With means four blocks, where ptxas would take the registers of three for sm_80.
 template <class Types, class Args>
-__global__ void __launch_bounds__(kShortThreads) ascent_kernel(FK_PARAM(Args) a) {
+__global__ void __launch_bounds__(kShortThreads, Args::kHasMeans ? 4 : 0) ascent_kernel(FK_PARAM(Args) a) {
   const Tile& t = a.tiles[blockIdx.x];
   if ((t.flags & kWhole) != 0) {
     ascend_tile<Types, true>(a, t);
