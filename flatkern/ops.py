@@ -137,8 +137,8 @@ _ROWS = (
         schema="(Tensor(a!) products, Tensor[] grads, Tensor[] clean_grads) -> ()",
         reads="grads clean_grads",
         backends="cpp cuda",
-        # Of float64, beside the lengths of both gradients: each product passes fewer than 256 additions on either side, and
-        # each addition is off by at most 2^-53 of the sum of the products' magnitudes, which those lengths bound.
+        # In units of 2^-53 of the product of two lengths, which bounds the sum of the magnitudes: products are exact in
+        # float64, and each passes fewer than 256 additions on either side.
         ulp=512,
     ),
     Op(

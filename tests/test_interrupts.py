@@ -36,7 +36,7 @@ LONG = {  # what is written, its value before, the other arguments; some ten mil
     "restore_": (0.0, lambda t: ([t], [torch.ones_like(t)]), {}),
     "mix_gradients_": (
         1.0,
-        lambda t: ([t], None, None, None, None),
+        lambda t: ([t], None, None, None, None, None, None, None),
         dict(grad_weight=[0.5], clean_weight=[0.0], beta=[0.0]),
     ),
 }

@@ -71,9 +71,20 @@ constexpr bool
     kHas<Backend, Args, std::void_t<decltype(Backend::call(std::declval<const Args&>(), std::declval<PyObject*>()))>> =
         true;
 
-// Whether autograd may have saved, for a backward pass, what an operation writes: its first argument, of this name. Raw
-// writes are invisible to autograd; without a new version it would give wrong gradients in silence.
-inline bool is_seen_by_autograd(std::string_view name) { return name == "params" || name == "grads" || name == "outs"; }
+// What an operation writes that autograd may have saved for a backward pass: its first argument, if it has one of these
+// names, or in its place the outs, where some are given. Null where nothing is. Raw writes are invisible to autograd;
+// without a new version it would give wrong gradients in silence.
+template <class... T>
+PyObject* seen_by_autograd(const Arguments<T...>& arguments, const T&... given) {
+  PyObject* seen = nullptr;
+  const std::string_view first = std::get<0>(arguments).name;
+  const auto look = [&](std::string_view name, const TensorArgument& argument) {
+    const bool is_written = name == "outs" || (name == first && (name == "params" || name == "grads"));
+    if (is_written && argument.passed.get() != nullptr) seen = argument.passed.get();
+  };
+  std::apply([&](const Argument<T>&... a) { (look(a.name, given), ...); }, arguments);
+  return seen;
+}
 
 template <class Backend>
 class Operations {
@@ -84,10 +95,9 @@ class Operations {
   template <class Args, class First, class... T, class... N>
   void op(const char* name, Arguments<First, T...> tensors, Arguments<N...> numbers) {
     if constexpr (kHas<Backend, Args>) {
-      const bool seen = is_seen_by_autograd(std::get<0>(tensors).name);
-      const auto function = [seen](First first, T... t, N... n) {
+      const auto function = [tensors](First first, T... t, N... n) {
         read_tables(first, t...);
-        PyObject* written = seen ? first.passed.get() : nullptr;
+        PyObject* written = seen_by_autograd(tensors, first, t...);
         call(Args{std::move(first), std::move(t)..., std::move(n)...}, written);
       };
       define(name, function, tensors, numbers);

@@ -27,6 +27,23 @@ struct Block {
   int64_t k, begin, n, row, rows, col, next = 0;
 };
 
+// As `target` and `store`, of a block; of `large` lists around the caches, so that nothing is computed in place.
+FK_INLINE float* target_around_caches(const View& view, int64_t i, float* scratch, bool large) {
+  return large ? scratch : target(view, i, scratch);
+}
+
+inline void store_around_caches(const View& view, int64_t i, int64_t n, const float* x, bool large) {
+  if (!large) return store(view, i, n, x);
+  const char* from = reinterpret_cast<const char*>(x);
+  alignas(64) uint16_t rounded[kBlock];
+  if (view.dtype != DType::kFloat32) {
+    (view.dtype == DType::kBFloat16 ? float32_to_bfloat16 : float32_to_float16)(x, n, rounded);
+    from = reinterpret_cast<const char*>(rounded);
+  }
+  const int64_t size = size_of(view.dtype);
+  copy_non_temporal(view.as<char>() + i * size, from, n * size);
+}
+
 // Fetches what the next block reads, a few lines at a time, while drawing noise keeps the arithmetic busy and the
 // memory idle.
 class Prefetcher {

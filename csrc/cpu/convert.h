@@ -151,19 +151,6 @@ FK_INLINE void store_fence() {
 #endif
 }
 
-// Whether `store_around_caches` spares a tensor the caches, so that what it stores has to be computed elsewhere.
-FK_INLINE bool goes_around_caches(const View& view, bool large) { return large && view.dtype == DType::kFloat32; }
-
-// As `store`; of `large` lists float32 goes around the caches.
-inline void store_around_caches(const View& view, int64_t i, int64_t n, const float* x, bool large) {
-  if (goes_around_caches(view, large)) {
-    copy_non_temporal(reinterpret_cast<char*>(view.as<float>() + i), reinterpret_cast<const char*>(x),
-                      n * sizeof(float));
-  } else {
-    store(view, i, n, x);
-  }
-}
-
 // to[i, i + n) <- from[i, i + n): the same bits where the dtypes agree, else rounded once.
 // `non_temporal` is for lists larger than any cache, whose tensors are not read again soon.
 inline void copy(const View& to, const View& from, int64_t i, int64_t n, float* scratch, bool non_temporal) {

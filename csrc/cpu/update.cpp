@@ -106,7 +106,7 @@ struct UpdateWalk {
     float* w = load(clean, b.begin, b.n, scratch.w);
     if (!skip) {
       const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
-      float* out = keep ? w : goes_around_caches(param, large) ? scratch.w : target(param, b.begin, scratch.w);
+      float* out = keep ? w : target_around_caches(param, b.begin, scratch.w, large);
       with_final_gradient(a, &a.clip, b, g, scratch, [&](const auto& gradient) {
         if (a.masks) {
           const uint8_t* flags = unpack(a.masks[b.k], param, b, scratch);
@@ -136,7 +136,7 @@ struct UpdateWalk {
     if (!a.noise) return;
     const View& param = a.params[b.k];
     if (w == nullptr) w = load(clean(b.k), b.begin, b.n, scratch.w);
-    float* p = goes_around_caches(param, large) ? scratch.v : target(param, b.begin, scratch.v);
+    float* p = target_around_caches(param, b.begin, scratch.v, large);
     scratch.prefetcher.clear();
     if (b.next > 0 && !skip) {
       scratch.prefetcher.add(clean(b.k), b);
@@ -176,7 +176,7 @@ struct MixGradientsWalk {
     const View& result = (a.outs ? a.outs : a.grads)[b.k];
     // What is read in place is in the caches already.
     const bool around = a.outs && large;
-    float* out = goes_around_caches(result, around) ? scratch.v : target(result, b.begin, scratch.v);
+    float* out = target_around_caches(result, b.begin, scratch.v, around);
     with_final_gradient(a, &a.clip, b, g, scratch, [&](const auto& gradient) {
       FK_SIMD
       for (int64_t i = 0; i < b.n; ++i) out[i] = gradient(i);
