@@ -11,24 +11,22 @@ struct FinalGradient {
   float factor, clean_weight, clip;
   bool mixes, scales;
 
-  // A component is one of clean gradients: without them nothing is read.
   template <class Args>
   FK_DEVICE_MEMBER FinalGradient(const Args& a, uint32_t k, bool mixes)
-      : FinalGradient(a, math::mixing_weights(a.grad_weight[k], a.clean_weight[k], mixes ? a.component : nullptr),
-                      mixes) {}
+      : factor(a.grad_weight[k] * a.grad_scale.get()),
+        clean_weight(a.clean_weight[k]),
+        clip(a.clip.get()),
+        mixes(mixes),
+        scales(factor != 1.0f || clip != 1.0f) {
+    if (!mixes || a.component == nullptr) return;
+    const math::MixingWeights weights = math::mixing_weights(a.grad_weight[k], a.clean_weight[k], a.component);
+    factor = weights.grad * a.grad_scale.get();
+    clean_weight = weights.clean;
+  }
 
   FK_DEVICE_MEMBER float of(float g, float clean) const {
     return mixes ? math::mixed(g, clean, factor, clean_weight, clip) : scales ? math::mixed(g, factor, clip) : g;
   }
-
- private:
-  template <class Args>
-  FK_DEVICE_MEMBER FinalGradient(const Args& a, const math::MixingWeights& weights, bool mixes)
-      : factor(weights.grad * a.grad_scale.get()),
-        clean_weight(weights.clean),
-        clip(a.clip.get()),
-        mixes(mixes),
-        scales(factor != 1.0f || clip != 1.0f) {}
 };
 
 }  // namespace flatkern::cuda
