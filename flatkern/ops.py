@@ -136,7 +136,7 @@ _ROWS = (
         family="norm",
         schema="(Tensor(a!) products, Tensor[] grads, Tensor[] clean_grads) -> ()",
         reads="grads clean_grads",
-        backends="cpp triton",
+        backends="cpp triton cuda",
         # In units of 2^-53 of the product of two lengths, which bounds the sum of the magnitudes: products are exact in
         # float64, and each passes fewer than 256 additions on either side, with fewer than a hundred tensors.
         ulp=512,
