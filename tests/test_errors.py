@@ -258,7 +258,8 @@ CALLS = [
     ("Wrap: base_optimizer is <class 'torch.optim.sgd.SGD'>, but should be a torch.optim.Optimizer instance",
      TypeError, lambda p: Wrap(torch.optim.SGD)),
     ("Wrap: base_optimizer is flatkern's already; pass perturb= to it instead", TypeError, lambda p: Wrap(SGD([p]))),
-    ("SGD: perturb is <class 'flatkern.methods.RWP'>, but should be flatkern.RWP, SAM or ASAM, or None",
+    ("SGD: perturb is <class 'flatkern.methods.rwp.RWP'>, but should be flatkern.RWP(), SAM(), ASAM(), GSAM(), FriendlySAM(), "
+     "LookSAM() or MomentumSAM(), or None",
      TypeError, lambda p: SGD([p], perturb=RWP)),
     ("SGD: enhance is 1, but should be flatkern.IRE(kappa=...), or None",
      TypeError, lambda p: SGD([p], enhance=1)),
@@ -305,7 +306,7 @@ CALLS = [
     ("step: closure is [], but should be a callable or a list of them", TypeError, lambda p: SGD([p]).step([])),
     ("3], but should be a callable or a list of them", TypeError, lambda p: SGD([p]).step([len, 3])),
     ("step: 2 closures, but ", ValueError, lambda p: SGD([p]).step([len, len])),
-    ("perturb: this optimizer has no perturbation; pass perturb=flatkern.RWP(), SAM() or ASAM()",
+    ("perturb: this optimizer has no perturbation; pass perturb=flatkern.RWP(), SAM(), ...",
      RuntimeError, lambda p: SGD([p]).perturb()),
     ("follow: only a rolling optimizer can follow a model; pass perturb=flatkern.RWP(rolling=True)",
      RuntimeError, lambda p: SGD([p], perturb=RWP()).follow(torch.nn.Linear(1, 1))),
