@@ -258,8 +258,8 @@ CALLS = [
     ("Wrap: base_optimizer is <class 'torch.optim.sgd.SGD'>, but should be a torch.optim.Optimizer instance",
      TypeError, lambda p: Wrap(torch.optim.SGD)),
     ("Wrap: base_optimizer is flatkern's already; pass perturb= to it instead", TypeError, lambda p: Wrap(SGD([p]))),
-    ("SGD: perturb is <class 'flatkern.methods.rwp.RWP'>, but should be flatkern.RWP(), SAM(), ASAM(), GSAM(), FriendlySAM(), "
-     "LookSAM() or MomentumSAM(), or None",
+    ("SGD: perturb is <class 'flatkern.methods.rwp.RWP'>, but should be flatkern.RWP(), SAM(), ASAM(), GSAM(), "
+     "FriendlySAM(), LookSAM() or MomentumSAM(), or None",
      TypeError, lambda p: SGD([p], perturb=RWP)),
     ("SGD: enhance is 1, but should be flatkern.IRE(kappa=...), or None",
      TypeError, lambda p: SGD([p], enhance=1)),

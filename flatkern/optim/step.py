@@ -61,7 +61,7 @@ class Rule(Protocol):
         """The call of one bucket. Creates state, and writes nothing."""
 
     def finish(self, work: list[Prepared]) -> None:
-        """What follows the calls."""
+        """What follows the calls, those of `SharedArguments.keep` too."""
 
 
 @dataclass
@@ -255,12 +255,11 @@ class Step:
         try:
             for call in calls:
                 call.run()
-            for keep in (s.keep for _, s, _ in work if s.keep is not None):
-                keep.run()
-                if keep.after is not None:
-                    keep.after()
             if self.rule.finishes:
                 self.rule.finish(work)
+            else:
+                for keep in [s.keep for _, s, _ in work if s.keep is not None]:
+                    keep.run()
             self.updated = True
             self._finish(partition, work, final, noise)
         except BaseException as error:
@@ -279,11 +278,12 @@ class Step:
     def _finish(self, partition: Partition, work: list[Prepared], final: Final, noise: Tensor | None) -> None:
         cycle, weights = self.cycle, self.cycle.weights
         perturbed = weights.partition
-        for bucket, _, call in work:
+        for bucket, s, call in work:
             if bucket.has_master:
                 cycle.state.note_masters(bucket.params, bucket.versions())
-            if call is not None and call.after is not None:
-                call.after()
+            for done in (call, s.keep):
+                if done is not None and done.after is not None:
+                    done.after()
         perturbed_by = [(b, s.store, draw_call(b, s)) for b, s, _ in work if s.noise is not None]
         if not (partition.covers_perturbed or final.in_copies):
             perturbed_by += self._restore_params_without_gradient(partition.members, noise)
