@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ..methods import MomentumSAM
-from .buckets import Call, CleanStore
+from .buckets import Partition
 from .cycle import Cycle
 from .errors import refuse_unused_gradient
-from .gradients import Final
 from .groups import Group
 from .perturbation import NoPerturbation, StaysPerturbed
 from .sam import Climb, climb_calls, warn_if_rounded_away
@@ -34,7 +33,7 @@ def last_climb(group: Group) -> Group:
 
 
 class MomentumPerturbation(NoPerturbation):
-    """w - rho v / ||v||, v the base's momentum; nothing moves before the base's first step."""
+    """w - rho v / ||v||, v the base's momentum, zero where it has none yet."""
 
     pattern = "opt.perturb(); loss.backward(); opt.step()"
     moves = True
@@ -72,43 +71,41 @@ class MomentumPerturbation(NoPerturbation):
         if cycle.gradients.accumulated_grads:
             cycle.gradients.give_back(params)
 
-    def _momenta(self, cycle: Cycle, params: list[Tensor]) -> dict[Tensor, Tensor]:
-        """The momentum of each parameter that has one.
+    def _momenta(self, cycle: Cycle, params: list[Tensor]) -> list[Tensor]:
+        """The momentum of each parameter.
 
         Raises:
             RuntimeError: the base has made a step, and keeps none.
         """
-        state, found = cycle.groups.state(), {}
+        state, found = cycle.groups.state(), []
         for k, p in enumerate(params):
             entry = state.get(p) or {}
             key = next((key for key in MOMENTA if entry.get(key) is not None), None)
-            if key is not None:
-                found[p] = entry[key]
-            elif "step" in entry:
+            if key is None and "step" in entry:
                 raise RuntimeError(
                     f"perturb: {self.name} goes along the base's momentum, but the state of params[{k}] has neither "
                     f"{' nor '.join(MOMENTA)}; use another base"
                 )
+            dtype = torch.float32 if cycle.groups.setup.has_master(p) else p.dtype
+            found.append(torch.zeros_like(p, dtype=dtype, requires_grad=False) if key is None else entry[key])
         return found
 
-    def _wanted(self, cycle: Cycle, read: Read) -> list[Tensor]:
+    def perturbed_partition(self, cycle: Cycle, read: Read) -> Partition:
         groups = cycle.groups.listed()
-        return [p for group in groups if read(group)["perturb"] for p in group["params"] if p.requires_grad]
+        on = [group for group in groups if read(group)["perturb"]]
+        return cycle.partitions.of([p for group in on for p in group["params"] if p.requires_grad])
 
     def climb(self, cycle: Cycle, read: Read) -> None:
-        """CLEAN -> PERTURBED."""
-        on = self._wanted(cycle, read)
-        momenta = self._momenta(cycle, on)
-        partition = cycle.partitions.of([p for p in on if p in momenta])
-
-        def prepare(stores: list[CleanStore], again: bool) -> list[Call]:
-            along = momenta if not again else self._momenta(cycle, on)  # which have followed a memory format
-
-            reads = {key: (lambda group, number=number: number(read(group))) for key, number in CLIMB.items()}
-            name = "climb" if read is present else "last climb"
-            return climb_calls(partition, stores, lambda b: Climb([along[p] for p in b.params], b.columns(name, reads)))
-
-        calls = cycle.weights.perturb(partition, prepare)
+        """CLEAN -> PERTURBED; or anew, from copies that are ahead."""
+        partition = self.perturbed_partition(cycle, read)
+        reads = {key: (lambda group, number=number: number(read(group))) for key, number in CLIMB.items()}
+        name = "climb" if read is present else "last climb"
+        calls = cycle.weights.perturb(
+            partition,
+            lambda stores, _: climb_calls(
+                partition, stores, lambda b: Climb(self._momenta(cycle, b.params), b.columns(name, reads))
+            ),
+        )
         if calls:
             cycle.ascent_norm = calls[0].args[-1]
         if not cycle.warned_rounded_away:
@@ -126,16 +123,14 @@ class RollingMomentum(StaysPerturbed, MomentumPerturbation):
 
     put_on_after_clean = put_on_next
 
-    def climbs_from_copies(self, cycle: Cycle, params: list[Tensor], final: Final) -> bool:
-        """Not where a parameter's first momentum adds it to what is perturbed, nor from copies in half precision."""
-        partition = cycle.weights.partition
-        if partition is None or any(b.has_master or {*b.dtypes} != {torch.float32} for b in partition.buckets):
-            return False
-        reached = {p for k, p in enumerate(params) if final.has(k)}
-        coming = [p for p in self._wanted(cycle, present) if p in reached or id(p) in partition.members]
-        return cycle.partitions.of(coming) is partition
-
     def _climb_and_note(self, cycle: Cycle, read: Read) -> None:
         self.climb(cycle, read)
         for group in cycle.groups:
             group[LAST_DRAW] = {key: read(group)[key] for key in ("rho", "perturb")}
+
+    def climbs_from_copies(self, cycle: Cycle) -> bool:
+        """Not where a group or a parameter was switched, nor from copies in half precision."""
+        partition = cycle.weights.partition
+        if partition is None or any(b.has_master or {*b.dtypes} != {torch.float32} for b in partition.buckets):
+            return False
+        return self.perturbed_partition(cycle, present) is partition

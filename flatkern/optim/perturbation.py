@@ -167,7 +167,7 @@ class StaysPerturbed(NoPerturbation):
     def check_next(self, cycle: Cycle) -> None:
         """Refuse a step that no perturbation could follow."""
 
-    def climbs_from_copies(self, cycle: Cycle, params: list[Tensor], final: Final) -> bool:
+    def climbs_from_copies(self, cycle: Cycle) -> bool:
         """True if `put_on_next` takes clean weights from their copies, which the step may update in place."""
         return False
 

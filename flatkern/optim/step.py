@@ -121,7 +121,7 @@ class Step:
         else:
             # A group or a parameter was switched, and one pass cannot serve two sets; or the weights are clean already.
             perturbation.check_next(cycle)
-            in_copies = self.rule.updates_copies and perturbation.climbs_from_copies(cycle, params, final)
+            in_copies = self.rule.updates_copies and perturbation.climbs_from_copies(cycle)
             self._update(params, replace(final, at_perturbed_weights=True, in_copies=in_copies))
             perturbation.put_on_next(cycle)
 
