@@ -89,5 +89,7 @@ def cost(opt: FlatOptimizer) -> Cost:
             bytes_moved += round(n * extra.moved)
             scratch_bytes += n * extra.scratch
             state_bytes += n * extra.state
-    launches = perturbation.launches - perturbation.is_clean_rank + (opt.setup.max_grad_norm is not None)
+    launches = (
+        perturbation.launches_of(opt.own_groups) - perturbation.is_clean_rank + (opt.setup.max_grad_norm is not None)
+    )
     return Cost(parameters, bytes_moved, base_bytes, launches, state_bytes, scratch_bytes)

@@ -115,6 +115,11 @@ class MomentumPerturbation(NoPerturbation):
 class RollingMomentum(StaysPerturbed, MomentumPerturbation):
     """The perturbation stays on between steps; step() renews it along the new momentum."""
 
+    def traffic(self, group: Group, sizes: Sizes) -> Traffic:
+        extra = super().traffic(group, sizes)
+        # float32 copies are updated in place, and not written a second time.
+        return extra.plus(-sizes.copy) if sizes.copy == sizes.weight == 4 else extra
+
     def put_on(self, cycle: Cycle) -> None:
         self._climb_and_note(cycle, last_climb)
 

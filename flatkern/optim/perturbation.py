@@ -44,7 +44,7 @@ class NoPerturbation:
     sums = False  # losses are divided by the number of passes, so that rounds are not
     counts = False  # those passes
     ops: tuple[str, ...] = ()  # that it calls, besides restore_
-    launches = 1  # op calls of perturb() and step()
+    launches = 1  # see `launches_of`
     is_clean_rank = False  # perturb() moves nothing here, because other ranks are noisy
 
     def check_group(self, group: Group, optimizer: str, capturable: bool) -> None:
@@ -96,6 +96,10 @@ class NoPerturbation:
 
     def count_step(self, cycle: Cycle, skipped: bool) -> None:
         """A step has been made, unless it is known to be skipped."""
+
+    def launches_of(self, groups: list[Group]) -> int:
+        """Op calls of perturb() and step()."""
+        return self.launches
 
     def traffic(self, group: Group, sizes: Sizes) -> Traffic:
         """Bytes per parameter that a step of this method moves beside its base, at the least."""

@@ -88,6 +88,9 @@ class RollingPerturbation(StaysPerturbed, RandomPerturbation):
         # The update writes the new weight twice, clean and perturbed; apart from it absolute noise is drawn.
         return perturb(sizes) if group["scale"] == "absolute" else Traffic(sizes.copy, sizes.copy)
 
+    def launches_of(self, groups: list[Group]) -> int:
+        return self.launches + any(group["scale"] == "absolute" for group in groups)
+
     def put_on(self, cycle: Cycle) -> None:
         draw_again(cycle)
 
