@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from common import (
-    METHODS,
+    EVERY,
     assert_other_tensors,
     assert_same_state,
     assert_same_tensors,
@@ -25,7 +25,7 @@ from skorch.callbacks import Callback, Checkpoint
 import flatkern
 from flatkern.integrations.skorch import FollowCallback
 
-CLOSURES = ["RWP", "rolling RWP", "m-RWP", "ARWP", "SAM", "ASAM", "m-ARWP"]
+CLOSURES = ["RWP", "rolling RWP", "m-RWP", "ARWP", "SAM", "ASAM", "m-ARWP", "LookSAM", "rolling Momentum-SAM"]
 every_method = pytest.mark.parametrize("method", CLOSURES)
 
 
@@ -35,8 +35,8 @@ def data(count=4):
 
 
 def make_net(method, lr=0.05, epochs=2, callbacks=(), **more):
-    follow = [("follow", FollowCallback())] if method in ("rolling RWP", "ASAM") else []
-    own = {f"optimizer__{key}": value for key, value in METHODS[method].make().items()}
+    follow = [("follow", FollowCallback())] if method == "ASAM" or method.startswith("rolling") else []
+    own = {f"optimizer__{key}": value for key, value in EVERY[method].make().items()}
     options = {
         "module": make_model,
         "optimizer": flatkern.AdamW,
@@ -52,7 +52,7 @@ def make_net(method, lr=0.05, epochs=2, callbacks=(), **more):
     return NeuralNetClassifier(**{**options, **own, **more})
 
 
-@every_method
+@pytest.mark.parametrize("method", [*CLOSURES, "GSAM", "SAM at intervals", "Momentum-SAM"])
 def test_fit_equals_a_loop_by_hand(method):
     net = make_net(method).fit(*data())
     model = make_model()
