@@ -13,8 +13,8 @@ from torch.nn import functional
 
 import flatkern
 
-# How an optimizer is made (keyword arguments of every flatkern optimizer), and which loop a user writes for it: "plain",
-# "noisy", "mixed", "ascent", or "sometimes", where perturb_due tells which.
+# How an optimizer is made (keyword arguments of every flatkern optimizer), and which loop a user writes for it: "plain"
+# or "noisy" or "mixed" or "ascent"; "sometimes" is "ascent" where perturb_due, and else "plain".
 Method = namedtuple("Method", "make loop")
 
 
@@ -104,6 +104,12 @@ def loop_of(method, opt):
     """The loop of the coming step."""
     loop = EVERY[method].loop
     return loop if loop != "sometimes" else "ascent" if opt.perturb_due else "plain"
+
+
+def passes_of(method, step):
+    """How often a step's batch is run."""
+    loop = EVERY[method].loop
+    return 2 if loop in ("mixed", "ascent") or (loop == "sometimes" and step % 2 == 0) else 1
 
 
 def loss_of(model, batch):

@@ -67,7 +67,7 @@ def train(method, model, opt, batches, start=0, scaler=None, averages=()):
             flatkern.sampled_label_loss(model(x), generator=generator).backward()
             opt.update_mask()
         loss = cross_entropy(model(x), y)
-        if method != "IRE" and not opt.rolling and opt.perturb_due:
+        if method not in ("IRE", "plain") and not opt.rolling and opt.perturb_due:
             backward(loss, opt, scaler, need_update=False)
             opt.perturb(scaler=None if scaler is None else scaler._scaler)
             with flatkern.frozen_running_stats(model):

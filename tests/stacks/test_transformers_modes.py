@@ -35,10 +35,10 @@ def train_on_two_ranks(method, accumulation, folder):
     assert isinstance(trainer.model_wrapped, DistributedDataParallel)
 
     by_hand = DistributedDataParallel(make_gpt())
-    opt = make_optimizer(method, by_hand, max_grad_norm=None if method == "rolling RWP" else 0.25)
+    opt = make_optimizer(method, by_hand, max_grad_norm=None if method.startswith("rolling") else 0.25)
     own = batches_of(texts)[rank::world]
     windows = [own[k : k + accumulation] for k in range(0, len(own), accumulation)]
-    if method == "rolling RWP":
+    if method.startswith("rolling"):
         opt.register_step_pre_hook(lambda *_: torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 0.25) and None)
     train_by_hand(method, by_hand, opt, windows)
     return weights(trainer.model), weights(by_hand.module)
