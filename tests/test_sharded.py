@@ -132,18 +132,18 @@ def test_sharded_is_whole(two, base, method):
     two.call(compare_trajectories, (2,), base, method, torch.float32, {})
 
 
-@pytest.mark.parametrize("method", ["m-ARWP", "rolling ARWP", "ASAM"])
+@pytest.mark.parametrize("method", ["m-ARWP", "rolling ARWP", "ASAM", "LookSAM"])
 def test_sharded_is_whole_on_every_backend(two, backend, method):
     two.call(compare_trajectories, (2,), "SGD", method, torch.float32, {"backend": backend})
 
 
-@pytest.mark.parametrize("method", ["m-RWP", "rolling ARWP", "SAM"])
+@pytest.mark.parametrize("method", ["m-RWP", "rolling ARWP", "SAM", "GSAM"])
 def test_masters_clipping_and_bfloat16(two, method):
     options = {"master_weights": True, "max_grad_norm": 0.5}
     two.call(compare_trajectories, (2,), "AdamW", method, torch.bfloat16, options)
 
 
-@pytest.mark.parametrize("method", ["m-ARWP", "rolling ARWP", "SAM"])
+@pytest.mark.parametrize("method", ["m-ARWP", "rolling ARWP", "SAM", "LookSAM"])
 def test_more_ranks_than_rows_and_hybrid_sharding(four, method):
     options = {"enhance": flatkern.IRE(2.0, interval=2), "max_grad_norm": 0.5}
     for where in ((4,), (2, 2)):
