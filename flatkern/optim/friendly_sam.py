@@ -42,6 +42,7 @@ class FriendlyAscent(AscentPerturbation):
         self._ascents = 0  # of the coming step
         self._renewed: list[Tensor] = []  # parameters whose mean this round has renewed
         self._first: set[Tensor] = set()  # those of them that had none before
+        self._blank: dict[Tensor, tuple[Tensor, int]] = {}  # zeros that no gradient is in, and their versions
 
     def traffic_when_due(self, sizes: Sizes) -> Traffic:
         # The norm and the ascent read the mean, and the ascent writes the new one.
@@ -69,6 +70,9 @@ class FriendlyAscent(AscentPerturbation):
     def means(self, cycle: Cycle, bucket: Bucket) -> tuple[list[Tensor] | None, list[Tensor] | None, Numbers]:
         means, created = cycle.state.like_params(bucket.params, self.state_key)
         numbers = bucket.columns("mean", MEAN)
+        if self._blank:
+            pairs = enumerate(zip(bucket.params, means, strict=True))
+            created = {*created, *(k for k, (p, mean) in pairs if self._is_blank(p, mean))}
         if created:
             self._first.update(bucket.params[k] for k in created)
             numbers = {**numbers, "momentum": [0.0 if k in created else m for k, m in enumerate(numbers["momentum"])]}
@@ -76,6 +80,17 @@ class FriendlyAscent(AscentPerturbation):
             return means, means, numbers
         self._renewed += bucket.params
         return means, [self._other(p, m) for p, m in zip(bucket.params, means, strict=True)], numbers
+
+    def create_state(self, cycle: Cycle) -> None:
+        super().create_state(cycle)
+        for p in cycle.groups.params():
+            for mean in cycle.state.existing(self.state_key, [p]):
+                self._blank[p] = mean, dtensor.version(mean)
+
+    def _is_blank(self, p: Tensor, mean: Tensor) -> bool:
+        """No checkpoint has been loaded into it, either."""
+        known, version = self._blank.get(p, (None, 0))
+        return known is mean and version == dtensor.version(mean)
 
     def _other(self, p: Tensor, mean: Tensor) -> Tensor:
         """Where the new mean of `p` is written."""
@@ -108,6 +123,7 @@ class FriendlyAscent(AscentPerturbation):
         if self._ascents == 1 and skipped:
             self.forget_round(cycle)
         self._ascents, self._renewed, self._first = 0, [], set()
+        self._blank.clear()
 
     def release(self) -> None:
         self._others.clear()

@@ -94,6 +94,13 @@ class NoPerturbation:
         """What enters the update of the clean gradients, where numbers of the host do not say it. Reads gradients, and
         writes nothing: `SharedArguments.keep` is a call that does, when the step is made."""
 
+    def create_state(self, cycle: Cycle) -> None:
+        """What it keeps per parameter, as zeros: distributed checkpoints load what an optimizer has already."""
+        if self.state_key is not None:
+            perturbed = [p for group in cycle.groups if group["perturb"] for p in group["params"] if p.requires_grad]
+            cycle.state.like_params(perturbed, self.state_key)
+            cycle.state.keep_created()
+
     def count_step(self, cycle: Cycle, skipped: bool) -> None:
         """A step has been made, unless it is known to be skipped."""
 

@@ -20,7 +20,7 @@ from .buckets import IN_PLACE, Bucket, Call, CleanStore, Partition, SharedArgume
 from .cycle import Cycle
 from .draw import SCALE, drawn_with, noise_call, perturbed_partition, relative, sigmas_on_device
 from .external_writes import REPEATABLE
-from .gradients import Final, gradients_of, show_unscaled
+from .gradients import Final, Grads, gradients_of, show_unscaled
 from .groups import Group
 from .ire import Mask
 from .perturbation import NoPerturbation, StaysPerturbed
@@ -76,6 +76,7 @@ class Step:
     grad_norm: Tensor | None = None  # of the final gradient, before clipping
     complete: bool = False  # no parameter is without a gradient
     updated: bool = False  # every parameter that has a gradient has its new value
+    creates_state: bool = False  # and is no step of a training
 
     def run(self) -> None:
         """Restore, form the final gradient, update; rolling: draw new noise.
@@ -96,7 +97,11 @@ class Step:
         elif isinstance(self.perturbation, StaysPerturbed):
             self._run_rolling(self.perturbation, params, final)
         else:
+            if self.perturbation.has_interval or self.perturbation.state_key is not None:
+                self.creates_state = not final.at_perturbed_weights and self._creates_state() and _are_zero(grads)
             self._update(params, final)
+            if self.creates_state:
+                self.perturbation.create_state(cycle)
             if final.unscaled and final.clean is not None:
                 show_unscaled(params, grads, final.clean)
             if self.perturbation.moves:
@@ -110,11 +115,9 @@ class Step:
         partition = weights.partition
         of_this_round = partition is None and cycle.gradients.is_noisy(params)  # eval() came after the backward
         if partition is None and not of_this_round:
-            # Distributed checkpointing creates the state by a step with lr 0, on weights that it wants unchanged.
-            no_state = not cycle.groups.state()
-            creates_state = no_state and all(cycle.scalars.host_value(g, "lr") == 0 for g in cycle.groups)
+            self.creates_state = self._creates_state()
             self._update(params, final)
-            if not creates_state:
+            if not self.creates_state:
                 perturbation.put_on_after_clean(cycle)
         elif perturbation.renews_inside and perturbed_partition(cycle) is partition:
             self._update(params, final, cycle.scalars.noise(ahead=1))
@@ -124,6 +127,11 @@ class Step:
             in_copies = self.rule.updates_copies and perturbation.climbs_from_copies(cycle)
             self._update(params, replace(final, at_perturbed_weights=True, in_copies=in_copies))
             perturbation.put_on_next(cycle)
+
+    def _creates_state(self) -> bool:
+        """Distributed checkpointing creates the state by a step with lr 0, on weights that it wants unchanged."""
+        cycle = self.cycle
+        return not cycle.groups.state() and all(cycle.scalars.host_value(g, "lr") == 0 for g in cycle.groups)
 
     # --- prepare ---------------------------------------------------------------------------------
 
@@ -298,7 +306,7 @@ class Step:
                 self.mask.count_step(cycle, skipped)
             if perturbation.counts_steps:
                 perturbation.count_step(cycle, skipped)
-            if perturbation.has_interval and not skipped:
+            if perturbation.has_interval and not (skipped or self.creates_state):
                 for group in cycle.groups.owner().own_groups:  # type: ignore[union-attr]
                     group["perturb_count"] += 1
         if final.squares:
@@ -365,6 +373,10 @@ class Step:
                     new += squares[p]
                 skip = self.amp.skip(cycle.nonfinite, part.device)
                 part.copy_(new if skip is None else torch.where(skip != 0, part, new))
+
+
+def _are_zero(grads: Grads) -> bool:
+    return not any(bool(dtensor.local(g).any()) for g in grads if g is not None)
 
 
 def draw_call(bucket: Bucket, s: SharedArguments) -> Call:
