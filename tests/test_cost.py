@@ -16,7 +16,7 @@ from test_errors import METHODS, cycle
 from test_errors import make as in_two_buckets
 
 import flatkern
-from flatkern import ASAM, RWP, SAM, SGD, Adam, AdamW, dispatch
+from flatkern import ASAM, RWP, SAM, SGD, Adam, AdamW, MomentumSAM, dispatch
 from flatkern.ops import OPS
 
 N = 64 * 48
@@ -37,6 +37,9 @@ FLOORS = {
     "SAM": (SAM(), {}, 40, 48, 2.00, 1.71),
     "ASAM": (ASAM(), {}, 44, 52, 2.20, 1.86),
     "SAM, bf16 + master": (SAM(), BF16, 30, 38, 1.50, 1.36),
+    "MomentumSAM": (MomentumSAM(), {}, 40, 48, 2.00, 1.71),
+    "MomentumSAM rolling": (MomentumSAM(rolling=True), {}, 36, 44, 1.80, 1.57),  # climbs from copies that are updated
+    "MomentumSAM rolling, bf16 + master": (MomentumSAM(rolling=True), BF16, 34, 42, 1.70, 1.50),
 }
 
 

@@ -118,6 +118,11 @@ class MomentumPerturbation(NoPerturbation):
 class RollingMomentum(StaysPerturbed, MomentumPerturbation):
     """The perturbation stays on between steps; step() renews it along the new momentum."""
 
+    def traffic(self, group: Group, sizes: Sizes) -> Traffic:
+        # Float32 weights are climbed from their copies, which the step has updated in place.
+        is_written_once = sizes.copy == sizes.item == 4
+        return super().traffic(group, sizes).plus(-sizes.copy if is_written_once else 0)
+
     def put_on(self, cycle: Cycle) -> None:
         self._climb_and_note(cycle, last_climb)
 
