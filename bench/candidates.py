@@ -139,10 +139,11 @@ class Candidate:
         self.label, self.gradients, self.burst = label, gradients, burst
         self.machine = machine or Cpu()
         self.params = [torch.nn.Parameter(w.clone()) for w in weights]
-        self.method = METHODS["plain" if is_plain(label) else method]
-        self.optimizer = self.build(method, base, masters)
+        self.name = "plain" if is_plain(label) else method
+        self.method = METHODS[self.name]
+        self.optimizer = self.build(base, masters)
 
-    def build(self, method: str, base: str, masters: bool):
+    def build(self, base: str, masters: bool):
         kind, _, backend = self.label.removeprefix("plain ").partition(" ")
         if self.label in TORCH:
             return torch_optimizer(self.params, base, **TORCH[self.label])
@@ -155,7 +156,7 @@ class Candidate:
 
             return Compiled(self.params, self.method, base)
         if kind == "peer":
-            return PEERS[method, base].build(self.params, self.method, base)
+            return PEERS[self.name, base].build(self.params, self.method, base)
         return styles_of(self.method)[kind](self.params, self.method, base)
 
     def __call__(self, count: int) -> dict[str, int]:

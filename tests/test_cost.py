@@ -139,7 +139,7 @@ def test_launches(row, clip, calls):
         for _ in range(2):
             calls["eager"].clear()
             if method is not None and not opt.rolling:
-                if isinstance(method, SAM) or method.lam is not None:
+                if not opt.perturbation.starts_perturbed:
                     for p in params:
                         p.grad = torch.randn_like(p)
                 opt.perturb()
