@@ -89,8 +89,9 @@ def follow_lr(low: float, high: float, lr_min: float = 0.0, lr_max: float | None
     Arguments:
         low, high: the values at lr_min and at lr_max, >= 0. Learning rates beyond those have these values.
         lr_min: >= 0.
-        lr_max: >= lr_min; None: the largest learning rate of the group so far, kept in the scheduler's state.
-            Where it is lr_min, the value is `high`.
+        lr_max: >= lr_min; None: the largest learning rate of the group so far, kept in the scheduler's state, so that
+            the value is `high` while the learning rate warms up: give lr_max then. Where it is lr_min, the value is
+            `high`.
 
     Raises:
         ValueError: a value out of range.

@@ -48,7 +48,8 @@ class SAM(_Ascent):
             backward at clean weights synchronizes, too.
         interval: every how many steps the ascent is made; those between are steps of the base optimizer.
             `opt.perturb_due` tells explicit loops; closures run once in between. Every step counts that is not
-            skipped, as far as the host knows: on a GPU it does not wait to find out.
+            skipped, as far as the host knows: on a GPU it does not wait to find out. Loops of several micro-batches
+            divide their losses by the number of them between ascents, where there are no rounds to average.
 
     Group keys: `rho`; `lam`; `perturb_interval`, which has to be the same in all groups; `adaptive`, False, with True
     the group climbs by T_w = |w| + `eta` as in `ASAM`; `eta`, 0.
@@ -181,7 +182,8 @@ class FriendlySAM(_Ascent):
         m <- momentum m + (1 - momentum) a        behind it; the first m is a, and the first d is a
 
     m counts ascents: where the second gradient is not finite and the step is skipped, m has seen the first one on a
-    GPU, where the host does not wait to know; on the CPU it has not. An ascent that is not finite leaves it alone.
+    GPU, where the host does not wait to know, and of several rounds; on the CPU it has not. An ascent that is not
+    finite leaves it alone, and so do parameters of groups with perturb=False, whose m stands still.
 
     Arguments:
         rho: radius of the ascent step, as SAM's.
@@ -228,7 +230,7 @@ class LookSAM(_Ascent):
 
     Norms and the inner product are over all perturbed parameters. Where ||g_v|| < 1e-6 ||g_p||, which rounding would be
     all of, nothing is kept, and steps between are those of the base. `opt.perturb_due` tells explicit loops which step
-    is which; closures run once in between.
+    is which; closures run once in between. What is kept is of the perturbed parameters as they were at that ascent.
 
     Arguments:
         rho: radius of the ascent step, as SAM's.

@@ -151,6 +151,5 @@ def check_can_unscale(scaler: Any, params: list[Tensor], why: str) -> None:
     for k, p in enumerate(params):
         if p.dtype == torch.float16 and p.requires_grad:
             raise RuntimeError(
-                f"perturb: params[{k}] is float16, and scaler.unscale_() refuses float16 gradients, which m-RWP with "
-                'mix="gradients" needs; keep float32 weights under torch.autocast, or use mix="losses"'
+                f"perturb: params[{k}] is float16, and scaler.unscale_() refuses float16 gradients, which {why}"
             )

@@ -168,14 +168,15 @@ class FlatOptimizer(Saved):
         `.grad`, so that the next backward accumulates into them.
 
         Arguments:
-            scaler: the torch.amp.GradScaler in use; m-RWP with mix="gradients" needs it to unscale
-                and inf-check the clean gradient. SAM and ASAM tell it of an ascent that is not finite, so that
-                `scaler.update()` lowers the scale; without it such a step is skipped, and the scale stays.
+            scaler: the torch.amp.GradScaler in use; m-RWP with mix="gradients", mixed SAM, GSAM, Friendly-SAM and
+                LookSAM need it to unscale and inf-check the clean gradient. SAM and ASAM tell it of an ascent that is
+                not finite, so that `scaler.update()` lowers the scale; without it such a step is skipped, and the
+                scale stays.
 
         Raises:
-            RuntimeError: already perturbed; rolling; no method; RWP with a new gradient, which would be
-                lost; SAM without one; a second clean gradient for m-RWP; another optimizer holds the
-                parameters perturbed. A refused call has changed nothing.
+            RuntimeError: already perturbed; rolling; no method; RWP or Momentum-SAM with a new gradient, which would
+                be lost; SAM without one, or on a step between ascents; a second clean gradient for m-RWP; another
+                optimizer holds the parameters perturbed. A refused call has changed nothing.
         """
         cycle, perturbation = self.cycle, self.perturbation
         if perturbation.refuses_perturb:
@@ -221,8 +222,8 @@ class FlatOptimizer(Saved):
 
         Arguments:
             closure: zeroes the gradients, runs forward and backward, returns the loss. It is called
-                once (plain, RWP, rolling) or twice (SAM, m-RWP); `[clean, noisy]` gives m-RWP two
-                batches, a list gives mSAM its shards.
+                once (plain, RWP, Momentum-SAM, rolling, steps between ascents) or twice (SAM and its kin, m-RWP);
+                `[clean, noisy]` gives m-RWP two batches, a list gives mSAM its shards.
 
         Returns:
             The closure's loss, the clean one where there is one; None without a closure.
@@ -271,7 +272,7 @@ class FlatOptimizer(Saved):
         try:
             yield
         except BaseException:
-            closures.abort_round(self.cycle, rounds)
+            closures.abort_round(self, rounds)
             raise
         self.restore()
 
@@ -363,7 +364,8 @@ class FlatOptimizer(Saved):
         """
         if not self.perturbation.rolling:
             raise RuntimeError(
-                "follow: only a rolling optimizer can follow a model; pass perturb=flatkern.RWP(rolling=True)"
+                "follow: only a rolling optimizer can follow a model; pass perturb=flatkern.RWP(rolling=True), or "
+                "MomentumSAM(rolling=True)"
             )
         return follow.follow(self.cycle, model)
 
@@ -387,6 +389,7 @@ class FlatOptimizer(Saved):
         self.cycle.require("release")
         self.cycle.drop_pending()
         self.cycle.weights.release()
+        self.perturbation.forget()
         self.perturbation.release()
         self.cycle.partitions.clear()
 

@@ -28,7 +28,10 @@ from .scalars import LAST_DRAW, as_numbers
 from .state import LIKE_PARAMS, OWN_KEYS
 
 # That mean something else in another method.
-_METHOD_KEYS = ("sigma", "lam", "eta", "beta", "rho", "alpha", "adaptive", "ascent")
+_METHOD_KEYS = (
+    "sigma", "lam", "eta", "beta", "scale", "rho", "alpha", "adaptive", "ascent", "perturb_momentum",
+    "perturb_interval", "perturb_count",
+)  # fmt: skip
 Entry = dict[str, Any]
 
 
@@ -106,10 +109,11 @@ def _completed(group: Group, saved: Group, groups: Groups, perturbation: NoPertu
     own = groups.own(full)
     is_described = setup.method is None or perturbation.is_described_by(groups.own(saved), group)
     # Without a mask in the checkpoint there is none. Before kappa followed the largest lr it followed the initial one.
+    # Before there was a scale, sigma was relative to the norm.
     afresh = {"mask_age": None, "perturb_count": 0, "largest_lr": float(full.get("initial_lr") or 0.0)}
     for key in own_defaults:
         if key not in own or (key in _METHOD_KEYS and not is_described):
-            own[key] = afresh[key] if key in afresh else group[key]
+            own[key] = "norm" if key == "scale" and is_described else afresh.get(key, group[key])
     if not is_described:
         own.pop(LAST_DRAW, None)
     if "capturable" in group:

@@ -64,20 +64,21 @@ def step(opt: Passes, closure: Closure | list[Closure], scaled: bool) -> Any:
             opt, closures, params
         )
     except BaseException:
-        abort_round(cycle)
+        abort_round(opt)
         cycle.drop_pending()
         # What a failed pass left behind is not a valid gradient.
         cycle.gradients.clear(params)
         raise
 
 
-def abort_round(cycle: Cycle, rounds_before: int | None = None) -> None:
+def abort_round(opt: Passes, rounds_before: int | None = None) -> None:
     """After an exception: clean weights, this round's gradients dropped, earlier rounds kept.
 
     Arguments:
         rounds_before: rounds that were finished before this one. A step that fails leaves clean weights and finishes
             its round, whose gradients cannot be told from those of earlier ones any more.
     """
+    cycle = opt.cycle
     if cycle.weights.partition is None:
         if rounds_before is not None and cycle.gradients.rounds > rounds_before:
             cycle.gradients.clear(cycle.groups.params())
@@ -88,6 +89,7 @@ def abort_round(cycle: Cycle, rounds_before: int | None = None) -> None:
     else:
         cycle.weights.restore()
     cycle.gradients.drop_round(cycle.groups.params())
+    opt.perturbation.drop_round(cycle)
     cycle.drop_ascent()
     cycle.unscaled.scaler = None
     if not cycle.gradients.rounds:

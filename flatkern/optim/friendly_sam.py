@@ -40,7 +40,7 @@ class FriendlyAscent(AscentPerturbation):
         self.counts_steps = True
         self._others: dict[Tensor, Tensor] = {}  # scratch of the same kind as the means
         self._ascents = 0  # of the coming step
-        self._renewed: list[Tensor] = []  # parameters whose mean this round has renewed
+        self._renewed: dict[Tensor, None] = {}  # parameters whose mean this round has renewed
         self._first: set[Tensor] = set()  # those of them that had none before
         self._blank: dict[Tensor, tuple[Tensor, int]] = {}  # zeros that no gradient is in, and their versions
 
@@ -54,7 +54,7 @@ class FriendlyAscent(AscentPerturbation):
             check_can_unscale(scaler, params, f"{self.name} needs; keep float32 weights under torch.autocast")
 
     def move(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
-        self._renewed, self._first = [], set()
+        self._renewed, self._first = {}, set()
         flags: list[Tensor] = []
         if scaler is not None:
             cycle.unscaled.scaler = scaler
@@ -73,12 +73,14 @@ class FriendlyAscent(AscentPerturbation):
         if self._blank:
             pairs = enumerate(zip(bucket.params, means, strict=True))
             created = {*created, *(k for k, (p, mean) in pairs if self._is_blank(p, mean))}
+        if self._first:  # the calls are prepared anew, in another memory format
+            created = {*created, *(k for k, p in enumerate(bucket.params) if p in self._first)}
         if created:
             self._first.update(bucket.params[k] for k in created)
             numbers = {**numbers, "momentum": [0.0 if k in created else m for k, m in enumerate(numbers["momentum"])]}
         if cycle.groups.setup.capturable:
             return means, means, numbers
-        self._renewed += bucket.params
+        self._renewed.update(dict.fromkeys(bucket.params))
         return means, [self._other(p, m) for p, m in zip(bucket.params, means, strict=True)], numbers
 
     def create_state(self, cycle: Cycle) -> None:
@@ -111,18 +113,25 @@ class FriendlyAscent(AscentPerturbation):
         for p in self._first:
             cycle.state.drop(p, self.state_key)
         cycle.state.keep_created()
-        self._renewed, self._first = [], set()
+        self._renewed, self._first = {}, set()
         self._ascents -= 1
 
     def end_round(self, cycle: Cycle, params: list[Tensor], counted: bool) -> None:
         if not counted:
-            self.forget_round(cycle)
+            self.drop_round(cycle)
         super().end_round(cycle, params, counted)
+
+    def drop_round(self, cycle: Cycle) -> None:
+        if self._renewed:
+            self.forget_round(cycle)
 
     def count_step(self, cycle: Cycle, skipped: bool) -> None:
         if self._ascents == 1 and skipped:
-            self.forget_round(cycle)
-        self._ascents, self._renewed, self._first = 0, [], set()
+            self.drop_round(cycle)
+        self.forget()
+
+    def forget(self) -> None:
+        self._ascents, self._renewed, self._first = 0, {}, set()
         self._blank.clear()
 
     def release(self) -> None:

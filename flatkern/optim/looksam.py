@@ -51,7 +51,10 @@ class ReusedAscent(ClimbedGradients):
         if final is None or final.at_perturbed_weights or self.is_due(groups) or not any(map(alpha_of, groups)):
             return final
         pairs = zip(params, grads, strict=True)
-        kept: Grads = [None if g is None else next(cycle.state.existing(self.state_key, [p]), None) for p, g in pairs]
+        kept: Grads = [
+            next(cycle.state.existing(self.state_key, [p]), None) if g is not None and p.requires_grad else None
+            for p, g in pairs
+        ]
         return replace(final, clean=kept) if any(t is not None for t in kept) else final
 
     def combine(self, cycle: Cycle, final: Final, parts: Parts) -> None:

@@ -59,7 +59,9 @@ class ClimbedGradients(AscentPerturbation):
             refuse_scaled_ascent(self.name)
         ledger = cycle.gradients
         counted = cycle.weights.partition is not None and ledger.has_new_since_perturb(params)
-        return replace(final, clean=resolved(ledger.ascents_with(counted)), clean_rounds=final.rounds)
+        pairs = zip(params, resolved(ledger.ascents_with(counted)), strict=True)
+        clean = [a if p.requires_grad else None for p, a in pairs]  # it may have been frozen since
+        return replace(final, clean=clean, clean_rounds=final.rounds)
 
 
 class MixedAscent(ClimbedGradients):

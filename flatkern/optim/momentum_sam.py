@@ -16,8 +16,10 @@ from .groups import Group
 from .perturbation import NoPerturbation, StaysPerturbed
 from .sam import Climb, climb_calls, warn_if_rounded_away
 from .scalars import LAST_DRAW
+from .state import OWN_KEYS
 from .traffic import Sizes, Traffic, perturb
 
+OWN = {*OWN_KEYS, "master"}  # which tell nothing of the base
 MOMENTA = ("momentum_buffer", "exp_avg")  # as torch's optimizers call them
 CLIMB = {"rho": lambda group: -float(group["rho"]), "eta": lambda group: -1.0}
 Read = Callable[[Group], Group]
@@ -62,7 +64,7 @@ class MomentumPerturbation(NoPerturbation):
     def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
         if new and not cycle.gradients.holds_zeros_only(params):
             refuse_unused_gradient(self.name, self.pattern)
-        self._momenta(cycle, params)
+        self.check_step(cycle)
 
     def move(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
         self.climb(cycle, present)
@@ -72,23 +74,28 @@ class MomentumPerturbation(NoPerturbation):
             cycle.gradients.give_back(params)
 
     def _momenta(self, cycle: Cycle, params: list[Tensor]) -> list[Tensor]:
-        """The momentum of each parameter.
-
-        Raises:
-            RuntimeError: the base has made a step, and keeps none.
-        """
+        """The momentum of each parameter; zeros where there is none."""
         state, found = cycle.groups.state(), []
-        for k, p in enumerate(params):
+        for p in params:
             entry = state.get(p) or {}
             key = next((key for key in MOMENTA if entry.get(key) is not None), None)
-            if key is None and "step" in entry:
-                raise RuntimeError(
-                    f"perturb: {self.name} goes along the base's momentum, but the state of params[{k}] has neither "
-                    f"{' nor '.join(MOMENTA)}; use another base"
-                )
             dtype = torch.float32 if cycle.groups.setup.has_master(p) else p.dtype
             found.append(torch.zeros_like(p, dtype=dtype, requires_grad=False) if key is None else entry[key])
         return found
+
+    def check_step(self, cycle: Cycle) -> None:
+        """
+        Raises:
+            RuntimeError: the base has made a step, and keeps no momentum.
+        """
+        state = cycle.groups.state()
+        for k, p in enumerate(self.perturbed_partition(cycle, present).params):
+            entry = state.get(p) or {}
+            if entry.keys() - OWN and all(entry.get(key) is None for key in MOMENTA):
+                raise RuntimeError(
+                    f"{self.name} goes along the base's momentum, but the state of perturbed parameter {k} has neither "
+                    f"{' nor '.join(MOMENTA)} ({', '.join(sorted(map(str, entry.keys() - OWN)))}); use another base"
+                )
 
     def perturbed_partition(self, cycle: Cycle, read: Read) -> Partition:
         groups = cycle.groups.listed()
@@ -121,6 +128,7 @@ class RollingMomentum(StaysPerturbed, MomentumPerturbation):
         return extra.plus(-sizes.copy) if sizes.copy == sizes.weight == 4 else extra
 
     def put_on(self, cycle: Cycle) -> None:
+        self.check_step(cycle)
         self._climb_and_note(cycle, last_climb)
 
     def put_on_next(self, cycle: Cycle) -> None:

@@ -101,6 +101,9 @@ class NoPerturbation:
             cycle.state.like_params(perturbed, self.state_key)
             cycle.state.keep_created()
 
+    def check_step(self, cycle: Cycle) -> None:
+        """Refuse a rolling step, before anything is written."""
+
     def count_step(self, cycle: Cycle, skipped: bool) -> None:
         """A step has been made, unless it is known to be skipped."""
 
@@ -111,6 +114,12 @@ class NoPerturbation:
     def traffic(self, group: Group, sizes: Sizes) -> Traffic:
         """Bytes per parameter that a step of this method moves beside its base, at the least."""
         return Traffic()
+
+    def drop_round(self, cycle: Cycle) -> None:
+        """A round has failed, and the weights are clean: what its perturb() has changed is as before."""
+
+    def forget(self) -> None:
+        """What is pending goes: rounds are dropped, or other state is loaded."""
 
     def release(self) -> None:
         """Free the scratch."""

@@ -53,6 +53,7 @@ class AscentPerturbation(NoPerturbation):
         self.name = type(method).__name__
         self.sums = method.rounds == "sum"
         self.has_interval = "perturb_interval" in method.defaults
+        self.has_lam = "lam" in method.defaults
 
     # --- which steps -----------------------------------------------------------------------------
 
@@ -63,9 +64,12 @@ class AscentPerturbation(NoPerturbation):
     def is_due(self, groups: list[Group]) -> bool:
         if not self.has_interval or not groups:
             return True
-        if any([group["perturb_interval"] != groups[0]["perturb_interval"] for group in groups]):
+        interval = groups[0]["perturb_interval"]
+        if type(interval) is not int or interval < 1:
+            interval = check_positive("perturb_due", "perturb_interval", interval)
+        if any([group["perturb_interval"] != interval for group in groups]):
             self.check_common(groups, "perturb_due")
-        return bool(groups[0]["perturb_count"] % groups[0]["perturb_interval"] == 0)
+        return bool(groups[0]["perturb_count"] % interval == 0)
 
     def closures_of(self, groups: list[Group]) -> str:
         return self.closures if self.is_due(groups) else "once each"
@@ -80,7 +84,7 @@ class AscentPerturbation(NoPerturbation):
                     f"{optimizer}: perturb_interval is {interval} with capturable=True, but a CUDA graph repeats one "
                     "step, with an ascent or without; use interval 1, or capturable=False"
                 )
-        if (group.get("lam") is None) != (not self.mixes_by_lam):
+        if self.has_lam and (group["lam"] is None) is self.mixes_by_lam:
             raise ValueError(
                 f"{optimizer}: a group has lam={group['lam']!r}, but {self.name} was made "
                 f"{'with' if self.mixes_by_lam else 'without'} a number for it; lam may not mix None and a number"
@@ -95,7 +99,8 @@ class AscentPerturbation(NoPerturbation):
     def is_described_by(self, saved: Group, group: Group) -> bool:
         # Before groups told which method they are of, ASAM's had eta and SAM's had not.
         before = "ASAM" if "eta" in saved else "SAM"
-        return "rho" in saved and saved.get("ascent", before) == group["ascent"]
+        same_lam = (saved.get("lam") is None) == (group.get("lam") is None)
+        return "rho" in saved and saved.get("ascent", before) == group["ascent"] and same_lam
 
     def is_adaptive(self, group: Group, p: Tensor, name: str) -> bool:
         if group["adaptive"] is not None:

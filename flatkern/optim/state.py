@@ -109,8 +109,11 @@ class State:
         return known  # type: ignore[no-any-return]
 
     def drop(self, p: Tensor, key: str) -> None:
-        """Our own state `key` of `p` goes."""
-        del self.entry(p)[key]
+        """Our own state `key` of `p` goes, and its entry if nothing else is there."""
+        for store in (self._groups.state(), self.deferred):
+            entry = store.get(p, {})
+            if entry.pop(key, None) is not None and not entry:
+                del store[p]
 
     def entry(self, p: Tensor) -> dict[str, Any]:
         """Where our own state of `p` is kept."""

@@ -112,6 +112,8 @@ class Step:
 
     def _run_rolling(self, perturbation: StaysPerturbed, params: list[Tensor], final: Final) -> None:
         cycle, weights = self.cycle, self.cycle.weights
+        if not perturbation.renews_inside:
+            perturbation.check_step(cycle)
         partition = weights.partition
         of_this_round = partition is None and cycle.gradients.is_noisy(params)  # eval() came after the backward
         if partition is None and not of_this_round:
@@ -306,7 +308,7 @@ class Step:
                 self.mask.count_step(cycle, skipped)
             if perturbation.counts_steps:
                 perturbation.count_step(cycle, skipped)
-            if perturbation.has_interval and not (skipped or self.creates_state):
+            if perturbation.has_interval and work and not (skipped or self.creates_state):
                 for group in cycle.groups.owner().own_groups:  # type: ignore[union-attr]
                     group["perturb_count"] += 1
         if final.squares:
