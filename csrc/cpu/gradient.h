@@ -44,9 +44,12 @@ FK_INLINE void with_final_gradient(const Args& a, const Table* clip_or_null, con
 }
 
 // Friendly-SAM's direction, into `out`.
-inline const float* beside_mean(const float* g, const float* mean, float sigma, int64_t n, float* out) {
-  FK_SIMD
-  for (int64_t i = 0; i < n; ++i) out[i] = math::direction(g[i], mean[i], sigma);
+inline const float* beside_mean(const float* g, const float* mean, float sigma, int64_t n, float* out,
+                                Prefetcher& prefetcher) {
+  for_each_part(n, prefetcher, [&](int64_t begin, int64_t end) {
+    FK_SIMD
+    for (int64_t i = begin; i < end; ++i) out[i] = math::direction(g[i], mean[i], sigma);
+  });
   return out;
 }
 

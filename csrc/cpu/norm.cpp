@@ -26,7 +26,12 @@ void ascent_norm_(const AscentNorm& a) {
     const float* d = load(a.grads[b.k], b.begin, b.n, scratch.g);
     if (a.means) {
       const float* m = load(a.means[b.k], b.begin, b.n, scratch.m);
-      d = beside_mean(d, m, static_cast<float>(a.sigma[b.k]), b.n, scratch.clean);
+      scratch.prefetcher.clear();
+      if (b.next > 0) {
+        scratch.prefetcher.add_float32(a.grads[b.k], b);
+        scratch.prefetcher.add_float32(a.means[b.k], b);
+      }
+      d = beside_mean(d, m, static_cast<float>(a.sigma[b.k]), b.n, scratch.clean, scratch.prefetcher);
     }
     if (!(a.eta[b.k] >= 0)) return d;
     const float* w = load(a.params[b.k], b.begin, b.n, scratch.w);

@@ -42,8 +42,10 @@ struct Sgd {
       return;
     }
     float* v = load(a.momentum_buffers[b.k], b.begin, b.n, scratch.v);
-    FK_SIMD
-    for (int64_t i = 0; i < b.n; ++i) out(i, w[i], math::sgd(w[i], g(i), v[i], s));
+    for_each_part(b.n, scratch.prefetcher, [&](int64_t begin, int64_t end) {
+      FK_SIMD
+      for (int64_t i = begin; i < end; ++i) out(i, w[i], math::sgd(w[i], g(i), v[i], s));
+    });
     store(a.momentum_buffers[b.k], b.begin, b.n, v);
   }
 };
@@ -98,6 +100,16 @@ struct UpdateWalk {
 
   const View& clean(int64_t k) const { return (a.masters ? a.masters : a.backups ? a.backups : a.params)[k]; }
 
+  // What `load` does not fetch itself of the next block.
+  void fetch_next(const Block& b, Prefetcher& prefetcher) const {
+    prefetcher.clear();
+    if (b.next == 0) return;
+    prefetcher.add_float32(clean(b.k), b);
+    prefetcher.add_float32(a.grads[b.k], b);
+    if (a.clean_grads) prefetcher.add_float32(a.clean_grads[b.k], b);
+    rule.prefetch(b, prefetcher);
+  }
+
   Squares prepare(const Block& b, Scratch& scratch) const {
     const View &clean = this->clean(b.k), &param = a.params[b.k];
     // Without noise nobody reads a backup again, so the new weight goes straight to the parameter.
@@ -107,6 +119,7 @@ struct UpdateWalk {
     if (!skip) {
       const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
       float* out = keep ? w : target_around_caches(param, b.begin, scratch.w, large);
+      if (!a.noise) fetch_next(b, scratch.prefetcher);
       with_final_gradient(a, &a.clip, b, g, scratch, [&](const auto& gradient) {
         if (a.masks) {
           const uint8_t* flags = unpack(a.masks[b.k], param, b, scratch);
