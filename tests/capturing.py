@@ -31,7 +31,6 @@ METHODS = {
     "SAM": dict(perturb=flatkern.SAM(0.05), max_grad_norm=0.1),
     "mSAM": dict(perturb=flatkern.ASAM(0.5)),
     "GSAM": dict(perturb=flatkern.GSAM(0.05), max_grad_norm=0.1),
-    "FriendlySAM": dict(perturb=flatkern.FriendlySAM(0.05)),
     "rolling MomentumSAM": dict(perturb=flatkern.MomentumSAM(0.05, rolling=True)),
     "rolling absolute": dict(perturb=flatkern.RWP(0.02, scale="absolute", rolling=True)),
     "RWP, rms": dict(perturb=flatkern.RWP(0.1, scale="rms")),

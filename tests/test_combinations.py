@@ -72,7 +72,7 @@ def test_combination(name, what, cell):
     backend, make = live("cpp"), MAKERS[name]
     own = {"IRE": {"enhance": flatkern.IRE(2.0)}, "masters": {"dtype": torch.bfloat16, "master_weights": True}}
     if cell.startswith("-"):
-        with pytest.raises((ValueError, TypeError), match="perturb_interval" if what == "capturable" else what):
+        with pytest.raises((ValueError, TypeError), match="capturable" if what == "capturable" else what):
             if what == "capturable":
                 check_captured(make())
             else:

@@ -183,7 +183,8 @@ class FriendlySAM(_Ascent):
 
     m counts ascents: where the second gradient is not finite and the step is skipped, m has seen the first one on a
     GPU, where the host does not wait to know, and of several rounds; on the CPU it has not. An ascent that is not
-    finite leaves it alone, and so do parameters of groups with perturb=False, whose m stands still.
+    finite leaves it alone (the first of all is forgotten on the CPU; on a GPU m begins as zeros then), and m of groups
+    with perturb=False stands still.
 
     Arguments:
         rho: radius of the ascent step, as SAM's.

@@ -15,8 +15,8 @@ from .buckets import Bucket
 from .cycle import Cycle
 from .errors import refuse_scaled_ascent
 from .gradients import Final, Grads
+from .groups import Group
 from .sam import AscentPerturbation, Numbers
-from .scalars import is_capturing
 from .traffic import Sizes, Traffic
 
 MEAN = {
@@ -29,7 +29,7 @@ class FriendlyAscent(AscentPerturbation):
     """SAM along d = a - sigma m; then m <- momentum m + (1 - momentum) a.
 
     New means are written beside the old ones, and take their place when the ascent has succeeded: an ascent that fails,
-    or that no gradient follows, leaves m as it was. A captured graph knows addresses, so there they are one.
+    or that no gradient follows, leaves m as it was.
     """
 
     state_key = "ascent_mean"
@@ -48,6 +48,14 @@ class FriendlyAscent(AscentPerturbation):
         # The norm and the ascent read the mean, and the ascent writes the new one.
         return super().traffic_when_due(sizes).plus(3 * sizes.moment, scratch=sizes.moment, state=sizes.moment)
 
+    def check_group(self, group: Group, optimizer: str, capturable: bool) -> None:
+        super().check_group(group, optimizer, capturable)
+        if capturable:
+            raise ValueError(
+                f"{optimizer}: {self.name} keeps two means, which change places in every step, but capturable is True, "
+                "and a CUDA graph knows one address; pass capturable=False"
+            )
+
     def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
         super().check(cycle, params, new, scaler)
         if scaler is not None:
@@ -63,8 +71,9 @@ class FriendlyAscent(AscentPerturbation):
         cycle.skip_if(flags)
         self._ascents += 1
         self._exchange(cycle)
-        # The first mean is the first gradient, whatever the momentum. Here the host waits for a GPU, once.
-        if self._first and not is_capturing() and bool(cycle.nonfinite):
+        # The first mean is the first gradient, whatever the momentum. For a GPU the host does not wait to know.
+        flag = cycle.nonfinite
+        if self._first and flag is not None and flag.is_cpu and bool(flag):
             self.forget_round(cycle)
 
     def means(self, cycle: Cycle, bucket: Bucket) -> tuple[list[Tensor] | None, list[Tensor] | None, Numbers]:
@@ -78,8 +87,6 @@ class FriendlyAscent(AscentPerturbation):
         if created:
             self._first.update(bucket.params[k] for k in created)
             numbers = {**numbers, "momentum": [0.0 if k in created else m for k, m in enumerate(numbers["momentum"])]}
-        if cycle.groups.setup.capturable:
-            return means, means, numbers
         self._renewed.update(dict.fromkeys(bucket.params))
         return means, [self._other(p, m) for p, m in zip(bucket.params, means, strict=True)], numbers
 
