@@ -61,12 +61,13 @@ class Baseline:
         self.clean_grads: list[Tensor] | Tensor | None = None
         self.aside: list[Tensor | None] = [None] * len(params)
         self.rounds = 0
+        self.moved = False
         if method.rolling:
             self.perturb()
 
     @torch.no_grad()
     def perturb(self) -> None:
-        if self.method.lam is not None:
+        if self.method.mixes:
             self.keep_clean_gradients()
         if self.method.rho:
             self.climb()
@@ -74,6 +75,7 @@ class Baseline:
             self.add_noise()
         for p, grad in zip(self.params, self.aside, strict=True):
             p.grad = grad
+        self.moved = True
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -83,11 +85,13 @@ class Baseline:
 
     @torch.no_grad()
     def step(self) -> None:
-        self.put_back()
+        if self.moved:
+            self.put_back()
         if self.method.history:
             self.remember()
-        if self.method.lam is not None:
+        if self.method.mixes:
             self.mix()
+        self.moved = False
         if self.rounds:
             torch._foreach_div_([p.grad for p in self.params], self.rounds + 1)
             self.aside, self.rounds = [None] * len(self.params), 0
@@ -99,6 +103,7 @@ class Baseline:
     def eval(self) -> None:
         """Rolling: clean weights, until the next step."""
         self.put_back()
+        self.moved = False
 
 
 class Papers(Baseline):
@@ -111,7 +116,9 @@ class Papers(Baseline):
             self.old = [p.clone() for p in self.params]
         self.noise = []
         for i, p in enumerate(self.params):
-            if p.dim() >= 2:
+            if self.method.absolute:
+                e = torch.normal(0.0, self.method.sigma, p.shape, device=p.device)
+            elif p.dim() >= 2:
                 flat = p.view(p.shape[0], -1)
                 norms = flat.norm(dim=1, keepdim=True).repeat(1, flat.shape[1]).view(p.shape)
                 e = torch.normal(0.0, self.method.sigma * norms)
@@ -193,6 +200,9 @@ class Loop(Baseline):
         self.backups = []
         for i, p in enumerate(self.params):
             self.backups.append(p.clone())
+            if self.method.absolute:
+                p.add_(torch.randn_like(p), alpha=self.method.sigma)
+                continue
             scale = self.method.sigma * filter_norm(p)
             if self.history:
                 scale = scale / (1 + self.method.history * self.history[i]).sqrt()
@@ -247,6 +257,10 @@ class Foreach(Loop):
 
     def add_noise(self) -> None:
         torch._foreach_copy_(self.backups, self.params)
+        if self.method.absolute:
+            self.noise.normal_(0.0, self.method.sigma)
+            torch._foreach_add_(self.params, self.noises)
+            return
         scales = [filter_norm(p) for p in self.params]
         torch._foreach_mul_(scales, self.method.sigma)
         if self.history:
@@ -268,15 +282,18 @@ class Foreach(Loop):
                     torch.abs(p, out=self.weights[i]).add_(self.method.floor)
                     slopes[i] = torch.mul(grads[i], self.weights[i], out=self.slopes[i])
                     directions[i] = self.weights[i].mul_(slopes[i])
-        norm = vector_norm(torch.stack(torch._foreach_norm(slopes)))
-        scale = self.method.rho / (norm + 1e-12)
+        self.norm = vector_norm(torch.stack(torch._foreach_norm(slopes)))
+        scale = self.method.rho / (self.norm + 1e-12)
         torch._foreach_copy_(self.backups, self.params)
         if self.on_cpu:
             # Here reading the norm back costs nothing, and a host scalar saves a pass.
             torch._foreach_add_(self.params, directions, alpha=scale.item())
         else:
-            # The host does not wait; the gradients have served, so that the pass may overwrite them.
-            torch._foreach_mul_(directions, scale)
+            # The host does not wait; gradients that have served may be overwritten by the pass.
+            if self.method.mixes:
+                directions = torch._foreach_mul(directions, scale)
+            else:
+                torch._foreach_mul_(directions, scale)
             torch._foreach_add_(self.params, directions)
 
     def put_back(self) -> None:

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from .baselines import STYLES, FusedAndCopy, torch_optimizer
 from .baselines_ire import IRE_STYLES
+from .baselines_sam import MIXED, RULES
 from .harness import Clock, Cpu, Gradients, Timed, run_cycle
 from .methods import LR, METHODS, MOMENTUM, WEIGHT_DECAY, Method, call_floors, is_plain
+from .peers import LIBRARIES, PEERS
 
 TORCH = {"torch fused": {"fused": True}, "torch foreach": {"foreach": True}, "torch loop": {"foreach": False}}
 FLOOR = "torch fused"  # the plain optimizer every ratio is against
 COPIED = "torch fused + copy"  # and the plain one with half-precision weights in front of it
+HOLDERS = "flatkern", "bench", "torch.optim", *LIBRARIES  # modules whose objects hold an optimizer's tensors
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -29,40 +32,64 @@ def flatkern_optimizer(params: list[Tensor], method: Method, base: str, *, backe
     return optimizer
 
 
+def styles_of(method: Method) -> dict:
+    """Who writes a method, by the degree of care."""
+    if method.kappa:
+        return IRE_STYLES
+    return MIXED if method.rho and method.lam is not None else RULES[method.rule]
+
+
+def perturbation(method: Method):
+    """flatkern's description of a method of the table."""
+    import flatkern
+
+    if method.rule == "momentum":
+        return flatkern.MomentumSAM(method.rho, rolling=method.rolling)
+    if method.rule == "gsam":
+        return flatkern.GSAM(method.rho, method.alpha)
+    if method.rule == "friendly":
+        return flatkern.FriendlySAM(method.rho, sigma=1.0, momentum=method.decay)
+    if method.rule == "looksam":
+        return flatkern.LookSAM(method.rho, method.every, method.alpha)
+    if method.rho and method.floor is not None:
+        return flatkern.ASAM(rho=method.rho, eta=method.floor)
+    if method.rho:
+        return flatkern.SAM(rho=method.rho, lam=method.lam, interval=method.every)
+    if method.sigma:
+        noise = {"eta": method.history, "beta": method.beta, "scale": "absolute" if method.absolute else "norm"}
+        return flatkern.RWP(sigma=method.sigma, lam=method.lam, rolling=method.rolling, **noise)
+    return None
+
+
 def untouched_optimizer(
     params: list[Tensor], method: Method, base: str, *, backend: str | None = None, masters: bool = False
 ):
     """The same before the first noise: no weight has been looked at."""
     import flatkern
 
-    perturb = None
-    if method.rho and method.floor is not None:
-        perturb = flatkern.ASAM(rho=method.rho, eta=method.floor)
+    if method.floor is not None:
         params = [(f"{k}.{'weight' if p.dim() >= 2 else 'bias'}", p) for k, p in enumerate(params)]  # as the baselines
-    elif method.rho:
-        perturb = flatkern.SAM(rho=method.rho)
-    elif method.sigma:
-        perturb = flatkern.RWP(
-            sigma=method.sigma, lam=method.lam, eta=method.history, beta=method.beta, rolling=method.rolling
-        )
     enhance = flatkern.IRE(method.kappa, sharp_fraction=method.sharp_fraction) if method.kappa else None
-    ours = {"perturb": perturb, "enhance": enhance, "backend": backend, "master_weights": masters}
+    ours = {"perturb": perturbation(method), "enhance": enhance, "backend": backend, "master_weights": masters}
     if base == "sgd":
         return flatkern.SGD(params, LR[base], MOMENTUM, weight_decay=WEIGHT_DECAY[base], **ours)
     return flatkern.AdamW(params, LR[base], weight_decay=WEIGHT_DECAY[base], **ours)
 
 
-def labels(method: str, backends: list[str], dtype: str, masters: bool, compiled: bool) -> list[str]:
+def labels(method: str, base: str, args, dtype: str, masters: bool) -> list[str]:
     """Everybody who competes in `method`, most wanted first: where memory is short the last ones are left out.
 
     Master weights are something that only flatkern has here.
     """
-    ours = [f"flatkern {backend}" for backend in backends]
+    ours = [f"flatkern {backend}" for backend in args.backends]
     if method == "plain":
         return [*ours, *TORCH]
     if masters:
         return [*ours, FLOOR]
-    return [*ours, FLOOR, *reversed(STYLES), *(["compiled"] if compiled else [])]
+    does = METHODS[method]
+    compiled = args.compile and not (does.rule or (does.mixes and does.rho) or does.every > 1 or does.absolute)
+    peer = args.peers and dtype == "float32" and (method, base) in PEERS
+    return [*ours, FLOOR, *reversed(STYLES), *["compiled"] * compiled, *["peer"] * peer]
 
 
 def arriving(label: str, dtype: str) -> str:
@@ -87,7 +114,7 @@ def held_at_most(label: str, method: str, base: str, dtype: str, masters: bool) 
     if "flatkern" in label or is_plain(label):
         saved = 0 if is_plain(label) or masters else 1
         return (1 + moments + saved) * full + (width if masters else 0)
-    loops = label in ("papers", "loop")
+    loops = label in ("papers", "loop", "peer")
     return (1 + moments + (6 if loops else 2 if METHODS[method].floor is None else 3)) * full
 
 
@@ -112,7 +139,8 @@ class Candidate:
         self.label, self.gradients, self.burst = label, gradients, burst
         self.machine = machine or Cpu()
         self.params = [torch.nn.Parameter(w.clone()) for w in weights]
-        self.method = METHODS["plain" if is_plain(label) else method]
+        self.name = "plain" if is_plain(label) else method
+        self.method = METHODS[self.name]
         self.optimizer = self.build(base, masters)
 
     def build(self, base: str, masters: bool):
@@ -127,7 +155,9 @@ class Candidate:
             from .compiled import Compiled
 
             return Compiled(self.params, self.method, base)
-        return (IRE_STYLES if self.method.kappa else STYLES)[kind](self.params, self.method, base)
+        if kind == "peer":
+            return PEERS[self.name, base].build(self.params, self.method, base)
+        return styles_of(self.method)[kind](self.params, self.method, base)
 
     def __call__(self, count: int) -> dict[str, int]:
         return self.machine.turn(self, count)
@@ -150,17 +180,18 @@ class Candidate:
 
     def held_bytes(self) -> int:
         """Bytes of tensors held besides weights and their `.grad`, at the point of a step where most are held."""
-        *before, (kind, last, _) = self.method.cycle
-        run_cycle(self.optimizer, self.params, before, self.gradients)
-        self.gradients.deliver(self.params, kind, 0)
-        own = {t.untyped_storage().data_ptr() for p in self.params for t in (p, p.grad)}
-        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in reachable(self.optimizer)}
-        getattr(self.optimizer, last)()
-        return sum(size for pointer, size in sizes.items() if pointer not in own)
+        most = 0
+        for kind, call, _ in self.method.cycle:
+            self.gradients.deliver(self.params, kind, 0)
+            own = {t.untyped_storage().data_ptr() for p in self.params for t in (p, p.grad) if t is not None}
+            sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in reachable(self.optimizer)}
+            most = max(most, sum(size for pointer, size in sizes.items() if pointer not in own))
+            getattr(self.optimizer, call)()
+        return most
 
 
 def reachable(root: object) -> list[Tensor]:
-    """All tensors that an optimizer holds, through containers and through objects of flatkern and torch.optim."""
+    """All tensors that an optimizer holds, through containers and through objects of optimizers' modules."""
     found: list[Tensor] = []
     seen: set[int] = set()
     stack = [root]
@@ -175,7 +206,7 @@ def reachable(root: object) -> list[Tensor]:
             stack += [*item.keys(), *item.values()]
         elif isinstance(item, (list, tuple, set, frozenset)):
             stack += item
-        elif type(item).__module__.startswith(("flatkern", "bench", "torch.optim")) and not isinstance(item, type):
+        elif type(item).__module__.startswith(HOLDERS) and not isinstance(item, type):
             slots = [name for kind in type(item).__mro__ for name in getattr(kind, "__slots__", ())]
             stack += [getattr(item, name) for name in slots if hasattr(item, name)]
             stack += vars(item).values() if hasattr(item, "__dict__") else ()

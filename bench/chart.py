@@ -15,6 +15,7 @@ COLORS = {
     "foreach": "#e0a458",
     "loop": "#c97b63",
     "papers": "#8d6a9f",
+    "peer": "#b0516b",
 }
 
 

@@ -44,7 +44,7 @@ class Race:
 def by_method(model: str, methods: list[str], bases: list[str], dtype: str, args) -> Iterator[Race]:
     """flatkern against what users write, method by method."""
     for base, method in product(bases, methods):
-        who = labels(method, args.backends, dtype, args.masters, args.compile)
+        who = labels(method, base, args, dtype, args.masters)
         yield Race("methods", model, method, base, tuple(Entry(label, dtype, args.masters) for label in who))
 
 

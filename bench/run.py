@@ -7,6 +7,7 @@ writes bench/results/cpu.{json,md,png}; the others write what they are asked for
 
     python bench/run.py --quick
     python bench/run.py --models gpt2 --methods m-rwp sam --base adamw
+    python bench/run.py --peers --methods mixed gsam friendly looksam momentum-rolling
     python bench/run.py --dtype bfloat16 --masters --methods plain rwp sam
     python bench/run.py --json NAME.json --table NAME.md --plot NAME.png
 """
@@ -44,6 +45,7 @@ def arguments() -> argparse.Namespace:
     backends = ["cpp", "eager", "triton"]
     select.add_argument("--backends", nargs="+", choices=backends, default=["cpp"], help="default: cpp")
     select.add_argument("--compile", action="store_true", help="also torch.compile; compiling takes a minute per race")
+    select.add_argument("--peers", action="store_true", help="also classes of pytorch_optimizer and heavyball")
     select.add_argument("--quick", action="store_true", help="one model, four methods, under a minute")
     timing = parser.add_argument_group("timing")
     timing.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")

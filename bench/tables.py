@@ -8,8 +8,15 @@ from dataclasses import dataclass, field
 
 from .methods import BASES, METHODS, floor_bytes, is_plain
 from .models import MODELS
+from .peers import PEERS
 
-VERSUS = {"papers": "papers' loop", "loop": "careful loop", "foreach": "foreach", "compiled": "torch.compile"}
+VERSUS = {
+    "papers": "papers' loop",
+    "loop": "careful loop",
+    "foreach": "foreach",
+    "compiled": "torch.compile",
+    "peer": "a library's",
+}
 PLAIN = {"loop": "torch loop", "foreach": "torch foreach"}  # who stands in these columns in the plain row
 SLOWER = "slower"
 NOTHING = "-"
@@ -131,6 +138,13 @@ def footnote(results: dict, table: str, model: str) -> str:
     return "; ".join(filter(None, parts)) + "."
 
 
+def about_peers(rows: list[dict], base: str) -> str:
+    """Whose classes the column of libraries is about, and what else some of them compute."""
+    methods = values([b for b in rows if b["params"]["candidate"] == "peer"], "method")
+    said = [f"{METHODS[m].title}: {PEERS[m, base].title}" for m in methods]
+    return f" A library's: {'; '.join(said)}." if said else ""
+
+
 # ---- tables
 
 
@@ -171,7 +185,7 @@ def method_table(results: dict, rows: list[dict], ours: str) -> Table:
         ["method", "time", "of torch fused (floor)", "GB/s", "of copy"]
         + [f"vs {v}" for v in versus.values()]
         + ["extra B/param"],
-        note=footnote(results, "methods", model),
+        note=footnote(results, "methods", model) + about_peers(rows, base),
     )
     width = {"float32": 4, "bfloat16": 2}[dtype]
     for method in values(rows, "method"):

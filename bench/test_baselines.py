@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from bench.baselines import STYLES, filter_norm, per_filter, torch_optimizer
-from bench.baselines_ire import IRE_STYLES
-from bench.candidates import flatkern_optimizer
+from bench.candidates import flatkern_optimizer, styles_of
 from bench.compiled import Compiled
 from bench.harness import Gradients, run_cycle
 from bench.methods import BASES, METHODS, Method
+from bench.peers import LIBRARIES, PEERS
 from flatkern.dispatch import refuse
 
 SHAPES = [(64, 8, 3, 3), (64,), (1, 5, 16), (40, 100), (40,)]
@@ -50,13 +50,49 @@ def trained(make, method: Method, base: str, steps: int = 3) -> list[torch.Tenso
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "plain"])
 @pytest.mark.parametrize("style", STYLES)
 def test_baseline_takes_flatkerns_step(style, name, base, backend):
-    """With the noise at zero: climbs, mixing, averaging, history's harmlessness and the base step."""
+    """With the noise at zero: mixing, averaging, history's harmlessness and the base step."""
     if reason := refuse("sgd_update_", backend, "cpu"):
         pytest.skip(reason)
     method = silent(METHODS[name])
 
-    got = trained((IRE_STYLES if method.kappa else STYLES)[style], method, base)
+    got = trained(styles_of(method)[style], method, base)
     want = trained(lambda *args: flatkern_optimizer(*args, backend=backend), method, base)
+
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+def moved(make, method: Method, base: str) -> list[torch.Tensor]:
+    """The perturbed weights of a third cycle, each with gradients of its own: the first two make means and momenta."""
+    params = weights()
+    optimizer = make(params, method, base)
+    gradients = Gradients(params, sets=1)
+    for seed in (11, 12):
+        run_cycle(optimizer, params, method.cycle, gradients)
+        renew(gradients, seed)
+    if method.rolling:
+        run_cycle(optimizer, params, method.cycle, gradients)
+    else:
+        gradients.deliver(params, method.cycle[0].gradient, 0)
+        optimizer.perturb()
+    return [p.detach().clone() for p in params]  # which an optimizer that is forgotten restores
+
+
+def renew(gradients: Gradients, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for sources in gradients.sources.values():
+        for s in sources:
+            s.normal_(0, 0.01, generator=generator)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.rho])
+@pytest.mark.parametrize("style", STYLES)
+def test_baseline_climbs_to_flatkerns_point(style, name, base):
+    """Gradients are preset, so that a step does not show where it was taken."""
+    method = METHODS[name]
+
+    got = moved(styles_of(method)[style], method, base)
+    want = moved(lambda *args: flatkern_optimizer(*args, backend="eager"), method, base)
 
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
 
@@ -85,11 +121,11 @@ def test_what_is_compiled_for_gpus_takes_the_eager_step(name, base, monkeypatch)
     torch.testing.assert_close(got, trained(STYLES["foreach"], method, base), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["sam", "asam", "ire"])
+@pytest.mark.parametrize("name", ["sam", "asam", "ire", "mixed", "gsam", "friendly", "looksam", "momentum"])
 def test_foreach_takes_the_same_step_where_the_host_does_not_wait(name):
     """On a GPU the climb scales the gradients on the device, and IRE's threshold comes from a sort."""
     method = METHODS[name]
-    style = (IRE_STYLES if method.kappa else STYLES)["foreach"]
+    style = styles_of(method)["foreach"]
 
     def on_gpu(*args):
         baseline = style(*args)
@@ -130,11 +166,13 @@ def test_plain_torch_is_what_the_baselines_step_with(style):
 @pytest.mark.parametrize("name", NOISY)
 @pytest.mark.parametrize("style", [*STYLES, "compiled"])
 def test_noise_has_the_size_of_the_filter(style, name, monkeypatch):
-    """Each filter's displacement is N(0, sigma^2 norm^2 / (1 + eta F)), F from the steps before."""
+    """Each filter's displacement is N(0, sigma^2 norm^2 / (1 + eta F)), F from the steps before; or N(0, sigma^2)."""
     method = METHODS[name]
     params = weights()
     torch.manual_seed(1)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    if style == "compiled" and method.absolute:
+        pytest.skip("torch.compile is not raced there")
     baseline = {**STYLES, "compiled": functools.partial(Compiled, lists=True)}[style](params, method, "sgd")
     gradients = Gradients(params, sets=1)
     for _ in range(2):
@@ -152,25 +190,47 @@ def test_noise_has_the_size_of_the_filter(style, name, monkeypatch):
         noisy = params
 
     for k, (w, p) in enumerate(zip(clean, noisy, strict=True)):
-        scale = method.sigma * filter_norm(w)
+        scale = method.sigma * (torch.ones(()) if method.absolute else filter_norm(w))
         if method.history:
             scale = scale / (1 + method.history * history[k]).sqrt()
+        scale = scale.expand(w.shape[0]) if method.absolute else scale
         z = (p - w) / per_filter(scale, w)
         assert abs(z.mean()) < 5 / z.numel() ** 0.5
         assert abs(z.std() - 1) < 5 / (2 * z.numel()) ** 0.5
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("plain", "rolling", "ire")])
+@pytest.mark.parametrize("name, base", PEERS)
+def test_a_librarys_class_takes_flatkerns_step_unless_it_is_said_to_differ(name, base):
+    """And if it is said to, it does; a restore by subtraction is within rounding."""
+    peer, method = PEERS[name, base], METHODS[name]
+    pytest.importorskip(next(library for library in LIBRARIES if peer.name.startswith(library)))
+
+    def is_within_rounding(run) -> bool:
+        pairs = zip(run(peer.build, method, base), run(ours, method, base), strict=True)
+        return all(torch.allclose(got, want, rtol=1e-5, atol=1e-7) for got, want in pairs)
+
+    def ours(*args):
+        return flatkern_optimizer(*args, backend="eager")
+
+    assert (is_within_rounding(moved) and is_within_rounding(trained)) == (not peer.computes_something_else)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if "perturb" in {turn.call for turn in method.cycle}]
+)
 @pytest.mark.parametrize("style", STYLES)
 def test_restore_comes_back(style, name):
     """Exactly, but for the released loops that subtract what they added."""
     method, params = METHODS[name], weights()
+    baseline = styles_of(method)[style](params, method, "sgd")
+    gradients = Gradients(params, sets=1)
+    run_cycle(baseline, params, method.cycle, gradients)  # so that there is a momentum to go along
     before = [p.detach().clone() for p in params]
-    baseline = STYLES[style](params, method, "sgd")
+    renew(gradients, seed=11)
 
-    Gradients(params, sets=1).deliver(params, method.cycle[0].gradient, 0)
+    gradients.deliver(params, method.cycle[0].gradient, 0)
     baseline.perturb()
-    assert any(not torch.equal(p, w) for p, w in zip(params, before, strict=True))
+    assert all(not torch.equal(p, w) for p, w in zip(params, before, strict=True))
     baseline.restore()
 
     tolerance = 1e-6 if style == "papers" else 0

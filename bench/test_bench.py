@@ -27,7 +27,10 @@ CASES = [
 
 # Optional arguments that the benchmark leaves out: the common case has no masters, no history, no scaler,
 # and its noise comes from perturb_gaussian_ (which measures its norms itself), not from a rolling update.
-ABSENT = {"masters", "history", "masks", "norms", "lrs", "sigmas", "noise", "grad_scale", "clip", "found_inf"}
+ABSENT = {
+    "masters", "history", "masks", "norms", "lrs", "sigmas", "noise", "component", "grad_scale", "clip", "found_inf",
+    "means", "new_means", "outs",
+}  # fmt: skip
 
 SCALARS = {
     "sigma": 0.01, "rho": 0.05, "eta": -1.0, "beta": 0.99, "grad_weight": 0.5, "clean_weight": 0.5,
@@ -46,6 +49,8 @@ def make(argument, shapes):
         return torch.tensor([0, 0, 0])
     if argument.name in ("norm", "threshold"):
         return torch.tensor(1.0)
+    if argument.name == "products":
+        return torch.zeros(3, dtype=torch.float64)
     if argument.name == "counts":
         return torch.zeros(2050, dtype=torch.int64)
     if argument.name == "prefix":

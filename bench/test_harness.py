@@ -9,10 +9,13 @@ import sys
 from collections import Counter
 
 import pytest
+import torch
 
+import flatkern
 from bench import render, results
+from bench.candidates import DTYPES, untouched_optimizer
 from bench.harness import Timings, balanced_orders, interleave, takes_part
-from bench.methods import METHODS, call_floors, floor_bytes
+from bench.methods import BASES, METHODS, call_floors, floor_bytes
 from bench.models import MODELS
 from bench.stats import Stats
 from bench.tables import tables
@@ -77,10 +80,26 @@ def test_floors():
     expected = {
         "plain": (20, 28), "rwp": (32, 40), "arwp": (32, 40), "m-rwp": (36, 44), "m-arwp": (36, 44),
         "sam": (40, 48), "asam": (44, 52), "msam": (24 * 4 + 16, 24 * 4 + 24), "rolling": (24, 32),
+        "absolute": (32, 40), "absolute-rolling": (32, 40), "mixed": (44, 52), "sam-5": (24, 32), "gsam": (52, 60),
+        "friendly": (52, 60), "looksam": (34.4, 42.4), "momentum": (40, 48), "momentum-rolling": (36, 44),
         "ire": (20 + 1 / 8 + 16.125 / 10, 28 + 1 / 8 + 16.125 / 10),
     }  # fmt: skip
-    assert {m: (floor_bytes(METHODS[m], "sgd", 4), floor_bytes(METHODS[m], "adamw", 4)) for m in METHODS} == expected
+    found = {m: (floor_bytes(METHODS[m], "sgd", 4), floor_bytes(METHODS[m], "adamw", 4)) for m in METHODS}
+    assert found == {m: pytest.approx(floors) for m, floors in expected.items()}
     assert [floor_bytes(METHODS[m], "sgd", 2, True) for m in ("plain", "sam", "rolling")] == [20, 30, 20]
+
+
+@pytest.mark.parametrize("dtype, masters", [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "msam"])
+def test_floors_are_what_flatkern_says_a_step_costs(name, base, dtype, masters):
+    """But of mSAM's further rounds, which it leaves out."""
+    params = [torch.nn.Parameter(torch.ones(16, 80, dtype=DTYPES[dtype]))]
+    optimizer = untouched_optimizer(params, METHODS[name], base, backend="eager", masters=masters)
+    width = DTYPES[dtype].itemsize
+    assert flatkern.cost(optimizer).bytes_moved / 1280 == pytest.approx(
+        floor_bytes(METHODS[name], base, width, masters), abs=1 / 1280
+    )
 
 
 @pytest.fixture

@@ -42,17 +42,17 @@ def table(tests):
         tests: (file, function, method or None) of every collected test.
     """
     sys.path.insert(0, str(TESTS))
-    from common import METHODS
+    from common import EVERY
 
     found = {stack: {} for stack in STACKS.values()}
     for file, function, method in tests:
         stack = stack_of(file)
         if stack is not None:
             found[stack].setdefault(function, set()).add(method)
-    lines = ["| | " + " | ".join(METHODS) + " |", "| --- |" + " ---: |" * len(METHODS)]
+    lines = ["| | " + " | ".join(EVERY) + " |", "| --- |" + " ---: |" * len(EVERY)]
     for stack, functions in found.items():
         if functions:
-            counts = [sum(method in methods for methods in functions.values()) for method in METHODS]
+            counts = [sum(method in methods for methods in functions.values()) for method in EVERY]
             lines.append(f"| {stack} | " + " | ".join(str(n) if n else "-" for n in counts) + " |")
     lines.append("")
     for stack, functions in found.items():

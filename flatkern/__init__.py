@@ -6,7 +6,7 @@ from .cost import Cost, cost
 from .dispatch import backends
 from .functional import filter_norms, perturb_, restore_
 from .losses import sampled_label_loss
-from .methods import ASAM, IRE, RWP, SAM
+from .methods import ASAM, GSAM, IRE, RWP, SAM, FriendlySAM, LookSAM, MomentumSAM
 from .optim.adam import Adam, AdamW
 from .optim.sgd import SGD
 from .optim.wrap import Wrap
@@ -15,6 +15,7 @@ from .running_stats import frozen_running_stats
 __version__ = "0.1.0"
 __all__ = [
     "ASAM",
+    "GSAM",
     "IRE",
     "RWP",
     "SAM",
@@ -22,6 +23,9 @@ __all__ = [
     "Adam",
     "AdamW",
     "Cost",
+    "FriendlySAM",
+    "LookSAM",
+    "MomentumSAM",
     "Wrap",
     "backends",
     "cost",

@@ -25,7 +25,7 @@ MAGNITUDE_DIGITS = (11, 10, 10)  # bits of each step of a radix selection
 # One number a parameter, per filter or for all of it, instead of one per element.
 LENGTHS = {"norms": tables.filters, "history": tables.history_length, "steps": lambda t: 1}
 # What a call keeps there would be lost, once it writes the parameters.
-KEPT = {"backups", "masters", "momentum_buffers", "exp_avgs", "exp_avg_sqs"}
+KEPT = {"backups", "masters", "momentum_buffers", "exp_avgs", "exp_avg_sqs", "new_means", "outs"}
 WALKS_FILTERS = {"fill_normal_", "filter_norms_", "perturb_gaussian_", "pack_mask_", "amplify_"}
 BACKENDS = ("eager", "cpp", "triton", "cuda")
 UINT32 = 2**32
@@ -65,10 +65,21 @@ def check(op: Op, values: dict[str, Any]) -> None:
             size = 2 ** MAGNITUDE_DIGITS[values["prefix"].numel() % len(MAGNITUDE_DIGITS)] + 2
             if value.dtype != torch.int64 or value.shape != (size,) or not value.is_contiguous():
                 raise TypeError(f"{op.name}: counts is {_kind(value)}, but should be int64 ({size},), contiguous")
+        elif name == "component":
+            if value.dtype != torch.float32 or value.shape != (2,) or not value.is_contiguous():
+                raise TypeError(f"{op.name}: component is {_kind(value)}, but should be float32 (2,), contiguous")
+            _check_beside(op, name, value, reference_name, reference)
+        elif name == "products":
+            if value.dtype != torch.float64 or value.shape != (3,) or not value.is_contiguous():
+                raise TypeError(f"{op.name}: products is {_kind(value)}, but should be float64 (3,), contiguous")
         elif value.dtype != torch.float32 or value.dim() != 0:
             raise TypeError(f"{op.name}: {name} is {_kind(value)}, but should be a 0-dim float32 tensor")
     if op.name == "ascent_norm_" and values["params"] is None and any(eta >= 0 for eta in values["eta"]):
         raise ValueError("ascent_norm_: params is None, but an eta is >= 0, and T_w = |w| + eta needs the weights")
+    if values.get("component") is not None and values["clean_grads"] is None:
+        raise ValueError(f"{op.name}: component is given, but clean_grads is None, and it is a component of them")
+    if op.name == "perturb_ascent_" and values["new_means"] is not None and values["means"] is None:
+        raise ValueError("perturb_ascent_: new_means is given, but means is None, and they are made of those")
     walks_filters = any(values.get(name) is not None for name in ("noise", "history", "masks"))
     if op.name in WALKS_FILTERS or walks_filters:
         check_outer_filters(op.name, reference_name, reference)
@@ -107,7 +118,7 @@ def _check_list(op: Op, name: str, tensors: Sequence[Tensor], reference_name: st
                 f"{where} has strides {t.stride()}, but {reference_name}[{k}] has {like.stride()}; "
                 "copy it into the other's memory format"
             )
-        if name in KEPT and _overlap(_span(t), _span(like)):
+        if name in KEPT and name != reference_name and _overlap(_span(t), _span(like)):
             raise ValueError(f"{where} shares memory with {reference_name}[{k}]; pass another tensor")
 
 
@@ -171,6 +182,10 @@ def _check_numbers(op: Op, name: str, t: Tensor, reference_name: str, reference:
         raise TypeError(
             f"{op.name}: {name} is {kind}, but should be float64 ({len(reference)},), one for each of {reference_name}"
         )
+    _check_beside(op, name, t, reference_name, reference)
+
+
+def _check_beside(op: Op, name: str, t: Tensor, reference_name: str, reference: Sequence[Tensor]) -> None:
     if reference and t.device != reference[0].device:
         raise ValueError(
             f"{op.name}: {name} is on {t.device}, but {reference_name}[0] is on {reference[0].device}; move one of them"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import dtensor
 from .optim.names import names_of
+from .optim.traffic import Sizes
 from .tables import history_length, mask_shape
 
 if TYPE_CHECKING:
@@ -22,9 +23,11 @@ class Cost:
         parameters: elements, without frozen ones.
         bytes_moved: read and written by perturb() and step(), gradients counted once per read.
         base_bytes: what the plain fused base optimizer moves.
-        launches: op calls, whatever the number of tensors; without those of `update_mask()`.
+        launches: op calls of a step that is perturbed, whatever the number of tensors; without those of
+            `update_mask()`.
         state_bytes: kept and saved: momenta, masters, history, IRE's mask.
-        scratch_bytes: kept, not saved: clean copies, and m-RWP's first gradient.
+        scratch_bytes: kept, not saved: clean copies, a gradient at clean weights that the update takes, and
+            Friendly-SAM's second mean.
     """
 
     parameters: int
@@ -44,7 +47,7 @@ class Cost:
 
 def cost(opt: FlatOptimizer) -> Cost:
     """Count bytes, op calls and memory of one step of `opt`, from shapes and dtypes alone; of sharded
-    parameters what is on this rank.
+    parameters what is on this rank. Where only every k-th step ascends, the mean over k steps.
 
     Counted: perturb (read w, write the clean copy, write w'; nothing on clean ranks), the norm and ascent reads of
     SAM, the update (read clean w, gradients, moments; write w, moments), IRE's mask. mSAM's further rounds, autograd's
@@ -81,13 +84,12 @@ def cost(opt: FlatOptimizer) -> Cost:
                 state_bytes += 4 * history_length(p)
             if perturbation.is_clean_rank:
                 continue
-            clean_copy = 0 if master else n * item
-            scratch_bytes += clean_copy
-            bytes_moved += clean_copy if perturbation.rolling else n * (weight + item) + clean_copy
-            if perturbation.ascends:
-                bytes_moved += n * (2 * item + (weight if perturbation.is_adaptive(group, p, name) else 0))
-            if perturbation.mixes:
-                bytes_moved += n * item
-                scratch_bytes += n * item
-    launches = perturbation.launches - perturbation.is_clean_rank + (opt.setup.max_grad_norm is not None)
+            sizes = Sizes(weight, item, moment, 0 if master else item, perturbation.is_adaptive(group, p, name))
+            extra = perturbation.traffic(group, sizes)
+            bytes_moved += round(n * extra.moved)
+            scratch_bytes += n * extra.scratch
+            state_bytes += n * extra.state
+    launches = (
+        perturbation.launches_of(opt.own_groups) - perturbation.is_clean_rank + (opt.setup.max_grad_norm is not None)
+    )
     return Cost(parameters, bytes_moved, base_bytes, launches, state_bytes, scratch_bytes)

@@ -47,7 +47,7 @@ def demo(
     """Train a small convolutional network on scikit-learn's handwritten digits with every method.
 
     Once with clean labels, once with 40% of the training labels wrong. Shows accuracy, flatness, time per step
-    and passes over memory; writes a picture and all numbers. Works offline, in three to four minutes.
+    and passes over memory; writes a picture and all numbers. Works offline, in four to five minutes.
     """
     if backend and not flatkern.backends()[backend.value]["live"]:
         raise typer.BadParameter(flatkern.backends()[backend.value]["reason"], param_hint="--backend")
@@ -103,8 +103,10 @@ def show_search(console: Console, epochs: int, backend: str | None, out: Path) -
     rows = []
     for row in demo_search.search(epochs, backend):
         rows.append(row)
-        values = ", ".join(f"{k} {row[k]:g}" for k in ("lr", "weight_decay", "sigma", "rho", "kappa") if k in row)
-        console.print(f"{row['setting']:6}{row['method']:8}{values:40}{row['accuracy']:6.2f} {'*' * row['chosen']}")
+        values = ", ".join(
+            f"{k} {row[k]:g}" for k in ("lr", "weight_decay", "sigma", "rho", "alpha", "kappa") if k in row
+        )
+        console.print(f"{row['setting']:6}{row['method']:13}{values:40}{row['accuracy']:6.2f} {'*' * row['chosen']}")
     write(out / "search.json", {"epochs": epochs, "candidates": rows})
     console.print(f"{out / 'search.json'} (* best of its method so far)")
 

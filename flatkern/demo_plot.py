@@ -25,6 +25,11 @@ LOOKS = {
     "SAM": ("#e6550d", "-"),
     "ASAM": ("#e6550d", "--"),
     "mSAM": ("#a1325c", "-"),
+    "mixed SAM": ("#a1325c", "--"),
+    "GSAM": ("#fd8d3c", "-"),
+    "Friendly-SAM": ("#fd8d3c", "--"),
+    "LookSAM": ("#d4a017", "-"),
+    "Momentum-SAM": ("#d4a017", "--"),
     "IRE": ("#2b8a3e", "-"),
     "SAM-IRE": ("#2b8a3e", "--"),
 }

@@ -130,9 +130,9 @@ def notes(summary: Summary, seeds: int) -> list[RenderableType]:
         "All runs of a seed have the same start, batches and number of steps (SGD, 2x steps: twice as many); methods "
         "with two gradients compute twice as much per step. Hyper-parameters were chosen per setting and method for "
         f"{EPOCHS} epochs with other seeds, on validation images with right labels and never on test images "
-        "(--search); each method had as many candidates as SGD; mSAM takes SAM's, SAM-IRE SAM's and IRE's kappa. "
-        "RWP rolling is RWP in fewer "
-        "passes: the same weights, bit for bit. Milliseconds are medians. A network this small fits in cache, so they "
-        "are mostly the cost of calls; on large ones it is the passes that count."
+        "(--search); each method had as many candidates as SGD; mSAM, mixed SAM, GSAM and Friendly-SAM take SAM's, "
+        "SAM-IRE SAM's and IRE's kappa. RWP rolling is RWP in fewer passes: the same weights, bit for bit. "
+        "Momentum-SAM is rolling, too. Milliseconds are medians. A network this small fits in cache, so they are "
+        "mostly the cost of calls; on large ones it is the passes that count."
     )
     return [words, "", text]

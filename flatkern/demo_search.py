@@ -13,11 +13,13 @@ from .demo_training import SETTINGS, load_data, train
 # Other seeds than the demo's, so other initial weights, batches and wrong labels.
 SEEDS = range(1000, 1003)
 # 16 candidates for every method: SGD's learning rate is tuned with its weight decay, and is everybody's; each other
-# method tunes its strength with its weight decay, because both act against memorized labels. mSAM takes SAM's,
-# SAM-IRE SAM's and IRE's kappa.
+# method tunes its strength with its weight decay, because both act against memorized labels. mSAM, mixed SAM, GSAM and
+# Friendly-SAM take SAM's, SAM-IRE SAM's and IRE's kappa.
 LR = (0.02, 0.05, 0.1, 0.2)
 WEIGHT_DECAY = (5e-4, 5e-3, 2e-2, 5e-2)
 SIGMA, RHO, ADAPTIVE_RHO = (0.01, 0.03, 0.07, 0.15), (0.02, 0.05, 0.1, 0.2), (0.1, 0.25, 0.5, 1.0)
+MOMENTUM_RHO = (0.1, 0.3, 1.0, 3.0)
+ALPHA = (0.05, 0.1, 0.3, 0.7)
 KAPPA = (0.5, 1.0, 2.0, 4.0)
 STRENGTHS = {
     "RWP": SIGMA,
@@ -26,6 +28,8 @@ STRENGTHS = {
     "m-ARWP": SIGMA,
     "SAM": RHO,
     "ASAM": ADAPTIVE_RHO,
+    "LookSAM": ALPHA,
+    "Momentum-SAM": MOMENTUM_RHO,
     "IRE": KAPPA,
 }
 

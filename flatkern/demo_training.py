@@ -100,7 +100,7 @@ def train_step(
         backward(batch, sampled=True)
         timed(opt.update_mask)
     match name:
-        case "SGD" | "SGD, 2x steps" | "RWP rolling" | "IRE":
+        case "SGD" | "SGD, 2x steps" | "RWP rolling" | "Momentum-SAM" | "IRE":
             backward(batch)
         case "RWP" | "ARWP":
             timed(opt.perturb)
@@ -109,10 +109,11 @@ def train_step(
             backward(batch)
             timed(opt.perturb)
             backward(other)
-        case "SAM" | "ASAM" | "SAM-IRE":
+        case "SAM" | "ASAM" | "mixed SAM" | "GSAM" | "Friendly-SAM" | "LookSAM" | "SAM-IRE":
             backward(batch)
-            timed(opt.perturb)
-            backward(batch)
+            if opt.perturb_due:  # always, but of LookSAM
+                timed(opt.perturb)
+                backward(batch)
         case "mSAM":
             for shard in batch.chunk(SHARDS):
                 timed(opt.restore)  # the first one finds clean weights and does nothing
@@ -166,7 +167,7 @@ def train(
         # The papers' schedule of the one-gradient methods: sigma grows elevenfold, up to the tuned value.
         growth = flatkern.schedules.cosine_increase(hyper["sigma"] / 11, 10, steps)
         schedule = flatkern.schedules.PerturbationScheduler(opt, "sigma", growth).step
-    if name == "RWP rolling":
+    if opt.rolling:
         opt.follow(model)
 
     drawn = torch.Generator().manual_seed(seed)

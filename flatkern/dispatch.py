@@ -175,7 +175,8 @@ def _compiled(op: Op, backend: str) -> Callable[..., None]:
         function = _watched(op, function)
     # Raw writes are invisible to autograd; without new versions a write between forward and backward would give wrong
     # gradients in silence. C++ bumps them itself, in the call, where no signal handler can come between.
-    seen_by_autograd = [k for k, a in enumerate(op.arguments) if a.mutated and a.name in ("params", "grads", "outs")]
+    names = [a.name for a in op.arguments]
+    seen_by_autograd = [names.index(name) for name in ("outs", "params", "grads") if name in op.writes]
     to_bump = tuple(seen_by_autograd) if backend == "triton" else ()
     bump = version_bumper()
 
@@ -187,7 +188,9 @@ def _compiled(op: Op, backend: str) -> Callable[..., None]:
             check(op, bind(op, args, kwargs))  # raises the same refusal with its remedy
             raise
         for k in to_bump:
-            bump(args[k])
+            if args[k] is not None:
+                bump(args[k])
+                break  # gradients stay as they are where there are outs
 
     # A call of CUDA may be several launches: of many tensors, or of long filters.
     run.progress = "whole" if backend == "cpp" else "launches"  # type: ignore[attr-defined]

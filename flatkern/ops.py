@@ -9,7 +9,11 @@ op and in every backend:
     norms           L2 norm of each filter, float32 (filters,)
     history         ARWP's discounted sum of squared gradients, float32: (filters,), or (n,) when rank <= 1
     grads           gradients of the perturbed pass (the only ones, for methods that have one pass)
-    clean_grads     gradients of the clean pass (m-RWP), already unscaled
+    clean_grads     gradients of the clean pass, or what else is added to `grads`; already unscaled
+    component       float32 (2,), q and r: in place of g_clean comes q g_clean - r grad_scale g, which GSAM and LookSAM
+                    take for the component of the clean gradient that is orthogonal to the other; absent = (1, 0)
+    means           Friendly-SAM's mean of clean gradients; `new_means` are what it becomes
+    products        float64 (3,): <g_clean, g_clean>, <g_clean, g> and <g, g> over all tensors
     masks           uint8, where IRE lengthens the step: (filters, ceil(columns / 8)), eight columns of a filter to a
                     byte, the lowest bit first; (n,), a byte each, when rank <= 1
     lrs, sigmas     float64 (tensors,) beside the tensors, of any stride: where they are given, `lr` and `sigma` are not
@@ -78,7 +82,7 @@ class Op:
 # What every update takes besides its own state: how the gradient is formed, and what follows.
 _UPDATE_INPUTS = (
     "Tensor[] grads, Tensor[]? clean_grads, Tensor[]? masks, "
-    "Tensor? lrs, Tensor? sigmas, Tensor? noise, Tensor? grad_scale, Tensor? clip, Tensor? found_inf"
+    "Tensor? lrs, Tensor? sigmas, Tensor? noise, Tensor? component, Tensor? grad_scale, Tensor? clip, Tensor? found_inf"
 )
 _UPDATE_METHOD = (
     "float[] grad_weight, float[] clean_weight, float[] kappa, float[] beta, float[] sigma, float[] eta, "
@@ -112,19 +116,30 @@ _ROWS = (
     Op(
         name="ascent_norm_",
         family="norm",
-        schema="(Tensor(a!) norm, Tensor[]? params, Tensor[] grads, *, float[] eta) -> ()",
-        reads="params grads",
+        schema="(Tensor(a!) norm, Tensor[]? params, Tensor[] grads, Tensor[]? means, *, "
+        "float[] eta, float[] sigma) -> ()",
+        reads="params grads means",
         backends="cpp triton cuda",
         ulp=12,
     ),
     Op(
         name="gradient_norm_",
         family="norm",
-        schema="(Tensor(a!) norm, Tensor[] grads, Tensor[]? clean_grads, Tensor? grad_scale, *, "
+        schema="(Tensor(a!) norm, Tensor[] grads, Tensor[]? clean_grads, Tensor? component, Tensor? grad_scale, *, "
         "float[] grad_weight, float[] clean_weight) -> ()",
         reads="grads clean_grads",
         backends="cpp triton cuda",
         ulp=12,
+    ),
+    Op(
+        name="gradient_products_",
+        family="norm",
+        schema="(Tensor(a!) products, Tensor[] grads, Tensor[] clean_grads) -> ()",
+        reads="grads clean_grads",
+        backends="cpp triton cuda",
+        # In units of 2^-53 of the product of two lengths, which bounds the sum of the magnitudes: products are exact in
+        # float64, and each passes fewer than 256 additions on either side, with fewer than a hundred tensors.
+        ulp=512,
     ),
     Op(
         name="perturb_gaussian_",
@@ -137,9 +152,10 @@ _ROWS = (
     Op(
         name="perturb_ascent_",
         family="perturb",
-        schema="(Tensor(a!)[] params, Tensor(b!)[]? backups, Tensor[]? masters, Tensor[] grads, Tensor norm, *, "
-        "float[] rho, float[] eta) -> ()",
-        reads="params masters grads",
+        schema="(Tensor(a!)[] params, Tensor(b!)[]? backups, Tensor(c!)[]? new_means, Tensor[]? masters, "
+        "Tensor[] grads, Tensor[]? means, Tensor norm, *, "
+        "float[] rho, float[] eta, float[] sigma, float[] momentum) -> ()",
+        reads="params masters grads means",
         backends="cpp triton cuda",
     ),
     Op(
@@ -152,8 +168,8 @@ _ROWS = (
     Op(
         name="mix_gradients_",
         family="update",
-        schema="(Tensor(a!)[] grads, Tensor(b!)[]? history, Tensor[]? clean_grads, "
-        "Tensor? grad_scale, Tensor? clip, *, "
+        schema="(Tensor(a!)[] grads, Tensor(b!)[]? history, Tensor(c!)[]? outs, Tensor[]? clean_grads, "
+        "Tensor? component, Tensor? grad_scale, Tensor? clip, Tensor? found_inf, *, "
         "float[] grad_weight, float[] clean_weight, float[] beta) -> ()",
         reads="grads clean_grads",
         backends="cpp triton cuda",

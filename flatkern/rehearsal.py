@@ -17,6 +17,7 @@ from .dispatch import RECORDED, compiled_module
 from .jobs import Job, Shard, recording
 from .optim import amp
 from .optim.base import FlatOptimizer
+from .optim.momentum_sam import MOMENTA
 from .optim.names import names_of
 
 # State that is made anew in the form that it always has; all other state has the dtype that a checkpoint gave it.
@@ -38,14 +39,16 @@ def record(opt: FlatOptimizer, scaled: bool, rounds: int, device: torch.device |
 
 
 class Nothing:
-    """The base of a Wrap, whose steps launch nothing of ours."""
+    """The base of a Wrap, whose steps launch nothing of ours, and keep the momentum that a method may follow."""
 
-    def __init__(self, groups: list[dict[str, Any]]) -> None:
+    def __init__(self, groups: list[dict[str, Any]], state: Any) -> None:
         self.param_groups = groups
         self.state: Any = defaultdict(dict)
+        self._momenta = {p: {k: v for k, v in of_p.items() if k in MOMENTA} for p, of_p in state.items()}
 
     def step(self) -> None:
-        pass
+        for p in (p for group in self.param_groups for p in group["params"] if p.requires_grad):
+            self.state[p].update(self._momenta.get(p) or {MOMENTA[0]: torch.zeros_like(p, requires_grad=False)})
 
 
 def is_aligned(t: Tensor) -> bool:
@@ -77,7 +80,7 @@ class StandIns:
         groups = [self._group(group, opt.state, state) for group in opt.param_groups]
         fixed = {**kept["flatkern"], "backend": RECORDED}
         if "base" in fixed:
-            fixed["base"], state = Nothing(groups), defaultdict(dict)
+            fixed["base"], state = Nothing(groups, state), defaultdict(dict)
         kind = next(c for c in type(opt).__mro__ if c.__module__.split(".")[0] == __name__.split(".")[0])
         shadow: FlatOptimizer = object.__new__(kind)
         shadow.__setstate__(
@@ -173,8 +176,19 @@ class Rehearsal:
             elif self.opt.rolling:
                 self.roll(unscaled)
             else:
-                for clean_first, restored in self.orders():
+                # The second time there is a momentum, which a method may follow.
+                for clean_first, restored in self.orders() * (1 + self.opt.perturbation.starts_perturbed):
                     self.cycle(unscaled, clean_first, restored)
+                self.between(unscaled)
+
+    def between(self, unscaled: bool) -> None:
+        """A step between ascents."""
+        groups = self.opt.own_groups
+        if self.opt.perturbation.has_interval and groups[0]["perturb_interval"] > 1:
+            for group in groups:
+                group["perturb_count"] = 1
+            self.backward()
+            self.step(unscaled)
 
     def orders(self) -> list[tuple[bool, bool]]:
         """Whether the clean pass of two comes first, and whether restore() precedes the step."""
@@ -193,6 +207,8 @@ class Rehearsal:
         two = perturbation.has_clean_pass
         one_round = two and (not perturbation.mixes or (self.scaled and not clean_first))
         opt.zero_grad()
+        for group in opt.own_groups if perturbation.has_interval else ():
+            group["perturb_count"] = 0
         for left in reversed(range(1 if one_round else self.rounds)):
             if perturbation.ascends or clean_first:
                 self.backward()

@@ -47,6 +47,66 @@ def cosine_increase(start: float, increase: float, total_steps: int) -> Callable
     return value
 
 
+class FollowLr:
+    """A value that goes with the learning rate of a group; see `follow_lr`."""
+
+    def __init__(self, low: float, high: float, lr_min: float, lr_max: float | None) -> None:
+        self.low, self.high, self.lr_min, self.lr_max = low, high, lr_min, lr_max
+        self.largest: list[float] = []  # learning rate so far of each group, in the order in which they were met
+        self._groups: list[Group] = []
+
+    def value(self, group: Group) -> float:
+        """The value at the present learning rate of `group`."""
+        lr = float(group["lr"])
+        lr_max = self._largest(group, lr) if self.lr_max is None else self.lr_max
+        if lr_max == self.lr_min:
+            return self.high
+        share = (lr - self.lr_min) / (lr_max - self.lr_min)
+        return self.low + (self.high - self.low) * min(max(share, 0.0), 1.0)
+
+    def _largest(self, group: Group, lr: float) -> float:
+        k = next((k for k, known in enumerate(self._groups) if known is group), len(self._groups))
+        self._groups += [group] if k == len(self._groups) else []
+        self.largest += [self.lr_min] * (k + 1 - len(self.largest))
+        self.largest[k] = max(self.largest[k], lr)
+        return self.largest[k]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"largest": list(self.largest)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.largest = list(state["largest"])
+
+
+def follow_lr(low: float, high: float, lr_min: float = 0.0, lr_max: float | None = None) -> FollowLr:
+    """Tie rho or sigma to the learning rate of its group, as GSAM's authors do with rho.
+
+        value = low + (high - low) (lr - lr_min) / (lr_max - lr_min)
+
+        rhos = PerturbationScheduler(opt, "rho", follow_lr(0.02, 0.05))
+        ...; opt.step(); lrs.step(); rhos.step()
+
+    Arguments:
+        low, high: the values at lr_min and at lr_max, >= 0. Learning rates beyond those have these values.
+        lr_min: >= 0.
+        lr_max: >= lr_min; None: the largest learning rate of the group so far, kept in the scheduler's state, so that
+            the value is `high` while the learning rate warms up: give lr_max then. Where it is lr_min, the value is
+            `high`.
+
+    Raises:
+        ValueError: a value out of range.
+
+    Source: Zhuang et al. 2022 (GSAM, arXiv:2203.08065), section 4.
+    """
+    numbers = [low, high, lr_min] + ([] if lr_max is None else [lr_max])
+    if not all(is_number(v) and 0 <= v < math.inf for v in numbers) or (lr_max is not None and lr_max < lr_min):
+        raise ValueError(
+            f"follow_lr: low {low!r}, high {high!r}, lr_min {lr_min!r}, lr_max {lr_max!r}, but should be numbers >= 0 "
+            "with lr_max >= lr_min, or lr_max=None"
+        )
+    return FollowLr(float(low), float(high), float(lr_min), None if lr_max is None else float(lr_max))
+
+
 class PerturbationScheduler(LRScheduler):
     """Sets a group key such as "sigma" or "rho" from a function of the step number; in place where it is a tensor.
 
@@ -65,10 +125,11 @@ class PerturbationScheduler(LRScheduler):
         optimizer: one of flatkern's.
         key: the group key to set in every group; for `Wrap` our value of that name, also where its key is
             `perturb_<name>`.
-        schedule: step number -> value.
+        schedule: step number -> value; or `follow_lr(...)`, whose `value(group)` is asked instead: let the scheduler
+            of the learning rate step first.
         last_epoch: the step number before the one to start from.
 
-    State: the step number; the schedule is the code's.
+    State: the step number, and the largest learning rates of `follow_lr`; the schedule is the code's.
 
     Raises:
         ValueError: a group has no such key; a value out of range for a tensor, which nobody checks later. Numbers are
@@ -76,7 +137,9 @@ class PerturbationScheduler(LRScheduler):
         TypeError: `optimizer` is no torch.optim.Optimizer.
     """
 
-    def __init__(self, optimizer: Optimizer, key: str, schedule: Callable[[int], float], last_epoch: int = -1) -> None:
+    def __init__(
+        self, optimizer: Optimizer, key: str, schedule: Callable[[int], float] | FollowLr, last_epoch: int = -1
+    ) -> None:
         # LRScheduler's own constructor would fix `initial_lr`, and count the optimizer's steps to warn of the order.
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -137,9 +200,11 @@ class PerturbationScheduler(LRScheduler):
         self._set()
 
     def _set(self) -> None:
-        value = self.schedule(self.last_epoch)
+        schedule = self.schedule
+        at_step = None if isinstance(schedule, FollowLr) else schedule(self.last_epoch)
         for group in self._optimizer.param_groups:
             key = own_key(group, self.key)
+            value = schedule.value(group) if isinstance(schedule, FollowLr) else at_step
             if isinstance(group[key], torch.Tensor):
                 check_value(key, value, "PerturbationScheduler")
                 group[key].fill_(value)  # in place, where a captured graph reads it
@@ -152,11 +217,14 @@ class PerturbationScheduler(LRScheduler):
         return [lr.clone() if isinstance(lr, torch.Tensor) else lr for lr in lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last_epoch": self.last_epoch, "_step_count": self._step_count}
+        state = {"last_epoch": self.last_epoch, "_step_count": self._step_count}
+        return {**state, **self.schedule.state_dict()} if isinstance(self.schedule, FollowLr) else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the saved step; {"last_step": n} of version 0.1 does, too."""
         self.last_epoch = state["last_step"] if "last_step" in state else state["last_epoch"]
         self._step_count = state.get("_step_count", self.last_epoch + 1)
+        if isinstance(self.schedule, FollowLr) and "largest" in state:
+            self.schedule.load_state_dict(state)
         if self.last_epoch >= 0:  # in a SequentialLR one whose turn has not come is at -1
             self._set()

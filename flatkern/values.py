@@ -9,7 +9,7 @@ import math
 import numbers
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,8 @@ RANGES = {
     "eta": NOT_NEGATIVE,
     "beta": BELOW_ONE,
     "lam": UP_TO_ONE,
+    "alpha": NOT_NEGATIVE,
+    "perturb_momentum": BELOW_ONE,
     "kappa": NOT_NEGATIVE,
     "sharp_fraction": BETWEEN,
 }
@@ -60,17 +62,19 @@ def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def check_value(key: str, value: Any, where: str | None = None, *, tensors: bool = True) -> None:
+def check_value(
+    key: str, value: Any, where: str | None = None, *, tensors: bool = True, wanted: Range | None = None
+) -> None:
     """Refuse a value that is out of `key`'s range; keys without a range pass. `perturb_<key>` has the range of `<key>`.
 
-    With `tensors`, as in parameter groups, a tensor of one element is a number. Its value is read, so the host waits
-    for a device.
+    `wanted` is the range where a method has one of its own. With `tensors`, as in parameter groups, a tensor of one
+    element is a number. Its value is read, so the host waits for a device.
 
     Raises:
         TypeError: not a number.
         ValueError: a number out of range, infinite or NaN; or a tensor of more than one element.
     """
-    wanted = RANGES.get(key) or RANGES.get(key.removeprefix("perturb_"))
+    wanted = wanted or RANGES.get(key) or RANGES.get(key.removeprefix("perturb_"))
     if wanted is None:
         return
     at = f"{where}: " if where else ""
@@ -105,6 +109,29 @@ def check_uint32(where: str, name: str, value: Any) -> int:
         remedy = "; start again from round 0 with another seed or stream" if name == "round" else ""
         raise ValueError(f"{where}: {name} is {value!r}, but should be an integer in [0, 2^32){remedy}")
     return number
+
+
+def check_positive(where: str, name: str, value: Any) -> int:
+    """An integer in [1, 2^32), NumPy's too, as an int.
+
+    Raises:
+        ValueError: anything else.
+    """
+    number = check_uint32(where, name, value)
+    if number < 1:
+        raise ValueError(f"{where}: {name} is {value}, but should be >= 1")
+    return number
+
+
+def check_choice(where: str, name: str, value: Any, choices: Sequence[str]) -> None:
+    """One of some words.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if not (isinstance(value, str) and value in choices):
+        *first, last = (f'"{choice}"' for choice in choices)
+        raise ValueError(f"{where}: {name} is {value!r}, but should be {', '.join(first)} or {last}")
 
 
 def check_flag(where: str, name: str, value: Any) -> bool:

@@ -30,6 +30,10 @@ METHODS = {
     "rolling ARWP": dict(perturb=flatkern.RWP(0.02, eta=0.1, rolling=True)),
     "SAM": dict(perturb=flatkern.SAM(0.05), max_grad_norm=0.1),
     "mSAM": dict(perturb=flatkern.ASAM(0.5)),
+    "GSAM": dict(perturb=flatkern.GSAM(0.05), max_grad_norm=0.1),
+    "rolling MomentumSAM": dict(perturb=flatkern.MomentumSAM(0.05, rolling=True)),
+    "rolling absolute": dict(perturb=flatkern.RWP(0.02, scale="absolute", rolling=True)),
+    "RWP, rms": dict(perturb=flatkern.RWP(0.1, scale="rms")),
     "IRE": dict(enhance=flatkern.IRE(2.0)),
     "IRE, RWP": dict(enhance=flatkern.IRE(2.0), perturb=flatkern.RWP(0.02)),
 }
@@ -80,7 +84,7 @@ class Run:
         for round_ in range(2 if method == "mSAM" else 1):
             if round_:
                 opt.restore()
-            if method == "m-RWP" or "SAM" in method:
+            if method == "m-RWP" or opt.perturbation.ascends:
                 self.backward()
             if opt.method is not None and not opt.rolling:
                 opt.perturb()

@@ -107,6 +107,12 @@ class Draw:
     def scalar(self, value):
         return torch.tensor(value, dtype=torch.float32, device=self.device)
 
+    def component(self):
+        return torch.tensor([0.8, -0.35], dtype=torch.float32, device=self.device)
+
+    def found_inf(self):
+        return self.scalar(1.0) if "skip" in self.words else self.optional("found_inf", self.scalar, 0.0)
+
     def steps(self):
         return [self.scalar(float(3 * (k % 3))) for k in range(self.count)]
 
@@ -160,7 +166,9 @@ def ascent_norm_(shapes, dtype, device="cpu", variant=""):
         norm=d.scalar(-1.0),
         params=d.optional("params", d.tensors),
         grads=d.grads(),
+        means=d.optional("means", d.tensors),
         eta=d.cycle(0.01, -1.0, 0.0, 0.3) if "params" in d.words else d.cycle(-1.0),
+        sigma=d.cycle(1.0, 0.7, 0.0),
     )
 
 
@@ -170,9 +178,16 @@ def gradient_norm_(shapes, dtype, device="cpu", variant=""):
         norm=d.scalar(-1.0),
         grads=d.grads(),
         clean_grads=d.optional("clean_grads", d.tensors),
+        component=d.optional("component", d.component),
         grad_scale=d.optional("grad_scale", d.scalar, 0.3),
         **d.weights(),
     )
+
+
+def gradient_products_(shapes, dtype, device="cpu", variant=""):
+    d = Draw(shapes, dtype, device, variant)
+    products = torch.full((3,), -1.0, dtype=torch.float64, device=d.device)
+    return dict(products=products, grads=d.grads(), clean_grads=d.tensors())
 
 
 def enlarge_gradients(values, largest):
@@ -208,11 +223,15 @@ def perturb_ascent_(shapes, dtype, device="cpu", variant=""):
     return dict(
         params=d.tensors(0.2),
         backups=d.optional("backups", d.tensors),
+        new_means=d.optional("new_means", d.tensors),
         masters=d.optional("masters", d.tensors, 0.2, FLOATS[:1]),
         grads=d.grads(),
+        means=d.optional("means", d.tensors),
         norm=d.scalar(0.0 if "zero" in d.words else float("inf") if "infinite" in d.words else 3.7),
         rho=d.cycle(0.05, -0.5, 0.0, 2.0),
         eta=d.cycle(-1.0, 0.01, 0.0),
+        sigma=d.cycle(1.0, 0.7, 0.0),
+        momentum=d.cycle(0.9, 0.0, 0.6, 1.0),
     )
 
 
@@ -226,9 +245,12 @@ def mix_gradients_(shapes, dtype, device="cpu", variant=""):
     return dict(
         grads=d.grads(),
         history=d.optional("history", d.vectors, 0.0, 9.0, elementwise=True),
+        outs=d.optional("outs", d.tensors),
         clean_grads=d.optional("clean_grads", d.tensors),
+        component=d.optional("component", d.component),
         grad_scale=d.optional("grad_scale", d.scalar, 0.3),
         clip=d.optional("clip", d.scalar, 0.7),
+        found_inf=d.found_inf(),
         **d.weights(),
         beta=d.cycle(0.99, 0.0, 0.5),
     )
@@ -305,9 +327,10 @@ def _update(d, state, rule):
         lrs=lrs,
         sigmas=sigmas,
         noise=d.optional("noise", d.noise),
+        component=d.optional("component", d.component),
         grad_scale=d.optional("grad_scale", d.scalar, 0.3),
         clip=d.optional("clip", d.scalar, 0.7),
-        found_inf=d.scalar(1.0) if "skip" in d.words else d.optional("found_inf", d.scalar, 0.0),
+        found_inf=d.found_inf(),
         **rule,
         **d.weights(),
         kappa=d.cycle(3.0, 0.0, 0.7),
@@ -328,6 +351,8 @@ _UPDATES = [
     "masks",
     "backups masks clean_grads grad_scale",
     "masters masks noise",
+    # GSAM, LookSAM.
+    "backups clean_grads component grad_scale clip found_inf",
     # Rolling: the norm of the new weights is measured inside.
     "backups noise",
     "masters noise history grad_scale offset",
@@ -340,8 +365,16 @@ _UPDATES = [
 VARIANTS = {
     "fill_normal_": ["", "offset", "captured"],
     "filter_norms_": ["", "specials"],
-    "ascent_norm_": ["", "params", "params specials"],
-    "gradient_norm_": ["unit", "grad_scale", "clean_grads", "clean_grads grad_scale", "grad_scale specials"],
+    "ascent_norm_": ["", "params", "params specials", "means", "params means"],
+    "gradient_norm_": [
+        "unit",
+        "grad_scale",
+        "clean_grads",
+        "clean_grads grad_scale",
+        "clean_grads component grad_scale",
+        "grad_scale specials",
+    ],
+    "gradient_products_": ["", "specials"],
     "perturb_gaussian_": [
         "norms",
         "norms backups history offset",
@@ -351,7 +384,16 @@ VARIANTS = {
         "norms backups sigmas",
         "masters sigmas captured",
     ],
-    "perturb_ascent_": ["", "backups", "backups masters specials", "backups zero", "backups infinite specials"],
+    "perturb_ascent_": [
+        "",
+        "backups",
+        "backups masters specials",
+        "backups zero",
+        "backups infinite specials",
+        "backups new_means means",
+        "new_means masters means specials",
+        "backups new_means means infinite specials",
+    ],
     "restore_": ["", "wide"],
     "count_magnitudes_": ["", "second", "third specials"],
     "pack_mask_": ["", "specials"],
@@ -362,6 +404,8 @@ VARIANTS = {
         "unit history",
         "history clean_grads grad_scale clip",
         "history grad_scale specials",
+        "outs clean_grads component grad_scale found_inf",
+        "history outs clean_grads component skip",
     ],
     "sgd_update_": ["unit", *_UPDATES, *(f"momentum_buffers {words}" for words in _UPDATES)],
     "adam_update_": ["unit", *_UPDATES],

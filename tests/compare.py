@@ -88,6 +88,8 @@ def assert_within(op, got, want):
                 assert_ulp(where, x, y, HISTORY_ULP)
             elif name == "params" and argument.mutated and _measures_norm(op, want):
                 assert_near(where, x, y, _perturbation_bound(want, _position(suffix)))
+            elif name == "products":
+                assert_near(where, x, y, op.ulp * 2.0**-53 * _lengths(y))
             else:
                 assert_ulp(where, x, y, op.ulp if argument.mutated else 0)
 
@@ -108,6 +110,12 @@ def _position(suffix):
 
 def _like(values):
     return "params" if values.get("params") is not None else "grads"
+
+
+def _lengths(products):
+    """What bounds the magnitudes behind <a, a>, <a, g>, <g, g>: the second by Cauchy and Schwarz. 0 if not finite."""
+    bounds = torch.stack([products[0], (products[0] * products[2]).sqrt(), products[2]])
+    return torch.where(bounds.isfinite(), bounds, 0.0)
 
 
 def _measures_norm(op, values):

@@ -3,7 +3,7 @@
 import torch
 
 import flatkern
-from flatkern import ASAM, RWP, SAM
+from flatkern import ASAM, GSAM, RWP, SAM, MomentumSAM
 
 DRAWS = {
     "RWP": RWP(0.05),
@@ -11,8 +11,10 @@ DRAWS = {
     "m-RWP": RWP(0.05, lam=0.5),
     "rolling": RWP(0.05, rolling=True),
     "rolling ARWP": RWP(0.05, eta=3.0, rolling=True),
+    "rolling absolute": RWP(0.05, scale="absolute", rolling=True),
+    "RWP rms": RWP(0.1, scale="rms"),
 }
-ASCENTS = {"SAM": SAM(0.05), "ASAM": ASAM(0.5)}
+ASCENTS = {"SAM": SAM(0.05), "ASAM": ASAM(0.5), "GSAM": GSAM(0.05), "MomentumSAM": MomentumSAM(0.05)}
 METHODS = DRAWS | ASCENTS
 PRECISIONS = {"float32": (torch.float32, False), "bfloat16": (torch.bfloat16, False), "masters": (torch.bfloat16, True)}
 
@@ -56,7 +58,7 @@ class Run:
                 self.backward()
                 self.opt.step()
                 continue
-            if not isinstance(self.opt.method, RWP) or self.opt.method.lam is not None:
+            if not self.opt.perturbation.starts_perturbed:
                 self.backward()
             if k == steps:
                 clean = self.values()

@@ -72,14 +72,17 @@ def factors_of(op):
 
 
 def allowed(op):
-    """Where a norm is measured inside, the clean weights are known; what concerns noise alone comes with noise; the
-    first digit of NaNs is not compared, as their bits are nobody's."""
+    """Where a norm is measured inside, the clean weights are known; what concerns noise alone comes with noise, and a
+    component or new means with what they are made of; the first digit of NaNs is not compared, as their bits are
+    nobody's."""
     names = {a.name for a in op.arguments}
 
     def is_allowed(row):
         def is_absent(name):
             return name in names and row.get(name) == ""
 
+        if (row.get("component") and is_absent("clean_grads")) or (row.get("new_means") and is_absent("means")):
+            return False
         if op.name == "count_magnitudes_":
             return not (row.get("specials") and row.get("second") == "")
         if op.name == "perturb_gaussian_":

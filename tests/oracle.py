@@ -161,7 +161,7 @@ class Oracle:
         self.weights = {name: np.array(w, dtype=np.float64) for name, w in weights.items()}
         self.options, self.round = options, 0
         self.state, self.history = {name: {} for name in weights}, {}
-        self.noise = None
+        self.noise, self.means = None, {}
 
     def is_perturbed(self, name):
         return self.options[name].get("trainable", True) and self.options[name].get("perturb", True)
@@ -187,6 +187,11 @@ class Oracle:
         """||w_f|| of every filter, as a column."""
         return np.sqrt((by_filter(w) ** 2).sum(axis=1, keepdims=True))
 
+    def size(self, w, scale):
+        """What sigma is relative to: ||w_f||, its root mean square, or 1."""
+        length = max(by_filter(w).shape[1], 1)
+        return {"norm": self.norms(w), "rms": self.norms(w) / np.sqrt(length), "absolute": 1.0}[scale]
+
     def normals(self, names, round):
         """z by name; the position in `names` is the parameter index."""
         shapes = [self.weights[name].shape for name in names]
@@ -198,7 +203,8 @@ class Oracle:
         for name, w in self.weights.items():
             if self.is_perturbed(name):
                 sigma, eta = self.options[name]["sigma"], self.options[name].get("eta", 0.0)
-                scale = sigma * self.norms(w) / np.sqrt(1 + eta * self.history.get(name, 0.0))
+                size = self.size(w, self.options[name].get("scale", "norm"))
+                scale = sigma * size / np.sqrt(1 + eta * self.history.get(name, 0.0))
                 e[name] = (scale * by_filter(z[name]).astype(np.float64)).reshape(w.shape)
         return e
 
@@ -271,3 +277,93 @@ class Oracle:
     def sam(self, shards):
         passes = [self.grads(self.moved(self.ascent(self.grads(self.weights, s))), s) for s in shards]
         self.update(self.mean(passes))
+
+    # What SAM's further kin share: sums over the perturbed parameters.
+
+    def dot(self, a, b):
+        return sum((a[n] * b[n]).sum() for n in a if a[n] is not None and b[n] is not None and self.is_perturbed(n))
+
+    def combined(self, a, b, of_a, of_b):
+        """of_a a + of_b b by parameter (numbers, or functions of a name); one gradient that is missing is zero."""
+        out = {}
+        for name in a:
+            if a[name] is None and b[name] is None:
+                out[name] = None
+                continue
+            first, second = (0.0 if part is None else part for part in (a[name], b[name]))
+            out[name] = of_a(name) * first + of_b(name) * second
+        return out
+
+    def ascended(self, shards):
+        """The means of a and of g_p over shards."""
+        clean = [self.grads(self.weights, s) for s in shards]
+        climbed = [self.grads(self.moved(self.ascent(a)), s) for a, s in zip(clean, shards, strict=True)]
+        return self.mean(clean), self.mean(climbed)
+
+    # Mixed SAM: g = (1 - lam) a + lam g_p. Intervals: every k-th step is one, the others are plain.
+
+    def mixed_sam(self, shards):
+        a, g = self.ascended(shards)
+        lam = lambda name: self.options[name]["lam"]  # noqa: E731
+        self.update(self.combined(a, g, lambda name: 1 - lam(name), lam))
+
+    def sam_at_intervals(self, t, batch):
+        every = next(iter(self.options.values()))["perturb_interval"]
+        self.sam([batch]) if t % every == 0 else self.plain(batch)
+
+    # GSAM: g = g_p - alpha a_v, a_v = a - cos(a, g_p) ||a|| g_p / ||g_p||.
+
+    def gsam(self, shards):
+        a, g = self.ascended(shards)
+        aa, ag, gg = self.dot(a, a), self.dot(a, g), self.dot(g, g)
+        share = ag / (np.sqrt(aa * gg) + 1e-12) * np.sqrt(aa) / (np.sqrt(gg) + 1e-12)
+        vertical = self.combined(a, g, lambda _: 1.0, lambda _: -share)
+        alpha = lambda name: -self.options[name]["alpha"] if self.is_perturbed(name) else 0.0  # noqa: E731
+        self.update(self.combined(vertical, g, alpha, lambda _: 1.0))
+
+    # Friendly-SAM: d = a - sigma m, the first d is a; m <- momentum m + (1 - momentum) a, the first m is a.
+
+    def friendly_sam(self, shards):
+        passes = []
+        for s in shards:
+            a, d = self.grads(self.weights, s), {}
+            for name, g in a.items():
+                m, sigma, momentum = (
+                    self.means.get(name),
+                    self.options[name]["sigma"],
+                    self.options[name]["perturb_momentum"],
+                )
+                if g is None or m is None:
+                    d[name] = g
+                else:
+                    d[name] = g - sigma * m
+                if g is not None:
+                    self.means[name] = g if m is None else momentum * m + (1 - momentum) * g
+            passes.append(self.grads(self.moved(self.ascent(d)), s))
+        self.update(self.mean(passes))
+
+    # Momentum-SAM: e = -rho v / ||v||, v the rule's momentum.
+
+    def against_momentum(self):
+        v = {n: s.get("momentum_buffer", s.get("exp_avg")) for n, s in self.state.items() if self.is_perturbed(n)}
+        v = {name: each for name, each in v.items() if each is not None}
+        norm = np.sqrt(sum((each**2).sum() for each in v.values()))
+        return {name: -self.options[name]["rho"] * each / (norm + 1e-12) for name, each in v.items()}
+
+    def momentum_sam(self, batch):
+        self.update(self.grads(self.moved(self.against_momentum()), batch))
+
+    # LookSAM: every k-th step is SAM's, and keeps g_v = g_p - <a, g_p> / ||a||^2 a; then a + alpha ||a|| g_v / ||g_v||.
+
+    def looksam(self, t, batch):
+        every = next(iter(self.options.values()))["perturb_interval"]
+        if t % every == 0:
+            a, g = self.ascended([batch])
+            share = self.dot(a, g) / self.dot(a, a)
+            self.kept = self.combined(g, a, lambda _: 1.0, lambda _: -share)
+            self.update(g)
+            return
+        a = self.grads(self.weights, batch)
+        factor = np.sqrt(self.dot(a, a) / self.dot(self.kept, self.kept))
+        reused = {name: v if self.is_perturbed(name) and a[name] is not None else None for name, v in self.kept.items()}
+        self.update(self.combined(a, reused, lambda _: 1.0, lambda name: self.options[name]["alpha"] * factor))

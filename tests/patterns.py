@@ -196,6 +196,14 @@ def climbing_shards(run, t):
     run.step()
 
 
+def climbing_when_due(run, t):
+    run.backward(t)
+    if run.opt.perturb_due:
+        run.perturb()
+        run.backward(t)
+    run.step()
+
+
 def one_closure(run, t):
     return run.opt.step(run.closure(t))
 
@@ -227,6 +235,15 @@ METHODS = {
     "ASAM": Method(partial(flatkern.ASAM, rho=0.6), climbing, one_closure, "one"),
     "ASAM all": Method(partial(flatkern.ASAM, rho=0.6, eta=0.0, all_tensors=True), climbing, one_closure, "one"),
     "mSAM": Method(partial(flatkern.SAM, rho=0.3), climbing_shards, two_closures, "mean"),
+    "mixed SAM": Method(partial(flatkern.SAM, rho=0.3, lam=0.4), climbing, one_closure),
+    "SAM at intervals": Method(partial(flatkern.SAM, rho=0.3, interval=2), climbing_when_due, one_closure, "one"),
+    "GSAM": Method(partial(flatkern.GSAM, rho=0.3), climbing, one_closure, "one"),
+    "GSAM rounds": Method(partial(flatkern.GSAM, rho=0.3), climbing_shards, two_closures),
+    "FriendlySAM": Method(partial(flatkern.FriendlySAM, rho=0.3), climbing, one_closure, "one"),
+    "LookSAM": Method(partial(flatkern.LookSAM, rho=0.3, k=2), climbing_when_due, one_closure, "one"),
+    "MomentumSAM": Method(partial(flatkern.MomentumSAM, rho=0.3), noisy, one_closure, "one"),
+    "rolling MomentumSAM": Method(partial(flatkern.MomentumSAM, rho=0.3, rolling=True), plain, one_closure, "one"),
+    "rolling absolute": Method(partial(noise, sigma=0.1, scale="absolute", rolling=True), plain, one_closure, "one"),
 }
 BASES = ("SGD", "Adam", "AdamW", "Wrap")
 

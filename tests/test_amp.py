@@ -251,11 +251,15 @@ def test_overflow_of_the_climb_alone(name, scaled, backend):
 @pytest.mark.parametrize(
     ("backend", "name", "base", "scaled"),
     backends(
-        [(name, base, scaled) for name in (None, *USERS) for base in ("SGD", "Wrap") for scaled in (False, True)],
+        [  # without momentum, which Momentum-SAM needs
+            (name, base, scaled)
+            for name in (None, *USERS) if "MomentumSAM" not in str(name)
+            for base in ("SGD", "Wrap") for scaled in (False, True)
+        ],
         lambda name, base, scaled: base == "SGD" and not scaled,
     ),
     indirect=["backend"],
-)
+)  # fmt: skip
 def test_max_grad_norm(name, base, scaled, backend):
     """The final gradient (mixed, averaged, unscaled) clipped by its norm, which `grad_norm` is before clipping."""
     runs = []

@@ -37,6 +37,15 @@ FLOORS = {
     "SAM": (SAM(), {}, 40, 48, 2.00, 1.71),
     "ASAM": (ASAM(), {}, 44, 52, 2.20, 1.86),
     "SAM, bf16 + master": (SAM(), BF16, 30, 38, 1.50, 1.36),
+    "mixed SAM": (SAM(lam=0.5), {}, 44, 52, 2.20, 1.86),
+    "SAM every 5 steps": (SAM(interval=5), {}, 24, 32, 1.20, 1.14),
+    "GSAM": (flatkern.GSAM(), {}, 52, 60, 2.60, 2.14),
+    "Friendly-SAM": (flatkern.FriendlySAM(), {}, 52, 60, 2.60, 2.14),
+    "LookSAM": (flatkern.LookSAM(), {}, 34.4, 42.4, 1.72, 1.51),
+    "Momentum-SAM": (flatkern.MomentumSAM(), {}, 40, 48, 2.00, 1.71),
+    "Momentum-SAM rolling": (flatkern.MomentumSAM(rolling=True), {}, 36, 44, 1.80, 1.57),
+    "Momentum-SAM rolling, bf16 + master": (flatkern.MomentumSAM(rolling=True), BF16, 34, 42, 1.70, 1.50),
+    "RWP rolling, absolute": (RWP(rolling=True, scale="absolute"), {}, 32, 40, 1.60, 1.43),
 }
 
 
@@ -52,21 +61,24 @@ def test_floors(row):
                                         (Adam, adamw, 28, adamw_multiple)):  # fmt: skip
         stated = flatkern.cost(make(rule, method, **own))
         assert stated.parameters == N
-        assert stated.bytes_moved == floor * N
+        assert stated.bytes_moved == round(floor * N)
         assert stated.base_bytes == base * N
         assert round(stated.multiple_of_base, 2) == multiple
 
 
 @pytest.mark.parametrize("row", FLOORS)
 def test_memory(row):
-    """The saved copy is 4 bytes per parameter, with masters none; m-RWP keeps a gradient; ARWP a float per filter."""
+    """The saved copy is 4 bytes per parameter, with masters none; m-RWP keeps a gradient, as SAM's kin that mix do;
+    ARWP a float per filter; Friendly-SAM two means, of which one is saved; LookSAM a direction."""
     method, own, *_ = FLOORS[row]
     for rule, moments in ((SGD, 1), (AdamW, 2)):
         stated = flatkern.cost(make(rule, method, **own))
         history = 4 * 64 if "ARWP" in row else 0
-        assert stated.state_bytes == 4 * moments * N + (4 * N if own else 0) + history
+        kept = 4 * N if row in ("Friendly-SAM", "LookSAM") else 0
+        assert stated.state_bytes == 4 * moments * N + (4 * N if own else 0) + history + kept
         copy = 0 if method is None or own else 4 * N
-        assert stated.scratch_bytes == copy + (4 * N if "m-" in row else 0)
+        more = row.startswith("m-") or row in ("mixed SAM", "GSAM", "Friendly-SAM", "LookSAM")
+        assert stated.scratch_bytes == copy + (4 * N if more else 0)
 
 
 def test_without_momentum_and_half_precision():
@@ -135,8 +147,10 @@ def test_launches(row, clip, calls):
         opt.train()
         for _ in range(2):
             calls["eager"].clear()
+            for group in opt.param_groups if opt.perturbation.has_interval else ():
+                group["perturb_count"] = 0  # a step that ascends
             if method is not None and not opt.rolling:
-                if isinstance(method, SAM) or method.lam is not None:
+                if not opt.perturbation.starts_perturbed:
                     for p in params:
                         p.grad = torch.randn_like(p)
                 opt.perturb()

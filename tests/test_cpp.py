@@ -9,7 +9,7 @@ import pytest
 import torch
 from compare import assert_within, ulp_distance
 from conftest import live
-from test_backends import assert_same_bits, lists, make, name_of, run
+from test_backends import assert_same_bits, lists, make, name_of, run, shifted
 from walks import EVERY_WAY
 
 from flatkern.ops import OPS
@@ -37,6 +37,25 @@ def test_same_bits_however_it_runs(op, words, native, set_threads, set_isa):
     for threads in (2, 3):
         set_threads(threads)
         assert_same_bits(op, run(op, "cpp", copy.deepcopy(given)), want)
+
+
+# More elements than any cache keeps, with odd rows and ends: what is written goes around the caches, by lines.
+LARGE = [(1500, 1001), (1 << 20,), (3, 600001), (33,)]
+AROUND = [
+    ("perturb_ascent_", "backups new_means means", False),
+    ("mix_gradients_", "outs clean_grads component", True),
+    ("sgd_update_", "backups", True),
+]
+
+
+@pytest.mark.parametrize("name, words, moved", AROUND)
+def test_large_lists_match_eager(name, words, moved, native, set_threads):
+    set_threads(2)
+    op = OPS[name]
+    got, want = (make(op, LARGE, "mixed", words) for _ in range(2))
+    if moved:
+        got, want = shifted(got), shifted(want)
+    assert_within(op, run(op, "cpp", got), run(op, "eager", want))
 
 
 # A row whose float32 sum is as far off as was found: 63 lanes begin near 1, and each later square is just less than

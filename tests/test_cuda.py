@@ -7,10 +7,11 @@ so that lists of tensors are short and dense. What nvcc makes of the kernels is 
 import numpy as np
 import pytest
 import torch
+from compare import assert_within
 from emulated import CUDA, every_op, needs_emulation
 from test_backends import UPDATES, assert_like_eager, assert_same_bits, make, name_of, run
 from test_noise import strict_fma
-from walks import richest
+from walks import FEW, richest
 
 from flatkern.ops import OPS
 
@@ -36,13 +37,30 @@ def test_rows_of_every_short_length(op, dtype):
     assert_like_eager(op, "cuda", (shapes, dtype, richest(op)))
 
 
+# Beside gradients of bfloat16: those of weights that are float32, too, have kernels of their own.
+FLOAT32_MEANS = {
+    "norm": ("ascent_norm_", "params means", "params means"),
+    "masters": ("perturb_ascent_", "new_means masters means", "means new_means"),
+    "bfloat16 weights": ("perturb_ascent_", "backups new_means means", "means new_means"),
+    "only the old ones": ("perturb_ascent_", "backups new_means means", "means"),
+}
+
+
+@pytest.mark.parametrize("name, words, wide", FLOAT32_MEANS.values(), ids=FLOAT32_MEANS)
+def test_means_of_float32(name, words, wide):
+    op, got, want = OPS[name], *(make(OPS[name], [*FEW, (1, 8200)], "bfloat16", words) for _ in range(2))
+    for values in (got, want):
+        values |= {which: [t.float() for t in values[which]] for which in wide.split()}
+    assert_within(op, run(op, "cuda", got), run(op, "eager", want))
+
+
 # Bytes of a kernel's arguments that a tensor takes, at most: those of up to 4 KB and of up to 25 KB are two kernels,
 # and what does not fit these is for further launches.
 SMALL, LARGE = 4096, 25 * 1024
 BYTES = {
-    "fill_normal_": 9, "filter_norms_": 17, "ascent_norm_": 21, "gradient_norm_": 25, "perturb_gaussian_": 50,
-    "perturb_ascent_": 41, "restore_": 17, "mix_gradients_": 37, "count_magnitudes_": 9, "pack_mask_": 17,
-    "amplify_": 29,
+    "fill_normal_": 9, "filter_norms_": 17, "ascent_norm_": 36, "gradient_norm_": 25, "gradient_products_": 17,
+    "perturb_gaussian_": 50, "perturb_ascent_": 72, "restore_": 17, "mix_gradients_": 45, "count_magnitudes_": 9,
+    "pack_mask_": 17, "amplify_": 29,
     "sgd_update_": 106, "adam_update_": 170, "adamw_update_": 170,
 }  # fmt: skip
 

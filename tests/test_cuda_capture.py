@@ -45,7 +45,7 @@ def move_on(values, round_):
     """Other numbers in the tensors that are there."""
     if values.get("noise") is not None:
         values["noise"][2] = round_
-    for name in ("grads", "lrs", "sigmas", "grad_scale", "clip"):
+    for name in ("grads", "clean_grads", "means", "lrs", "sigmas", "component", "grad_scale", "clip"):
         value = values.get(name)
         for t in value if isinstance(value, list) else [] if value is None else [value]:
             t.mul_(0.75)

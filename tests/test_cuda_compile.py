@@ -41,9 +41,16 @@ CASES = {
     "ascent_norm BFloat16": Case(8, 8, 0),
     "ascent_norm BFloat16 float": Case(8, 12, 0),
     "ascent_norm AnyFloat": Case(6),
+    "ascent_norm float means": Case(6, 24, 0),
+    "ascent_norm BFloat16 means": Case(8, 12, 0),
+    "ascent_norm BFloat16 float means": Case(8, 20, 0),
+    "ascent_norm AnyFloat means": Case(6),
     "gradient_norm float": Case(6, 16, 0),
     "gradient_norm BFloat16": Case(6, 8, 0),
     "gradient_norm AnyFloat": Case(5),
+    "gradient_products float": Case(5, 16, 0),
+    "gradient_products BFloat16": Case(5, 8, 0),
+    "gradient_products AnyFloat": Case(5),
     "perturb float 256": Case(5, 6, 12),
     "perturb float 1024": Case(1, 8, 16),
     "perturb BFloat16 256": Case(4, 3, 6),
@@ -56,6 +63,10 @@ CASES = {
     "ascent BFloat16": Case(6, 4, 4),
     "ascent BFloat16 float": Case(8, 6, 2),
     "ascent AnyFloat": Case(4),
+    "ascent float means": Case(4, 12, 12),
+    "ascent BFloat16 means": Case(4, 6, 6),
+    "ascent BFloat16 float means": Case(4, 10, 6),
+    "ascent AnyFloat means": Case(4),
     "restore float": Case(4, 8, 8),
     "restore BFloat16": Case(6, 4, 4),
     "restore AnyFloat": Case(4),
@@ -109,6 +120,7 @@ def label(name):
     types = dict.fromkeys(re.findall(r"\b(?:float|BFloat16|AnyFloat)\b", name))
     words = [rule[1].lower() if rule else re.match(r"(\w+)_kernel\b", name)[1], *types]
     words += [("plain", "rolling", "general")[int(kind[1])]] if kind else []
+    words += ["means"] if "MeanArguments<" in name else []
     return " ".join(words + ([threads[1]] if threads else []))
 
 

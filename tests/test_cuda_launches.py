@@ -155,7 +155,7 @@ def failing_launch(emulated, which):
         emulated.watch(None)
 
 
-@pytest.mark.parametrize("name", ["ascent_norm_", "gradient_norm_", "count_magnitudes_"])
+@pytest.mark.parametrize("name", ["ascent_norm_", "gradient_norm_", "gradient_products_", "count_magnitudes_"])
 def test_a_total_after_one_that_failed(name, emulated):
     """The first launch of two leaves no sum and no count that the next call's blocks would go on with."""
     op, many = OPS[name], 4000

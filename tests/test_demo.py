@@ -22,6 +22,7 @@ from flatkern.demo_methods import EPOCHS, METHODS, TUNED, hyper_parameters  # no
 pytestmark = pytest.mark.xdist_group("demo")
 
 NAMES = {"SGD", "RWP", "RWP rolling", "ARWP", "m-RWP", "m-ARWP", "SAM", "ASAM", "mSAM", "IRE", "SAM-IRE"}
+NAMES |= {"mixed SAM", "GSAM", "Friendly-SAM", "LookSAM", "Momentum-SAM"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,9 +115,26 @@ def test_the_methods_differ():
     assert len(set(losses.values())) == len(losses), losses
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_gradients_are_as_many_as_stated(name, monkeypatch):
+    """Over ten steps, which is twice LookSAM's period and once IRE's."""
+    counted, backward = [], torch.Tensor.backward
+
+    def counting(loss, *args, **others):
+        counted.append(loss)
+        backward(loss, *args, **others)
+
+    monkeypatch.setattr(torch.Tensor, "backward", counting)
+    monkeypatch.setattr(demo_training, "TRAIN", 10 * demo_training.BATCH)
+    run(name, epochs=1)
+    shards = demo_training.SHARDS if name == "mSAM" else 1
+    assert len(counted) == pytest.approx(10 * METHODS[name].gradients * METHODS[name].length * shards)
+
+
 def test_passes_over_memory(written):
     passes = {name: row["passes"] for name, row in written["summary"]["clean"].items()}
     want = {"SGD": 5, "RWP": 8, "RWP rolling": 6, "ARWP": 8, "m-RWP": 9, "m-ARWP": 9, "SAM": 10, "mSAM": 28}
+    want |= {"mixed SAM": 11, "GSAM": 13, "Friendly-SAM": 13, "LookSAM": pytest.approx(8.6), "Momentum-SAM": 9}
     assert {name: passes[name] for name in want} == want
     assert passes["SAM"] < passes["ASAM"] <= 11  # not every tensor is scaled
     assert passes["IRE"] == pytest.approx(5 + 0.4 + 1 / 32, rel=0.01)  # four reads in ten steps, a bit per weight

@@ -27,6 +27,7 @@ METHODS = {
     "m-RWP": flatkern.RWP(0.1, lam=0.5),
     "rolling": flatkern.RWP(0.1, eta=1.0, rolling=True),
     "SAM": flatkern.SAM(0.2),
+    "Friendly-SAM": flatkern.FriendlySAM(0.2),
 }
 
 
@@ -49,7 +50,7 @@ def backward(model):
 
 def perturb(model, opt):
     opt.zero_grad()
-    if isinstance(opt.method, flatkern.SAM) or opt.method.lam is not None:
+    if not (opt.rolling or opt.perturbation.starts_perturbed):
         backward(model)
     opt.train() if opt.rolling else opt.perturb()
     assert opt.is_perturbed
@@ -182,7 +183,7 @@ def others_write(method, path):
         whole = weight.full_tensor()
         whole[0, 1] = 7.0  # which rank 0 holds
         weight.copy_(distribute_tensor(whole, weight.device_mesh, weight.placements))
-    if method != "SAM":
+    if opt.perturbation.draws:
         end(opt)
         expected = [torch.full_like(c, 0.5) for c in clean]
         if rank == 0:

@@ -214,7 +214,7 @@ STEPS = {
     "closure": (closes, {"perturb": flatkern.SAM(0.1)}),
     "IRE": (enhances, {"enhance": flatkern.IRE(2.0, interval=2)}),
 }
-MOVES = {"params", "round", "drawn", "mask_age", "lr"}
+MOVES = {"params", "round", "drawn", "mask_age", "perturb_count", "lr"}
 
 
 def trained(name, rule, scheduled, compiled):

@@ -100,7 +100,7 @@ def test_a_flag_shortens_its_own_list(native, params):
     floats |= dict.fromkeys(("clean_weight", "kappa", "beta", "sigma", "eta"), [0.1] * N)
     with pytest.raises(RuntimeError, match="became shorter while it was read"):
         native.sgd_update_(
-            params, None, None, None, None, params, *[None] * 8, **floats, nesterov=flags, index=ints, offset=ints
+            params, None, None, None, None, params, *[None] * 9, **floats, nesterov=flags, index=ints, offset=ints
         )
 
 
@@ -219,7 +219,7 @@ def test_state_kept_where_the_parameters_are(native, params):
     ints = {"index": [0] * N, "offset": [0] * N, "nesterov": [False] * N}
     grads, before = [torch.randn(300) for _ in params], params[0].clone()
     with pytest.raises(native.Mismatch, match=r"momentum_buffers\[0\] shares memory with params\[0\]"):
-        native.sgd_update_(params, params, None, None, None, grads, *[None] * 8, **numbers, **ints)
+        native.sgd_update_(params, params, None, None, None, grads, *[None] * 9, **numbers, **ints)
     assert torch.equal(params[0], before)
 
 

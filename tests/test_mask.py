@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_reference import Values, every_dtype, law
+from laws import Values, every_dtype, law
 
 import flatkern
 from flatkern import selection, tables

@@ -139,6 +139,15 @@ SAME = {
     "rolling after train() is RWP": (rolling, {}, lambda o, a, b: o.rwp([a]), {}),
     "rolling ARWP after train() is ARWP": (rolling, {"eta": 2.0}, lambda o, a, b: o.rwp([a]), {"eta": 2.0}),
     "mSAM of the same shard twice is SAM": (lambda o, a, b: o.sam([a, a]), {}, lambda o, a, b: o.sam([a]), {}),
+    "mixed SAM with lam=1 is SAM": (
+        lambda o, a, b: o.mixed_sam([a]), {"lam": 1.0}, lambda o, a, b: o.sam([a]), {}),
+    "mixed SAM with lam=0 is the base": (lambda o, a, b: o.mixed_sam([a]), {"lam": 0.0}, plain, {}),
+    "GSAM with alpha=0 is SAM": (lambda o, a, b: o.gsam([a]), {"alpha": 0.0}, lambda o, a, b: o.sam([a]), {}),
+    "Friendly-SAM with sigma=0 is SAM": (
+        lambda o, a, b: o.friendly_sam([a]), {"sigma": 0.0, "perturb_momentum": 0.9}, lambda o, a, b: o.sam([a]), {}),
+    "Momentum-SAM without radius is the base": (lambda o, a, b: o.momentum_sam(a), {"rho": 0.0}, plain, {}),
+    "LookSAM whose every step is due is SAM": (
+        lambda o, a, b: o.looksam(0, a), {"perturb_interval": 1, "alpha": 0.7}, lambda o, a, b: o.sam([a]), {}),
     "ASAM with a huge floor is SAM": (
         lambda o, a, b: o.sam([a]), {"t_eta": 1e9, "rho": 1e-10, "all_tensors": True},
         lambda o, a, b: o.sam([a]), {"rho": 0.1}),

@@ -17,7 +17,8 @@ CALLED = {name: "adam_update_" if name == "adamw_update_" else name for name in 
 BY_OTHER_NAMES = {"csrc/math/F.h", "tests/test_triton_compile.py", "tests/test_cuda_compile.py"}
 BY_OTHER_NAMES |= {"tests/cuda_emulation/driver/operations.h"}
 # They know some operations.
-OF_MANY = {f"tests/test_{name}.py" for name in ("reference", "mutations", "mask", "backends")}
+OF_MANY = {f"tests/test_{name}.py" for name in ("reference", "reference_updates", "mask", "backends")}
+OF_MANY |= {f"tests/wrong_{name}.py" for name in ("kernels", "methods")}
 OF_MANY |= {"flatkern/checks.py"} | {f"bench/gpu/{name}.py" for name in ("calls", "counted")}
 
 

@@ -1,4 +1,6 @@
-"""The eager reference against the papers' formulas in float64, torch.optim, and laws that hold to the bit.
+"""The eager reference against the papers' formulas in float64, and laws that hold to the bit.
+
+Updates are in test_reference_updates.py.
 
 Inputs are drawn by hypothesis: shapes, hyper-parameters and the seed of the values.
 """
@@ -8,93 +10,24 @@ import math
 import numpy as np
 import pytest
 import torch
-from compare import assert_ulp, bits, spacing
-from hypothesis import given, settings
+from compare import bits
+from hypothesis import given
 from hypothesis import strategies as st
-
-from flatkern.dispatch import resolve
-from flatkern.ops import OPS
-
-LAWS = {}  # op: the tests below that know what it does; test_table.py asks that none is missing
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-examples = settings(max_examples=25, deadline=None, derandomize=True, database=None)
-seeds = st.integers(0, 2**32 - 1)
-shapes = st.lists(
-    st.sampled_from([(), (1,), (7,), (40,), (3, 5), (1, 9), (6, 1), (4, 3, 2, 2), (0,), (2, 0)]), min_size=1, max_size=3
+from laws import (
+    Values,
+    assert_close,
+    assert_same,
+    copies,
+    every_dtype,
+    examples,
+    law,
+    noise,
+    rows64,
+    scalar,
+    seeds,
+    shapes,
+    weights,
 )
-weights = st.floats(0.0, 1.0, width=32)
-U = 2.0**-24  # a rounding to float32 is off by at most this, relative
-
-
-def law(*ops):
-    """Names the ops that a test is a law of."""
-
-    def note(test):
-        for op in ops:
-            LAWS.setdefault(op, []).append(test.__name__)
-        return test
-
-    return note
-
-
-class Values:
-    """Seeded tensors of a list of shapes, and an op run on them with every absent argument filled in."""
-
-    def __init__(self, shapes, seed, dtype=torch.float32):
-        self.shapes, self.generator, self.dtype = shapes, torch.Generator().manual_seed(seed), dtype
-
-    def tensors(self, scale=1.0, dtype=None):
-        draw = [torch.randn(s, generator=self.generator) * scale for s in self.shapes]
-        return [t.to(dtype or self.dtype) for t in draw]
-
-    def history(self):
-        lengths = [s[0] if len(s) > 1 else math.prod(s) for s in self.shapes]
-        return [torch.rand(n, generator=self.generator) * 4 for n in lengths]
-
-    def run(self, name, **given):
-        """Run an op in place; scalars are repeated for every entry."""
-        op, n = OPS[name], len(self.shapes)
-        zero = dict.fromkeys(("offset", "kappa", "eta", "sigma", "beta"), 0.0) | dict(offset=0)
-        defaults = dict(index=list(range(n)), grad_weight=1.0, clean_weight=1.0, **zero)
-        values = {}
-        for a in op.arguments:
-            value = given.pop(a.name, defaults.get(a.name) if a.keyword_only else None)
-            values[a.name] = [value] * n if a.keyword_only and not isinstance(value, list) else value
-        assert not given, f"{name} has no {list(given)}"
-        tensors = [values[a.name] for a in op.arguments if not a.keyword_only]
-        resolve(name, "cpu", "eager")(*tensors, **{a.name: values[a.name] for a in op.arguments if a.keyword_only})
-
-
-def copies(tensors):
-    return [t.clone() for t in tensors]
-
-
-def scalar(value):
-    return torch.tensor(value, dtype=torch.float32)
-
-
-def noise(seed=1, stream=2, round=3):
-    return torch.tensor([seed, stream, round])
-
-
-def rows64(t):
-    """Filters of a contiguous tensor as float64 rows."""
-    return t.double().numpy().reshape(t.shape[0], -1) if t.dim() > 1 else t.double().numpy().reshape(1, -1)
-
-
-def assert_close(got, want, roundings, scale=None):
-    """|got - want| <= roundings x 2^-24 x scale, and one rounding to got's dtype; `scale`: the largest term."""
-    want = torch.as_tensor(np.asarray(want)).reshape(got.shape).double()
-    scale = want.abs() if scale is None else torch.as_tensor(np.asarray(scale)).double().reshape(got.shape)
-    bound = roundings * U * scale + spacing(got) / 2 + 1e-42
-    assert ((got.double() - want).abs() <= bound).all(), (got, want)
-
-
-def assert_same(got, want):
-    for k, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert_ulp(f"[{k}]", a, b)
-
 
 # Norms.
 
@@ -142,6 +75,36 @@ def test_the_ascent_is_that_of_the_paper(eta, shapes, seed, rho, sign):
             assert_close(p, w.double().numpy() + e, 16, np.abs(e) + np.abs(w.double().numpy()))
 
 
+@law("ascent_norm_", "perturb_ascent_")
+@pytest.mark.parametrize("eta", [-1.0, 0.0], ids=["plain", "adaptive"])
+@examples
+@given(shapes=shapes, seed=seeds, sigma=st.floats(0.0, 2.0), momentum=weights)
+def test_friendly_sam_climbs_beside_the_mean_and_then_renews_it(eta, shapes, seed, sigma, momentum):
+    """d = g - sigma m, e = rho T^2 d / ||T d||, m <- momentum m + (1 - momentum) g."""
+    v = Values(shapes, seed)
+    params, grads, means, new, norm = v.tensors(), v.tensors(), v.tensors(), v.tensors(), scalar(-1.0)
+    clean, before = copies(params), copies(means)
+    numbers = dict(eta=eta, sigma=sigma)
+    v.run("ascent_norm_", norm=norm, params=params if eta >= 0 else None, grads=grads, means=means, **numbers)
+    ascent = dict(new_means=new, grads=grads, means=means, norm=norm, rho=0.3, momentum=momentum)
+    v.run("perturb_ascent_", params=params, **ascent, **numbers)
+
+    t = [np.abs(w.double().numpy()) + eta if eta >= 0 else np.ones(w.shape) for w in clean]
+    pairs = [(g.double().numpy(), m.double().numpy()) for g, m in zip(grads, before, strict=True)]
+    d = [g - sigma * m for g, m in pairs]
+    total = math.sqrt(sum(float(((ti * di) ** 2).sum()) for ti, di in zip(t, d, strict=True)))
+    size = math.sqrt(
+        sum(float(((ti * (np.abs(g) + sigma * np.abs(m))) ** 2).sum()) for ti, (g, m) in zip(t, pairs, strict=True))
+    )
+    assert_close(norm, total, 8, size)
+    assert_same(means, before)
+    for k, (g, m) in enumerate(pairs):
+        assert_close(new[k], momentum * m + (1 - momentum) * g, 4, np.abs(g) + np.abs(m))
+        if total > 1e-3 * size:
+            w, e = clean[k].double().numpy(), 0.3 / total * t[k] ** 2 * (np.abs(g) + sigma * np.abs(m))
+            assert_close(params[k], w + 0.3 / total * t[k] ** 2 * d[k], 16 + 16 * size / total, e + np.abs(w))
+
+
 @law("perturb_ascent_")
 @pytest.mark.parametrize("rho, norm", [(0.0, 2.0), (0.1, math.inf), (0.1, math.nan)])
 def test_no_ascent_leaves_every_bit(rho, norm):
@@ -149,9 +112,12 @@ def test_no_ascent_leaves_every_bit(rho, norm):
     v = Values([(3, 5), (7,)], 0)
     params, grads = v.tensors(), v.tensors()
     params[0][0, 0], grads[0][0, 1], grads[1][2] = -0.0, math.inf, math.nan
-    clean = copies(params)
-    v.run("perturb_ascent_", params=params, grads=grads, norm=scalar(norm), rho=rho, eta=[-1.0, 0.1])
+    clean, means, new = copies(params), v.tensors(), v.tensors()
+    numbers = dict(rho=rho, eta=[-1.0, 0.1], sigma=0.5, momentum=0.9)
+    v.run("perturb_ascent_", params=params, grads=grads, norm=scalar(norm), new_means=new, means=means, **numbers)
     assert_same(params, clean)
+    if not math.isfinite(norm):
+        assert_same(new, means)
 
 
 # Gaussian noise.
@@ -276,187 +242,39 @@ def test_mixing(shapes, seed, lam, scale, clip, beta, two):
     assert_close(norm, math.sqrt(total), 8, math.sqrt(size))
 
 
-UPDATES = {
-    "sgd_update_": dict(lr=0.1, momentum=0.9, dampening=0.0, weight_decay=0.01, nesterov=False),
-    "adam_update_": dict(lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01),
-    "adamw_update_": dict(lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01),
-}
-every_update = pytest.mark.parametrize("name", UPDATES)
-
-
-def state_of(name, v, steps=3.0):
-    if name == "sgd_update_":
-        return dict(momentum_buffers=v.tensors(0.1))
-    moments = dict(exp_avgs=v.tensors(0.1), exp_avg_sqs=[t.abs() for t in v.tensors(0.1)])
-    return moments | dict(steps=[scalar(steps) for _ in v.shapes])
-
-
-def copied(lists):
-    return {key: copies(tensors) for key, tensors in lists.items()}
-
-
-def assert_same_state(got, want):
-    for key in want:
-        assert_same(got[key], want[key])
-
-
-@law(*UPDATES)
-@every_update
-@every_dtype
-def test_mixing_in_the_update_is_mixing_before_it(name, dtype):
-    """update(g, g_clean, scale, clip) = update(mix_gradients_(...)) where the mixed gradient is float32, to the bit."""
-    v = Values([(3, 5), (7,), ()], 0, dtype)
-    params, state, history = v.tensors(), state_of(name, v), v.history()
-    grads, clean = v.tensors(dtype=torch.float32), v.tensors()
-    mixing = dict(clean_grads=clean, grad_scale=scalar(0.3), clip=scalar(0.7), grad_weight=0.6, clean_weight=0.4)
-    inside = copies(params), copied(state), copies(history)
-    v.run(name, params=inside[0], **inside[1], history=inside[2], grads=grads, **mixing, beta=0.9, **UPDATES[name])
-    v.run("mix_gradients_", grads=grads, history=history, **mixing, beta=0.9)
-    v.run(name, params=params, **state, grads=grads, **UPDATES[name])
-    assert_same(inside[0], params)
-    assert_same(inside[2], history)
-    assert_same_state(inside[1], state)
-
-
-@law(*UPDATES)
-@every_update
-@every_dtype
-@pytest.mark.parametrize("kept_in", ["backups", "masters"])
-def test_the_update_starts_from_the_clean_weights(name, dtype, kept_in):
-    """What is in the perturbed weights, NaN here, is in nothing afterwards. Masters advance, backups have served."""
-    v = Values([(3, 5), (7,), ()], 0, dtype)
-    clean = v.tensors(dtype=torch.float32 if kept_in == "masters" else dtype)
-    grads, state = v.tensors(), state_of(name, v)
-    before, plain, plain_state = copies(clean), copies(clean), copied(state)
-    v.run(name, params=plain, **plain_state, grads=grads, **UPDATES[name])
-    perturbed = [torch.full_like(g, math.nan) for g in grads]
-    v.run(name, params=perturbed, **state, **{kept_in: clean}, grads=grads, **UPDATES[name])
-    assert_same(clean, plain if kept_in == "masters" else before)
-    assert_same(perturbed, [t.to(dtype) for t in plain])
-    assert_same_state(state, plain_state)
-
-
-@law(*UPDATES)
-@every_update
-@every_dtype
-def test_an_update_of_rate_zero_restores_exactly(name, dtype):
-    v = Values([(3, 5), (7,), ()], 0, dtype)
-    params, backups, state = v.tensors(), v.tensors(), state_of(name, v)
-    backups[0][0, 0], backups[1][1] = -0.0, 2.0**-20
-    clean = copies(backups)
-    rule = UPDATES[name] | dict(lr=0.0, weight_decay=0.0)
-    v.run(name, params=params, **state, backups=backups, grads=v.tensors(), **rule)
-    assert_same(params, clean)
-    assert_same(backups, clean)
-
-
-@law(*UPDATES)
-@every_update
-@every_dtype
-@pytest.mark.parametrize("kept_in", ["backups", "masters"])
-@pytest.mark.parametrize("rolling", [False, True])
-@pytest.mark.parametrize("found", [1.0, math.inf])
-def test_a_skipped_update_restores_and_changes_nothing_else(name, dtype, kept_in, rolling, found):
-    """In rolling mode the weights are perturbed again, from the same clean ones."""
-    v = Values([(3, 5), (7,), ()], 0, dtype)
-    clean = v.tensors(dtype=torch.float32 if kept_in == "masters" else dtype)
-    lists = state_of(name, v) | {"history": v.history(), kept_in: clean}
-    grads = [torch.full_like(t, math.inf) for t in v.tensors()]
-    before, params = copied(lists), v.tensors()
-    given = dict(noise=noise() if rolling else None, found_inf=scalar(found))
-    v.run(name, params=params, **lists, grads=grads, **given, beta=0.9, sigma=0.1, eta=0.5, **UPDATES[name])
-    assert_same_state(lists, before)
-    want = [t.to(dtype, copy=True) for t in clean]
-    if rolling:
-        masters = clean if kept_in == "masters" else None
-        given = dict(masters=masters, history=lists["history"], noise=noise())
-        v.run("perturb_gaussian_", params=want, **given, sigma=0.1, eta=0.5)
-    assert_same(params, want)
-
-
-# The base rules against torch.optim in float64. A float32 step may be off by its own roundings: of every term, at most
-# twelve, relative to the largest one.
-
-
-def torch_steps(optimizer, clean, grads, steps, **options):
-    """Weights in float64 after each of `steps` of torch's rule, with the same gradients every time, times 1, 2, ..."""
-    params = [torch.nn.Parameter(w.double()) for w in clean]
-    optimizer = optimizer(params, **options)
-    for step in range(steps):
-        for p, g in zip(params, grads, strict=True):
-            p.grad = (step + 1) * g.double()
-        optimizer.step()
-    return params, [optimizer.state[p] for p in params]
-
-
-rates = st.floats(1e-4, 1.0)
-decays = st.sampled_from([0.0, 1e-4, 0.1])
-BETAS = [(0.9, 0.999, 1e-8), (0.0, 0.9, 1e-3), (0.5, 0.999, 1e-3)]  # and eps
-MOMENTA = [(0.0, 0.0, False), (0.9, 0.0, False), (0.5, 0.3, False), (0.9, 0.0, True)]  # and dampening, nesterov
-
-
-@law("sgd_update_")
+@law("gradient_products_")
 @examples
-@given(shapes=shapes, seed=seeds, lr=rates, weight_decay=decays, options=st.sampled_from(MOMENTA))
-def test_sgd_is_torchs(shapes, seed, lr, weight_decay, options):
-    """Three steps; a fresh buffer is zero and takes dampening 0, which is torch's first step."""
+@given(shapes=shapes, seed=seeds)
+def test_products_are_in_float64(shapes, seed):
     v = Values(shapes, seed)
-    params, grads = v.tensors(), v.tensors()
-    options = dict(zip(("momentum", "dampening", "nesterov"), options, strict=True))
-    options |= dict(lr=lr, weight_decay=weight_decay)
-    want, state = torch_steps(torch.optim.SGD, params, grads, 3, **options)
-    momentum, dampening = options["momentum"], options["dampening"]
-    buffers = [torch.zeros_like(p) for p in params] if momentum else None
-    for step in range(3):
-        options["dampening"] = dampening if step else 0.0
-        now = [g * (step + 1) for g in grads]
-        v.run("sgd_update_", params=params, momentum_buffers=buffers, grads=now, **options)
-    for k, (p, w) in enumerate(zip(params, want, strict=True)):
-        size = 2 + w.detach().abs() + 20 * lr * grads[k].double().abs() * 3
-        assert_close(p, w.detach(), 12, size)
-        if momentum:
-            assert_close(buffers[k], state[k]["momentum_buffer"], 12, size + 20 * grads[k].abs())
+    grads, clean, products = v.tensors(), v.tensors(), torch.full((3,), -1.0, dtype=torch.float64)
+    v.run("gradient_products_", products=products, grads=grads, clean_grads=clean)
+    g, a = (np.concatenate([x.double().numpy().ravel() for x in side]) for side in (grads, clean))
+    size = np.array([a @ a, np.abs(a) @ np.abs(g), g @ g])
+    assert np.all(np.abs(products.numpy() - [a @ a, a @ g, g @ g]) <= 1e-13 * size)
 
 
-@law("adam_update_", "adamw_update_")
-@pytest.mark.parametrize("name, rule", [("adam_update_", torch.optim.Adam), ("adamw_update_", torch.optim.AdamW)])
+@law("mix_gradients_", "gradient_norm_")
 @examples
-@given(shapes=shapes, seed=seeds, lr=rates, weight_decay=decays, options=st.sampled_from(BETAS))
-def test_adam_is_torchs(name, rule, shapes, seed, lr, weight_decay, options):
+@given(shapes=shapes, seed=seeds, weight=weights, clean_weight=st.floats(-2.0, 2.0), q=weights, r=st.floats(-2.0, 2.0))
+def test_a_component_takes_the_place_of_the_clean_gradient(shapes, seed, weight, clean_weight, q, r):
+    """g = weight s g + clean_weight (q a - r s g), kept in `outs` where they are given."""
     v = Values(shapes, seed)
-    params, grads = v.tensors(), v.tensors()
-    beta1, beta2, eps = options
-    want, state = torch_steps(rule, params, grads, 3, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
-    lists = dict(exp_avgs=[torch.zeros_like(p) for p in params], exp_avg_sqs=[torch.zeros_like(p) for p in params])
-    lists["steps"] = [scalar(0.0) for _ in params]
-    options = dict(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
-    for step in range(3):
-        v.run(name, params=params, **lists, grads=[g * (step + 1) for g in grads], **options)
-    for k, (p, w) in enumerate(zip(params, want, strict=True)):
-        assert lists["steps"][k] == 3
-        size = 1 + w.detach().abs() + 3 * lr
-        # Adam divides by a root: a gradient that weight decay nearly cancels keeps few digits, so its rounding counts.
-        noise_of_g = 16 * U * (grads[k].double().abs() + 2) / (state[k]["exp_avg_sq"].sqrt() + eps)
-        assert ((p.double() - w.detach()).abs() <= 16 * U * size + 10 * lr * noise_of_g).all()
-        for key, lists_key in (("exp_avg", "exp_avgs"), ("exp_avg_sq", "exp_avg_sqs")):
-            size = 16 * (1 + grads[k].double().abs()) ** (2 if key == "exp_avg_sq" else 1)
-            assert_close(lists[lists_key][k], state[k][key], 8, size)
-
-
-@law(*UPDATES)
-@every_update
-@examples
-@given(shapes=shapes, seed=seeds, scale=weights, beta=st.floats(0.0, 0.999))
-def test_the_history_of_an_update(name, shapes, seed, scale, beta):
-    """F = beta F + sum_f (scale g)^2 of the perturbed gradient: unmixed, not clipped, without weight decay."""
-    v = Values(shapes, seed)
-    history, grads = v.history(), v.tensors()
-    before = copies(history)
-    mixing = dict(
-        clean_grads=v.tensors(), grad_scale=scalar(scale), clip=scalar(0.1), grad_weight=0.5, clean_weight=0.5
-    )
-    v.run(name, params=v.tensors(), **state_of(name, v), history=history, grads=grads, **mixing, beta=beta,
-          **UPDATES[name])  # fmt: skip
-    for f, old, g in zip(history, before, grads, strict=True):
-        squares = (scale * rows64(g)) ** 2
-        assert_close(f, beta * old.double().numpy() + (squares.sum(axis=1) if g.dim() > 1 else squares[0]), 8)
+    grads, clean, outs, norm = v.tensors(), v.tensors(), v.tensors(), scalar(-1.0)
+    given, component = copies(grads), torch.tensor([q, r], dtype=torch.float32)
+    mixing = dict(clean_grads=clean, component=component, grad_scale=scalar(0.5), grad_weight=weight)
+    mixing["clean_weight"] = clean_weight
+    v.run("gradient_norm_", norm=norm, grads=grads, **mixing)
+    v.run("mix_gradients_", grads=grads, outs=outs, found_inf=scalar(0.0), **mixing)
+    assert_same(grads, given)
+    total, size = 0.0, 0.0
+    for k, out in enumerate(outs):
+        g, a = 0.5 * rows64(given[k]), rows64(clean[k])
+        want, largest = weight * g + clean_weight * (q * a - r * g), np.abs(g) * (weight + abs(clean_weight * r))
+        largest += np.abs(a) * abs(clean_weight) * q
+        assert_close(out, want, 8, largest)
+        total, size = total + float((want**2).sum()), size + float((largest**2).sum())
+    assert_close(norm, math.sqrt(total), 16, math.sqrt(size))
+    kept = copies(outs)
+    v.run("mix_gradients_", grads=grads, outs=outs, found_inf=scalar(1.0), **mixing)
+    assert_same(outs, kept)

@@ -23,7 +23,14 @@ METHODS = {
     "rolling": lambda rank: flatkern.RWP(0.05, rolling=True, stream=rank),
     "SAM": lambda rank: flatkern.SAM(0.1),
     "ASAM": lambda rank: flatkern.ASAM(0.5),
+    "mixed SAM": lambda rank: flatkern.SAM(0.1, lam=0.7),
+    "GSAM": lambda rank: flatkern.GSAM(0.1),
+    "Friendly-SAM": lambda rank: flatkern.FriendlySAM(0.1),
+    "LookSAM": lambda rank: flatkern.LookSAM(0.1, k=2),
+    "Momentum-SAM": lambda rank: flatkern.MomentumSAM(0.5),
+    "rolling Momentum-SAM": lambda rank: flatkern.MomentumSAM(0.5, rolling=True),
 }
+USED_FURTHER = ["mixed SAM", "GSAM", "Friendly-SAM", "LookSAM"]  # the gradient that they ascend along
 BASES = {
     "SGD": functools.partial(flatkern.SGD, lr=0.1, momentum=0.9),
     "AdamW": functools.partial(flatkern.AdamW, lr=0.01),
@@ -54,8 +61,14 @@ def equal_replicas(tensors):
         assert all(torch.equal(mine, other) for other in others), f"tensor {k}"
 
 
-def trained(base, method, views, steps=6, rounds=1, backend=None):
-    """`rounds` > 1: accumulation over that many shards, of which the last backward alone is synchronised."""
+def trained(base, method, views, steps=6, rounds=1, backend=None, synchronised=None):
+    """`rounds` > 1: accumulation over that many shards, of which the last backward alone is synchronised.
+
+    Arguments:
+        synchronised: the backwards at clean weights; None: with one round, and where the method uses them further.
+    """
+    if synchronised is None:
+        synchronised = rounds == 1 or method in USED_FURTHER
     rank = dist.get_rank()
     model = DistributedDataParallel(network(), gradient_as_bucket_view=views)
     start = [p.detach().clone() for p in model.parameters()]
@@ -63,10 +76,9 @@ def trained(base, method, views, steps=6, rounds=1, backend=None):
     opt = BASES[base](model.parameters(), perturb=METHODS[method](rank), **ours)
     if opt.rolling:
         opt.follow(model)
-    two_passes = isinstance(opt.method, flatkern.SAM) or getattr(opt.method, "lam", None) is not None
     masks = []
 
-    def backward(step, synchronised=True):
+    def backward(step, synchronised):
         x, y = data(step, rank)
         with contextlib.nullcontext() if synchronised else model.no_sync():
             (opt.loss_weight * torch.nn.functional.cross_entropy(model(x), y)).backward()
@@ -82,12 +94,13 @@ def trained(base, method, views, steps=6, rounds=1, backend=None):
             masks += [opt.cycle.state.entry(p)["mask"].clone() for p in model.parameters()]
         for k in range(rounds):
             last = k == rounds - 1
-            if two_passes:
-                backward(rounds * step + k, synchronised=rounds == 1)
-            if opt.method is not None and not opt.rolling:
+            due = opt.perturb_due
+            if due and not opt.perturbation.starts_perturbed:
+                backward(rounds * step + k, synchronised)
+            if due:
                 opt.perturb()
             backward(rounds * step + k, synchronised=last)
-            if not last:
+            if due and not last:
                 opt.restore()
         opt.step()
     opt.eval()
@@ -113,6 +126,18 @@ def test_replicas_are_equal_with_other_bases(two, base, method):
 @pytest.mark.parametrize("views", [False, True], ids=["", "bucket views"])
 def test_shards_of_msam_are_reduced_once(two, views):
     two.call(trained, "SGD", "SAM", views, 6, 3)
+
+
+@pytest.mark.parametrize("method", USED_FURTHER)
+def test_replicas_are_equal_after_several_ascents_a_step(two, method):
+    two.call(trained, "SGD", method, True, 6, 3)
+
+
+@pytest.mark.parametrize("method", USED_FURTHER)
+def test_replicas_part_where_an_ascent_that_is_used_further_is_not_synchronized(two, method):
+    """What docs/methods.md warns of: such a gradient is of this rank alone, and enters its update or its state."""
+    with pytest.raises(AssertionError, match=r"AssertionError: tensor \d"):
+        two.call(trained, "SGD", method, False, 6, 1, None, False)
 
 
 def divided_losses(name, views, synchronised, base="SGD"):
@@ -201,7 +226,7 @@ def test_two_ranks_do_what_one_process_does_with_both_batches(two, views):
     two.call(gradients_of_both_passes, views)
 
 
-@pytest.mark.parametrize("method", ["RWP, a noise per rank", "m-RWP", "m-ARWP", "rolling", "SAM", "ASAM"])
+@pytest.mark.parametrize("method", ["RWP, a noise per rank", "m-RWP", "m-ARWP", "rolling", "SAM", "ASAM", "LookSAM"])
 def test_replicas_are_equal_after_many_steps(two, method):
     two.call(trained, "SGD", method, True, 200)
 

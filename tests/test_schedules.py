@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, ExponentialLR
 
 import flatkern
 from flatkern import RWP, SAM, SGD
-from flatkern.schedules import PerturbationScheduler, cosine_increase
+from flatkern.schedules import PerturbationScheduler, cosine_increase, follow_lr
 
 NAN, INF = math.nan, math.inf
 
@@ -95,6 +95,54 @@ def test_resume():
         again.step()
         assert other.param_groups[0]["sigma"] == schedule(5)
     assert all(isinstance(value, int) for value in saved["scheduler"].values())
+
+
+def test_rho_follows_the_learning_rate():
+    """GSAM's rule in each group, by its own learning rate; the scheduler of the learning rate steps first."""
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    opt = SGD([{"params": params[:1]}, {"params": params[1:], "lr": 0.4}], lr=0.1, perturb=flatkern.GSAM())
+    lrs = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 1.0 - 0.25 * t)
+    rhos = PerturbationScheduler(opt, "rho", follow_lr(0.02, 0.06, lr_min=0.0, lr_max=0.4))
+    for t in range(4):
+        for group, lr in zip(opt.param_groups, (0.1, 0.4), strict=True):
+            assert group["rho"] == pytest.approx(0.02 + 0.04 * (1 - 0.25 * t) * lr / 0.4, rel=1e-12)
+        for p in params:
+            p.grad = torch.ones(2)
+        opt.step()
+        lrs.step()
+        rhos.step()
+
+
+def test_rho_follows_the_largest_learning_rate_so_far():
+    """While it warms up the value is high; afterwards it falls with it. A checkpoint continues."""
+    opt = SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, perturb=SAM())
+    (group,) = opt.param_groups
+    rhos = PerturbationScheduler(opt, "rho", follow_lr(0.02, 0.06, lr_min=0.05))
+    seen = []
+    for lr in (0.1, 0.2, 0.45, 0.25, 0.05, 0.01):
+        group["lr"] = lr
+        rhos.step()
+        seen.append(group["rho"])
+    assert seen == pytest.approx([0.06, 0.06, 0.06, 0.04, 0.02, 0.02], rel=1e-12)
+    other = SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, perturb=SAM())
+    again = PerturbationScheduler(other, "rho", follow_lr(0.02, 0.06, lr_min=0.05))
+    again.load_state_dict(rhos.state_dict())
+    other.param_groups[0]["lr"] = 0.25
+    again.step()
+    assert other.param_groups[0]["rho"] == pytest.approx(0.04, rel=1e-12)
+
+
+def test_a_learning_rate_that_cannot_move_gives_the_high_value():
+    group = {"lr": 0.1}
+    assert follow_lr(0.02, 0.06, lr_min=0.1, lr_max=0.1).value(group) == 0.06
+    assert follow_lr(0.02, 0.06).value({"lr": 0.0}) == 0.06
+    assert follow_lr(0.02, 0.06, 0.0, 0.2).value({"lr": torch.tensor(0.1)}) == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize("values", [(-0.1, 1), (0, float("inf")), (0, 1, -1), (0, 1, 0.5, 0.1), (0, "1"), (None, 1)])
+def test_follow_lr_refuses(values):
+    with pytest.raises(ValueError, match=r"follow_lr: low .* but should be numbers >= 0 with lr_max >= lr_min"):
+        follow_lr(*values)
 
 
 def test_errors():

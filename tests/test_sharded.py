@@ -28,11 +28,19 @@ METHODS = {
     "rolling ARWP": flatkern.RWP(0.05, eta=0.2, rolling=True),
     "SAM": flatkern.SAM(0.1),
     "ASAM": flatkern.ASAM(0.5),
+    "mixed SAM": flatkern.SAM(0.1, lam=0.7),
+    "GSAM": flatkern.GSAM(0.1),
+    "Friendly-SAM": flatkern.FriendlySAM(0.1),
+    "LookSAM": flatkern.LookSAM(0.1, k=2),
+    "Momentum-SAM": flatkern.MomentumSAM(0.5),
+    "rolling Momentum-SAM": flatkern.MomentumSAM(0.5, rolling=True),
+    "RWP, rms": flatkern.RWP(0.1, scale="rms"),
+    "RWP, absolute": flatkern.RWP(0.02, scale="absolute"),
 }
 BASES = {
     "SGD": functools.partial(flatkern.SGD, lr=0.1, momentum=0.9, weight_decay=0.01),
     "AdamW": functools.partial(flatkern.AdamW, lr=0.01),
-    "Wrap": lambda params, **ours: flatkern.Wrap(torch.optim.RMSprop(params, lr=0.01), **ours),
+    "Wrap": lambda params, **ours: flatkern.Wrap(torch.optim.RMSprop(params, lr=0.001, momentum=0.9), **ours),
 }
 every_method = pytest.mark.parametrize("method", METHODS)
 
@@ -59,6 +67,11 @@ def whole(t):
     return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
 
 
+def begins_clean(opt):
+    """The coming step has a gradient at clean weights before perturb()."""
+    return opt.perturb_due and not opt.perturbation.starts_perturbed
+
+
 def trajectory(where, base, method, dtype, options, steps=5, opt=None, start=0):
     """Weights as the backward passes and as evaluation would see them, step by step, with preset gradients."""
     method = METHODS[method] if isinstance(method, str) else method
@@ -80,10 +93,9 @@ def trajectory(where, base, method, dtype, options, steps=5, opt=None, start=0):
             opt.train()
             seen += [whole(opt.state[p]["mask"]) if p in opt.state else None for p in params]
         losses = getattr(method, "mix", "") == "losses"
-        two_passes = getattr(method, "lam", None) is not None or isinstance(method, flatkern.SAM)
-        if two_passes and not losses:
+        if begins_clean(opt) and not losses:
             backward(100 + step)
-        if method is not None and not opt.rolling:
+        if opt.perturb_due:
             opt.perturb()
         seen += [whole(p) for p in params]
         backward(200 + step)
@@ -103,7 +115,7 @@ def compare_trajectories(where, base, method, dtype, options):
     """A sharded run and a whole one, on this rank. Vectors are measured in another order where they are divided, and so
     are norms over everything: their rounding may differ, and what depends on it."""
     got, want = (trajectory(w, base, method, dtype, options) for w in (where, None))
-    exact = not isinstance(METHODS[method], flatkern.SAM) and "max_grad_norm" not in options
+    exact = isinstance(METHODS[method], (flatkern.RWP, type(None))) and "max_grad_norm" not in options
     assert len(got) == len(want)
     for k, (a, b) in enumerate(zip(got, want, strict=True)):
         if b is None:
@@ -120,18 +132,18 @@ def test_sharded_is_whole(two, base, method):
     two.call(compare_trajectories, (2,), base, method, torch.float32, {})
 
 
-@pytest.mark.parametrize("method", ["m-ARWP", "rolling ARWP", "ASAM"])
+@pytest.mark.parametrize("method", ["m-ARWP", "rolling ARWP", "ASAM", "LookSAM"])
 def test_sharded_is_whole_on_every_backend(two, backend, method):
     two.call(compare_trajectories, (2,), "SGD", method, torch.float32, {"backend": backend})
 
 
-@pytest.mark.parametrize("method", ["m-RWP", "rolling ARWP", "SAM"])
+@pytest.mark.parametrize("method", ["m-RWP", "rolling ARWP", "SAM", "GSAM"])
 def test_masters_clipping_and_bfloat16(two, method):
     options = {"master_weights": True, "max_grad_norm": 0.5}
     two.call(compare_trajectories, (2,), "AdamW", method, torch.bfloat16, options)
 
 
-@pytest.mark.parametrize("method", ["m-ARWP", "rolling ARWP", "SAM"])
+@pytest.mark.parametrize("method", ["m-ARWP", "rolling ARWP", "SAM", "LookSAM"])
 def test_more_ranks_than_rows_and_hybrid_sharding(four, method):
     options = {"enhance": flatkern.IRE(2.0, interval=2), "max_grad_norm": 0.5}
     for where in ((4,), (2, 2)):
@@ -152,7 +164,7 @@ def all_reduced(method, options):
     sizes, reduce = [], dist.all_reduce
     params = [torch.nn.Parameter(p) for p in divided(tensors(0), (2,))]
     grads = divided(tensors(1), (2,))
-    opt = flatkern.SGD(params, 0.1, perturb=METHODS[method], **options)
+    opt = flatkern.SGD(params, 0.1, momentum=0.9, perturb=METHODS[method], **options)
     found = {}
 
     def call(name):
@@ -172,9 +184,9 @@ def all_reduced(method, options):
         for _ in range(2):
             if options.get("enhance"):
                 call("update_mask")
-            if method not in ("plain", "rolling ARWP"):
+            if opt.perturb_due:
                 opt.zero_grad()
-                if method == "RWP":
+                if opt.perturbation.starts_perturbed:
                     sizes.clear()
                     opt.perturb()
                     found["perturb"] = list(sizes)
@@ -197,6 +209,11 @@ VECTORS = sum(len(shape) == 1 for shape in SHAPES)
         ("m-ARWP", {}, {"perturb": [8 * VECTORS], "step": []}),
         ("rolling ARWP", {}, {"step": [8 * VECTORS]}),
         ("SAM", {}, {"perturb": [8], "step": []}),
+        ("GSAM", {}, {"perturb": [8], "step": [24]}),
+        ("Friendly-SAM", {}, {"perturb": [8], "step": []}),
+        ("Momentum-SAM", {}, {"perturb": [8], "step": []}),
+        ("rolling Momentum-SAM", {}, {"step": [8]}),
+        ("RWP, absolute", {}, {"perturb": [], "step": []}),
         ("plain", {"max_grad_norm": 1.0}, {"step": [8]}),
         ("plain", {"enhance": flatkern.IRE(1.0)}, {"update_mask": [8 * 2050, 8 * 1026, 8 * 1026], "step": []}),
     ],
@@ -230,7 +247,6 @@ def batch(step):
 
 
 def train(model, opt, steps, start=0):
-    method = opt.method
     for step in range(start, start + steps):
         x, y = batch(step)
 
@@ -243,9 +259,9 @@ def train(model, opt, steps, start=0):
             backward()
             opt.update_mask()
             model.train()
-        if getattr(method, "lam", None) is not None or isinstance(method, flatkern.SAM):
+        if begins_clean(opt):
             backward()
-        if method is not None and not opt.rolling:
+        if opt.perturb_due:
             opt.perturb()
         backward()
         opt.step()
@@ -302,7 +318,7 @@ def test_rounds_before_a_step(two):
 def restored(method, backend=None):
     model = fsdp()
     before = [whole(p) for p in model.parameters()]
-    opt = flatkern.SGD(model.parameters(), lr=0.0, perturb=METHODS[method], backend=backend)
+    opt = flatkern.SGD(model.parameters(), lr=0.0, momentum=0.9, perturb=METHODS[method], backend=backend)
     if opt.rolling:
         opt.follow(model)
     seen = []
@@ -314,7 +330,9 @@ def restored(method, backend=None):
         assert torch.equal(whole(p), b)
 
 
-@pytest.mark.parametrize("method", ["RWP", "m-RWP", "rolling ARWP", "SAM", "ASAM"])
+@pytest.mark.parametrize(
+    "method", ["RWP", "m-RWP", "rolling ARWP", "SAM", "ASAM", "Friendly-SAM", "LookSAM", "rolling Momentum-SAM"]
+)
 def test_the_weights_come_back_bit_for_bit(two, method):
     two.call(restored, method)
 
@@ -380,10 +398,20 @@ def resumed(where, options, path):
 
 
 @pytest.mark.parametrize(
-    "base, method", [("SGD", "m-ARWP"), ("AdamW", "rolling ARWP"), ("AdamW", "SAM"), ("Wrap", "RWP")]
+    "base, method",
+    [
+        ("SGD", "m-ARWP"),
+        ("AdamW", "rolling ARWP"),
+        ("AdamW", "SAM"),
+        ("Wrap", "RWP"),
+        ("SGD", "Friendly-SAM"),
+        ("AdamW", "LookSAM"),
+        ("AdamW", "rolling Momentum-SAM"),
+    ],
 )
 def test_a_checkpoint_of_two_ranks_continues_on_two_and_on_four(two, four, tmp_path, base, method):
-    """Rows of 9 and 13 columns, 3 and 13 rows: masks and histories are cut at other places."""
+    """Rows of 9 and 13 columns, 3 and 13 rows: masks, histories, means of ascents and what LookSAM has kept, which the
+    first of the last three steps uses, are cut at other places."""
     options = {"base": base, "method": method}
     want = two.call(saved, (2,), options, tmp_path)[0]
     for got in two.call(resumed, (2,), options, tmp_path):
@@ -446,18 +474,20 @@ def test_refusals(two):
     two.call(refusals)
 
 
-def rounded(where):
+def rounded(where, method):
     """Row norms of 2-D parameters, and the noise, do not depend on how rows are divided."""
     params = divided(tensors(0), where)
-    opt = flatkern.SGD([torch.nn.Parameter(p) for p in params], lr=0.1, perturb=flatkern.RWP(0.05))
+    opt = flatkern.SGD([torch.nn.Parameter(p) for p in params], lr=0.1, perturb=METHODS[method])
     opt.perturb()
     return [whole(p) for p in opt.param_groups[0]["params"]]
 
 
-def test_noise_of_a_vector_is_within_an_ulp_of_its_scale(two):
-    for got in two.call(rounded, (2,)):
-        for a, b, w in zip(got, rounded(None), tensors(0), strict=True):
-            if a.dim() > 1:
+@pytest.mark.parametrize("method", ["RWP", "RWP, rms", "RWP, absolute"])
+def test_noise_of_a_vector_is_within_an_ulp_of_its_scale(two, method):
+    """rms: the number of elements is that of the whole vector. Absolute noise has no scale that could be rounded."""
+    for got in two.call(rounded, (2,), method):
+        for a, b, w in zip(got, rounded(None, method), tensors(0), strict=True):
+            if a.dim() > 1 or method == "RWP, absolute":
                 assert torch.equal(a, b)
             else:
                 # The norm's rounding moves the noise by an ulp of its size, at most.

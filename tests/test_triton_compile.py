@@ -33,7 +33,7 @@ TARGETS = {
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = (
     {name: "*i64" for name in ("tiles", "tensors", "pointers", "rows", "noise", "prefix", "counts")}
-    | {name: "*fp64" for name in ("scalars", "lrs", "sigmas")}
+    | {name: "*fp64" for name in ("scalars", "lrs", "sigmas", "products")}
     | {"copies": "*i32"}
 )
 WORDS = ("seed", "stream", "round_", "count", "padding", "lr_stride", "sigma_stride")
@@ -71,6 +71,7 @@ def updating(rule, shape, loads, stores, registers, type_=F32, absent=("found_in
     )  # fmt: skip
     absent = (*absent, *(() if adam else ("derived",)))
     absent += () if given.get("NOISE") == "device" else ("noise", "lrs", "sigmas")
+    absent += () if given.pop("component", False) else ("component",)
     given = given | ({"NOISE": True} if given.get("NOISE") else {})
     return Case(update.update_kernel, constants | given | shape, loads, stores, registers, absent)
 
@@ -102,9 +103,25 @@ def counting(known, type_, loads):
 CASES = {
     "fill": Case(noise.fill_normal_kernel, dict(OUT=F32, WIDTH=1, SHIFTED=False) | FEW, 0, 4, absent=("noise",)),
     "norms": Case(norm.filter_norms_kernel, dict(PARAM=F32, AT=0, OUT_AT=1, WIDTH=2) | FEW, 4, 0, 64),
-    "ascent norm": Case(norm.ascent_norm_kernel, dict(GRAD=F32, PARAM=F32, WIDTH=2) | FLAT, 8, 0, 64),
-    "gradient norm": Case(norm.gradient_norm_kernel, dict(GRAD=F32, CLEAN=F32, WIDTH=2) | FLAT, 8, 0, 64),
+    "ascent norm": Case(
+        norm.ascent_norm_kernel, dict(GRAD=F32, PARAM=F32, MEAN=None, WIDTH=2, SCALARS=2) | FLAT, 8, 0, 64,
+    ),
+    "ascent norm, a mean": Case(
+        norm.ascent_norm_kernel, dict(GRAD=F32, PARAM=F32, MEAN=F32, WIDTH=3, SCALARS=3) | FLAT, 12, 0, 64,
+    ),
+    "gradient norm": Case(
+        norm.gradient_norm_kernel, dict(GRAD=F32, CLEAN=F32, WIDTH=2) | FLAT, 8, 0, 64, ("component",),
+    ),
+    "gradient norm, a component": Case(norm.gradient_norm_kernel, dict(GRAD=F32, CLEAN=F32, WIDTH=2) | FLAT, 8, 0, 64),
+    "gradient products": Case(
+        norm.gradient_products_kernel, dict(GRAD=F32, CLEAN=F32, WIDTH=2) | FLAT, 8, 0, 96, types={"partials": "*fp64"},
+    ),
+    "gradient products, bfloat16": Case(
+        norm.gradient_products_kernel, dict(GRAD=BF16, CLEAN=BF16, WIDTH=2) | FLAT, 4, 0, 96,
+        types={"partials": "*fp64"},
+    ),
     "total": Case(norm.total_kernel, {}, 0, 0, 64, warps=16),
+    "total of products": Case(norm.total_products_kernel, {}, 0, 0, 104, warps=16, types={"partials": "*fp64"}),
     "finish rows": Case(norm.finish_rows_kernel, dict(NORM=7, HISTORY=3, BETA=3, WIDTH=11, SCALARS=15), 0, 0, 104),
     "perturb": perturbing(SEVERAL, 4, 8, 96, BACKUP=F32),
     "perturb, captured": perturbing(ONE, 4, 8, 64, BACKUP=F32, device=True),
@@ -112,12 +129,24 @@ CASES = {
     "perturb from masters": perturbing(SEVERAL, 4, 2, 128, BF16, CLEAN=F32, CLEAN_AT=2),
     "perturb bfloat16": perturbing(SEGMENTS, 2, 2, 72, BF16, NORM=F32, NORM_AT=3),
     "ascent": Case(
-        perturb.perturb_ascent_kernel, dict(PARAM=F32, BACKUP=F32, MASTER=None, GRAD=F32, WIDTH=4) | FLAT, 8, 8, 72,
+        perturb.perturb_ascent_kernel,
+        dict(PARAM=F32, BACKUP=F32, MASTER=None, GRAD=F32, MEAN=None, NEW_MEAN=None, WIDTH=4, SCALARS=3) | FLAT,
+        8, 8, 72,
+    ),
+    "ascent, a mean": Case(
+        perturb.perturb_ascent_kernel,
+        dict(PARAM=F32, BACKUP=F32, MASTER=None, GRAD=F32, MEAN=F32, NEW_MEAN=F32, WIDTH=6, SCALARS=6) | FLAT,
+        12, 12, 72,
     ),
     "restore": Case(perturb.restore_kernel, dict(PARAM=F32, BACKUP=F32, WIDTH=2) | FLAT, 4, 4, 64),
     "mix": Case(
         update.mix_gradients_kernel,
-        dict(GRAD=F32, HISTORY=F32, CLEAN_GRAD=F32, WIDTH=3, BY_ELEMENT=False) | FEW, 8, 4, 112,
+        dict(GRAD=F32, HISTORY=F32, CLEAN_GRAD=F32, OUT=None, WIDTH=3, BY_ELEMENT=False) | FEW, 8, 4, 112,
+        ("component", "found_inf"),
+    ),
+    "mix, a component, kept": Case(
+        update.mix_gradients_kernel,
+        dict(GRAD=F32, HISTORY=F32, CLEAN_GRAD=F32, OUT=F32, WIDTH=4, BY_ELEMENT=False) | FEW, 8, 4, 112,
     ),
     "count, first digit": counting(0, F32, 4),
     "count, second digit": counting(1, F32, 4),
@@ -134,6 +163,9 @@ CASES = {
     "advance, captured": Case(update.advance_kernel, dict(STEP=10, WIDTH=11, SCALARS=15, LANES=128), 0, 0, 64),
     "sgd": updating("sgd", SEGMENTS, 12, 8, 80),
     "sgd, restoring, two gradients": updating("sgd", SEGMENTS, 16, 8, 96, BACKUP=F32, CLEAN_GRAD=F32, absent=()),
+    "sgd, restoring, a component": updating(
+        "sgd", SEGMENTS, 16, 8, 96, BACKUP=F32, CLEAN_GRAD=F32, component=True, absent=(),
+    ),
     "sgd, rolling": updating("sgd", rows_of(2304, 2048, 768, 64), 12, 12, 128, BACKUP=F32, NOISE=True),
     "sgd, rolling, uneven rows": updating("sgd", UNEVEN, 0, 0, 96, BACKUP=F32, NOISE=True),
     "sgd, rolling, captured": updating("sgd", ONE, 12, 12, 96, BACKUP=F32, NOISE="device"),
@@ -143,14 +175,15 @@ CASES = {
     ),
     "adamw, everything": updating(
         "adamw", FEW, 20, 16, 128, absent=(), BACKUP=F32, HISTORY=F32, CLEAN_GRAD=F32, MASK=tl.uint8,
-        NOISE="device",
+        NOISE="device", component=True,
     ),
     "adamw, everything, uneven rows": updating(
-        "adamw", UNEVEN, 0, 0, 128, absent=(), BACKUP=F32, HISTORY=F32, CLEAN_GRAD=F32, MASK=tl.uint8, NOISE="device",
+        "adamw", UNEVEN, 0, 0, 128, absent=(), BACKUP=F32, HISTORY=F32, CLEAN_GRAD=F32, MASK=tl.uint8,
+        NOISE="device", component=True,
     ),
     "adamw, everything, the longest rows": updating(
         "adamw", LONGEST, 20, 16, 128, absent=(), BACKUP=F32, HISTORY=F32, CLEAN_GRAD=F32, MASK=tl.uint8,
-        NOISE="device",
+        NOISE="device", component=True,
     ),
 }  # fmt: skip
 
@@ -178,7 +211,7 @@ def compiled(case, architecture):
         elif name in WORDS:
             signature[name] = "i32"
         else:
-            signature[name] = POINTERS.get(name, "*fp32")
+            signature[name] = (POINTERS | case.types).get(name, "*fp32")
     target = TARGETS[architecture]
     options = dict(num_warps=warps, enable_fp_fusion=False, **(limits_of(fixed) if target.backend == "cuda" else {}))
     source = ASTSource(case.kernel, signature, constexprs=constants)

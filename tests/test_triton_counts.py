@@ -1,4 +1,5 @@
-"""What the Triton backend counts and totals, in Triton's interpreter: magnitudes by digit, norms over all tensors.
+"""What the Triton backend counts and totals, in Triton's interpreter: magnitudes by digit; norms and inner products
+over all tensors.
 
 Runs in a process of its own with TRITON_INTERPRET=1 (`make test-triton`).
 """
@@ -154,6 +155,17 @@ def test_the_kth_smallest(kind, dtype, sampled, monkeypatch):
 TURN = norm.LANES.value * norm.UNROLLED.value
 
 
+def in_lanes(numbers):
+    """Their sum, in the order that norm.py says."""
+    lanes = np.zeros(norm.LANES.value)
+    for i in range(0, len(numbers), len(lanes)):
+        part = numbers[i : i + len(lanes)]
+        lanes[: len(part)] += part
+    while len(lanes) > 1:
+        lanes = lanes[0::2] + lanes[1::2]
+    return lanes[0]
+
+
 @pytest.mark.parametrize("length", [1, norm.LANES.value + 1, TURN, TURN + 1, 2 * TURN + 5])
 def test_a_total(length):
     """All numbers, and no other; lane by lane, in float64, whatever the machine."""
@@ -163,13 +175,8 @@ def test_a_total(length):
     partials[length // 2] = -(2.0**-40)  # a sum of squares that overflowed, times 2^-160
     out = torch.zeros(())
     norm.total_kernel[(1,)](out, torch.from_numpy(partials), length)
-    lanes = np.zeros(norm.LANES.value)
-    for i in range(0, length, len(lanes)):
-        part = partials[i : min(length, i + len(lanes))].astype(np.float64)
-        lanes[: len(part)] += np.where(part < 0, part * -(2.0**160), part)
-    while len(lanes) > 1:
-        lanes = lanes[0::2] + lanes[1::2]
-    assert out.item() == np.float32(np.sqrt(lanes[0]))
+    squares = partials[:length].astype(np.float64)
+    assert out.item() == np.float32(np.sqrt(in_lanes(np.where(squares < 0, squares * -(2.0**160), squares))))
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])
@@ -179,3 +186,43 @@ def test_a_total_that_is_not_finite(value):
     out = torch.zeros(())
     norm.total_kernel[(1,)](out, partials, TURN + 3)
     assert np.array_equal(out.item(), value, equal_nan=True)
+
+
+@pytest.mark.parametrize("length", [0, 1, TURN + 1])
+def test_totals_of_products(length):
+    """As a total, three times; of either sign, and nothing stands for what overflowed."""
+    partials = np.random.default_rng(11).standard_normal((3, length))
+    out = torch.full((3,), -1.0, dtype=torch.float64)
+    memory = torch.from_numpy(np.append(partials.ravel(), np.nan))
+    norm.total_products_kernel[(3,)](out, memory, length)
+    assert out.tolist() == [in_lanes(row) for row in partials]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_are_exact_where_float64_is(dtype):
+    """Of integers whose sums have 53 bits at most, so that every order gives the same, but no float32 does."""
+    bits = {torch.float32: 19, torch.float16: 11, torch.bfloat16: 8}[dtype]
+    shapes = [(n,) for n in LENGTHS] + [(3, SEGMENT + 7), (5, 0), ()]
+    generator = torch.Generator().manual_seed(3)
+    a, g = ([torch.randint(-(2**bits), 2**bits, shape, generator=generator) for shape in shapes] for _ in range(2))
+    products = torch.full((3,), -1.0, dtype=torch.float64)
+    triton_kernels.gradient_products_(products, [x.to(dtype) for x in g], [x.to(dtype) for x in a])
+    sums = [sum(int((x * y).sum()) for x, y in zip(*pair, strict=True)) for pair in ((a, a), (a, g), (g, g))]
+    assert max(map(abs, sums)) < 2**53
+    assert products.tolist() == sums
+
+
+def test_what_is_left_beside_a_projection_can_be_told():
+    """A millionth of the norm, 10^-12 of its square: <g, g> - <a, g>^2 / <a, a>."""
+    generator = torch.Generator().manual_seed(4)
+    a = torch.randn(3 * SEGMENT, generator=generator)
+    g = a.clone()
+    g[0::2], g[1::2] = a[0::2] - 2.0**-20 * a[1::2], a[1::2] + 2.0**-20 * a[0::2]
+    products = torch.zeros(3, dtype=torch.float64)
+    triton_kernels.gradient_products_(products, [g], [a])
+    clean, both, other = products.tolist()
+    x, y = a.double(), g.double()
+    left = y - (x @ y) / (x @ x) * x
+    # Of each product 12 additions in a segment and 2 above, the second of them twice, and 3 operations here: at most 59
+    # roundings of 2^-53 of <g, g>, of which 2^-40 is what is left.
+    assert abs(other - both * both / clean - left @ left) < 2.0**-7 * (left @ left)

@@ -26,6 +26,8 @@ ENDS = {  # key: values at the ends of its range, and values beyond
     "eta": ((0, 5), (-1, INF)),
     "beta": ((0, 1 - 2.0**-53), (-0.1, 1)),
     "lam": ((0, 1), (-0.1, 1.1)),
+    "alpha": ((0, 5), (-1, INF)),
+    "perturb_momentum": ((0, 1 - 2.0**-53), (-0.1, 1)),
     "kappa": ((0, 5), (-1, INF)),
     "sharp_fraction": ((1e-300, 1 - 2.0**-53), (0, 1)),
 }

@@ -108,6 +108,14 @@ def climbing_shards(opt, backward, t):
     opt.step()
 
 
+def climbing_when_due(opt, backward, t):
+    backward(t)
+    if opt.perturb_due:
+        opt.perturb()
+        backward(t)
+    opt.step()
+
+
 # The same step of the oracle's.
 
 
@@ -152,6 +160,42 @@ def climbing_shards_step(o, t):
     o.sam(shards(t))
 
 
+def mixed_climbing_step(o, t):
+    o.mixed_sam([batch(t)])
+
+
+def mixed_climbing_shards_step(o, t):
+    o.mixed_sam(shards(t))
+
+
+def at_intervals_step(o, t):
+    o.sam_at_intervals(t, batch(t))
+
+
+def gsam_step(o, t):
+    o.gsam([batch(t)])
+
+
+def gsam_shards_step(o, t):
+    o.gsam(shards(t))
+
+
+def friendly_step(o, t):
+    o.friendly_sam([batch(t)])
+
+
+def friendly_shards_step(o, t):
+    o.friendly_sam(shards(t))
+
+
+def momentum_step(o, t):
+    o.momentum_sam(batch(t))
+
+
+def looksam_step(o, t):
+    o.looksam(t, batch(t))
+
+
 # A step of the user's, a step of the oracle's; the method in flatkern, its values, those of the second group;
 # whether train() is called before the first step (rolling). `t_eta` is ASAM's eta.
 Method = namedtuple("Method", "user step make values second train", defaults=(None, {}, {}, False))
@@ -159,6 +203,21 @@ Method = namedtuple("Method", "user step make values second train", defaults=(No
 make_rwp = partial(flatkern.RWP, seed=SEED)
 make_weighted = partial(flatkern.RWP, seed=SEED, mix="losses")
 make_rolling = partial(flatkern.RWP, seed=SEED, rolling=True)
+
+
+make_rolling_momentum = partial(flatkern.MomentumSAM, rolling=True)
+
+
+def make_at_intervals(perturb_interval, **values):
+    return flatkern.SAM(interval=perturb_interval, **values)
+
+
+def make_friendly(perturb_momentum, **values):
+    return flatkern.FriendlySAM(momentum=perturb_momentum, **values)
+
+
+def make_looksam(perturb_interval, **values):
+    return flatkern.LookSAM(k=perturb_interval, **values)
 
 
 def make_asam(t_eta, **values):
@@ -171,6 +230,14 @@ LAM, LAM2 = {"lam": 0.3}, {"lam": 0.8}
 SAM, SAM2 = {"rho": 0.05}, {"rho": 0.1}
 ASAM, ASAM2 = {"rho": 0.1, "t_eta": 0.01}, {"rho": 0.2, "t_eta": 0.1}
 ADAPTIVE = {"t_eta": 0.1, "all_tensors": True}
+
+RMS, RMS2 = RWP | {"scale": "rms"}, {"sigma": 0.1, "scale": "norm"}
+ABSOLUTE = {"sigma": 0.01, "scale": "absolute"}
+EVERY = {"perturb_interval": 3}
+GSAM, GSAM2 = SAM | {"alpha": 0.4}, SAM2 | {"alpha": 0.9}
+FRIENDLY = SAM | {"sigma": 1.0, "perturb_momentum": 0.9}
+FRIENDLY2 = SAM2 | {"sigma": 0.6, "perturb_momentum": 0.7}
+LOOK = SAM | EVERY | {"alpha": 0.7}
 
 METHODS = {
     "plain": Method(plain, plain_step),
@@ -194,7 +261,25 @@ METHODS = {
     "ASAM all tensors": Method(climbing, climbing_step, make_asam, ASAM | {"all_tensors": True}, ASAM2),
     "SAM adaptive in one group": Method(climbing, climbing_step, flatkern.SAM, SAM, SAM2 | ADAPTIVE),
     "mSAM 3 shards": Method(climbing_shards, climbing_shards_step, flatkern.SAM, SAM, SAM2),
+    "RWP rms": Method(noisy, noisy_step, make_rwp, RMS, RMS2),
+    "RWP absolute": Method(noisy, noisy_step, make_rwp, ABSOLUTE, RWP2),
+    "rolling RWP rms": Method(plain, rolling_step, make_rolling, RMS, RMS2),
+    "rolling ARWP absolute": Method(plain, rolling_step, make_rolling, ABSOLUTE | {"eta": 2.0, "beta": 0.9}, RWP2),
+    "mixed SAM": Method(climbing, mixed_climbing_step, flatkern.SAM, SAM | LAM, SAM2 | {"lam": 1.5}),
+    "mixed mSAM": Method(climbing_shards, mixed_climbing_shards_step, flatkern.SAM, SAM | LAM, SAM2 | {"lam": 1.5}),
+    "SAM every 3 steps": Method(climbing_when_due, at_intervals_step, make_at_intervals, SAM | EVERY, SAM2),
+    "GSAM": Method(climbing, gsam_step, flatkern.GSAM, GSAM, GSAM2),
+    "GSAM 3 shards": Method(climbing_shards, gsam_shards_step, flatkern.GSAM, GSAM, GSAM2),
+    "FriendlySAM": Method(climbing, friendly_step, make_friendly, FRIENDLY, FRIENDLY2),
+    "FriendlySAM 3 shards": Method(climbing_shards, friendly_shards_step, make_friendly, FRIENDLY, FRIENDLY2),
+    "LookSAM": Method(climbing_when_due, looksam_step, make_looksam, LOOK, {"rho": 0.1, "alpha": 0.3}),
+    "MomentumSAM": Method(noisy, momentum_step, flatkern.MomentumSAM, SAM, SAM2),
+    "rolling MomentumSAM": Method(plain, momentum_step, make_rolling_momentum, SAM, SAM2),
 }
+
+
+# The oracle's names of group values, and flatkern's.
+OUR_KEYS = {"t_eta": "eta", "all_tensors": "adaptive"}
 
 
 def group_values(base, method, names):
@@ -248,7 +333,7 @@ def library_path(library, base, method, norm="group", change=unchanged, backend=
     m = METHODS[method]
     groups = []
     for names, own in group_values(base, method, networks.groups(net)):
-        own = {{"t_eta": "eta", "all_tensors": "adaptive"}.get(key, key): value for key, value in own.items()}
+        own = {OUR_KEYS.get(key, key): value for key, value in own.items()}
         if wrapped:  # in the base's groups our names are the base's, but for `perturb`
             ours = ("sigma", "eta", "beta", "lam", "rho")
             own = {f"perturb_{key}" if key in ours else key: value for key, value in own.items()}
@@ -272,10 +357,10 @@ def library_path(library, base, method, norm="group", change=unchanged, backend=
         m.user(opt, backward, t)
         opt.zero_grad()
         if (t + 1) % LOOKS == 0:
-            if m.make is make_rolling:
+            if getattr(opt, "rolling", False):
                 opt.eval()
             path.append(networks.read(net))
-            if m.make is make_rolling:
+            if getattr(opt, "rolling", False):
                 opt.train()
     return path
 

@@ -100,6 +100,18 @@ METHODS = {
     "IRE, rolling RWP": dict(enhance=IRE(2.0), perturb=RWP(rolling=True)),
     "IRE, SAM": dict(enhance=IRE(2.0), perturb=SAM()),
 }
+# With fewer bases, since what they have of their own is little.
+FURTHER = {
+    "mixed SAM": dict(perturb=SAM(lam=0.5)),
+    "GSAM": dict(perturb=flatkern.GSAM()),
+    "FriendlySAM": dict(perturb=flatkern.FriendlySAM()),
+    "LookSAM": dict(perturb=flatkern.LookSAM(k=2)),
+    "MomentumSAM": dict(perturb=flatkern.MomentumSAM()),
+    "rolling MomentumSAM": dict(perturb=flatkern.MomentumSAM(rolling=True)),
+    "rolling RWP, absolute": dict(perturb=RWP(rolling=True, scale="absolute")),
+    "RWP, rms": dict(perturb=RWP(scale="rms")),
+}
+METHODS |= FURTHER
 
 
 def ways(method, scaled):
@@ -108,7 +120,7 @@ def ways(method, scaled):
     found = ["step"]
     if perturb is not None and not getattr(perturb, "rolling", False) and not scaled:
         found.append("restored")  # a scaler has to find the gradients of the last round in `.grad`
-    return found + ["noisy first"] * (getattr(perturb, "lam", None) is not None)
+    return found + ["noisy first"] * (isinstance(perturb, RWP) and perturb.lam is not None)
 
 
 def backward(opt):
@@ -120,7 +132,7 @@ def backward(opt):
 
 def train(opt, scaled=False, rounds=1, way="step", steps=2):
     """A training as README has them, with gradients that nobody computes."""
-    method, two = opt.method, getattr(opt.method, "lam", None) is not None
+    method, two = opt.method, isinstance(opt.method, RWP) and opt.method.lam is not None
     scaler = torch.amp.GradScaler("cpu", enabled=scaled)
     scaler.scale(torch.zeros(()))
     losses = getattr(method, "mix", "") == "losses"
@@ -133,15 +145,15 @@ def train(opt, scaled=False, rounds=1, way="step", steps=2):
             backward(opt)
             opt.update_mask(scaler)
             opt.train()
-        for k in range(rounds):
-            if isinstance(method, SAM) or (two and k == 0 and not noisy_first):
+        for k in range(rounds if opt.perturb_due or not opt.perturbation.has_interval else 0):
+            if opt.perturbation.ascends or (two and k == 0 and not noisy_first):
                 backward(opt)
             if method is not None and not opt.rolling:
                 opt.perturb(scaler)
             backward(opt)
             if k < rounds - 1 or way != "step" or noisy_first:
                 opt.restore()
-        if noisy_first:
+        if noisy_first or (opt.perturbation.has_interval and not opt.perturb_due):
             backward(opt)
         if scaled and step:
             scaler.unscale_(opt)

@@ -22,7 +22,7 @@ NUMBERS = ("count", "padding", "lr_stride", "sigma_stride", "seed", "stream", "r
 DTYPES = {tl.float32: "float32", tl.float16: "float16", tl.int16: "bfloat16", tl.uint8: "uint8"}
 SHOWN = ("RULE", "KNOWN")  # constants that mean something to people, though no types and no flags
 PLACES = ("NORM", "HISTORY")  # a list by its number, or None; to people, a flag
-OPTIONAL = ("lrs", "sigmas", "noise", "grad_scale", "clip", "found_inf")  # arguments that may be absent
+OPTIONAL = ("lrs", "sigmas", "noise", "component", "grad_scale", "clip", "found_inf")  # arguments that may be absent
 INT32 = 2**31
 ATTEMPTS = 5  # at a kernel that another thread's compilation disturbs
 

@@ -4,11 +4,12 @@ Squares are added in one order, by `fold` alone: as a binary tree over the colum
 adds two numbers, so that no choice of layout, tile or number of warps can change it; the zeros beyond the end of a row
 change no bit of a sum of squares, so that the width of a tile cannot either. A row in one tile is added in float32; of
 a longer one every segment is, and float64 above. What an update measures is therefore, bit for bit, what filter_norms_
-does. Only a norm over all tensors, which nothing measures a second time, has an order of its own (`total_kernel`).
+does. Only a sum over all tensors, which nothing measures a second time, has an order of its own (`sum_lanes`).
 """
 
 import functools
 
+import torch
 import triton
 import triton.language as tl
 
@@ -55,9 +56,12 @@ def partial_squares(x, mask):
 
 @triton.jit
 def sums_of(partials):
-    """What `partial_squares` left, as float64."""
-    x = partials.to(tl.float64)
-    return tl.where(x < 0, x * -GROW, x)
+    """What `partial_squares` left, as float64. What is float64 has no need of it, and may be negative."""
+    if partials.dtype == tl.float64:
+        return partials
+    else:
+        x = partials.to(tl.float64)
+        return tl.where(x < 0, x * -GROW, x)
 
 
 @triton.jit
@@ -105,9 +109,9 @@ def filter_norms_kernel(
 
 
 @triton.jit
-def store_partial(partials, squares):
+def store_partial(partials, sums):
     """What the segment of this program has, [1]; `partials` are those of its group."""
-    tl.store(partials + tl.program_id(0) + tl.arange(0, 1), squares)
+    tl.store(partials + tl.program_id(0) + tl.arange(0, 1), sums)
 
 
 @kernel
@@ -147,9 +151,9 @@ def finish_rows(call, norm=None, history=None, beta=None, found_inf=None, scalar
         )  # fmt: skip
 
 
-def partials_of(call, group=None):
-    """Room for two partial sums of each tile that leaves any; from the first tile of `group` on."""
-    found = call.scratch("partials", max(1, 2 * call.plan.partials))
+def partials_of(call, group=None, sums=2, dtype=torch.float32):
+    """Room for so many partial sums of each tile that leaves any; from the first tile of `group` on."""
+    found = call.scratch("partials", max(1, sums * call.plan.partials), dtype)
     return found if group is None else call.once(("partials", group.first), lambda: found[group.first :])
 
 
@@ -170,9 +174,9 @@ def filter_norms_(norms, params):
     finish_rows(call, norm=1)
 
 
-@functools.partial(kernel, aligned=("partials",))  # whose memory begins there
-def total_kernel(norm, partials, count):
-    """The root of the sum of all partial sums.
+@triton.jit
+def sum_lanes(partials, count):
+    """The sum of all partial sums, float64 [1].
 
     In two levels: each of LANES sums adds every LANES-th number, in their order, and a tree adds the sums at the end.
     Inside the loop nothing waits but for memory, and a turn takes the numbers of 67 million elements, so that one
@@ -185,26 +189,42 @@ def total_kernel(norm, partials, count):
         for _ in tl.static_range(UNROLLED):
             sums += sums_of(tl.load(partials + i + lanes, mask=i + lanes < count, other=0.0))
             i += LANES
-    tl.store(norm + tl.arange(0, 1), tl.sqrt(fold(sums[None, :])).to(tl.float32))
+    return fold(sums[None, :])
+
+
+@functools.partial(kernel, aligned=("partials",))  # whose memory begins there
+def total_kernel(norm, partials, count):
+    """The root of the sum of all partial sums."""
+    tl.store(norm + tl.arange(0, 1), tl.sqrt(sum_lanes(partials, count)).to(tl.float32))
 
 
 def total(call, norm):
     call.start(total_kernel, 1, 16, (norm, partials_of(call), call.plan.partials), dict)
 
 
+@triton.jit
+def direction(g, mean, sigma):
+    """What Friendly-SAM climbs along: g - sigma m."""
+    return g - sigma * mean
+
+
 @kernel
 def ascent_norm_kernel(
     tiles, tensors, pointers, scalars, partials,
-    GRAD: tl.constexpr, PARAM: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
+    GRAD: tl.constexpr, PARAM: tl.constexpr, MEAN: tl.constexpr, WIDTH: tl.constexpr, SCALARS: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     at = tile.tile_coordinates(tiles, tensors, EVEN, True)
     where, lists = tile.segment(at, EVEN), pointers + WIDTH * at.k
-    g = tile.load_float32(lists, 0, GRAD, where, EVEN)
+    d = tile.load_float32(lists, 0, GRAD, where, EVEN)
+    if MEAN is not None:
+        mean = tile.load_float32(lists, 2, MEAN, where, EVEN)
+        d = direction(d, mean, tile.scalar(scalars + SCALARS * at.k, 2))
     if PARAM is not None:
-        eta = tile.scalar(scalars + 2 * at.k, 0)
+        eta = tile.scalar(scalars + SCALARS * at.k, 0)
         w = tile.load_float32(lists, 1, PARAM, where, EVEN)
-        g = tl.where(tile.scalar(scalars + 2 * at.k, 1) != 0, (tl.abs(w) + eta) * g, g)
-    store_partial(partials, partial_squares(g, where.mask))
+        d = tl.where(tile.scalar(scalars + SCALARS * at.k, 1) != 0, (tl.abs(w) + eta) * d, d)
+    store_partial(partials, partial_squares(d, where.mask))
 
 
 def adaptive(eta):
@@ -213,10 +233,12 @@ def adaptive(eta):
 
 
 @repeatable
-def ascent_norm_(norm, params, grads, *, eta):
+def ascent_norm_(norm, params, grads, means, *, eta, sigma):
     """The norm that scales SAM's climb, over all tensors at once."""
+    has_means = means is not None  # without them the tables are as narrow as if there were none
     call = begin_call(
-        "ascent_norm_", locals(), lists="grads params", rows=False, scalars=lambda v: adaptive(v["eta"])
+        "ascent_norm_", locals(), lists="grads params" + " means" * has_means, rows=False,
+        scalars=lambda v: adaptive(v["eta"]) + [v["sigma"]] * has_means,
     )  # fmt: skip
     if call is None:
         norm.zero_()
@@ -226,7 +248,8 @@ def ascent_norm_(norm, params, grads, *, eta):
             ascent_norm_kernel, group,
             (group.tiles, call.tensors, call.pointers, call.scalars, partials_of(call, group)),
             lambda group=group: dict(
-                GRAD=group.types["grads"], PARAM=group.types["params"], WIDTH=call.width, **group.flat(),
+                GRAD=group.types["grads"], PARAM=group.types["params"], MEAN=group.types.get("means"),
+                WIDTH=call.width, SCALARS=call.scalars.shape[1], **group.flat(),
             ),
         )  # fmt: skip
     total(call, norm)
@@ -234,33 +257,38 @@ def ascent_norm_(norm, params, grads, *, eta):
 
 @triton.jit
 def final_gradient(
-    lists, g, scalars, grad_scale, clip, where, CLEAN: tl.constexpr, AT: tl.constexpr, WEIGHT: tl.constexpr,
+    lists, g, scalars, component, grad_scale, clip, where, CLEAN: tl.constexpr, AT: tl.constexpr, WEIGHT: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
-    """clip (grad_weight grad_scale g + clean_weight g_clean); list AT has the clean gradients, and the weights are
-    scalars WEIGHT and WEIGHT + 1."""
-    factor = tile.scalar(scalars, WEIGHT) * tile.value_or_one(grad_scale)
+    """clip (grad_weight grad_scale g + clean_weight (q g_clean - r grad_scale g)), where q and r are the component;
+    list AT has the clean gradients, and the weights are scalars WEIGHT and WEIGHT + 1."""
+    weight = tile.scalar(scalars, WEIGHT)
+    if component is not None:
+        weight = weight - tile.scalar(scalars, WEIGHT + 1) * tl.load(component + 1)
+    factor = weight * tile.value_or_one(grad_scale)
     if CLEAN is None:
         return scaled(g, factor, tile.value_or_one(clip))
     else:
-        clean = tile.load_float32(lists, AT, CLEAN, where, EVEN)
-        return mixed(g, clean, factor, tile.scalar(scalars, WEIGHT + 1), tile.value_or_one(clip))
+        clean, clean_weight = tile.load_float32(lists, AT, CLEAN, where, EVEN), tile.scalar(scalars, WEIGHT + 1)
+        if component is not None:
+            clean_weight = clean_weight * tl.load(component)
+        return mixed(g, clean, factor, clean_weight, tile.value_or_one(clip))
 
 
 @kernel
 def gradient_norm_kernel(
-    tiles, tensors, pointers, scalars, partials, grad_scale,
+    tiles, tensors, pointers, scalars, partials, component, grad_scale,
     GRAD: tl.constexpr, CLEAN: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     at = tile.tile_coordinates(tiles, tensors, EVEN, True)
     where, lists = tile.segment(at, EVEN), pointers + WIDTH * at.k
     g = tile.load_float32(lists, 0, GRAD, where, EVEN)
-    g = final_gradient(lists, g, scalars + 2 * at.k, grad_scale, None, where, CLEAN, 1, 0, EVEN)
+    g = final_gradient(lists, g, scalars + 2 * at.k, component, grad_scale, None, where, CLEAN, 1, 0, EVEN)
     store_partial(partials, partial_squares(g, where.mask))
 
 
 @repeatable
-def gradient_norm_(norm, grads, clean_grads, grad_scale, *, grad_weight, clean_weight):
+def gradient_norm_(norm, grads, clean_grads, component, grad_scale, *, grad_weight, clean_weight):
     """The norm of the final gradient, as the update forms it before clipping."""
     call = begin_call(
         "gradient_norm_", locals(), lists="grads clean_grads", rows=False,
@@ -272,9 +300,54 @@ def gradient_norm_(norm, grads, clean_grads, grad_scale, *, grad_weight, clean_w
     for group in call.groups:
         call.launch(
             gradient_norm_kernel, group,
-            (group.tiles, call.tensors, call.pointers, call.scalars, partials_of(call, group), call.scalar(grad_scale)),
+            (
+                group.tiles, call.tensors, call.pointers, call.scalars, partials_of(call, group), component,
+                call.scalar(grad_scale),
+            ),
             lambda group=group: dict(
                 GRAD=group.types["grads"], CLEAN=group.types["clean_grads"], WIDTH=call.width, **group.flat(),
             ),
         )  # fmt: skip
     total(call, norm)
+
+
+@kernel
+def gradient_products_kernel(
+    tiles, tensors, pointers, partials, count,
+    GRAD: tl.constexpr, CLEAN: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """The partial sums of a product are `count` after those of the one before it."""
+    at = tile.tile_coordinates(tiles, tensors, EVEN, True)
+    where, lists = tile.segment(at, EVEN), pointers + WIDTH * at.k
+    # Beyond the end of a tensor both are zero. Of two float32 the product is exact.
+    g = tile.load_float32(lists, 0, GRAD, where, EVEN).to(tl.float64)
+    clean = tile.load_float32(lists, 1, CLEAN, where, EVEN).to(tl.float64)
+    store_partial(partials, fold(clean * clean))
+    store_partial(partials + count, fold(clean * g))
+    store_partial(partials + 2 * count, fold(g * g))
+
+
+@kernel
+def total_products_kernel(products, partials, count):
+    """Each of the products is the sum of its partial sums."""
+    k = tl.program_id(0)
+    tl.store(products + k + tl.arange(0, 1), sum_lanes(partials + k * count, count))
+
+
+@repeatable
+def gradient_products_(products, grads, clean_grads):
+    """The inner products of two gradients, over all tensors at once."""
+    call = begin_call("gradient_products_", locals(), lists="grads clean_grads", rows=False)
+    if call is None:
+        products.zero_()
+        return
+    count, room = call.plan.partials, dict(sums=3, dtype=torch.float64)
+    for group in call.groups:
+        call.launch(
+            gradient_products_kernel, group,
+            (group.tiles, call.tensors, call.pointers, partials_of(call, group, **room), count),
+            lambda group=group: dict(
+                GRAD=group.types["grads"], CLEAN=group.types["clean_grads"], WIDTH=call.width, **group.flat(),
+            ),
+        )  # fmt: skip
+    call.start(total_products_kernel, 3, 16, (products, partials_of(call, **room), count), dict)

@@ -8,7 +8,7 @@ from .arithmetic import quotient, root
 from .job import kernel
 from .launch import begin_call, repeatable, strided
 from .noise import counters_of, key_of, normals
-from .norm import adaptive, filter_norms_kernel, finish_rows, partials_of, sum_squares
+from .norm import adaptive, direction, filter_norms_kernel, finish_rows, partials_of, sum_squares
 
 
 @triton.jit
@@ -127,28 +127,44 @@ def perturb_gaussian_(params, backups, masters, norms, history, sigmas, noise, *
 
 
 @triton.jit
-def ascent_scale(rho, norm):
-    """rho / (norm + 1e-12); a norm that is not finite gives a climb of zero."""
-    finite = (norm.to(tl.uint32, bitcast=True) & 0x7F800000) != 0x7F800000
-    return tl.where(finite, quotient(rho, norm + 1e-12), 0.0)
+def is_finite(norm):
+    return (norm.to(tl.uint32, bitcast=True) & 0x7F800000) != 0x7F800000
 
 
 @triton.jit
-def perturb_ascent(p, g, scale, eta, is_adaptive):
+def ascent_scale(rho, norm):
+    """rho / (norm + 1e-12); a norm that is not finite gives a climb of zero."""
+    return tl.where(is_finite(norm), quotient(rho, norm + 1e-12), 0.0)
+
+
+@triton.jit
+def perturb_ascent(p, d, scale, eta, is_adaptive):
     t = tl.abs(p) + eta
     t = tl.where(is_adaptive, t * t, 1.0)
-    return tl.where(scale == 0.0, p, p + scale * t * g)
+    return tl.where(scale == 0.0, p, p + scale * t * d)
+
+
+@triton.jit
+def renewed_mean(mean, g, momentum, rest, norm):
+    """momentum m + (1 - momentum) g; where the norm is not finite, m."""
+    return tl.where(is_finite(norm), momentum * mean + rest * g, mean)
 
 
 @kernel
 def perturb_ascent_kernel(
     tiles, tensors, pointers, scalars, norm,
-    PARAM: tl.constexpr, BACKUP: tl.constexpr, MASTER: tl.constexpr, GRAD: tl.constexpr, WIDTH: tl.constexpr,
-    EVEN: tl.constexpr,
+    PARAM: tl.constexpr, BACKUP: tl.constexpr, MASTER: tl.constexpr, GRAD: tl.constexpr, MEAN: tl.constexpr,
+    NEW_MEAN: tl.constexpr, WIDTH: tl.constexpr, SCALARS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     at = tile.tile_coordinates(tiles, tensors, EVEN, True)
-    where, lists, scalars = tile.segment(at, EVEN), pointers + WIDTH * at.k, scalars + 3 * at.k
-    g = tile.load_float32(lists, 3, GRAD, where, EVEN)
+    where, lists, scalars = tile.segment(at, EVEN), pointers + WIDTH * at.k, scalars + SCALARS * at.k
+    d = tile.load_float32(lists, 3, GRAD, where, EVEN)
+    if MEAN is not None:
+        g, mean = d, tile.load_float32(lists, 4, MEAN, where, EVEN)
+        d = direction(g, mean, tile.scalar(scalars, 3))
+        if NEW_MEAN is not None:
+            new = renewed_mean(mean, g, tile.scalar(scalars, 4), tile.scalar(scalars, 5), tl.load(norm))
+            tile.store(lists, 5, NEW_MEAN, where, EVEN, tile.to_storage(new, NEW_MEAN), None)
     if BACKUP is not None or MASTER is None:
         stored = tile.load(lists, 0, PARAM, where, EVEN)
     if BACKUP is not None:
@@ -158,16 +174,20 @@ def perturb_ascent_kernel(
     else:
         w = tile.to_float32(stored, PARAM)
     scale = ascent_scale(tile.scalar(scalars, 2), tl.load(norm))
-    p = perturb_ascent(w, g, scale, tile.scalar(scalars, 0), tile.scalar(scalars, 1) != 0)
+    p = perturb_ascent(w, d, scale, tile.scalar(scalars, 0), tile.scalar(scalars, 1) != 0)
     tile.store(lists, 0, PARAM, where, EVEN, tile.to_storage(p, PARAM), None)
 
 
 @repeatable
-def perturb_ascent_(params, backups, masters, grads, norm, *, rho, eta):
+def perturb_ascent_(params, backups, new_means, masters, grads, means, norm, *, rho, eta, sigma, momentum):
     """Climb to the SAM ascent point and remember the way back."""
+    has_means = means is not None  # without them the tables are as narrow as if there were none
     call = begin_call(
-        "perturb_ascent_", locals(), lists="params backups masters grads", rows=False,
-        scalars=lambda v: [*adaptive(v["eta"]), v["rho"]],
+        "perturb_ascent_", locals(), lists="params backups masters grads" + " means new_means" * has_means, rows=False,
+        scalars=lambda v: [
+            *adaptive(v["eta"]), v["rho"],
+            *([v["sigma"], v["momentum"], [1 - m for m in v["momentum"]]] if has_means else []),
+        ],
     )  # fmt: skip
     if call is None:
         return
@@ -178,7 +198,8 @@ def perturb_ascent_(params, backups, masters, grads, norm, *, rho, eta):
             perturb_ascent_kernel, group, (group.tiles, call.tensors, call.pointers, call.scalars, norm),
             lambda group=group, types=types: dict(
                 PARAM=types["params"], BACKUP=types["backups"], MASTER=types["masters"], GRAD=types["grads"],
-                WIDTH=call.width, **group.flat(),
+                MEAN=types.get("means"), NEW_MEAN=types.get("new_means"), WIDTH=call.width,
+                SCALARS=call.scalars.shape[1], **group.flat(),
             ),
         )  # fmt: skip
 

@@ -106,8 +106,8 @@ def update_history(lists, AT: tl.constexpr, at, squares, beta, live, ROWS: tl.co
 
 @kernel
 def update_kernel(
-    tiles, tensors, pointers, scalars, derived, lrs, lr_stride, sigmas, sigma_stride, grad_scale, clip, found_inf,
-    noise, seed, stream, round_, partials, count,
+    tiles, tensors, pointers, scalars, derived, lrs, lr_stride, sigmas, sigma_stride, component, grad_scale, clip,
+    found_inf, noise, seed, stream, round_, partials, count,
     RULE: tl.constexpr, PARAM: tl.constexpr, BACKUP: tl.constexpr, MASTER: tl.constexpr, HISTORY: tl.constexpr,
     GRAD: tl.constexpr, CLEAN_GRAD: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
     NOISE: tl.constexpr, WIDTH: tl.constexpr, SCALARS: tl.constexpr, BY_ELEMENT: tl.constexpr,
@@ -134,7 +134,7 @@ def update_kernel(
                 where = tile.piece(at, i, ROWS, COLUMNS, EVEN, LONG)
                 old = tile.load_float32(lists, CLEAN_AT, CLEAN, where, EVEN)
                 grad = tile.load_float32(lists, 4, GRAD, where, EVEN)
-                g = final_gradient(lists, grad, scalars, grad_scale, clip, where, CLEAN_GRAD, 5, 0, EVEN)
+                g = final_gradient(lists, grad, scalars, component, grad_scale, clip, where, CLEAN_GRAD, 5, 0, EVEN)
                 if FIRST is not None:
                     m = tile.load_float32(lists, 8, FIRST, where, EVEN)
                 if RULE == "sgd":
@@ -217,8 +217,8 @@ def update(name, values, rule, state, own, derive=None):
             update_kernel, group,
             (
                 group.tiles, call.tensors, call.pointers, call.scalars, derived,
-                *strided(None if derive else values["lrs"]), *strided(values["sigmas"]), grad_scale, clip, found_inf,
-                *call.key(), partials_of(call, group), call.plan.partials,
+                *strided(None if derive else values["lrs"]), *strided(values["sigmas"]), values["component"],
+                grad_scale, clip, found_inf, *call.key(), partials_of(call, group), call.plan.partials,
             ),
             lambda group=group, types=types: dict(
                 RULE=rule, PARAM=types["params"], BACKUP=types["backups"], MASTER=types["masters"],
@@ -244,7 +244,7 @@ def update(name, values, rule, state, own, derive=None):
 @repeatable
 def sgd_update_(
     params, momentum_buffers, backups, masters, history, grads, clean_grads, masks, lrs, sigmas, noise,
-    grad_scale, clip, found_inf, *, lr, momentum, dampening, weight_decay, nesterov,
+    component, grad_scale, clip, found_inf, *, lr, momentum, dampening, weight_decay, nesterov,
     grad_weight, clean_weight, kappa, beta, sigma, eta, index, offset,
 ):  # fmt: skip
     """Restore, form the gradient, and take one SGD step; in rolling mode perturb for the next one."""
@@ -342,7 +342,7 @@ def _adam(name, rule, values):
 @repeatable
 def adam_update_(
     params, exp_avgs, exp_avg_sqs, steps, backups, masters, history, grads, clean_grads, masks, lrs, sigmas,
-    noise, grad_scale, clip, found_inf, *, lr, beta1, beta2, eps, weight_decay,
+    noise, component, grad_scale, clip, found_inf, *, lr, beta1, beta2, eps, weight_decay,
     grad_weight, clean_weight, kappa, beta, sigma, eta, index, offset,
 ):  # fmt: skip
     """Restore, form the gradient, and take one Adam step; in rolling mode perturb for the next one."""
@@ -352,7 +352,7 @@ def adam_update_(
 @repeatable
 def adamw_update_(
     params, exp_avgs, exp_avg_sqs, steps, backups, masters, history, grads, clean_grads, masks, lrs, sigmas,
-    noise, grad_scale, clip, found_inf, *, lr, beta1, beta2, eps, weight_decay,
+    noise, component, grad_scale, clip, found_inf, *, lr, beta1, beta2, eps, weight_decay,
     grad_weight, clean_weight, kappa, beta, sigma, eta, index, offset,
 ):  # fmt: skip
     """As adam_update_, with decoupled weight decay."""
@@ -361,13 +361,15 @@ def adamw_update_(
 
 @kernel
 def mix_gradients_kernel(
-    tiles, tensors, pointers, scalars, grad_scale, clip, partials, count,
-    GRAD: tl.constexpr, HISTORY: tl.constexpr, CLEAN_GRAD: tl.constexpr, WIDTH: tl.constexpr, BY_ELEMENT: tl.constexpr,
-    SHAPES: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr,
+    tiles, tensors, pointers, scalars, component, grad_scale, clip, found_inf, partials, count,
+    GRAD: tl.constexpr, HISTORY: tl.constexpr, CLEAN_GRAD: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr,
+    BY_ELEMENT: tl.constexpr, SHAPES: tl.constexpr, EVEN: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     at = tile.tile_coordinates(tiles, tensors, EVEN, LONG)
     lists, scalars = pointers + WIDTH * at.k, scalars + 3 * at.k
-    live, beta = tile.should_update(None), tile.scalar(scalars, 2)
+    live, beta = tile.should_update(found_inf), tile.scalar(scalars, 2)
+    FINAL: tl.constexpr = GRAD if OUT is None else OUT
+    FINAL_AT: tl.constexpr = 0 if OUT is None else 3
     for shape in tl.static_range(len(SHAPES)):
         if at.shape == shape:
             ROWS: tl.constexpr = SHAPES[shape][0]
@@ -382,8 +384,9 @@ def mix_gradients_kernel(
                         update_history_by_element(lists, 1, where, unscaled, beta, live)
                     else:
                         squares = sum_squares(unscaled, where.mask) + squares
-                g = final_gradient(lists, grad, scalars, grad_scale, clip, where, CLEAN_GRAD, 2, 0, EVEN)
-                tile.store(lists, 0, GRAD, where, EVEN, tile.to_storage(g, GRAD), None)
+                g = final_gradient(lists, grad, scalars, component, grad_scale, clip, where, CLEAN_GRAD, 2, 0, EVEN)
+                stored = tile.to_storage(g, FINAL)
+                tile.store(lists, FINAL_AT, FINAL, where, EVEN, stored, None if found_inf is None else live)
             if HISTORY is not None and not BY_ELEMENT:
                 if LONG:
                     store_partial(partials + count, squares)
@@ -392,26 +395,29 @@ def mix_gradients_kernel(
 
 
 @repeatable
-def mix_gradients_(grads, history, clean_grads, grad_scale, clip, *, grad_weight, clean_weight, beta):
-    """Form the final gradient in place, for a base optimizer that is not ours."""
+def mix_gradients_(
+    grads, history, outs, clean_grads, component, grad_scale, clip, found_inf, *, grad_weight, clean_weight, beta
+):  # fmt: skip
+    """Form the final gradient in place, for a base optimizer that is not ours; or in `outs`, to keep it."""
     call = begin_call(
-        "mix_gradients_", locals(), lists="grads history clean_grads", rows=history is not None,
+        "mix_gradients_", locals(), lists="grads history clean_grads" + " outs" * (outs is not None),
+        rows=history is not None,
         scalars=lambda v: [v["grad_weight"], v["clean_weight"], v["beta"]],
     )  # fmt: skip
     if call is None:
         return
-    grad_scale, clip = call.scalar(grad_scale), call.scalar(clip)
+    grad_scale, clip, found_inf = call.scalar(grad_scale), call.scalar(clip), call.scalar(found_inf)
     for group in call.groups:
         types = group.types
         call.launch(
             mix_gradients_kernel, group,
             (
-                group.tiles, call.tensors, call.pointers, call.scalars, grad_scale, clip, partials_of(call, group),
-                call.plan.partials,
+                group.tiles, call.tensors, call.pointers, call.scalars, component, grad_scale, clip, found_inf,
+                partials_of(call, group), call.plan.partials,
             ),
             lambda group=group, types=types: dict(
-                GRAD=types["grads"], HISTORY=types["history"], CLEAN_GRAD=types["clean_grads"], WIDTH=call.width,
-                BY_ELEMENT=group.by_element, **group.by_rows(),
+                GRAD=types["grads"], HISTORY=types["history"], CLEAN_GRAD=types["clean_grads"],
+                OUT=types.get("outs"), WIDTH=call.width, BY_ELEMENT=group.by_element, **group.by_rows(),
             ),
         )  # fmt: skip
-    finish_rows(call, None, 1 if history is not None else None, 2, None, 3)
+    finish_rows(call, None, 1 if history is not None else None, 2, found_inf, 3)

@@ -56,9 +56,10 @@ PURPOSES = {
     "memory": "load store get put Elements Quads load_once store_once values of pack unpack round rounded",
     "noise": "draw philox4x32 multiply high exclusive_or normals radius angle horner",
     "sums": "sum_squares take sum fold_lanes fold_several row_sum",
-    "rule": "ascend_tile perturb_ascent ascent_term sum_of_doubles mix_tile count_tile magnitude_bits is_small "
-    "amplified mixed apply take_step sgd adam adam_moments adam_step ordinary_adam_step quotient ordinary_quotient "
-    "scalars_of has_ordinary_quotient is_moderate exponent_of rare_quotient count_step Adam Sgd FinalGradient",
+    "rule": "ascend_tile take_mean direction new_mean perturb_ascent ascent_term sum_of_doubles add_products "
+    "mix_tile count_tile magnitude_bits is_small amplified mixed apply take_step sgd adam adam_moments "
+    "adam_step ordinary_adam_step quotient ordinary_quotient scalars_of has_ordinary_quotient is_moderate "
+    "exponent_of rare_quotient count_step Adam Sgd FinalGradient mixing_weights",
 }
 PURPOSE = {name: purpose for purpose, names in PURPOSES.items() for name in names.split()}
 
@@ -82,7 +83,12 @@ CASES = {
     "adamw, rolling, masters": Case("adamw_update_", "adam.cu", ("masters", "noise"), MIXED),
     "ascent norm": Case("ascent_norm_", "norm.cu"),
     "ascent": Case("perturb_ascent_", "perturb.cu", ("backups",)),
+    "ascent norm, means": Case("ascent_norm_", "norm.cu", ("means",)),
+    "ascent, means": Case("perturb_ascent_", "perturb.cu", ("backups", "new_means", "means")),
+    "products": Case("gradient_products_", "norm.cu"),
     "mix": Case("mix_gradients_", "mix.cu", ("clean_grads",)),
+    "mix, kept": Case("mix_gradients_", "mix.cu", ("outs", "clean_grads", "component", "found_inf")),
+    "sgd, component": Case("sgd_update_", "sgd.cu", ("momentum_buffers", "backups", "clean_grads", "component")),
     "count": Case("count_magnitudes_", "mask.cu"),
     "pack": Case("pack_mask_", "mask.cu"),
     "amplify": Case("amplify_", "mask.cu"),
@@ -103,6 +109,12 @@ def arguments(case: Case, shapes: list[tuple[int, ...]]) -> dict[str, Any]:
             values[a.name] = [torch.tensor(7.0) for _ in shapes]
         elif a.name in ("norm", "threshold"):
             values[a.name] = torch.tensor(0.01)
+        elif a.name == "component":
+            values[a.name] = torch.tensor([0.8, -0.35])
+        elif a.name == "found_inf":
+            values[a.name] = torch.tensor(0.0)
+        elif a.name == "products":
+            values[a.name] = torch.zeros(3, dtype=torch.float64)
         elif a.name in ("prefix", "counts"):
             values[a.name] = torch.tensor([FIRST_DIGIT] if a.name == "prefix" else [0] * 1026)
         elif a.name == "masks":
@@ -146,7 +158,7 @@ class Launch:
     @property
     def tiles(self) -> int:
         """Which it walks: one a block, or several."""
-        walks = re.match(r"(ascent_norm|gradient_norm|count)_kernel", self.kernel)
+        walks = re.match(r"(ascent_norm|gradient_norm|gradient_products|count)_kernel", self.kernel)
         return int.from_bytes(self.arguments[8:12], "little") if walks else self.grid
 
     def run(self, code: Code, memory: sass.Memory, block: int, grid: int | None = None) -> Any:

@@ -15,13 +15,17 @@ struct FilterNorms {
 };
 
 struct AscentNorm {
-  Table norm, params, grads;
-  Floats eta;
+  Table norm, params, grads, means;
+  Floats eta, sigma;
 };
 
 struct GradientNorm {
-  Table norm, grads, clean_grads, grad_scale;
+  Table norm, grads, clean_grads, component, grad_scale;
   Floats grad_weight, clean_weight;
+};
+
+struct GradientProducts {
+  Table products, grads, clean_grads;
 };
 
 struct PerturbGaussian {
@@ -31,8 +35,8 @@ struct PerturbGaussian {
 };
 
 struct PerturbAscent {
-  Table params, backups, masters, grads, norm;
-  Floats rho, eta;
+  Table params, backups, new_means, masters, grads, means, norm;
+  Floats rho, eta, sigma, momentum;
 };
 
 struct Restore {
@@ -40,13 +44,14 @@ struct Restore {
 };
 
 struct MixGradients {
-  Table grads, history, clean_grads, grad_scale, clip;
+  Table grads, history, outs, clean_grads, component, grad_scale, clip, found_inf;
   Floats grad_weight, clean_weight, beta;
 };
 
 // What every update takes besides the state and the scalars of its own rule.
 struct Update {
-  Table params, backups, masters, history, grads, clean_grads, masks, lrs, sigmas, noise, grad_scale, clip, found_inf;
+  Table params, backups, masters, history, grads, clean_grads, masks;
+  Table lrs, sigmas, noise, component, grad_scale, clip, found_inf;
   Floats grad_weight, clean_weight, kappa, beta, sigma, eta;
   Ints index, offset;
 };
@@ -77,19 +82,20 @@ struct Amplify {
 };
 
 // Every operation with its arguments. adamw_update_ is adam_update_ with `decoupled` set.
-#define FK_FOR_EACH_OPERATION(_)        \
-  _(FillNormal, fill_normal_)           \
-  _(FilterNorms, filter_norms_)         \
-  _(AscentNorm, ascent_norm_)           \
-  _(GradientNorm, gradient_norm_)       \
-  _(PerturbGaussian, perturb_gaussian_) \
-  _(PerturbAscent, perturb_ascent_)     \
-  _(Restore, restore_)                  \
-  _(MixGradients, mix_gradients_)       \
-  _(SgdUpdate, sgd_update_)             \
-  _(AdamUpdate, adam_update_)           \
-  _(CountMagnitudes, count_magnitudes_) \
-  _(PackMask, pack_mask_)               \
+#define FK_FOR_EACH_OPERATION(_)          \
+  _(FillNormal, fill_normal_)             \
+  _(FilterNorms, filter_norms_)           \
+  _(AscentNorm, ascent_norm_)             \
+  _(GradientNorm, gradient_norm_)         \
+  _(GradientProducts, gradient_products_) \
+  _(PerturbGaussian, perturb_gaussian_)   \
+  _(PerturbAscent, perturb_ascent_)       \
+  _(Restore, restore_)                    \
+  _(MixGradients, mix_gradients_)         \
+  _(SgdUpdate, sgd_update_)               \
+  _(AdamUpdate, adam_update_)             \
+  _(CountMagnitudes, count_magnitudes_)   \
+  _(PackMask, pack_mask_)                 \
   _(Amplify, amplify_)
 
 }  // namespace flatkern

@@ -71,9 +71,20 @@ constexpr bool
     kHas<Backend, Args, std::void_t<decltype(Backend::call(std::declval<const Args&>(), std::declval<PyObject*>()))>> =
         true;
 
-// Whether autograd may have saved, for a backward pass, what an operation writes: its first argument, of this name. Raw
-// writes are invisible to autograd; without a new version it would give wrong gradients in silence.
-inline bool is_seen_by_autograd(std::string_view name) { return name == "params" || name == "grads" || name == "outs"; }
+// What an operation writes that autograd may have saved for a backward pass: its first argument, if it has one of these
+// names, or in its place the outs, where some are given. Null where nothing is. Raw writes are invisible to autograd;
+// without a new version it would give wrong gradients in silence.
+template <class... T>
+PyObject* seen_by_autograd(const Arguments<T...>& arguments, const T&... given) {
+  PyObject* seen = nullptr;
+  const std::string_view first = std::get<0>(arguments).name;
+  const auto look = [&](std::string_view name, const TensorArgument& argument) {
+    const bool is_written = name == "outs" || (name == first && (name == "params" || name == "grads"));
+    if (is_written && argument.passed.get() != nullptr) seen = argument.passed.get();
+  };
+  std::apply([&](const Argument<T>&... a) { (look(a.name, given), ...); }, arguments);
+  return seen;
+}
 
 template <class Backend>
 class Operations {
@@ -84,10 +95,9 @@ class Operations {
   template <class Args, class First, class... T, class... N>
   void op(const char* name, Arguments<First, T...> tensors, Arguments<N...> numbers) {
     if constexpr (kHas<Backend, Args>) {
-      const bool seen = is_seen_by_autograd(std::get<0>(tensors).name);
-      const auto function = [seen](First first, T... t, N... n) {
+      const auto function = [tensors](First first, T... t, N... n) {
         read_tables(first, t...);
-        PyObject* written = seen ? first.passed.get() : nullptr;
+        PyObject* written = seen_by_autograd(tensors, first, t...);
         call(Args{std::move(first), std::move(t)..., std::move(n)...}, written);
       };
       define(name, function, tensors, numbers);
@@ -99,7 +109,7 @@ class Operations {
   void update(const char* name, Arguments<S...> state, Arguments<N...> numbers, Constants... constants) {
     const auto shared_tensors =
         join(maybe_tensors("backups", "masters", "history"), tensors("grads"), maybe_tensors("clean_grads", "masks"),
-             maybe_tensor("lrs", "sigmas", "noise", "grad_scale", "clip", "found_inf"));
+             maybe_tensor("lrs", "sigmas", "noise", "component", "grad_scale", "clip", "found_inf"));
     const auto shared_numbers =
         join(floats("grad_weight", "clean_weight", "kappa", "beta", "sigma", "eta"), ints("index", "offset"));
     define_update<Args>(name, state, numbers, shared_tensors, shared_numbers, constants...);
@@ -171,24 +181,28 @@ void define_operations(pybind11::module_& m) {
   Operations<Backend> define(m);
   define.template op<FillNormal>("fill_normal_", join(tensors("outs"), tensor("noise")), ints("index", "offset"));
   define.template op<FilterNorms>("filter_norms_", tensors("norms", "params"), {});
-  define.template op<AscentNorm>("ascent_norm_", join(tensor("norm"), maybe_tensors("params"), tensors("grads")),
-                                 floats("eta"));
+  define.template op<AscentNorm>(
+      "ascent_norm_", join(tensor("norm"), maybe_tensors("params"), tensors("grads"), maybe_tensors("means")),
+      floats("eta", "sigma"));
   define.template op<GradientNorm>(
       "gradient_norm_",
-      join(tensor("norm"), tensors("grads"), maybe_tensors("clean_grads"), maybe_tensor("grad_scale")),
+      join(tensor("norm"), tensors("grads"), maybe_tensors("clean_grads"), maybe_tensor("component", "grad_scale")),
       floats("grad_weight", "clean_weight"));
+  define.template op<GradientProducts>("gradient_products_", join(tensor("products"), tensors("grads", "clean_grads")),
+                                       {});
   define.template op<PerturbGaussian>("perturb_gaussian_",
                                       join(tensors("params"), maybe_tensors("backups", "masters", "norms", "history"),
                                            maybe_tensor("sigmas"), tensor("noise")),
                                       join(floats("sigma", "eta"), ints("index", "offset")));
-  define.template op<PerturbAscent>(
-      "perturb_ascent_", join(tensors("params"), maybe_tensors("backups", "masters"), tensors("grads"), tensor("norm")),
-      floats("rho", "eta"));
+  define.template op<PerturbAscent>("perturb_ascent_",
+                                    join(tensors("params"), maybe_tensors("backups", "new_means", "masters"),
+                                         tensors("grads"), maybe_tensors("means"), tensor("norm")),
+                                    floats("rho", "eta", "sigma", "momentum"));
   define.template op<Restore>("restore_", tensors("params", "backups"), {});
-  define.template op<MixGradients>(
-      "mix_gradients_",
-      join(tensors("grads"), maybe_tensors("history", "clean_grads"), maybe_tensor("grad_scale", "clip")),
-      floats("grad_weight", "clean_weight", "beta"));
+  define.template op<MixGradients>("mix_gradients_",
+                                   join(tensors("grads"), maybe_tensors("history", "outs", "clean_grads"),
+                                        maybe_tensor("component", "grad_scale", "clip", "found_inf")),
+                                   floats("grad_weight", "clean_weight", "beta"));
   define.template update<SgdUpdate>("sgd_update_", maybe_tensors("momentum_buffers"),
                                     join(floats("lr", "momentum", "dampening", "weight_decay"), bools("nesterov")));
   for (const bool decoupled : {false, true})

@@ -93,6 +93,21 @@ class Checker {
     if (list) zero_dim(name, on_device_or_cpu(name, list, 0));
     return *this;
   }
+  // A few numbers, contiguous.
+  Checker& vector(const char* name, const Table& list, DType dtype, int64_t size) {
+    const View& t = on_device(name, list, 0);
+    if (t.dtype != dtype || t.ndim != 1 || t.numel != size || !t.dense)
+      fail(name, 0,
+           std::string("is not ") + (is_float32(dtype) ? "float32" : "float64") + " with " + std::to_string(size) +
+               " elements");
+    return *this;
+  }
+  // What of the clean gradients enters: q and r.
+  Checker& component(const Table& list, const Table& clean_grads) {
+    if (!list) return *this;
+    if (!clean_grads) throw Mismatch(std::string(op_) + ": component is given, but clean_grads is absent");
+    return vector("component", list, DType::kFloat32, 2);
+  }
   // A float64 for each tensor, at any stride.
   Checker& numbers(const char* name, const Table& list) {
     if (!list) return *this;
@@ -217,7 +232,7 @@ Checker check_update(DeviceType on, const char* op, const Update& a) {
   Checker checker(on, op, "params", a.params, a.noise || a.history || a.masks);
   checker.kept("backups", a.backups).masters("masters", a.masters).history("history", a.history);
   checker.weights("grads", a.grads).weights("clean_grads", a.clean_grads).masks("masks", a.masks);
-  checker.scalars("kappa", a.kappa).noise(a.noise, a.index, a.offset);
+  checker.scalars("kappa", a.kappa).noise(a.noise, a.index, a.offset).component(a.component, a.clean_grads);
   checker.read_scalar("grad_scale", a.grad_scale).read_scalar("clip", a.clip).read_scalar("found_inf", a.found_inf);
   checker.scalars("grad_weight", a.grad_weight).scalars("clean_weight", a.clean_weight).scalars("beta", a.beta);
   checker.scalars("sigma", a.sigma).scalars("eta", a.eta).numbers("lrs", a.lrs).numbers("sigmas", a.sigmas);
@@ -236,7 +251,8 @@ void check(const FilterNorms& a, DeviceType on) {
 
 void check(const AscentNorm& a, DeviceType on) {
   Checker checker(on, "ascent_norm_", "grads", a.grads, false);
-  checker.scalar("norm", a.norm).weights("params", a.params).scalars("eta", a.eta);
+  checker.scalar("norm", a.norm).weights("params", a.params).weights("means", a.means);
+  checker.scalars("eta", a.eta).scalars("sigma", a.sigma);
   for (int64_t k = 0; k < a.eta.size(); ++k)
     if (a.eta[k] >= 0 && !a.params) throw Mismatch("ascent_norm_: params is absent, but eta[k] is not negative");
 }
@@ -245,6 +261,13 @@ void check(const GradientNorm& a, DeviceType on) {
   Checker checker(on, "gradient_norm_", "grads", a.grads, false);
   checker.scalar("norm", a.norm).weights("clean_grads", a.clean_grads).read_scalar("grad_scale", a.grad_scale);
   checker.scalars("grad_weight", a.grad_weight).scalars("clean_weight", a.clean_weight);
+  checker.component(a.component, a.clean_grads);
+}
+
+void check(const GradientProducts& a, DeviceType on) {
+  Checker(on, "gradient_products_", "grads", a.grads, false)
+      .vector("products", a.products, DType::kFloat64, 3)
+      .weights("clean_grads", a.clean_grads);
 }
 
 void check(const PerturbGaussian& a, DeviceType on) {
@@ -256,8 +279,10 @@ void check(const PerturbGaussian& a, DeviceType on) {
 
 void check(const PerturbAscent& a, DeviceType on) {
   Checker checker(on, "perturb_ascent_", "params", a.params, false);
-  checker.kept("backups", a.backups).masters("masters", a.masters).weights("grads", a.grads);
-  checker.scalar("norm", a.norm).scalars("rho", a.rho).scalars("eta", a.eta);
+  checker.kept("backups", a.backups).kept("new_means", a.new_means).masters("masters", a.masters);
+  checker.weights("grads", a.grads).weights("means", a.means).scalar("norm", a.norm);
+  checker.scalars("rho", a.rho).scalars("eta", a.eta).scalars("sigma", a.sigma).scalars("momentum", a.momentum);
+  if (a.new_means && !a.means) throw Mismatch("perturb_ascent_: new_means is given, but means is absent");
 }
 
 void check(const Restore& a, DeviceType on) {
@@ -266,8 +291,9 @@ void check(const Restore& a, DeviceType on) {
 
 void check(const MixGradients& a, DeviceType on) {
   Checker checker(on, "mix_gradients_", "grads", a.grads, static_cast<bool>(a.history));
-  checker.history("history", a.history).weights("clean_grads", a.clean_grads);
-  checker.read_scalar("grad_scale", a.grad_scale).read_scalar("clip", a.clip);
+  checker.history("history", a.history).kept("outs", a.outs).weights("clean_grads", a.clean_grads);
+  checker.component(a.component, a.clean_grads).read_scalar("grad_scale", a.grad_scale).read_scalar("clip", a.clip);
+  checker.read_scalar("found_inf", a.found_inf);
   checker.scalars("grad_weight", a.grad_weight).scalars("clean_weight", a.clean_weight).scalars("beta", a.beta);
 }
 

@@ -19,6 +19,7 @@ constexpr int64_t kMinTile = 16 * kBlock, kMaxTile = 64 * kBlock;  // elements a
 constexpr int64_t kLarge = 1 << 22;     // elements of a list that no cache keeps until the next call
 constexpr int64_t kResident = 1 << 16;  // longest row that stays in a core's cache from its first pass to its second
 constexpr int64_t kSerial = 1 << 15;    // elements up to which waking threads costs more than it saves
+constexpr int64_t kPart = 64;           // elements between two calls of a prefetcher: four lines
 constexpr int64_t kPhiloxDraws = 256;   // Philox draws of a block, at most: a draw serves eight columns of one row
 
 // Elements [begin, begin + n) of tensor k: `rows` whole rows from `row` on, or a part of one from column `col` on.
@@ -27,8 +28,25 @@ struct Block {
   int64_t k, begin, n, row, rows, col, next = 0;
 };
 
-// Fetches what the next block reads, a few lines at a time, while drawing noise keeps the arithmetic busy and the
-// memory idle.
+// As `target` and `store`, of a block; of `large` lists around the caches, so that nothing is computed in place.
+FK_INLINE float* target_around_caches(const View& view, int64_t i, float* scratch, bool large) {
+  return large ? scratch : target(view, i, scratch);
+}
+
+inline void store_around_caches(const View& view, int64_t i, int64_t n, const float* x, bool large) {
+  if (!large) return store(view, i, n, x);
+  const char* from = reinterpret_cast<const char*>(x);
+  alignas(64) uint16_t rounded[kBlock];
+  if (view.dtype != DType::kFloat32) {
+    (view.dtype == DType::kBFloat16 ? float32_to_bfloat16 : float32_to_float16)(x, n, rounded);
+    from = reinterpret_cast<const char*>(rounded);
+  }
+  const int64_t size = size_of(view.dtype);
+  copy_non_temporal(view.as<char>() + i * size, from, n * size);
+}
+
+// Fetches what the next block reads, a few lines at a time: while drawing noise keeps the arithmetic busy and the
+// memory idle; and of float32, because hardware prefetchers stop at the end of a page, which is about a block.
 class Prefetcher {
  public:
   FK_INLINE void clear() { count_ = 0; }
@@ -39,9 +57,15 @@ class Prefetcher {
     end_[count_++] = view.as<char>() + (b.begin + b.next + b.n) * size;
   }
 
+  // The same for what `load` does not fetch itself.
+  FK_INLINE void add_float32(const View& view, const Block& b) {
+    if (view.dtype == DType::kFloat32) add(view, b);
+  }
+
+  template <int kLines = 2>
   FK_INLINE void fetch() {
     for (int s = 0; s < count_; ++s)
-      for (int line = 0; line < 2 && at_[s] < end_[s]; ++line, at_[s] += 64) prefetch(at_[s], at_[s] + 1);
+      for (int line = 0; line < kLines && at_[s] < end_[s]; ++line, at_[s] += 64) prefetch(at_[s], at_[s] + 1);
   }
 
  private:
@@ -78,6 +102,15 @@ FK_INLINE int64_t numel(const Table& at) {
   int64_t sum = 0;
   for (int64_t k = 0; k < at.size(); ++k) sum += at[k].numel;
   return sum;
+}
+
+// body(begin, end) for parts of [0, n), and the next block is fetched meanwhile.
+template <class Body>
+FK_INLINE void for_each_part(int64_t n, Prefetcher& prefetcher, const Body& body) {
+  for (int64_t i = 0; i < n; i += kPart) {
+    prefetcher.fetch<kPart / 16>();
+    body(i, min(i + kPart, n));
+  }
 }
 
 // Large tiles waste less at their edges, small ones give every thread its share. A multiple of kBlock.
@@ -147,24 +180,37 @@ inline void for_each_block(const Table& at, const Body& body) {
     for (int64_t t = 0; t < plan.tiles; ++t) {
       plan.visit(t, [&](int64_t k, int64_t piece) {
         const int64_t end = min(at[k].numel, (piece + 1) * tile);
-        for (int64_t i = piece * tile; i < end; i += kBlock) body(Block{k, i, min(end - i, kBlock), 0, 1, i}, scratch);
+        for (int64_t i = piece * tile; i < end; i += kBlock)
+          body(Block{k, i, min(end - i, kBlock), 0, 1, i, end - i > kBlock ? kBlock : 0}, scratch);
       });
       store_fence();
     }
   }
 }
 
+// Numbers the chunks of a list, so that what is summed of each can be added in one order, whoever walked it.
+class Chunks {
+ public:
+  explicit Chunks(const Table& at) : first_(at.size() + 1) {
+    first_[0] = 0;
+    for (int64_t k = 0; k < at.size(); ++k) first_[k + 1] = first_[k] + ceil_div(at[k].numel, kChunk);
+  }
+
+  int64_t count() const { return first_[first_.size() - 1]; }
+  int64_t number(const Block& b) const { return first_[b.k] + b.begin / kChunk; }
+
+ private:
+  Array<int64_t> first_;
+};
+
 // The L2 norm over all elements of all tensors, where values(block, scratch) returns what is squared. It is infinite
 // only where the norm itself is beyond float32.
 template <class Values>
 inline float total_norm(const Table& at, const Values& values) {
-  Array<int64_t> first(at.size() + 1);
-  first[0] = 0;
-  for (int64_t k = 0; k < at.size(); ++k) first[k + 1] = first[k] + ceil_div(at[k].numel, kChunk);
-  Array<float> sums(first[at.size()]);
-  for_each_block(at, [&](const Block& b, Scratch& scratch) {
-    sums[first[b.k] + b.begin / kChunk] = partial_squares(values(b, scratch), b.n);
-  });
+  const Chunks chunks(at);
+  Array<float> sums(chunks.count());
+  for_each_block(
+      at, [&](const Block& b, Scratch& scratch) { sums[chunks.number(b)] = partial_squares(values(b, scratch), b.n); });
   return math::norm(sum_partials(&sums[0], sums.size()));
 }
 

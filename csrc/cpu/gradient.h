@@ -1,4 +1,5 @@
-// Mixing and scaling of gradients and ARWP's history, block by block: what the norm and update families share.
+// Mixing and scaling of gradients, ARWP's history and Friendly-SAM's direction, block by block: what the norm, perturb
+// and update families share.
 #pragma once
 
 #include "../math/update.h"
@@ -28,15 +29,28 @@ template <class Args, class Use>
 FK_INLINE void with_final_gradient(const Args& a, const Table* clip_or_null, const Block& b, const float* g,
                                    Scratch& scratch, const Use& use) {
   const float clip = clip_or_null != nullptr ? value_or(*clip_or_null, 1.0f) : 1.0f;
-  const float factor = static_cast<float>(a.grad_weight[b.k]) * value_or(a.grad_scale, 1.0f);
+  const auto weights =
+      math::mixing_weights(static_cast<float>(a.grad_weight[b.k]), static_cast<float>(a.clean_weight[b.k]),
+                           a.component ? a.component[0].template as<float>() : nullptr);
+  const float factor = weights.grad * value_or(a.grad_scale, 1.0f);
   if (a.clean_grads) {
     const float* clean = load(a.clean_grads[b.k], b.begin, b.n, scratch.clean);
-    use(Mixed{g, clean, factor, static_cast<float>(a.clean_weight[b.k]), clip});
+    use(Mixed{g, clean, factor, weights.clean, clip});
   } else if (factor != 1.0f || clip != 1.0f) {
     use(Scaled{g, factor, clip});
   } else {
     use(Unchanged{g});
   }
+}
+
+// Friendly-SAM's direction, into `out`.
+inline const float* beside_mean(const float* g, const float* mean, float sigma, int64_t n, float* out,
+                                Prefetcher& prefetcher) {
+  for_each_part(n, prefetcher, [&](int64_t begin, int64_t end) {
+    FK_SIMD
+    for (int64_t i = begin; i < end; ++i) out[i] = math::direction(g[i], mean[i], sigma);
+  });
+  return out;
 }
 
 // ARWP's history, for a block. Of tensors of rank <= 1, which keep a square per element, it is updated and null is

@@ -1,4 +1,4 @@
-// The norm family on the CPU: filter_norms_, ascent_norm_, gradient_norm_.
+// The norm family on the CPU: filter_norms_, ascent_norm_, gradient_norm_, gradient_products_.
 #include "../math/norm.h"
 
 #include "apply.h"
@@ -23,12 +23,21 @@ void filter_norms_(const FilterNorms& a) { for_each_row(a.params, FilterNormsWal
 
 void ascent_norm_(const AscentNorm& a) {
   *a.norm[0].as<float>() = total_norm(a.grads, [&](const Block& b, Scratch& scratch) -> const float* {
-    const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
-    if (!(a.eta[b.k] >= 0)) return g;
+    const float* d = load(a.grads[b.k], b.begin, b.n, scratch.g);
+    if (a.means) {
+      const float* m = load(a.means[b.k], b.begin, b.n, scratch.m);
+      scratch.prefetcher.clear();
+      if (b.next > 0) {
+        scratch.prefetcher.add_float32(a.grads[b.k], b);
+        scratch.prefetcher.add_float32(a.means[b.k], b);
+      }
+      d = beside_mean(d, m, static_cast<float>(a.sigma[b.k]), b.n, scratch.clean, scratch.prefetcher);
+    }
+    if (!(a.eta[b.k] >= 0)) return d;
     const float* w = load(a.params[b.k], b.begin, b.n, scratch.w);
     const float eta = static_cast<float>(a.eta[b.k]);
     FK_SIMD
-    for (int64_t i = 0; i < b.n; ++i) scratch.v[i] = math::ascent_term(w[i], g[i], eta);
+    for (int64_t i = 0; i < b.n; ++i) scratch.v[i] = math::ascent_term(w[i], d[i], eta);
     return scratch.v;
   });
 }
@@ -42,6 +51,19 @@ void gradient_norm_(const GradientNorm& a) {
     });
     return scratch.v;
   });
+}
+
+void gradient_products_(const GradientProducts& a) {
+  const Chunks chunks(a.grads);
+  Array<Products> partials(chunks.count());
+  for_each_block(a.grads, [&](const Block& b, Scratch& scratch) {
+    const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
+    const float* clean = load(a.clean_grads[b.k], b.begin, b.n, scratch.clean);
+    partials[chunks.number(b)] = sum_products(clean, g, b.n);
+  });
+  const Products total = sum_pairwise(&partials[0], partials.size());
+  double* out = a.products[0].as<double>();
+  for (int j = 0; j < 3; ++j) out[j] = total.of[j];
 }
 
 }  // namespace flatkern::cpu::FK_ISA

@@ -1,6 +1,7 @@
 // The perturb family on the CPU: perturb_gaussian_, perturb_ascent_, restore_.
 #include "../math/perturb.h"
 
+#include "gradient.h"
 #include "normals.h"
 
 namespace flatkern::cpu::FK_ISA {
@@ -32,6 +33,14 @@ struct PerturbGaussianWalk {
   }
 };
 
+// Friendly-SAM's mean of a block with this gradient in it.
+const float* renewed(const PerturbAscent& a, const Block& b, const float* g, const float* m, float* out) {
+  const float momentum = static_cast<float>(a.momentum[b.k]), rest = static_cast<float>(1 - a.momentum[b.k]);
+  FK_SIMD
+  for (int64_t i = 0; i < b.n; ++i) out[i] = math::new_mean(m[i], g[i], momentum, rest);
+  return out;
+}
+
 }  // namespace
 
 void perturb_gaussian_(const PerturbGaussian& a) {
@@ -41,19 +50,36 @@ void perturb_gaussian_(const PerturbGaussian& a) {
 
 void perturb_ascent_(const PerturbAscent& a) {
   const float norm = *a.norm[0].as<float>();
-  const bool large = numel(a.params) > kLarge;
+  const bool large = numel(a.params) > kLarge, finite = math::is_finite(norm);
   for_each_block(a.params, [&](const Block& b, Scratch& scratch) {
     const View& param = a.params[b.k];
     const float* w = load((a.masters ? a.masters : a.params)[b.k], b.begin, b.n, scratch.w);
     const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
+    scratch.prefetcher.clear();
+    if (b.next > 0) {
+      scratch.prefetcher.add_float32((a.masters ? a.masters : a.params)[b.k], b);
+      scratch.prefetcher.add_float32(a.grads[b.k], b);
+      if (a.means) scratch.prefetcher.add_float32(a.means[b.k], b);
+    }
     if (a.backups) copy(a.backups[b.k], param, b.begin, b.n, scratch.v, large);
+    const float* d = g;
+    if (a.means) {
+      const float* m = load(a.means[b.k], b.begin, b.n, scratch.m);
+      d = beside_mean(g, m, static_cast<float>(a.sigma[b.k]), b.n, scratch.clean, scratch.prefetcher);
+      if (a.new_means)
+        store_around_caches(a.new_means[b.k], b.begin, b.n, finite ? renewed(a, b, g, m, scratch.e) : m, large);
+    }
     const float scale = math::ascent_scale(static_cast<float>(a.rho[b.k]), norm);
     const float eta = static_cast<float>(a.eta[b.k]);
     const bool adaptive = a.eta[b.k] >= 0;
-    float* p = target(param, b.begin, scratch.v);
-    FK_SIMD
-    for (int64_t i = 0; i < b.n; ++i) p[i] = math::perturb_ascent(w[i], g[i], scale, eta, adaptive);
-    store(param, b.begin, b.n, p);
+    // Beside masters the old weight is not read, and so must not be fetched to be overwritten.
+    const bool around = large && a.masters;
+    float* p = target_around_caches(param, b.begin, scratch.v, around);
+    for_each_part(b.n, scratch.prefetcher, [&](int64_t begin, int64_t end) {
+      FK_SIMD
+      for (int64_t i = begin; i < end; ++i) p[i] = math::perturb_ascent(w[i], d[i], scale, eta, adaptive);
+    });
+    store_around_caches(param, b.begin, b.n, p, around);
   });
 }
 

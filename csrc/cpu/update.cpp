@@ -42,8 +42,10 @@ struct Sgd {
       return;
     }
     float* v = load(a.momentum_buffers[b.k], b.begin, b.n, scratch.v);
-    FK_SIMD
-    for (int64_t i = 0; i < b.n; ++i) out(i, w[i], math::sgd(w[i], g(i), v[i], s));
+    for_each_part(b.n, scratch.prefetcher, [&](int64_t begin, int64_t end) {
+      FK_SIMD
+      for (int64_t i = begin; i < end; ++i) out(i, w[i], math::sgd(w[i], g(i), v[i], s));
+    });
     store(a.momentum_buffers[b.k], b.begin, b.n, v);
   }
 };
@@ -98,16 +100,14 @@ struct UpdateWalk {
 
   const View& clean(int64_t k) const { return (a.masters ? a.masters : a.backups ? a.backups : a.params)[k]; }
 
-  // Float32 weights of a large list are computed in scratch and stored around the caches.
-  bool is_non_temporal(const View& param) const { return large && param.dtype == DType::kFloat32; }
-
-  void store_param(const View& param, const Block& b, const float* x) const {
-    if (is_non_temporal(param)) {
-      copy_non_temporal(reinterpret_cast<char*>(param.as<float>() + b.begin), reinterpret_cast<const char*>(x),
-                        b.n * sizeof(float));
-    } else {
-      store(param, b.begin, b.n, x);
-    }
+  // What `load` does not fetch itself of the next block.
+  void fetch_next(const Block& b, Prefetcher& prefetcher) const {
+    prefetcher.clear();
+    if (b.next == 0) return;
+    prefetcher.add_float32(clean(b.k), b);
+    prefetcher.add_float32(a.grads[b.k], b);
+    if (a.clean_grads) prefetcher.add_float32(a.clean_grads[b.k], b);
+    rule.prefetch(b, prefetcher);
   }
 
   Squares prepare(const Block& b, Scratch& scratch) const {
@@ -118,7 +118,8 @@ struct UpdateWalk {
     float* w = load(clean, b.begin, b.n, scratch.w);
     if (!skip) {
       const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
-      float* out = keep ? w : is_non_temporal(param) ? scratch.w : target(param, b.begin, scratch.w);
+      float* out = keep ? w : target_around_caches(param, b.begin, scratch.w, large);
+      if (!a.noise) fetch_next(b, scratch.prefetcher);
       with_final_gradient(a, &a.clip, b, g, scratch, [&](const auto& gradient) {
         if (a.masks) {
           const uint8_t* flags = unpack(a.masks[b.k], param, b, scratch);
@@ -127,7 +128,7 @@ struct UpdateWalk {
           rule.apply(b, w, gradient, StoreResult{out}, scratch);
         }
       });
-      keep ? store(clean, b.begin, b.n, out) : store_param(param, b, out);
+      keep ? store(clean, b.begin, b.n, out) : store_around_caches(param, b.begin, b.n, out, large);
       if (a.history) squares.of[1] = update_history(a, b, g, scratch.m);
     }
     if (a.noise) {
@@ -148,7 +149,7 @@ struct UpdateWalk {
     if (!a.noise) return;
     const View& param = a.params[b.k];
     if (w == nullptr) w = load(clean(b.k), b.begin, b.n, scratch.w);
-    float* p = is_non_temporal(param) ? scratch.v : target(param, b.begin, scratch.v);
+    float* p = target_around_caches(param, b.begin, scratch.v, large);
     scratch.prefetcher.clear();
     if (b.next > 0 && !skip) {
       scratch.prefetcher.add(clean(b.k), b);
@@ -157,7 +158,7 @@ struct UpdateWalk {
       rule.prefetch(b, scratch.prefetcher);
     }
     perturbation.add(b, w, p, scratch);
-    store_param(param, b, p);
+    store_around_caches(param, b.begin, b.n, p, large);
   }
 };
 
@@ -174,22 +175,26 @@ void update(const Update& a, const Rule& rule, bool skip) {
 
 struct MixGradientsWalk {
   const MixGradients& a;
+  bool large;
 
   Squares prepare(const Block& b, Scratch& scratch) const {
-    const View& grad = a.grads[b.k];
-    const float* g = load(grad, b.begin, b.n, scratch.g);
+    const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
     Squares squares;
     if (a.history) {
       squares.of[1] = update_history(a, b, g, scratch.m);
       // In float32 the final gradient overwrites g in place.
-      if (squares.of[1] == g) squares.of[1] = static_cast<float*>(std::memcpy(scratch.m, g, b.n * sizeof(float)));
+      if (squares.of[1] == g && !a.outs)
+        squares.of[1] = static_cast<float*>(std::memcpy(scratch.m, g, b.n * sizeof(float)));
     }
-    float* out = target(grad, b.begin, scratch.v);
+    const View& result = (a.outs ? a.outs : a.grads)[b.k];
+    // What is read in place is in the caches already.
+    const bool around = a.outs && large;
+    float* out = target_around_caches(result, b.begin, scratch.v, around);
     with_final_gradient(a, &a.clip, b, g, scratch, [&](const auto& gradient) {
       FK_SIMD
       for (int64_t i = 0; i < b.n; ++i) out[i] = gradient(i);
     });
-    store(grad, b.begin, b.n, out);
+    store_around_caches(result, b.begin, b.n, out, around);
     return squares;
   }
   float finish_row(int64_t k, int64_t row, const double* sums) const {
@@ -213,7 +218,8 @@ void adam_update_(const AdamUpdate& a) {
 }
 
 void mix_gradients_(const MixGradients& a) {
-  const MixGradientsWalk walk{a};
+  if (nonzero(a.found_inf)) return;
+  const MixGradientsWalk walk{a, numel(a.grads) > kLarge};
   if (a.history) {
     for_each_row(a.grads, walk);
   } else {

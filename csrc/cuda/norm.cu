@@ -1,4 +1,4 @@
-// The norm family on CUDA: filter_norms_, ascent_norm_, gradient_norm_.
+// The norm family on CUDA: filter_norms_, ascent_norm_, gradient_norm_, gradient_products_.
 #include <algorithm>
 
 #include "gradient.cuh"
@@ -86,19 +86,19 @@ void filter_norms_(const FilterNorms& a) {
   }
 }
 
-// ---- norms over all tensors
+// ---- sums over all tensors
 
 namespace {
 
 // Calls body(launch, blocks, args) for each launch of a plan, with as many blocks as walk its tiles.
 template <template <size_t> class Arguments, class Body>
-void for_each_total(const Plan& plan, const Table& norm, const Body& body) {
+void for_each_total(const Plan& plan, const Body& body) {
   const auto walkers = [](const Launch& launch) { return std::min(launch.count, kMostWalkers); };
   uint32_t first = 0, all = 0;
   for (const Launch& launch : plan.launches) all += walkers(launch);
   for_each_launch<Arguments>(plan.launches, [&](const Launch& launch, auto& args) {
     const unsigned blocks = walkers(launch);
-    args.total = {launch.tiles, launch.count, plan.sums, plan.tickets, first, all, norm[0].as<float>()};
+    args.total = {launch.tiles, launch.count, plan.sums, plan.tickets, first, all};
     body(launch, blocks, args);
     first += blocks;
   });
@@ -118,29 +118,52 @@ FK_DEVICE double sum_of_doubles(const float (&x)[8]) {
 
 namespace {
 
-template <size_t kBytes>
-struct AscentArguments {
-  static constexpr int kTensors =
-      (kBytes - sizeof(TotalNorm)) / (2 * sizeof(void*) + sizeof(float) + sizeof(uint8_t)) - 1;
-  TotalNorm total;
-  const void* grads[kTensors];
-  const void* params[kTensors];  // null where there is no T_w
-  float eta[kTensors];
-  uint8_t codes[kTensors];  // of grads and params
+// What a tensor has besides, without a mean and with Friendly-SAM's, which is like the weights.
+struct WithoutMean {
+  uint8_t codes;  // of grads and params, two bits each
+};
+struct WithMean {
+  const void* mean;
+  float sigma;
+  uint8_t codes;  // of the mean, too
 };
 
-const Walk kAscent = walk_of<AscentArguments>("ascent_norm_", kEights, kSegment, kTotals);
+template <class Own, size_t kBytes>
+struct AscentArguments {
+  static constexpr bool kHasMeans = std::is_same_v<Own, WithMean>;
+  static constexpr int kTensors =
+      (kBytes - sizeof(Totals) - sizeof(float*)) / (2 * sizeof(void*) + sizeof(float) + sizeof(Own)) - 1;
+  Totals total;
+  float* norm;
+  const void* grads[kTensors];
+  const void* params[kTensors];  // null where there is no T_w
+  Own own[kTensors];
+  float eta[kTensors];
+};
+template <size_t kBytes>
+struct PlainArguments : AscentArguments<WithoutMean, kBytes> {};
+template <size_t kBytes>
+struct MeanArguments : AscentArguments<WithMean, kBytes> {};
+
+const Walk kAscent = walk_of<PlainArguments>("ascent_norm_", kEights, kSegment, kTotals);
+const Walk kMeanAscent = walk_of<MeanArguments>("ascent_norm_", kEights, kSegment, kTotals);
 
 template <class G, class C, bool kWhole, class Args>
 FK_DEVICE double sum_ascent(const Args& a, const Tile& t) {
   const Team<kWhole> team(t);
-  const uint32_t k = t.tensor;
-  const Elements<G> grad(a.grads[k], a.codes[k] & 3, team.start);
-  const Elements<C> param(a.params[k], a.codes[k] >> 2, team.start);
+  const uint32_t k = t.tensor, codes = a.own[k].codes;
+  const Elements<G> grad(a.grads[k], codes & 3, team.start);
+  const Elements<C> param(a.params[k], codes >> 2 & 3, team.start);
   double sum = 0;
   for_each_eight<kEights>(team, [&](int, const auto& s) {
     float g[8];
     grad.load(s).values(g);
+    if constexpr (Args::kHasMeans) {
+      float m[8];
+      Elements<C>(a.own[k].mean, codes >> 4, team.start).load(s).values(m);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) g[j] = math::direction(g[j], m[j], a.own[k].sigma);
+    }
     if (a.params[k] != nullptr) {
       float w[8];
       param.load(s).values(w);
@@ -154,15 +177,17 @@ FK_DEVICE double sum_ascent(const Args& a, const Tile& t) {
 
 template <class G, class C, class Args>
 __global__ void __launch_bounds__(kShortThreads) ascent_norm_kernel(FK_PARAM(Args) a) {
-  FK_SHARED(TotalRoom, room);
-  total_norm(a.total, room, [&](const Tile& t) {
+  FK_SHARED(TotalRoom<1>, room);
+  total_norm(a.total, a.norm, room, [&](const Tile& t) {
     return (t.flags & kWhole) != 0 ? sum_ascent<G, C, true>(a, t) : sum_ascent<G, C, false>(a, t);
   });
 }
 
-template <class G, class C>
+template <class G, class C, template <size_t> class Arguments>
 void run(const AscentNorm& a, const Plan& plan, Stream stream) {
-  for_each_total<AscentArguments>(plan, a.norm, [&](const Launch& launch, unsigned blocks, auto& args) {
+  for_each_total<Arguments>(plan, [&](const Launch& launch, unsigned blocks, auto& args) {
+    using Args = std::decay_t<decltype(args)>;
+    args.norm = a.norm[0].as<float>();
     for (int64_t k = launch.begin; k < launch.end; ++k) {
       const int64_t i = k - launch.begin;
       const bool adaptive = a.eta[k] >= 0;
@@ -170,24 +195,34 @@ void run(const AscentNorm& a, const Plan& plan, Stream stream) {
       args.params[i] = adaptive ? a.params[k].data : nullptr;
       args.eta[i] = static_cast<float>(a.eta[k]);
       const DType param = adaptive ? a.params[k].dtype : a.grads[k].dtype;
-      args.codes[i] = static_cast<uint8_t>(code_of(a.grads[k].dtype) | code_of(param) << 2);
+      args.own[i].codes = static_cast<uint8_t>(code_of(a.grads[k].dtype) | code_of(param) << 2);
+      if constexpr (Args::kHasMeans) {
+        args.own[i].mean = a.means[k].data;
+        args.own[i].sigma = static_cast<float>(a.sigma[k]);
+        args.own[i].codes |= static_cast<uint8_t>(code_of(a.means[k].dtype) << 4);
+      }
     }
-    start(kAscent.op, kernel<ascent_norm_kernel<G, C, std::decay_t<decltype(args)>>>, blocks, launch.threads, stream,
-          args);
+    start(kAscent.op, kernel<ascent_norm_kernel<G, C, Args>>, blocks, launch.threads, stream, args);
   });
+}
+
+template <class G, class C>
+void run(const AscentNorm& a, const Plan& plan, Stream stream) {
+  a.means ? run<G, C, MeanArguments>(a, plan, stream) : run<G, C, PlainArguments>(a, plan, stream);
 }
 
 }  // namespace
 
 void ascent_norm_(const AscentNorm& a) {
   const Place place = place_of(kAscent.op, a.grads.size() > 0 ? a.grads : a.norm);
-  const auto plan = find_plan(kAscent, {false, false, a.grads, {&a.params}, nullptr}, place);
+  const auto plan =
+      find_plan(a.means ? kMeanAscent : kAscent, {false, false, a.grads, {&a.params, &a.means}, nullptr}, place);
   const Launching launching(*plan);
-  if (all_are(DType::kFloat32, {&a.grads, &a.params})) {
+  if (all_are(DType::kFloat32, {&a.grads, &a.params, &a.means})) {
     run<float, float>(a, *plan, place.stream);
-  } else if (all_are(DType::kBFloat16, {&a.grads, &a.params})) {
+  } else if (all_are(DType::kBFloat16, {&a.grads, &a.params, &a.means})) {
     run<BFloat16, BFloat16>(a, *plan, place.stream);
-  } else if (all_are(DType::kBFloat16, {&a.grads}) && all_are(DType::kFloat32, {&a.params})) {
+  } else if (all_are(DType::kBFloat16, {&a.grads}) && all_are(DType::kFloat32, {&a.params, &a.means})) {
     run<BFloat16, float>(a, *plan, place.stream);
   } else {
     run<AnyFloat, AnyFloat>(a, *plan, place.stream);
@@ -200,9 +235,12 @@ namespace {
 
 template <size_t kBytes>
 struct GradientArguments {
-  static constexpr int kTensors =
-      (kBytes - sizeof(TotalNorm) - 2 * sizeof(Scalar)) / (2 * sizeof(void*) + 2 * sizeof(float) + sizeof(uint8_t)) - 1;
-  TotalNorm total;
+  static constexpr int kTensors = (kBytes - sizeof(Totals) - 2 * sizeof(void*) - 2 * sizeof(Scalar)) /
+                                      (2 * sizeof(void*) + 2 * sizeof(float) + sizeof(uint8_t)) -
+                                  1;
+  Totals total;
+  float* norm;
+  const float* component;
   Scalar grad_scale, clip;
   const void* grads[kTensors];
   const void* clean_grads[kTensors];
@@ -231,17 +269,21 @@ FK_DEVICE double sum_gradient(const Args& a, const Tile& t) {
   return sum;
 }
 
+// Six blocks, where ptxas would take the registers of five for sm_100; the kernel of any type needs more for sm_80.
 template <class T, class Args>
-__global__ void __launch_bounds__(kShortThreads) gradient_norm_kernel(FK_PARAM(Args) a) {
-  FK_SHARED(TotalRoom, room);
-  total_norm(a.total, room, [&](const Tile& t) {
+__global__ void __launch_bounds__(kShortThreads, std::is_same_v<T, AnyFloat> ? 0 : 6)
+    gradient_norm_kernel(FK_PARAM(Args) a) {
+  FK_SHARED(TotalRoom<1>, room);
+  total_norm(a.total, a.norm, room, [&](const Tile& t) {
     return (t.flags & kWhole) != 0 ? sum_gradient<T, true>(a, t) : sum_gradient<T, false>(a, t);
   });
 }
 
 template <class T>
 void run(const GradientNorm& a, const Plan& plan, Stream stream) {
-  for_each_total<GradientArguments>(plan, a.norm, [&](const Launch& launch, unsigned blocks, auto& args) {
+  for_each_total<GradientArguments>(plan, [&](const Launch& launch, unsigned blocks, auto& args) {
+    args.norm = a.norm[0].as<float>();
+    args.component = pointer<float>(&a.component, 0);
     args.grad_scale = scalar_of(a.grad_scale, 1.0f);
     args.clip = {nullptr, 1.0f};
     for (int64_t k = launch.begin; k < launch.end; ++k) {
@@ -263,6 +305,86 @@ void run(const GradientNorm& a, const Plan& plan, Stream stream) {
 void gradient_norm_(const GradientNorm& a) {
   const Place place = place_of(kGradient.op, a.grads.size() > 0 ? a.grads : a.norm);
   const auto plan = find_plan(kGradient, {false, false, a.grads, {&a.clean_grads}, nullptr}, place);
+  const Launching launching(*plan);
+  with_dtype({&a.grads, &a.clean_grads},
+             [&](auto type) { run<typename decltype(type)::Element>(a, *plan, place.stream); });
+}
+
+// ---- gradient_products_
+
+namespace {
+
+template <size_t kBytes>
+struct ProductArguments {
+  static constexpr int kTensors =
+      (kBytes - sizeof(Totals) - sizeof(double*)) / (2 * sizeof(void*) + sizeof(uint8_t)) - 1;
+  Totals total;
+  double* products;
+  const void* grads[kTensors];
+  const void* clean_grads[kTensors];
+  uint8_t codes[kTensors];  // of grads and clean_grads
+};
+
+const Walk kProduct = walk_of<ProductArguments>("gradient_products_", kEights, kSegment, kTotals | kProducts);
+
+// A product of two float32 is exact in float64, so that the fma rounds as a product and a sum would.
+template <class T, bool kWhole, class Args>
+FK_DEVICE void add_products(const Args& a, const Tile& t, double (&sums)[3]) {
+  const Team<kWhole> team(t);
+  const uint32_t k = t.tensor;
+  const Elements<T> grad(a.grads[k], a.codes[k] & 3, team.start);
+  const Elements<T> clean_grad(a.clean_grads[k], a.codes[k] >> 2, team.start);
+  double of_tile[3] = {};
+  for_each_eight<kEights>(team, [&](int, const auto& s) {
+    float g[8], clean[8];
+    grad.load(s).values(g);
+    clean_grad.load(s).values(clean);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const double x = clean[j], y = g[j];
+      of_tile[0] = __builtin_fma(x, x, of_tile[0]);
+      of_tile[1] = __builtin_fma(x, y, of_tile[1]);
+      of_tile[2] = __builtin_fma(y, y, of_tile[2]);
+    }
+  });
+#pragma unroll
+  for (int i = 0; i < 3; ++i) sums[i] += of_tile[i];
+}
+
+template <class T, class Args>
+__global__ void __launch_bounds__(kShortThreads) gradient_products_kernel(FK_PARAM(Args) a) {
+  FK_SHARED(TotalRoom<3>, room);
+  total_sums(
+      a.total, room,
+      [&](const Tile& t, double (&sums)[3]) {
+        (t.flags & kWhole) != 0 ? add_products<T, true>(a, t, sums) : add_products<T, false>(a, t, sums);
+      },
+      [&](const double (&sums)[3]) {
+#pragma unroll
+        for (int i = 0; i < 3; ++i) a.products[i] = sums[i];
+      });
+}
+
+template <class T>
+void run(const GradientProducts& a, const Plan& plan, Stream stream) {
+  for_each_total<ProductArguments>(plan, [&](const Launch& launch, unsigned blocks, auto& args) {
+    args.products = a.products[0].as<double>();
+    for (int64_t k = launch.begin; k < launch.end; ++k) {
+      const int64_t i = k - launch.begin;
+      args.grads[i] = a.grads[k].data;
+      args.clean_grads[i] = a.clean_grads[k].data;
+      args.codes[i] = static_cast<uint8_t>(code_of(a.grads[k].dtype) | code_of(a.clean_grads[k].dtype) << 2);
+    }
+    start(kProduct.op, kernel<gradient_products_kernel<T, std::decay_t<decltype(args)>>>, blocks, launch.threads,
+          stream, args);
+  });
+}
+
+}  // namespace
+
+void gradient_products_(const GradientProducts& a) {
+  const Place place = place_of(kProduct.op, a.grads.size() > 0 ? a.grads : a.products);
+  const auto plan = find_plan(kProduct, {false, false, a.grads, {&a.clean_grads}, nullptr}, place);
   const Launching launching(*plan);
   with_dtype({&a.grads, &a.clean_grads},
              [&](auto type) { run<typename decltype(type)::Element>(a, *plan, place.stream); });

@@ -81,21 +81,57 @@ void perturb_gaussian_(const PerturbGaussian& a) {
 
 namespace {
 
-template <size_t kBytes>
+// What a tensor has besides, without a mean and with Friendly-SAM's, which is like the clean weights.
+struct WithoutMean {
+  uint8_t codes;  // of params, backups, clean, grads; two bits each
+};
+struct WithMean {
+  const void* mean;
+  void* new_mean;  // null where it stays
+  float sigma, momentum, one_minus_momentum;
+  uint16_t codes;  // of mean and new_mean, too
+};
+
+template <class Own, size_t kBytes>
 struct AscentArguments {
-  static constexpr int kTensors = (kBytes - 2 * sizeof(void*)) / (4 * sizeof(void*) + 2 * sizeof(float) + 1) - 1;
+  static constexpr bool kHasMeans = std::is_same_v<Own, WithMean>;
+  static constexpr int kTensors =
+      (kBytes - 2 * sizeof(void*)) / (4 * sizeof(void*) + 2 * sizeof(float) + sizeof(Own)) - 1;
   const Tile* tiles;
   const float* norm;
   void* params[kTensors];
   void* backups[kTensors];
   const void* clean[kTensors];
   const void* grads[kTensors];
+  Own own[kTensors];
   float rho[kTensors], eta[kTensors];
-  uint8_t codes[kTensors];  // of params, backups, clean, grads; two bits each
 };
+template <size_t kBytes>
+struct PlainArguments : AscentArguments<WithoutMean, kBytes> {};
+template <size_t kBytes>
+struct MeanArguments : AscentArguments<WithMean, kBytes> {};
 
 constexpr int kAscentEights = 4;
-const Walk kAscent = walk_of<AscentArguments>("perturb_ascent_", kAscentEights, kSegment);
+const Walk kAscent = walk_of<PlainArguments>("perturb_ascent_", kAscentEights, kSegment);
+const Walk kMeanAscent = walk_of<MeanArguments>("perturb_ascent_", kAscentEights, kSegment);
+
+// g becomes d = g - sigma m, and the mean is renewed, or stays where the norm is not finite.
+template <class C, bool kWhole, class S>
+FK_DEVICE void take_mean(const WithMean& own, const Team<kWhole>& team, const S& s, bool finite, float (&g)[8]) {
+  const Elements<C> mean(own.mean, own.codes >> 8 & 3, team.start);
+  float m[8];
+  mean.load(s).values(m);
+  if (own.new_mean != nullptr) {
+    const Elements<C> new_mean(own.new_mean, own.codes >> 10, team.start);
+    float next[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      next[j] = finite ? math::new_mean(m[j], g[j], own.momentum, own.one_minus_momentum) : m[j];
+    new_mean.store(s, new_mean.rounded(next));
+  }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) g[j] = math::direction(g[j], m[j], own.sigma);
+}
 
 template <class Types, bool kWhole, class Args>
 FK_DEVICE void ascend_tile(const Args& a, const Tile& t) {
@@ -103,12 +139,12 @@ FK_DEVICE void ascend_tile(const Args& a, const Tile& t) {
   using C = typename Types::Clean;
   constexpr bool kGeneral = std::is_same_v<P, AnyFloat>;
   const Team<kWhole> team(t);
-  const uint32_t k = t.tensor, codes = a.codes[k];
+  const uint32_t k = t.tensor, codes = a.own[k].codes;
   const Elements<P> param(a.params[k], codes & 3, team.start);
   const Elements<C> clean(a.clean[k], codes >> 4 & 3, team.start);
-  const Elements<P> grad(a.grads[k], codes >> 6, team.start);  // of the parameter's dtype, unless it has any
+  const Elements<P> grad(a.grads[k], codes >> 6 & 3, team.start);  // of the parameter's dtype, unless it has any
   const Elements<P> backup(a.backups[k], codes >> 2 & 3, team.start);
-  const float scale = math::ascent_scale(a.rho[k], *a.norm), eta = a.eta[k];
+  const float norm = *a.norm, scale = math::ascent_scale(a.rho[k], norm), eta = a.eta[k];
   const auto ascend = [&](auto adaptive) {
     for_each_eight_in_turn<kAscentEights>(team, [&](int, const auto& s) {
       const auto weights = clean.load(s);
@@ -122,6 +158,7 @@ FK_DEVICE void ascend_tile(const Args& a, const Tile& t) {
           backup.store(s, weights);
         }
       }
+      if constexpr (Args::kHasMeans) take_mean<C>(a.own[k], team, s, math::is_finite(norm), g);
 #pragma unroll
       for (int j = 0; j < 8; ++j) w[j] = math::perturb_ascent(w[j], g[j], scale, eta, decltype(adaptive)::value);
       param.template store<Use::kAgain>(s, param.rounded(w));
@@ -130,8 +167,9 @@ FK_DEVICE void ascend_tile(const Args& a, const Tile& t) {
   eta >= 0.0f ? ascend(std::true_type()) : ascend(std::false_type());
 }
 
+// With means four blocks, where ptxas would take the registers of three for sm_80.
 template <class Types, class Args>
-__global__ void __launch_bounds__(kShortThreads) ascent_kernel(FK_PARAM(Args) a) {
+__global__ void __launch_bounds__(kShortThreads, Args::kHasMeans ? 4 : 0) ascent_kernel(FK_PARAM(Args) a) {
   const Tile& t = a.tiles[blockIdx.x];
   if ((t.flags & kWhole) != 0) {
     ascend_tile<Types, true>(a, t);
@@ -140,10 +178,11 @@ __global__ void __launch_bounds__(kShortThreads) ascent_kernel(FK_PARAM(Args) a)
   }
 }
 
-template <class P, class C>
+template <class P, class C, template <size_t> class Arguments>
 void run_ascent(const PerturbAscent& a, const Plan& plan, Stream stream) {
   const Table& clean = a.masters ? a.masters : a.params;
-  for_each_launch<AscentArguments>(plan.launches, [&](const Launch& launch, auto& args) {
+  for_each_launch<Arguments>(plan.launches, [&](const Launch& launch, auto& args) {
+    using Args = std::decay_t<decltype(args)>;
     args.tiles = launch.tiles;
     args.norm = a.norm[0].as<float>();
     for (int64_t k = launch.begin; k < launch.end; ++k) {
@@ -155,12 +194,27 @@ void run_ascent(const PerturbAscent& a, const Plan& plan, Stream stream) {
       args.rho[i] = static_cast<float>(a.rho[k]);
       args.eta[i] = a.eta[k] >= 0 ? static_cast<float>(a.eta[k]) : -1.0f;
       const DType backup = a.backups ? a.backups[k].dtype : a.params[k].dtype;
-      args.codes[i] = static_cast<uint8_t>(code_of(a.params[k].dtype) | code_of(backup) << 2 |
-                                           code_of(clean[k].dtype) << 4 | code_of(a.grads[k].dtype) << 6);
+      const int codes = code_of(a.params[k].dtype) | code_of(backup) << 2 | code_of(clean[k].dtype) << 4 |
+                        code_of(a.grads[k].dtype) << 6;
+      if constexpr (Args::kHasMeans) {
+        const DType new_mean = a.new_means ? a.new_means[k].dtype : a.means[k].dtype;
+        args.own[i] = {a.means[k].data,
+                       pointer<void>(&a.new_means, k),
+                       static_cast<float>(a.sigma[k]),
+                       static_cast<float>(a.momentum[k]),
+                       static_cast<float>(1 - a.momentum[k]),
+                       static_cast<uint16_t>(codes | code_of(a.means[k].dtype) << 8 | code_of(new_mean) << 10)};
+      } else {
+        args.own[i].codes = static_cast<uint8_t>(codes);
+      }
     }
-    start(kAscent.op, kernel<ascent_kernel<PerturbTypes<P, C>, std::decay_t<decltype(args)>>>, launch.count,
-          launch.threads, stream, args);
+    start(kAscent.op, kernel<ascent_kernel<PerturbTypes<P, C>, Args>>, launch.count, launch.threads, stream, args);
   });
+}
+
+template <class P, class C>
+void run_ascent(const PerturbAscent& a, const Plan& plan, Stream stream) {
+  a.means ? run_ascent<P, C, MeanArguments>(a, plan, stream) : run_ascent<P, C, PlainArguments>(a, plan, stream);
 }
 
 }  // namespace
@@ -168,16 +222,19 @@ void run_ascent(const PerturbAscent& a, const Plan& plan, Stream stream) {
 void perturb_ascent_(const PerturbAscent& a) {
   if (a.params.size() == 0) return;
   const Place place = place_of(kAscent.op, a.params);
-  const auto plan = find_plan(kAscent, {false, false, a.params, {&a.backups, &a.masters, &a.grads}, nullptr}, place);
+  const auto plan =
+      find_plan(a.means ? kMeanAscent : kAscent,
+                {false, false, a.params, {&a.backups, &a.new_means, &a.masters, &a.grads, &a.means}, nullptr}, place);
   const Launching launching(*plan);
   const auto are = [&](DType dtype) { return all_are(dtype, {&a.params, &a.backups, &a.grads}); };
+  const auto clean_are = [&](DType dtype) { return all_are(dtype, {&a.masters, &a.means, &a.new_means}); };
   // What has both keeps a copy of the perturbed weights, which is rare.
   const bool has_both = a.masters && a.backups;
-  if (!has_both && are(DType::kFloat32) && all_are(DType::kFloat32, {&a.masters})) {
+  if (!has_both && are(DType::kFloat32) && clean_are(DType::kFloat32)) {
     run_ascent<float, float>(a, *plan, place.stream);
-  } else if (!has_both && are(DType::kBFloat16) && !a.masters) {
+  } else if (!has_both && are(DType::kBFloat16) && !a.masters && clean_are(DType::kBFloat16)) {
     run_ascent<BFloat16, BFloat16>(a, *plan, place.stream);
-  } else if (!has_both && are(DType::kBFloat16)) {
+  } else if (!has_both && are(DType::kBFloat16) && a.masters && clean_are(DType::kFloat32)) {
     run_ascent<BFloat16, float>(a, *plan, place.stream);
   } else {
     run_ascent<AnyFloat, AnyFloat>(a, *plan, place.stream);

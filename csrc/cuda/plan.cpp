@@ -225,7 +225,8 @@ std::shared_ptr<const Plan> make_plan(const Walk& walk, std::shared_ptr<const Ta
   Parts parts;
   const size_t zeros = place.captured ? parts.add(plan->zero_count * sizeof(uint32_t)) : 0;
   const size_t partials = parts.add(2 * t.partials * sizeof(double)), norms = parts.add(t.long_rows * sizeof(float));
-  const size_t sums = parts.add(((walk.needs & kTotals) != 0 ? t.tiles : 0) * sizeof(double));
+  const size_t sums_of_tile = (walk.needs & kProducts) != 0 ? 3 : (walk.needs & kTotals) != 0 ? 1 : 0;
+  const size_t sums = parts.add(sums_of_tile * t.tiles * sizeof(double));
   if (parts.size > 0) plan->scratch = allocate(place.device, parts.size);
   plan->place = place;
   plan->zeros = place.captured ? plan->scratch.at<uint32_t>(zeros) : t.zeros;

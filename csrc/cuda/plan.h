@@ -17,6 +17,7 @@ namespace flatkern::cuda {
 enum Needs : unsigned {
   kLongRows = 1,  // what is told of rows that are cut: they are summed, or have a mask
   kTotals = 2,    // something is summed or counted over a tensor or over all of them: tickets, and sums of tiles
+  kProducts = 4,  // beside kTotals: three sums of each tile, instead of one
 };
 
 // How an operation walks tensors; one object for each way, by which its plans are found.
@@ -81,7 +82,7 @@ struct Plan {
   LongRows long_rows = {};
   uint32_t* tickets = nullptr;  // one for each tensor, and one for all
   uint32_t* words = nullptr;    // Walk::words of them, at a multiple of 16 bytes, for whatever the operation counts
-  double* sums = nullptr;       // one for each tile; not zero
+  double* sums = nullptr;       // one for each tile, or three; not zero
 
   Place place = {};       // if it is captured, the plan is for one call
   Buffer scratch;         // of a graph's it is given back behind the call, as all that torch allocates in a capture

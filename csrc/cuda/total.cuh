@@ -29,48 +29,69 @@ FK_DEVICE bool comes_last(uint32_t* ticket, bool (&room)[1]) {
   return room[0];
 }
 
-// The sum over a block, in its first thread. To be called again only behind a barrier.
-FK_DEVICE double block_sum(double x, double (&of_warps)[kShortThreads / kWarp]) {
-  x = fold_lanes(x);
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = x;
-  __syncthreads();
-  double sum = 0;
+// kCount sums over a block, in all of its threads. To be called again only behind a barrier.
+template <int kCount>
+FK_DEVICE void block_sums(double (&x)[kCount], double (&of_warps)[kCount][kShortThreads / kWarp]) {
 #pragma unroll
-  for (int w = 0; w < kShortThreads / kWarp; ++w) sum += of_warps[w];
-  return sum;
+  for (int i = 0; i < kCount; ++i) {
+    x[i] = fold_lanes(x[i]);
+    if (threadIdx.x % kWarp == 0) of_warps[i][threadIdx.x / kWarp] = x[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    x[i] = 0;
+#pragma unroll
+    for (int w = 0; w < kShortThreads / kWarp; ++w) x[i] += of_warps[i][w];
+  }
 }
 
-// A norm over all tensors.
-struct TotalNorm {
+// Sums over all tensors.
+struct Totals {
   const Tile* tiles;
   uint32_t count;       // of the launch's tiles
   double* sums;         // of each block, those of earlier launches first
   uint32_t* ticket;     // 0 between launches
-  uint32_t first, all;  // the place of the launch's first block, and how many sums there are in the end
-  float* norm;
+  uint32_t first, all;  // the place of the launch's first block, and how many blocks there are in the end
 
   FK_DEVICE_MEMBER bool is_last_launch() const { return first + gridDim.x == all; }
 };
 
+template <int kCount>
 struct TotalRoom {
-  double of_warps[kShortThreads / kWarp];
+  double of_warps[kCount][kShortThreads / kWarp];
   bool is_last[1];
 };
 
-// norm <- sqrt(sum over all tiles of sum_tile(tile)). Each block calls it once.
-template <class SumTile>
-FK_DEVICE void total_norm(const TotalNorm& total, TotalRoom& room, const SumTile& sum_tile) {
-  double sum = 0;
-  for_each_tile(total.tiles, total.count, [&](const Tile& t) { sum += sum_tile(t); });
-  sum = block_sum(sum, room.of_warps);
-  if (threadIdx.x == 0) total.sums[total.first + blockIdx.x] = sum;
+// Calls finish(sums) in one thread, with kCount sums over all tiles of what add_tile(tile, sums) adds. Each block calls
+// it once.
+template <int kCount, class AddTile, class Finish>
+FK_DEVICE void total_sums(const Totals& total, TotalRoom<kCount>& room, const AddTile& add_tile, const Finish& finish) {
+  double sums[kCount] = {};
+  for_each_tile(total.tiles, total.count, [&](const Tile& t) { add_tile(t, sums); });
+  block_sums(sums, room.of_warps);
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) total.sums[kCount * (total.first + blockIdx.x) + i] = sums[i];
+  }
   // Earlier launches are done when the last one begins, so that it alone counts: a call that fails between two of them
   // leaves no count.
   if (!total.is_last_launch() || !comes_last(total.ticket, room.is_last)) return;
-  double all = 0;
-  for (uint32_t i = threadIdx.x; i < total.all; i += kShortThreads) all += __ldcg(total.sums + i);
-  all = block_sum(all, room.of_warps);
-  if (threadIdx.x == 0) *total.norm = math::norm(all);
+  double all[kCount] = {};
+  for (uint32_t b = threadIdx.x; b < total.all; b += kShortThreads) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) all[i] += __ldcg(total.sums + kCount * b + i);
+  }
+  block_sums(all, room.of_warps);
+  if (threadIdx.x == 0) finish(all);
+}
+
+// norm <- sqrt(sum over all tiles of sum_tile(tile)).
+template <class SumTile>
+FK_DEVICE void total_norm(const Totals& total, float* norm, TotalRoom<1>& room, const SumTile& sum_tile) {
+  total_sums(
+      total, room, [&](const Tile& t, double (&sums)[1]) { sums[0] += sum_tile(t); },
+      [&](const double (&sums)[1]) { *norm = math::norm(sums[0]); });
 }
 
 }  // namespace flatkern::cuda

@@ -44,6 +44,7 @@ struct UpdateCall {
   const uint32_t* step_readers;  // how many there are
   Key key;
   DeviceNumbers lrs, sigmas;
+  const float* component;
   Scalar grad_scale, clip, found_inf;
   bool perturbs;    // rolling
   bool has_copy;    // clean weights are in masters or backups,

@@ -85,12 +85,13 @@ class UpdateLauncher {
   void fill(Args& args, const Launch& launch) const {
     const bool has_masters = a_.masters.present, perturbs = a_.noise.present;
     const Table& clean = this->clean();
-    static_cast<UpdateCall&>(args) = {
-        launch.tiles, plan_.long_rows, plan_.tickets + launch.begin, plan_.blocks + launch.begin, key_of(a_.noise),
-        numbers_of(a_.lrs, launch.begin), numbers_of(a_.sigmas, launch.begin), scalar_of(a_.grad_scale, 1.0f),
-        scalar_of(a_.clip, 1.0f), scalar_of(a_.found_inf, 0.0f), perturbs, &clean != &a_.params,
-        // Without noise a backup has served once it is read.
-        has_masters || (a_.backups.present && perturbs)};
+    static_cast<UpdateCall&>(args) = {launch.tiles, plan_.long_rows, plan_.tickets + launch.begin,
+                                      plan_.blocks + launch.begin, key_of(a_.noise), numbers_of(a_.lrs, launch.begin),
+                                      numbers_of(a_.sigmas, launch.begin), pointer<float>(&a_.component, 0),
+                                      scalar_of(a_.grad_scale, 1.0f), scalar_of(a_.clip, 1.0f),
+                                      scalar_of(a_.found_inf, 0.0f), perturbs, &clean != &a_.params,
+                                      // Without noise a backup has served once it is read.
+                                      has_masters || (a_.backups.present && perturbs)};
     for (int64_t k = launch.begin; k < launch.end; ++k) {
       const int64_t i = k - launch.begin;
       args.params[i] = a_.params[k].data;

@@ -152,7 +152,21 @@ FK_HD float quotient(float a, float b) {
 #endif
 }
 
-// g <- clip (factor g + clean_weight g_clean). An absent clip is 1, which changes no bit.
+// Whether a number is neither infinite nor NaN.
+FK_HD bool is_finite(float x) { return (bits_of(x) & 0x7F800000u) != 0x7F800000u; }
+
+// What g, once scaled, and g_clean are multiplied by. A component (q, r), null where there is none, puts
+// q g_clean - r grad_scale g in the place of g_clean.
+struct MixingWeights {
+  float grad, clean;
+};
+FK_HD MixingWeights mixing_weights(float grad_weight, float clean_weight, const float* component) {
+  if (component == nullptr) return {grad_weight, clean_weight};
+  return {grad_weight - clean_weight * component[1], clean_weight * component[0]};
+}
+
+// g <- clip (factor g + clean_weight g_clean), with factor = weights.grad grad_scale. An absent clip is 1, which
+// changes no bit.
 FK_HD float mixed(float g, float clean, float factor, float clean_weight, float clip) {
   return (factor * g + clean_weight * clean) * clip;
 }

@@ -6,8 +6,8 @@
         with accelerator.accumulate(model):
             loss = step(lambda: loss_of(model(x), y))      # in place of forward, backward, step() and zero_grad()
 
-Rolling RWP does not need it: `opt.optimizer.follow(model)` after `prepare()`, which has put its own optimizer around
-flatkern's, is enough, and the loop stays as it is.
+Rolling RWP and MomentumSAM do not need it: `opt.optimizer.follow(model)` after `prepare()`, which has put its own
+optimizer around flatkern's, is enough, and the loop stays as it is.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from ..optim import amp
 from ..optim.base import FlatOptimizer
 from ..running_stats import frozen_running_stats
-from .shared import averaging_over_ranks, replicas_in, unwrapped
+from .shared import averaging_over_ranks, perturb_alike, replicas_in, unwrapped
 from .window import Window
 
 try:
@@ -64,9 +63,12 @@ def passes(
     The closure runs forward and returns the loss; backward, the scaler, `no_sync`, the step and the zeroing of
     gradients are done inside, the step at the last micro-batch of a window (`accelerator.sync_gradients`).
 
-        RWP, ARWP, mix="ranks"   perturb() before the window, a pass for each micro-batch
-        rolling RWP, IRE alone   a pass for each micro-batch
-        SAM, ASAM                two passes for each micro-batch, a round each (mSAM); `rounds="sum"`
+        RWP, ARWP, MomentumSAM,  perturb() before the window, a pass for each micro-batch
+        mix="ranks"
+        rolling, IRE alone       a pass for each micro-batch
+        SAM, ASAM, GSAM,         two passes for each micro-batch, a round each (mSAM); `rounds="sum"`
+        FriendlySAM, LookSAM
+        interval=, LookSAM's k   in a window between two ascents a pass for each micro-batch
         m-RWP, m-ARWP            of N micro-batches the first half, rounded up, is clean, the others are noisy, one
                                  pass each; `rounds="sum"`. Where a window is one micro-batch, it is both, in two
                                  passes, or the noisy one is another: `step(closure, noisy=closure_of_another_batch)`
@@ -88,7 +90,8 @@ def passes(
         others: further models, where the optimizer has parameters of several.
         sync_ascent: under DDP the ascent of SAM and ASAM follows each rank's own gradient (mSAM over the ranks), so
             that a step sends no more than an ordinary one and 4 bytes; True takes the mean over the ranks for each
-            ascent. FSDP2 always does.
+            ascent. FSDP2 always does, and so do, whatever is given, SAM and ASAM with `lam`, GSAM, FriendlySAM and
+            LookSAM: the ascent's gradient enters their update or their state, and replicas would part.
 
     Returns:
         `step(closure, noisy=None, mask=None)`, which returns the detached loss of the micro-batch, at clean weights
@@ -243,7 +246,9 @@ class Step:
             window.begin_micro_batch()
             if mask is not None and window.index == 0 and opt.mask_due:
                 self._take_mask(mask)
-            kind = opt.perturbation.closures
+            if window.index == 0:  # for all of its micro-batches, whatever schedules do in between
+                window.kind = opt.perturbation.closures_of(opt.own_groups)
+            kind = window.kind
             if kind == "twice each":
                 loss = self._ascend(closure)
             elif kind == "clean and perturbed":
@@ -274,7 +279,7 @@ class Step:
     def _accumulate(self, closure: Closure) -> Tensor:
         """One gradient: all micro-batches at the same weights, which are perturbed before the first one."""
         opt = self.optimizer
-        if self._window.index == 0 and opt.perturbation.draws and not opt.rolling:
+        if self._window.index == 0 and opt.perturbation.starts_perturbed:
             self._window.reshard()
             opt.perturb(scaler=self._accelerator.scaler)
         return self._pass(closure, opt.loss_weight)
@@ -282,10 +287,11 @@ class Step:
     def _ascend(self, closure: Closure) -> Tensor:
         """SAM: a round for each micro-batch; only the last perturbed backward is synchronized."""
         opt, last = self.optimizer, self._accelerator.sync_gradients
-        with self._synchronized(self._sync_ascent):
+        synchronized = self._sync_ascent or opt.perturbation.uses_ascent_gradient
+        with self._synchronized(synchronized):
             loss = self._pass(closure)
-        if self._replicas and not self._sync_ascent:
-            self._perturb_alike()
+        if self._replicas and not synchronized:
+            perturb_alike(opt, self._accelerator)
         else:
             opt.perturb(scaler=self._accelerator.scaler)
         with self._frozen(), self._synchronized(last):
@@ -293,15 +299,6 @@ class Step:
         if not last:
             opt.restore()
         return loss
-
-    def _perturb_alike(self) -> None:
-        """Ranks that ascend along gradients of their own skip a step together, and lower the loss scale together."""
-        opt, accelerator = self.optimizer, self._accelerator
-        opt.perturb()
-        assert opt.ascent_norm is not None
-        nonfinite = accelerator.reduce(opt.ascent_norm.mul(0).ne(0).float(), reduction="sum")
-        opt.cycle.skip_if([nonfinite])
-        amp.record(accelerator.scaler, nonfinite)
 
     def _mix(self, closure: Closure, noisy: Closure) -> Tensor:
         """m-RWP: the first micro-batches at clean weights, the others at perturbed ones."""

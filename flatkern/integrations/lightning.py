@@ -14,6 +14,7 @@ import torch
 
 from ..optim.base import FlatOptimizer
 from ..optim.errors import warn
+from ..optim.perturbation import NoPerturbation
 from ..running_stats import frozen_running_stats
 from ..values import check_flag
 
@@ -28,6 +29,7 @@ except ImportError as error:
 # Callbacks that read the parameters after a batch. By name: a Lightning that has no such class has no such callback.
 AVERAGING = {"StochasticWeightAveraging", "WeightAveraging"}
 
+ROLLING = "RWP(rolling=True) or MomentumSAM(rolling=True)"
 TWO_PASSES = ("twice each", "clean and perturbed")  # how often step(closure) calls it
 
 MaskLoss = Callable[[torch.nn.Module, Any], torch.Tensor]
@@ -41,11 +43,11 @@ class FlatkernCallback(Callback):
 
         trainer = Trainer(callbacks=[FlatkernCallback()])
 
-    Rolling RWP and ARWP: the noise is on in training batches and off in validation, test, prediction, checkpoints and
-    when training ends, by an exception too. Where the other methods are between two passes, `state_dict()` of the
-    module or of a part copies clean weights; a checkpoint with the optimizer's state raises there. SAM, ASAM, m-RWP and
-    explicit RWP under automatic optimization need no further line: Lightning hands a closure to `step()`, which runs
-    `training_step` as often as the method needs; BatchNorm's running statistics are those of the first pass.
+    Rolling RWP, ARWP and MomentumSAM: the perturbation is on in training batches and off in validation, test,
+    prediction, checkpoints and when training ends, by an exception too. Where the other methods are between two passes,
+    `state_dict()` of the module or of a part copies clean weights; a checkpoint with the optimizer's state raises
+    there. Under automatic optimization they need no further line: Lightning hands a closure to `step()`, which runs
+    `training_step` as often as the step needs; BatchNorm's running statistics are those of the first pass.
     What cannot work is refused when training starts.
 
     Arguments:
@@ -149,7 +151,8 @@ class FlatkernCallback(Callback):
         self._second_pass.close()
         if not isinstance(optimizer, FlatOptimizer) or not pl_module.automatic_optimization:
             return
-        if optimizer.perturbation.closures in TWO_PASSES and not optimizer.is_perturbed:
+        kind = optimizer.perturbation.closures_of(optimizer.own_groups)
+        if kind in TWO_PASSES and not optimizer.is_perturbed:
             self._second_pass.enter_context(frozen_running_stats(pl_module))
 
     def on_train_batch_end(
@@ -275,7 +278,7 @@ def _check(trainer: Trainer, pl_module: LightningModule, opt: FlatOptimizer, mas
             f"step(), and hands no closure on ({type(precision).__name__}), so that {name} gets no gradient at "
             'perturbed weights; use precision="bf16-mixed", manual optimization (self.automatic_optimization = False) '
             "with opt.perturb(scaler=self.trainer.precision_plugin.scaler) between two manual_backward() calls, or "
-            "RWP(rolling=True), which needs one gradient"
+            f"{ROLLING}, which need one gradient"
         )
     _check_accumulation(trainer, pl_module, opt)
     _check_clipping(trainer, pl_module, opt)
@@ -297,7 +300,7 @@ def _check_accumulation(trainer: Trainer, pl_module: LightningModule, opt: FlatO
             f"FlatkernCallback: accumulate_grad_batches={trainer.accumulate_grad_batches}, but Lightning hands step() "
             f"the last micro-batch only, and {method.name} needs the perturbed gradients of all of them; use a larger "
             "batch with accumulate_grad_batches=1, manual optimization (self.automatic_optimization = False) with the "
-            "micro-batches in one training_step, or RWP(rolling=True), which accumulates"
+            f"micro-batches in one training_step, or {ROLLING}, which accumulate"
         )
 
 
@@ -319,8 +322,14 @@ def _check_clipping(trainer: Trainer, pl_module: LightningModule, opt: FlatOptim
             f"them before; {remedy}"
         )
     by_value = trainer.gradient_clip_algorithm == "value"
-    if method.has_clean_pass or (method.ascends and by_value):
+    if _clips_each_pass(method) or (method.ascends and by_value):
         warn(f"{clip} clips the gradient of each pass of {method.name}, not the one of the step; {remedy}")
+
+
+def _clips_each_pass(method: NoPerturbation) -> bool:
+    """The gradient at clean weights enters the update or the state, beside the other one. Along a plain SAM's it only
+    ascends, and a limit of the norm leaves the direction as it is."""
+    return method.has_clean_pass or method.uses_ascent_gradient
 
 
 def _check_own_clipping(trainer: Trainer, pl_module: LightningModule, opt: FlatOptimizer) -> None:
@@ -330,7 +339,7 @@ def _check_own_clipping(trainer: Trainer, pl_module: LightningModule, opt: FlatO
     method, problems = opt.perturbation, []
     if opt.max_grad_norm is not None:
         problems.append(f"clips beside max_grad_norm={opt.max_grad_norm!r} of the optimizer, so twice")
-    if method.has_clean_pass:
+    if _clips_each_pass(method):
         problems.append(f"clips the gradient of each pass of {method.name}, not the one of the step")
     if _scaler(trainer) is not None:
         problems.append("finds scaled gradients under a GradScaler, since the optimizer unscales them itself")

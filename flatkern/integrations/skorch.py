@@ -7,8 +7,8 @@
         callbacks=[FollowCallback()],
     )
 
-SAM and RWP need no callback, and ASAM needs it for the parameters' names, which skorch does not pass on: skorch passes
-`step` a closure, which runs as many passes as the method needs.
+Other methods need no callback, and ASAM needs it for the parameters' names, which skorch does not pass on: skorch
+passes `step` a closure, which runs as many passes as the step needs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ except ImportError as error:
 
 
 class FollowCallback(Callback):
-    """Rolling optimizers: noise in training forwards, clean weights wherever skorch predicts, scores or saves.
+    """Rolling optimizers: perturbed weights in training forwards, clean ones wherever skorch predicts, scores or saves.
 
     The net's optimizers follow its modules from the beginning of each training on, also where `initialize()` or
     `set_params()` has made them anew; at its end, and after Ctrl-C in it, weights are clean. ASAM, whose rule goes by
@@ -49,7 +49,8 @@ class FollowCallback(Callback):
         if not rolling and not named:
             raise RuntimeError(
                 "FollowCallback: the net has no rolling optimizer of flatkern's, so that there is nothing to follow; "
-                "pass optimizer=flatkern.SGD, optimizer__perturb=flatkern.RWP(rolling=True), or leave the callback out"
+                "pass optimizer=flatkern.SGD, optimizer__perturb=flatkern.RWP(rolling=True) or "
+                "flatkern.MomentumSAM(rolling=True), or leave the callback out"
             )
         modules = [m for name in (*net._modules, *net._criteria) if isinstance(m := getattr(net, name + "_"), Module)]
         for opt in named:

@@ -18,7 +18,7 @@ from ..losses import sampled_label_loss
 from ..optim.base import FlatOptimizer
 from ..running_stats import frozen_running_stats
 from ..schedules import PerturbationScheduler
-from .shared import averaging_over_ranks, drop_step, replicas_in, unwrapped
+from .shared import averaging_over_ranks, drop_step, perturb_alike, replicas_in, unwrapped
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -39,9 +39,9 @@ class FlatkernCallback(TrainerCallback):
         opt = flatkern.AdamW(model.parameters(), lr=1e-4, perturb=flatkern.RWP(sigma=0.01, rolling=True))
         trainer = Trainer(model, args, ..., optimizers=(opt, None), callbacks=[FlatkernCallback()])
 
-    A rolling optimizer follows the model while `train()` runs: noise in training forwards, clean weights in
-    evaluations and checkpoints, and afterwards; a Trainer tells nobody of a training that has failed, so that the noise
-    stays until `opt.eval()` then. ASAM gets the parameters' names from the model, unless it has some.
+    A rolling optimizer follows the model while `train()` runs: perturbed weights in training forwards, clean ones in
+    evaluations and checkpoints, and afterwards; a Trainer tells nobody of a training that has failed, so that they
+    stay perturbed until `opt.eval()` then. ASAM gets the parameters' names from the model, unless it has some.
     In a `FlatkernTrainer` the callback is needed for schedules only, and any method goes.
 
     Arguments:
@@ -113,29 +113,34 @@ class FlatkernCallback(TrainerCallback):
 
 
 class FlatkernTrainer(Trainer):
-    """A Trainer that runs the passes of every method: SAM, ASAM, mSAM, m-RWP, m-ARWP, RWP, ARWP and IRE.
+    """A Trainer that runs the passes of every method.
 
         opt = flatkern.AdamW(model.parameters(), lr=1e-4, perturb=flatkern.SAM(rho=0.05, rounds="sum"))
         FlatkernTrainer(model, args, ..., optimizers=(opt, None)).train()
 
     A step has N = `gradient_accumulation_steps` micro-batches, fewer in the last one of an epoch. Its passes:
 
-        SAM, ASAM       two on every micro-batch: a round each, which is mSAM where N > 1
+        SAM, ASAM,      two on every micro-batch: a round each, which is mSAM where N > 1; of `interval` and LookSAM's
+        GSAM, LookSAM,  `k` one on every micro-batch of a step between two ascents
+        FriendlySAM
         m-RWP, m-ARWP   one on every micro-batch, the first ceil(N / 2) at clean weights, the others at noisy ones;
                         N = 1: one on the first half of the batch's rows, clean, and one on the others, noisy, each of
                         which counts as a batch; both on all of it where it cannot be halved (a single row)
-        RWP, ARWP       one on every micro-batch, all at the same noisy weights (`rolling=True` is faster)
+        RWP, ARWP,      one on every micro-batch, all at the same perturbed weights (`rolling=True` needs no
+        MomentumSAM     FlatkernTrainer)
         IRE             those of its method, and before them, where the mask is due, one with sampled labels on the
                         first micro-batch
 
     The Trainer divides losses by the number of micro-batches or of their tokens, so the method needs `rounds="sum"`
-    (SAM and ASAM with N = 1 do without). Second passes leave running statistics alone. Under DDP an ascent is that of
-    a rank's own batch (mSAM over ranks); what is averaged over the ranks is the last perturbed backward, m-RWP's last
-    clean one and IRE's. The logged loss is that of the first pass on every micro-batch, or of both halves of one;
-    `compute_loss` runs in every pass. While `train()` runs, `args.max_grad_norm` is the optimizer's, too, which clips
-    the final, mixed gradient in the Trainer's place, and the logged `grad_norm` is the norm of that one before clipping
-    (m-RWP without a limit: none is logged). `evaluate()`, `predict()` and `save_model()` see clean weights inside of a
-    step, too. A step that fails, and a training that fails, leaves clean weights.
+    (those that ascend do without where N = 1). Second passes leave running statistics alone. Under DDP the ascent of
+    SAM and ASAM is that of a rank's own batch (mSAM over ranks); what is averaged over the ranks is the last perturbed
+    backward, m-RWP's last clean one, IRE's, and every ascent's of methods that use its gradient further: SAM and ASAM
+    with `lam`, GSAM, FriendlySAM, LookSAM. The logged loss is that of the first pass on every micro-batch, or of both
+    halves of one; `compute_loss` runs in every pass. While `train()` runs, `args.max_grad_norm` is the optimizer's,
+    too, which clips the final, mixed gradient in the Trainer's place, and the logged `grad_norm` is the norm of that
+    one before clipping (of methods that mix two, without a limit: none is logged). `evaluate()`, `predict()` and
+    `save_model()` see clean weights inside of a step, too. A step that fails, and a training that fails, leaves clean
+    weights.
 
     Other Trainers are combined with it by inheritance: `class SAMTrainer(FlatkernTrainer, Seq2SeqTrainer): pass`.
 
@@ -148,6 +153,7 @@ class FlatkernTrainer(Trainer):
 
     _micro_batch = 0  # of the window: the micro-batches of a step
     _micro_batches = 1
+    _ascends = False  # the step has ascents
     _clipping: tuple[FlatOptimizer, float | None] | None = None  # the optimizer that clips, and its own limit
 
     # --- what the Trainer calls --------------------------------------------------------------------
@@ -180,7 +186,7 @@ class FlatkernTrainer(Trainer):
             opt, _ = self._clipping
             if opt.max_grad_norm is not None:
                 return torch.tensor(float("nan"))  # not known before the step; log() has it
-            # Of m-RWP `.grad` holds the noisy part alone, whose norm means nothing.
+            # Where two are mixed, `.grad` holds the perturbed one alone, whose norm means nothing.
             return None if opt.perturbation.mixes else clip(parameters, max_norm, *args, **kwargs)
 
         self.accelerator.clip_grad_norm_ = clip_unless_the_optimizer_does
@@ -230,7 +236,7 @@ class FlatkernTrainer(Trainer):
         if kind in REFUSED_TYPES and needs_passes(opt):
             raise RuntimeError(
                 f"FlatkernTrainer: the model is distributed by {kind}, where a single pass leaves no gradients to "
-                "perturb by; use DDP, or perturb=flatkern.RWP(rolling=True) with FlatkernCallback"
+                "perturb by; use DDP, or flatkern.RWP(rolling=True) or MomentumSAM(rolling=True) with FlatkernCallback"
             )
         if has_unfinished_step(opt):
             warnings.warn(
@@ -240,11 +246,12 @@ class FlatkernTrainer(Trainer):
             )
             drop_step(opt)
         self._take_over_clipping(opt)
+        self._ascends = opt.perturbation.ascends and opt.perturb_due
         if opt.mask_due:
             self._update_mask(opt, model, inputs)
 
     def _take_over_clipping(self, opt: FlatOptimizer) -> None:
-        """The Trainer would clip what is in `.grad` before the step: of m-RWP only the noisy half."""
+        """The Trainer would clip what is in `.grad` before the step: of two that are mixed only the perturbed one."""
         if self._clipping is None or self._clipping[0] is not opt:
             self._return_clipping()
             self._clipping = opt, opt.max_grad_norm
@@ -265,18 +272,22 @@ class FlatkernTrainer(Trainer):
         """The passes on one micro-batch; after the last one only `step()` is missing."""
         perturbation, scaler = opt.perturbation, self.accelerator.scaler
         k, n = self._micro_batch, self._micro_batches
-        if perturbation.ascends:
-            with averaging_over_ranks(replicas_in(model), False):
+        if self._ascends:
+            replicas, synchronized = replicas_in(model), perturbation.uses_ascent_gradient
+            with averaging_over_ranks(replicas, synchronized):
                 loss = super().training_step(model, inputs, items)
-            opt.perturb(scaler)
-            with averaging_over_ranks(replicas_in(model), k == n - 1), frozen_running_stats(model):
+            if replicas and not synchronized:
+                perturb_alike(opt, self.accelerator)
+            else:
+                opt.perturb(scaler)
+            with averaging_over_ranks(replicas, k == n - 1), frozen_running_stats(model):
                 super().training_step(model, inputs, items)
             if k < n - 1:
                 opt.restore()
             return loss
-        if perturbation.mixes and n == 1:
+        if perturbation.has_clean_pass and n == 1:
             return self._run_halves(opt, model, inputs, items)
-        if perturbation.mixes:
+        if perturbation.has_clean_pass:
             clean = (n + 1) // 2
             if k < clean:
                 with averaging_over_ranks(replicas_in(model), k == clean - 1):
@@ -286,7 +297,7 @@ class FlatkernTrainer(Trainer):
                 opt.passes = clean, n - clean
             with averaging_over_ranks(replicas_in(model), k == n - 1), frozen_running_stats(model):
                 return super().training_step(model, inputs, items)
-        if perturbation.moves and not perturbation.rolling and k == 0:
+        if perturbation.starts_perturbed and k == 0:
             opt.perturb(scaler)
         return super().training_step(model, inputs, items)
 
@@ -401,8 +412,11 @@ def needs_passes(opt: FlatOptimizer) -> bool:
 def check_one_pass(opt: FlatOptimizer) -> None:
     """Refuse what a Trainer that only calls `step()` cannot do."""
     if needs_passes(opt):
-        name = opt.perturbation.name if opt.perturbation.moves and not opt.rolling else "IRE"
-        rolling = ", or perturb=flatkern.RWP(rolling=True)" if opt.perturbation.draws and not opt.rolling else ""
+        perturbation = opt.perturbation
+        explicit = perturbation.moves and not opt.rolling
+        name = perturbation.name if explicit else "IRE"
+        may_roll = explicit and (perturbation.draws or perturbation.starts_perturbed)
+        rolling = f", or perturb=flatkern.{name}(rolling=True)" if may_roll else ""
         raise RuntimeError(
             f"FlatkernCallback: {name} needs more than the optimizer.step() of a Trainer; use "
             f"flatkern.integrations.transformers.FlatkernTrainer in its place{rolling}"
@@ -420,9 +434,9 @@ def check_rounds(opt: FlatOptimizer, accumulation: int) -> None:
             'does that here; pass mix="gradients", rounds="sum"'
         )
     perturbation = opt.perturbation
-    if (perturbation.mixes or (perturbation.ascends and accumulation > 1)) and not perturbation.sums:
+    if (perturbation.has_clean_pass or (perturbation.ascends and accumulation > 1)) and not perturbation.sums:
         raise ValueError(
-            f'FlatkernTrainer: the method has rounds="{opt.method.rounds}", but the Trainer divides the losses of '
+            'FlatkernTrainer: the method has rounds="mean", but the Trainer divides the losses of '
             f'micro-batches; pass perturb=flatkern.{perturbation.name}(..., rounds="sum")'
         )
 

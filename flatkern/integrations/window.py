@@ -25,6 +25,7 @@ class Window:
     def __init__(self, opt: FlatOptimizer, sharded: Sequence[FSDPModule]) -> None:
         self.opt = opt
         self.index = 0  # of the micro-batch
+        self.kind = "one"  # how often each is called, a word of `closures_of`
         self.clean = 0  # how many of them were m-RWP's clean ones
         self._sharded = sharded
         self._grads: dict[Tensor, Tensor] = {}

@@ -6,12 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..methods import IRE, RWP, SAM
+from ..methods import IRE, Method
 from ..values import check_value
-from .buckets import Bucket, Call
+from .buckets import Bucket, Call, SharedArguments
 from .fused import FusedOptimizer, require_unset
 from .groups import Group
-from .step import SharedArguments
 
 NUMBERS_ON_DEVICE = {
     "beta1": lambda group: float(group["betas"][0]),
@@ -66,7 +65,7 @@ class Adam(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        perturb: RWP | SAM | None = None,
+        perturb: Method | None = None,
         enhance: IRE | None = None,
         backend: str | None = None,
         master_weights: bool = False,
@@ -108,7 +107,7 @@ class Adam(FusedOptimizer):
         numbers = {**shared.numbers, **bucket.columns("adam", NUMBERS if shared.lrs is None else NUMBERS_ON_DEVICE)}
         (exp_avgs, exp_avg_sqs, steps), _ = self.cycle.state.get(bucket, ("exp_avg", "exp_avg_sq", "step"))
         op = "adamw_update_" if bucket.groups[0]["decoupled_weight_decay"] else "adam_update_"
-        return Call(bucket, op, (bucket.params, exp_avgs, exp_avg_sqs, steps, *shared.tensors()), numbers)
+        return Call(bucket, op, (shared.params, exp_avgs, exp_avg_sqs, steps, *shared.tensors()), numbers)
 
 
 class AdamW(Adam):
@@ -135,7 +134,7 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        perturb: RWP | SAM | None = None,
+        perturb: Method | None = None,
         enhance: IRE | None = None,
         backend: str | None = None,
         master_weights: bool = False,

@@ -140,13 +140,16 @@ def check_not_unscaled(scaler: Any, optimizer: Any) -> None:
         )
 
 
-def check_can_unscale(scaler: Any, params: list[Tensor]) -> None:
-    """Refuse float16 gradients, which a scaler does not unscale, before the weights move."""
+def check_can_unscale(scaler: Any, params: list[Tensor], why: str) -> None:
+    """Refuse float16 gradients, which a scaler does not unscale, before the weights move.
+
+    Arguments:
+        why: what needs it, and what to do; it ends the message.
+    """
     if scaler is None or not scaler.is_enabled():
         return
     for k, p in enumerate(params):
         if p.dtype == torch.float16 and p.requires_grad:
             raise RuntimeError(
-                f"perturb: params[{k}] is float16, and scaler.unscale_() refuses float16 gradients, which m-RWP with "
-                'mix="gradients" needs; keep float32 weights under torch.autocast, or use mix="losses"'
+                f"perturb: params[{k}] is float16, and scaler.unscale_() refuses float16 gradients, which {why}"
             )

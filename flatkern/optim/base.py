@@ -20,18 +20,18 @@ from ..dispatch import resolve
 from ..methods import IRE
 from ..values import check_flag, check_value
 from . import amp, closures, follow, names
-from .buckets import Bucket, Call
+from .buckets import Bucket, Call, SharedArguments
 from .cycle import Cycle
-from .draw import draw_again
 from .errors import warn_never_masked, warn_never_perturbed
 from .groups import Group, Groups, Setup, checked_limit
 from .ire import Mask
 from .perturb import perturbation_of
+from .perturbation import StaysPerturbed
 from .phase import Phase
 from .saving import Saved
 from .scalars import check_can_be_captured, check_group_can_be_captured, scalars_of
 from .sharding import check_sharding
-from .step import Prepared, SharedArguments, Step, restore
+from .step import Prepared, Step, restore
 from .tracing import untraced
 
 Closure = Callable[[], Any]
@@ -46,6 +46,7 @@ class FlatOptimizer(Saved):
     _step_supports_amp_scaling = True
     flag_keys: tuple[str, ...] = ("perturb", "enhance")  # group values that are True or False
     finishes = False  # `finish` has something to do
+    updates_copies = False  # where clean weights are in copies that stay
     negates = True  # the gradient where a group says maximize; a base does it itself
     defers_state = False  # the state is a base's, which creates its own first
     ops: tuple[str, ...] = ()  # that its rule calls
@@ -99,6 +100,7 @@ class FlatOptimizer(Saved):
         for group in self.param_groups:
             self.check_group(group)
         self.mask.check_common(self.own_groups, name)
+        self.perturbation.check_common(self.own_groups, name)
         self.cycle.scalars.sync_groups(name)
         self.watch_passes()
         self._ready = True
@@ -128,7 +130,7 @@ class FlatOptimizer(Saved):
             if key in self.flag_keys:
                 check_flag(name, key, value)
             elif self.checks_key(key) and not (key == "lam" and value is None):
-                check_value(key, value, name)
+                check_value(key, value, name, wanted=self.perturbation.ranges.get(key))
         if group.get("writes", "keep") not in ("keep", "drop"):
             raise ValueError(f'{name}: writes is {group["writes"]!r}, but should be "keep" or "drop"')
         self.perturbation.check_group(group, name, capturable)
@@ -166,14 +168,15 @@ class FlatOptimizer(Saved):
         `.grad`, so that the next backward accumulates into them.
 
         Arguments:
-            scaler: the torch.amp.GradScaler in use; m-RWP with mix="gradients" needs it to unscale
-                and inf-check the clean gradient. SAM and ASAM tell it of an ascent that is not finite, so that
-                `scaler.update()` lowers the scale; without it such a step is skipped, and the scale stays.
+            scaler: the torch.amp.GradScaler in use; m-RWP with mix="gradients", mixed SAM, GSAM, Friendly-SAM and
+                LookSAM need it to unscale and inf-check the clean gradient. SAM and ASAM tell it of an ascent that is
+                not finite, so that `scaler.update()` lowers the scale; without it such a step is skipped, and the
+                scale stays.
 
         Raises:
-            RuntimeError: already perturbed; rolling; no method; RWP with a new gradient, which would be
-                lost; SAM without one; a second clean gradient for m-RWP; another optimizer holds the
-                parameters perturbed. A refused call has changed nothing.
+            RuntimeError: already perturbed; rolling; no method; RWP or Momentum-SAM with a new gradient, which would
+                be lost; SAM without one, or on a step between ascents; a second clean gradient for m-RWP; another
+                optimizer holds the parameters perturbed. A refused call has changed nothing.
         """
         cycle, perturbation = self.cycle, self.perturbation
         if perturbation.refuses_perturb:
@@ -219,8 +222,8 @@ class FlatOptimizer(Saved):
 
         Arguments:
             closure: zeroes the gradients, runs forward and backward, returns the loss. It is called
-                once (plain, RWP, rolling) or twice (SAM, m-RWP); `[clean, noisy]` gives m-RWP two
-                batches, a list gives mSAM its shards.
+                once (plain, RWP, Momentum-SAM, rolling, steps between ascents) or twice (SAM and its kin, m-RWP);
+                `[clean, noisy]` gives m-RWP two batches, a list gives mSAM its shards.
 
         Returns:
             The closure's loss, the clean one where there is one; None without a closure.
@@ -269,7 +272,7 @@ class FlatOptimizer(Saved):
         try:
             yield
         except BaseException:
-            closures.abort_round(self.cycle, rounds)
+            closures.abort_round(self, rounds)
             raise
         self.restore()
 
@@ -312,14 +315,14 @@ class FlatOptimizer(Saved):
         """Rolling: apply the noise of the current round (idempotent; draws nothing new). Otherwise nothing."""
         if not mode:
             return self.eval()
-        cycle = self.cycle
+        cycle, perturbation = self.cycle, self.perturbation
         cycle.followers.switched_on = True
-        if self.perturbation.rolling and cycle.require("train") is Phase.CLEAN:
+        if isinstance(perturbation, StaysPerturbed) and cycle.require("train") is Phase.CLEAN:
             cycle.groups.check_changed()
             cycle.scalars.sync_groups("train")
             cycle.weights.check_alone("train", cycle.groups.params())
             try:
-                draw_again(cycle)
+                perturbation.put_on(cycle)
             except BaseException:
                 cycle.undo()
                 raise
@@ -361,7 +364,8 @@ class FlatOptimizer(Saved):
         """
         if not self.perturbation.rolling:
             raise RuntimeError(
-                "follow: only a rolling optimizer can follow a model; pass perturb=flatkern.RWP(rolling=True)"
+                "follow: only a rolling optimizer can follow a model; pass perturb=flatkern.RWP(rolling=True), or "
+                "MomentumSAM(rolling=True)"
             )
         return follow.follow(self.cycle, model)
 
@@ -385,6 +389,8 @@ class FlatOptimizer(Saved):
         self.cycle.require("release")
         self.cycle.drop_pending()
         self.cycle.weights.release()
+        self.perturbation.forget()
+        self.perturbation.release()
         self.cycle.partitions.clear()
 
     # --- enhancement -----------------------------------------------------------------------------

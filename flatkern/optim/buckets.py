@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -183,6 +183,46 @@ class Call:
         return [] if progress == "launches" else bucket.versions()
 
 
+class CleanStore(NamedTuple):
+    """Where the clean weights of a bucket are: in one of the two, the other is None. In neither: in the parameters."""
+
+    backups: list[Tensor] | None = None
+    masters: list[Tensor] | None = None
+
+
+IN_PLACE = CleanStore()
+
+
+@dataclass
+class SharedArguments:
+    """What every update op takes besides its rule's own state and numbers: filled in by the step, and by the
+    perturbation where it mixes."""
+
+    params: list[Tensor]  # what is updated: the bucket's, or copies of them that stay clean
+    grads: list[Tensor]
+    clean_grads: list[Tensor] | None
+    numbers: dict[str, list[Any]]
+    store: CleanStore = IN_PLACE  # where the clean weights are
+    history: list[Tensor] | None = None
+    masks: list[Tensor] | None = None
+    lrs: Tensor | None = None  # on the device; None where the rule reads numbers of the host
+    sigmas: Tensor | None = None
+    noise: Tensor | None = None  # rolling: of the coming round
+    component: Tensor | None = None  # what of the clean gradient enters
+    grad_scale: Tensor | None = None
+    clip: Tensor | None = None
+    found_inf: Tensor | None = None
+    drawn_with: Callable[[], tuple[Any, Any]] | None = None  # see Call
+    keep: Call | None = None  # a call that keeps something of the gradients, when the step is made
+
+    def tensors(self) -> tuple[Any, ...]:
+        """The positional arguments that follow a rule's own state."""
+        return (
+            *self.store, self.history, self.grads, self.clean_grads, self.masks,
+            self.lrs, self.sigmas, self.noise, self.component, self.grad_scale, self.clip, self.found_inf,
+        )  # fmt: skip
+
+
 class Partition:
     """The buckets of one set of parameters."""
 
@@ -262,8 +302,14 @@ def global_norm(norms: list[tuple[dtensor.Ranks, Tensor]]) -> Tensor:
     first = norms[0][1]
     if len(norms) == 1 and not norms[0][0]:
         return first
+    return global_sum([(ranks, norm.double().square()) for ranks, norm in norms]).sqrt().float()
+
+
+def global_sum(parts: list[tuple[dtensor.Ranks, Tensor]]) -> Tensor:
+    """The sum over several buckets, on the device of the first; each is summed over the ranks that share it."""
+    device = parts[0][1].device
     shared: dict[dtensor.Ranks, list[Tensor]] = {}
-    for ranks, norm in norms:
-        shared.setdefault(ranks, []).append(norm.to(first.device).double().square())
-    squares = [dtensor.all_reduce_sum(torch.stack(each).sum(), ranks) for ranks, each in shared.items()]
-    return torch.stack(squares).sum().sqrt().float()
+    for ranks, part in parts:
+        shared.setdefault(ranks, []).append(part.to(device))
+    sums = [dtensor.all_reduce_sum(torch.stack(each).sum(dim=0), ranks) for ranks, each in shared.items()]
+    return torch.stack(sums).sum(dim=0)

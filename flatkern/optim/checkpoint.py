@@ -25,10 +25,13 @@ from .groups import Group, Groups, Setup
 from .layouts import like
 from .perturbation import NoPerturbation
 from .scalars import LAST_DRAW, as_numbers
-from .state import OWN_KEYS
+from .state import LIKE_PARAMS, OWN_KEYS
 
 # That mean something else in another method.
-_METHOD_KEYS = ("sigma", "lam", "eta", "beta", "rho", "adaptive", "ascent")
+_METHOD_KEYS = (
+    "sigma", "lam", "eta", "beta", "scale", "rho", "alpha", "adaptive", "ascent", "perturb_momentum",
+    "perturb_interval", "perturb_count",
+)  # fmt: skip
 Entry = dict[str, Any]
 
 
@@ -70,7 +73,7 @@ def read(
     state = {}
     for k, (p, entry) in enumerate(_by_parameter(state_dict, groups)):
         _check_entry(k, p, entry, state_keys)
-        state[p] = _fitted(p, entry, setup)
+        state[p] = _fitted(p, entry, setup, perturbation)
     _warn_of_what_starts_empty(
         state, groups, [groups.own(saved) for saved in saved_groups], map(groups.own, completed), perturbation
     )
@@ -106,10 +109,13 @@ def _completed(group: Group, saved: Group, groups: Groups, perturbation: NoPertu
     own = groups.own(full)
     is_described = setup.method is None or perturbation.is_described_by(groups.own(saved), group)
     # Without a mask in the checkpoint there is none. Before kappa followed the largest lr it followed the initial one.
-    afresh = {"mask_age": None, "largest_lr": float(full.get("initial_lr") or 0.0)}
+    # Before there was a scale, sigma was relative to the norm.
+    afresh = {"mask_age": None, "perturb_count": 0, "largest_lr": float(full.get("initial_lr") or 0.0)}
     for key in own_defaults:
         if key not in own or (key in _METHOD_KEYS and not is_described):
-            own[key] = afresh[key] if key in afresh else group[key]
+            own[key] = "norm" if key == "scale" and is_described else afresh.get(key, group[key])
+    if not is_described:
+        own.pop(LAST_DRAW, None)
     if "capturable" in group:
         full["capturable"] = group["capturable"]  # of this optimizer, not of the one that was saved
     if perturbation.draws and "stream" in own and mean_is_over_ranks():
@@ -136,8 +142,8 @@ def _check_entry(k: int, p: Tensor, entry: Entry, state_keys: tuple[str, ...]) -
     for name, value in entry.items():
         if name == "step" and name in state_keys:
             _check_step(where, value)
-        elif value is not None and name in (*state_keys, "master", "history", "mask"):
-            _check_tensor(f"{where}: {name}", value, None if name in OWN_KEYS else p.shape, name == "mask")
+        elif value is not None and name in (*state_keys, "master", *OWN_KEYS):
+            _check_tensor(f"{where}: {name}", value, None if name in ("history", "mask") else p.shape, name == "mask")
 
 
 def _check_tensor(where: str, value: Any, shape: torch.Size | None, is_mask: bool) -> None:
@@ -169,7 +175,7 @@ def _kind(value: Any) -> str:
     return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"{value!r}"
 
 
-def _fitted(p: Tensor, entry: Entry, setup: Setup) -> Entry:
+def _fitted(p: Tensor, entry: Entry, setup: Setup, perturbation: NoPerturbation) -> Entry:
     """Saved state as `p` needs it, without what this optimizer has no use for."""
     result = {name: _fit(name, value, p) for name, value in entry.items()}
     mask, history = result.get("mask"), result.get("history")
@@ -177,6 +183,9 @@ def _fitted(p: Tensor, entry: Entry, setup: Setup) -> Entry:
         del result["mask"]
     if history is not None and history.numel() != history_length(p):
         del result["history"]
+    for key in LIKE_PARAMS:
+        if key != perturbation.state_key:
+            result.pop(key, None)
     if not setup.has_master(p):
         result.pop("master", None)
     return result

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import dtensor
 from .cycle import Cycle
+from .gradients import Grads, added, gradients_of
 from .perturbation import NoPerturbation
 from .phase import SUSPENDED
 
@@ -46,7 +47,7 @@ def step(opt: Passes, closure: Closure | list[Closure], scaled: bool) -> Any:
         raise TypeError(f"step: closure is {closure!r}, but should be a callable or a list of them")
     params = cycle.groups.params()
     new, perturbed = cycle.gradients.was_given(params), cycle.weights.partition is not None
-    kind = "one" if new or perturbed else perturbation.closures
+    kind = "one" if new or perturbed else perturbation.closures_of(cycle.groups.listed())
     _check_number(kind, closures)
     if kind == "none":
         raise RuntimeError(
@@ -59,22 +60,25 @@ def step(opt: Passes, closure: Closure | list[Closure], scaled: bool) -> Any:
             # Trainers that accumulate micro-batches pass a closure for the last one only: what is there already counts.
             finish = _one_more if perturbation.accumulates else _nothing_more
             return finish(opt, closures, params)
-        return {"one": _one, "twice each": _rounds, "clean and perturbed": _mixed}[kind](opt, closures, params)
+        return {"one": _one, "once each": _shards, "twice each": _rounds, "clean and perturbed": _mixed}[kind](
+            opt, closures, params
+        )
     except BaseException:
-        abort_round(cycle)
+        abort_round(opt)
         cycle.drop_pending()
         # What a failed pass left behind is not a valid gradient.
         cycle.gradients.clear(params)
         raise
 
 
-def abort_round(cycle: Cycle, rounds_before: int | None = None) -> None:
+def abort_round(opt: Passes, rounds_before: int | None = None) -> None:
     """After an exception: clean weights, this round's gradients dropped, earlier rounds kept.
 
     Arguments:
         rounds_before: rounds that were finished before this one. A step that fails leaves clean weights and finishes
             its round, whose gradients cannot be told from those of earlier ones any more.
     """
+    cycle = opt.cycle
     if cycle.weights.partition is None:
         if rounds_before is not None and cycle.gradients.rounds > rounds_before:
             cycle.gradients.clear(cycle.groups.params())
@@ -85,6 +89,7 @@ def abort_round(cycle: Cycle, rounds_before: int | None = None) -> None:
     else:
         cycle.weights.restore()
     cycle.gradients.drop_round(cycle.groups.params())
+    opt.perturbation.drop_round(cycle)
     cycle.drop_ascent()
     cycle.unscaled.scaler = None
     if not cycle.gradients.rounds:
@@ -98,7 +103,7 @@ def _call(closure: Closure) -> Any:
 
 def _check_number(kind: str, closures: list[Closure]) -> None:
     """One closure; m-RWP takes two, [clean, noisy], and mSAM one for each shard."""
-    most = {"one": 1, "none": 2, "clean and perturbed": 2, "twice each": len(closures)}[kind]
+    most = {"one": 1, "none": 2, "clean and perturbed": 2}.get(kind, len(closures))
     if len(closures) > most:
         raise ValueError(
             f"step: {len(closures)} closures, but "
@@ -136,7 +141,7 @@ def _one(opt: Passes, closures: list[Closure], params: list[Tensor]) -> Any:
     perturbed = cycle.weights.partition is not None
     if not (perturbed and cycle.gradients.rounds):
         cycle.gradients.clear(params)
-    if perturbation.draws and not perturbation.rolling and not perturbed:
+    if perturbation.starts_perturbed and not perturbed:
         opt.perturb()
     return _one_more(opt, closures, params)
 
@@ -160,9 +165,29 @@ def _rounds(opt: Passes, closures: list[Closure], params: list[Tensor]) -> Any:
                 "opt.zero_grad(), which keeps them, not model.zero_grad()"
             )
     opt.step_without_closure()
+    return _combined(losses, opt.perturbation.sums)
+
+
+def _shards(opt: Passes, closures: list[Closure], params: list[Tensor]) -> Any:
+    """A step between ascents: every shard's closure once, at the clean weights."""
+    ledger, losses = opt.cycle.gradients, []
+    ledger.clear(params)
+    total: Grads = []
+    for closure in closures:
+        losses.append(_call(closure))
+        if len(closures) > 1:
+            grads = ledger.take(params, gradients_of(params))
+            total = added(total, grads) if total else grads
+    for p, g in zip(params, total, strict=False):
+        p.grad = g if g is None or opt.perturbation.sums else g / len(closures)
+    opt.step_without_closure()
+    return _combined(losses, opt.perturbation.sums)
+
+
+def _combined(losses: list[Any], sums: bool) -> Any:
     if len(losses) == 1 or any(loss is None for loss in losses):
         return losses[0]
-    return sum(losses) if opt.perturbation.sums else sum(losses) / len(losses)
+    return sum(losses) if sums else sum(losses) / len(losses)
 
 
 def _mixed(opt: Passes, closures: list[Closure], params: list[Tensor]) -> Any:

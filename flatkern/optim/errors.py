@@ -47,6 +47,21 @@ def refuse_lost_sum() -> None:
     )
 
 
+def refuse_scaled_ascent(method: str) -> None:
+    raise RuntimeError(
+        f"step: {method} under a GradScaler needs perturb(scaler=scaler), which unscales the gradient at the clean "
+        "weights; the scaler does not see it in step()"
+    )
+
+
+def refuse_unused_gradient(method: str, pattern: str) -> None:
+    raise RuntimeError(
+        f"perturb: there is a gradient in .grad that no step has used, and {method} has one gradient, taken at the "
+        "perturbed weights, so it would be lost; call opt.zero_grad() if it is not wanted. "
+        f"The pattern is: {pattern}"
+    )
+
+
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 

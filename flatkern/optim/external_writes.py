@@ -56,11 +56,13 @@ def draw_again(
         wide = [sources[j].dim() >= 2 and rows[j] != ALL_ROWS for j in range(len(at))]
         own = [dtensor.local(history[k]) for k in at]
         history = [h.narrow(0, *r).clone() if w else h for h, r, w in zip(own, rows, wide, strict=True)]
+    if norms is not None:  # of all rows, or of the whole vector
+        norms = [norms[k] if r == ALL_ROWS else norms[k].narrow(0, *r).clone() for k, r in zip(at, rows, strict=True)]
     resolve(call.op, bucket.device.type, bucket.backend)(
         outs,
         None,
         sources if bucket.has_master else None,
-        None if norms is None else [norms[k] for k in at],
+        norms,
         history,
         None if sigmas is None else sigmas[list(at)],
         noise,
@@ -174,12 +176,12 @@ def written_by_interrupted(call: Call | None, clean: Sequence[Tensor], versions:
     """
     assert call is not None
     bucket, count = call.bucket, len(call.bucket.params)
+    if call.args[1] is None:
+        return list(range(count))  # it writes no copies, so that those, or masters, are right in either case
     if call.progress == "whole":
         return list(range(count)) if call.marks() != versions else []
     if call.progress == "versions":
         return [k for k, v in enumerate(bucket.versions()) if v != versions[k]]
-    if bucket.has_master:
-        return list(range(count))  # from a master a parameter is restored rightly in either case
     # Kernels are launched one after another, and a copy is right only where its kernel has run. The same call on the
     # copies gives what is in the parameters there, bit for bit, and nowhere else.
     again = [c.clone() for c in clean]

@@ -26,6 +26,8 @@ def require_unset(name: str, **flags: bool) -> None:
 class FusedOptimizer(FlatOptimizer):
     """An optimizer whose base rule is one of our update ops."""
 
+    updates_copies = True
+
     def start(self, params: Any, defaults: Group, *fixed: Any) -> None:
         """Construct on `params`.
 

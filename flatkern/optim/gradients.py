@@ -20,11 +20,12 @@ class Final:
     """What a step applies: one entry per parameter in the optimizer's order, None where missing."""
 
     perturbed: Grads  # of the perturbed pass, or of the only one
-    clean: Grads | None = None  # m-RWP's at the clean weights, already unscaled
+    clean: Grads | None = None  # at the clean weights, already unscaled; or what else enters the update beside it
     rounds: float = 1  # what the sum `perturbed` is divided by
     at_perturbed_weights: bool = False  # then ARWP's history sees it
     unscaled: bool = False  # a GradScaler's factor is off already
     from_grad: bool = True  # `perturbed` is what is in `.grad`
+    in_copies: bool = False  # rolling: the copies are updated, and the parameters stay as they are for the moment
     squares: dict[Tensor, Tensor] = field(default_factory=dict)  # where not `perturbed`: what ARWP's history takes
     clean_rounds: float = 1  # what the sum `clean` is divided by
 
@@ -83,6 +84,8 @@ class Ledger:
         self.rounds = 0  # perturbed rounds that restore() completed
         self.accumulated_grads: Grads = []  # the sum of their gradients, by parameter; empty without rounds
         self.clean: Grads = []  # m-RWP's gradient at clean weights, by parameter; or empty
+        self.ascent: Grads = []  # that this round went along, where it enters the update; or empty
+        self.ascents: Grads = []  # the sum of those of finished rounds; or empty
         self.lost = False  # somebody else has cleared the sum when a round had added to it
         self.squares: dict[Tensor, Tensor] = {}  # mix="losses": what ARWP's history will take of the perturbed pass
         self.own: dict[Tensor, Tensor] = {}  # mix="ranks": norms of this rank's gradients, before other ranks' joined
@@ -234,6 +237,16 @@ class Ledger:
         taken = self.take(params, grads)
         self.accumulated_grads, self.rounds, self._returned_at = taken, self.rounds + counted, None
 
+    def ascents_with(self, counted: bool) -> Grads:
+        """The sum of the ascents' gradients, that of this round too if it counts."""
+        if not (counted and self.ascent):
+            return self.ascents
+        return added(self.ascents, self.ascent) if self.ascents else self.ascent
+
+    def end_ascent(self, counted: bool) -> None:
+        """A round has ended, with a gradient at its perturbed weights if it is `counted`."""
+        self.ascents, self.ascent = self.ascents_with(counted), []
+
     def keep_round(self, params: list[Tensor]) -> None:
         """A step has failed: its round is finished, and the sum stays in `.grad`, so that the step can be repeated."""
         counted = self.has_new_since_perturb(params)
@@ -278,6 +291,7 @@ class Ledger:
             self._returned_at = None
         self.clear(params)
         self.clean = []
+        self.ascent = []
         if not self.rounds:
             self.drop()
 
@@ -286,10 +300,17 @@ class Ledger:
         self.rounds = 0
         self.accumulated_grads = []
         self.clean = []
+        self.ascent = []
+        self.ascents = []
         self.squares = {}
         self.own = {}
         self.lost = False
         self._returned_at = None
+
+
+def added(first: Grads, second: Grads) -> Grads:
+    """The sums of two gradients of each parameter; where one is missing, the other."""
+    return [b if a is None else a if b is None else a + b for a, b in zip(first, second, strict=True)]
 
 
 def mean_is_over_ranks() -> bool:

@@ -12,7 +12,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from ..methods import IRE, RWP, SAM
+from ..methods import IRE, Method
 from ..values import is_number
 
 Group = dict[str, Any]
@@ -21,12 +21,33 @@ PLAIN = frozenset((float, int, bool, str, type(None)))
 # What every step changes, or what no check depends on.
 _COUNTERS = ("round", "drawn", "mask_age", "largest_lr")
 PREFIX = "perturb_"
-UNCHECKED = frozenset(("params", "param_names", *_COUNTERS, *(PREFIX + key for key in _COUNTERS)))
+OWN_NAMES = frozenset(("perturb_momentum", "perturb_interval", "perturb_count"))  # where the prefix is the name's
+UNCHECKED = frozenset(("params", "param_names", "perturb_count", *_COUNTERS, *(PREFIX + key for key in _COUNTERS)))
 
 
 def own_key(group: Group, name: str) -> str:
     """Under which key a group of any optimizer has our value of that name, if it has one."""
-    return PREFIX + name if PREFIX + name in group else name
+    own = PREFIX + name
+    return own if own in group and own not in OWN_NAMES else name
+
+
+def common_value(groups: list[Group], key: str, where: str, shared: str) -> float:
+    """A value that all groups have to share.
+
+    Arguments:
+        shared: why, in words.
+
+    Raises:
+        ValueError: they do not.
+    """
+    value = groups[0][key]
+    for k, group in enumerate(groups):
+        if group[key] != value:
+            raise ValueError(
+                f"{where}: {key} is {value} in group 0 and {group[key]} in group {k}, but all groups share {shared}; "
+                "assign the same value to all of them"
+            )
+    return float(value)
 
 
 class OwnValues(MutableMapping[str, Any]):
@@ -43,7 +64,7 @@ class OwnValues(MutableMapping[str, Any]):
 
     def key(self, name: str) -> str:
         own = PREFIX + name
-        return own if own in self.group or name in self.base_keys else name
+        return own if own not in OWN_NAMES and (own in self.group or name in self.base_keys) else name
 
     def __getitem__(self, name: str) -> Any:
         return self.group[self.key(name)]
@@ -55,7 +76,7 @@ class OwnValues(MutableMapping[str, Any]):
         del self.group[self.key(name)]
 
     def __iter__(self) -> Iterator[str]:
-        names = ((key, key.removeprefix(PREFIX)) for key in self.group)
+        names = ((key, key if key in OWN_NAMES else key.removeprefix(PREFIX)) for key in self.group)
         return (name for key, name in names if self.key(name) == key)
 
     def __len__(self) -> int:
@@ -84,7 +105,7 @@ class Setup:
     """What the constructor fixes. A copy of a pickled optimizer takes it over."""
 
     name: str  # of the optimizer's class, for messages
-    method: RWP | SAM | None = None
+    method: Method | None = None
     enhancement: IRE | None = None
     backend: str | None = None
     master_weights: bool = False

@@ -12,11 +12,11 @@ from ..checks import check_gradient
 from ..dispatch import resolve
 from ..methods import IRE
 from ..selection import kth_smallest_magnitude, shards_of
-from ..values import check_uint32
+from ..values import check_positive
 from .buckets import Bucket
 from .cycle import Cycle
 from .gradients import gradients_of
-from .groups import Group
+from .groups import Group, common_value
 from .layouts import like
 from .scalars import is_capturing
 
@@ -41,7 +41,7 @@ class Mask:
         if self._enhancement is None or not groups:
             return False
         age = groups[0]["mask_age"]
-        return age is None or age >= _common(groups, "mask_interval", "mask_due")
+        return age is None or age >= common_value(groups, "mask_interval", "mask_due", "one mask")
 
     def is_missed(self, groups: list[Group]) -> bool:
         """True if steps would be amplified, had the mask ever been updated."""
@@ -49,14 +49,14 @@ class Mask:
 
     def check_group(self, group: Group, optimizer: str) -> None:
         """Refuse what no mask could serve."""
-        if self.exists and check_uint32(optimizer, "mask_interval", group["mask_interval"]) < 1:
-            raise ValueError(f"{optimizer}: mask_interval is {group['mask_interval']}, but should be >= 1")
+        if self.exists:
+            check_positive(optimizer, "mask_interval", group["mask_interval"])
 
     def check_common(self, groups: list[Group], optimizer: str) -> None:
         """Refuse groups with different values where there is one mask for all."""
         if self.exists and groups:
-            _common(groups, "mask_interval", optimizer)
-            _common(groups, "sharp_fraction", optimizer)
+            common_value(groups, "mask_interval", optimizer, "one mask")
+            common_value(groups, "sharp_fraction", optimizer, "one mask")
 
     def masks_and_kappa(self, cycle: Cycle, bucket: Bucket) -> tuple[list[Tensor] | None, list[float]]:
         """What an update takes, on a bucket whose groups agree on being amplified; (None, zeros) where they are not."""
@@ -76,13 +76,9 @@ class Mask:
         lr = float(group["lr"])
         return kappa * (lr / max(lr, group["largest_lr"])) if lr else 0.0
 
-    def count_step(self, cycle: Cycle, skips: list[Tensor]) -> None:
-        """The mask is a step older, unless the step was skipped. On a GPU the host does not wait to know.
-
-        Arguments:
-            skips: nonzero where a step is skipped.
-        """
-        if not cycle.groups.setup.capturable and any(flag.is_cpu and bool(flag) for flag in skips):
+    def count_step(self, cycle: Cycle, skipped: bool) -> None:
+        """The mask is a step older, unless the step is known to be skipped."""
+        if skipped:
             return
         for group in cycle.groups:
             if self._enhancement.kappa_follows_lr:  # type: ignore[union-attr]
@@ -109,7 +105,7 @@ class Mask:
         params = [p for group in cycle.groups if group["enhance"] for p in group["params"] if p.requires_grad]
         seen = [p for p in params if p.grad is not None]
         _check_new(cycle, every, seen)
-        fraction = _common(cycle.groups.listed(), "sharp_fraction", "update_mask")
+        fraction = common_value(cycle.groups.listed(), "sharp_fraction", "update_mask", "one mask")
         grads = _walkable(seen)
         backend, total = cycle.groups.setup.backend, sum(g.numel() for g in grads)
         shards = shards_of(grads)
@@ -158,19 +154,3 @@ def _check_new(cycle: Cycle, every: list[Tensor], seen: list[Tensor]) -> None:
             "update_mask: the gradients in .grad are those of the last step, or zeros, and the mask needs new ones; "
             "call opt.zero_grad(), then flatkern.sampled_label_loss(model(x)).backward(), then update_mask()"
         )
-
-
-def _common(groups: list[Group], key: str, where: str) -> float:
-    """A value that all groups have to share.
-
-    Raises:
-        ValueError: they do not.
-    """
-    value = groups[0][key]
-    for k, group in enumerate(groups):
-        if group[key] != value:
-            raise ValueError(
-                f"{where}: {key} is {value} in group 0 and {group[key]} in group {k}, but all groups share one mask; "
-                "assign the same value to all of them"
-            )
-    return float(value)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods import IRE, RWP, SAM
+from ..methods import IRE, Method
 from .cycle import Cycle
 from .groups import Setup, checked_limit
 from .ire import Mask
@@ -34,7 +34,7 @@ class Known(torch.optim.Optimizer):
     keys_of: Any = staticmethod(repeat)
 
     @property
-    def method(self) -> RWP | SAM | None:
+    def method(self) -> Method | None:
         return self.setup.method
 
     @property
@@ -75,6 +75,19 @@ class Known(torch.optim.Optimizer):
     def is_perturbed(self) -> bool:
         """True while the parameters hold perturbed weights."""
         return self.cycle.phase is Phase.PERTURBED
+
+    @property
+    @untraced
+    def perturb_due(self) -> bool:
+        """True if perturb() belongs to the coming step.
+
+        Always, but for methods with an interval, whose steps in between are made by step() alone. A step that is due
+        may be made without it, and is then one of the base optimizer.
+
+        Raises:
+            ValueError: groups differ in `perturb_interval`.
+        """
+        return self.perturbation.is_due(self.own_groups)
 
     @property
     def ascent_norm(self) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,8 +16,11 @@ from .cycle import Cycle
 from .errors import refuse_lost_sum
 from .gradients import Final, Grads, gradients_of, resolved
 from .groups import Group
-from .perturbation import NoPerturbation, with_earlier_rounds
+from .perturbation import NoPerturbation, Weights, with_earlier_rounds
 from .rwp import RandomPerturbation
+from .traffic import Sizes, Traffic
+
+WHY_UNSCALED = 'm-RWP with mix="gradients" needs; keep float32 weights under torch.autocast, or use mix="losses"'
 
 
 class MixedPerturbation(RandomPerturbation):
@@ -25,8 +28,16 @@ class MixedPerturbation(RandomPerturbation):
 
     pattern = "loss on A .backward(); opt.perturb(); loss on B .backward(); opt.step()"
     closures = "clean and perturbed"
+    starts_perturbed = False
     has_clean_pass = True
     mixes = True
+    weights: ClassVar[Weights] = {
+        "grad_weight": lambda group: float(group["lam"]),
+        "clean_weight": lambda group: 1.0 - float(group["lam"]),
+    }
+
+    def traffic(self, group: Group, sizes: Sizes) -> Traffic:
+        return super().traffic(group, sizes).plus(sizes.item, scratch=sizes.item)
 
     def loss_weight(self, groups: list[Group], perturbed: bool) -> float:
         value = common_lam(groups)
@@ -41,7 +52,7 @@ class MixedPerturbation(RandomPerturbation):
         if ledger.clean and new:
             raise RuntimeError("perturb: a second clean gradient, but m-RWP has one; call step() or zero_grad() first")
         if scaler is not None:
-            check_can_unscale(scaler, params)
+            check_can_unscale(scaler, params, WHY_UNSCALED)
 
     def keep_clean_gradient(self, cycle: Cycle, params: list[Tensor]) -> None:
         if cycle.unscaled.scaler is not None:
@@ -140,6 +151,9 @@ class MixedLosses(MixedPerturbation):
 
     closures = "none"
     mixes = False
+
+    def traffic(self, group: Group, sizes: Sizes) -> Traffic:
+        return RandomPerturbation.traffic(self, group, sizes)
 
     def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
         if any(group["eta"] > 0 for group in cycle.groups) and new:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from ..methods import RWP, SAM
+from ..methods import GSAM, RWP, SAM, FriendlySAM, LookSAM, Method, MomentumSAM
+from .friendly_sam import FriendlyAscent
+from .gsam import SurrogateGapAscent
+from .looksam import ReusedAscent
+from .mixed_sam import MixedAscent
+from .momentum_sam import MomentumPerturbation, RollingMomentum
 from .mrwp import MixedLosses, MixedPerturbation, MixedSums
 from .perturbation import NoPerturbation
 from .ranks import ParallelPerturbation
@@ -10,7 +15,7 @@ from .rwp import RandomPerturbation, RollingPerturbation
 from .sam import AscentPerturbation
 
 
-def perturbation_of(method: RWP | SAM | None, where: str = "perturbation_of") -> NoPerturbation:
+def perturbation_of(method: Method | None, where: str = "perturbation_of") -> NoPerturbation:
     """The class behind a method.
 
     Raises:
@@ -19,7 +24,15 @@ def perturbation_of(method: RWP | SAM | None, where: str = "perturbation_of") ->
     if method is None:
         return NoPerturbation()
     if isinstance(method, SAM):
-        return AscentPerturbation(method)
+        return AscentPerturbation(method) if method.lam is None else MixedAscent(method)
+    if isinstance(method, GSAM):
+        return SurrogateGapAscent(method)
+    if isinstance(method, FriendlySAM):
+        return FriendlyAscent(method)
+    if isinstance(method, LookSAM):
+        return ReusedAscent(method)
+    if isinstance(method, MomentumSAM):
+        return (RollingMomentum if method.rolling else MomentumPerturbation)(method)
     if isinstance(method, RWP):
         if method.rolling:
             return RollingPerturbation(method)
@@ -30,4 +43,7 @@ def perturbation_of(method: RWP | SAM | None, where: str = "perturbation_of") ->
         if method.rounds == "sum":
             return MixedSums(method)
         return (MixedLosses if method.mix == "losses" else MixedPerturbation)(method)
-    raise TypeError(f"{where}: perturb is {method!r}, but should be flatkern.RWP, SAM or ASAM, or None")
+    raise TypeError(
+        f"{where}: perturb is {method!r}, but should be flatkern.RWP(), SAM(), ASAM(), GSAM(), FriendlySAM(), "
+        "LookSAM() or MomentumSAM(), or None"
+    )

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..values import Range
 from .amp import Amp
+from .buckets import Bucket, SharedArguments
 from .cycle import Cycle
 from .errors import refuse_lost_sum
 from .gradients import Final, Grads, mean_is_over_ranks, resolved
 from .groups import Group
+from .traffic import Sizes, Traffic
+
+Weights = Mapping[str, Callable[[Group], float]]  # "grad_weight", "clean_weight"
 
 
 class NoPerturbation:
@@ -19,22 +25,41 @@ class NoPerturbation:
     name = "None"
     moves = False  # the weights, in perturb()
     pattern = "loss.backward(); opt.step()"
-    closures = "one"  # what step(closure) takes, and how often it calls it; see closures.py
+    closures = "one"  # what step(closure) takes, and how often it calls it; see closures.py, and `closures_of`
     draws = False  # noise, so that groups have seed, stream and round
     rolling = False  # the noise stays on between steps
-    refuses_perturb = "perturb: this optimizer has no perturbation; pass perturb=flatkern.RWP(), SAM() or ASAM()"
+    refuses_perturb = "perturb: this optimizer has no perturbation; pass perturb=flatkern.RWP(), SAM(), ..."
+    starts_perturbed = False  # a step begins with perturb(), before its only gradient
     ascends = False  # along the gradient, which has to be there before perturb()
+    uses_ascent_gradient = False  # in the update or in its state: under DDP that backward has to be synchronized
+    counts_steps = False  # by `count_step`
+    combines = False  # what the update takes of the clean gradients, by `combine`
+    has_interval = False  # only some steps are perturbed; groups have perturb_interval and perturb_count
     has_clean_pass = False  # a step needs a gradient at the clean weights, too
-    mixes = False  # and mixes it with the perturbed one in the update
+    mixes = False  # the gradient at the clean weights enters the update, too
+    weights: ClassVar[Weights] = {}  # of both gradients in the update, where it mixes
+    state_key: str | None = None  # of what it keeps per parameter, like a momentum
+    ranges: ClassVar[Mapping[str, Range]] = {}  # of group values that have another range than elsewhere
     accumulates = True  # all gradients of a step are taken at the same weights
     sums = False  # losses are divided by the number of passes, so that rounds are not
     counts = False  # those passes
     ops: tuple[str, ...] = ()  # that it calls, besides restore_
-    launches = 1  # op calls of perturb() and step()
+    launches = 1  # see `launches_of`
     is_clean_rank = False  # perturb() moves nothing here, because other ranks are noisy
 
     def check_group(self, group: Group, optimizer: str, capturable: bool) -> None:
         """Refuse values of a group that do not go together."""
+
+    def check_common(self, groups: list[Group], optimizer: str) -> None:
+        """Refuse groups with different values where all share one."""
+
+    def is_due(self, groups: list[Group]) -> bool:
+        """True if the coming step is one that perturb() belongs to."""
+        return self.moves and not self.rolling
+
+    def closures_of(self, groups: list[Group]) -> str:
+        """`closures` of the coming step."""
+        return self.closures
 
     def is_described_by(self, saved: Group, group: Group) -> bool:
         """True if a saved group's values mean what they mean in `group`; keys of another method have the same names."""
@@ -64,6 +89,40 @@ class NoPerturbation:
     def move(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
         """CLEAN -> PERTURBED, and the gradients to where the next backward needs them."""
         raise NotImplementedError
+
+    def combine(self, cycle: Cycle, final: Final, parts: list[tuple[Bucket, SharedArguments]]) -> None:
+        """What enters the update of the clean gradients, where numbers of the host do not say it. Reads gradients, and
+        writes nothing: `SharedArguments.keep` is a call that does, when the step is made."""
+
+    def create_state(self, cycle: Cycle) -> None:
+        """What it keeps per parameter, as zeros: distributed checkpoints load what an optimizer has already."""
+        if self.state_key is not None:
+            perturbed = [p for group in cycle.groups if group["perturb"] for p in group["params"] if p.requires_grad]
+            cycle.state.like_params(perturbed, self.state_key)
+            cycle.state.keep_created()
+
+    def check_step(self, cycle: Cycle) -> None:
+        """Refuse a rolling step, before anything is written."""
+
+    def count_step(self, cycle: Cycle, skipped: bool) -> None:
+        """A step has been made, unless it is known to be skipped."""
+
+    def launches_of(self, groups: list[Group]) -> int:
+        """Op calls of perturb() and step()."""
+        return self.launches
+
+    def traffic(self, group: Group, sizes: Sizes) -> Traffic:
+        """Bytes per parameter that a step of this method moves beside its base, at the least."""
+        return Traffic()
+
+    def drop_round(self, cycle: Cycle) -> None:
+        """A round has failed, and the weights are clean: what its perturb() has changed is as before."""
+
+    def forget(self) -> None:
+        """What is pending goes: rounds are dropped, or other state is loaded."""
+
+    def release(self) -> None:
+        """Free the scratch."""
 
     def end_round(self, cycle: Cycle, params: list[Tensor], counted: bool) -> None:
         """restore() has put the clean weights back: keep this round's gradients.
@@ -105,6 +164,45 @@ class NoPerturbation:
             refuse_lost_sum()
         summed = resolved(ledger.accumulated_grads)
         return Final(summed, rounds=divisor, at_perturbed_weights=True, from_grad=False)
+
+
+class StaysPerturbed(NoPerturbation):
+    """Rolling: the perturbation stays on between steps, and step() renews it. There are no rounds."""
+
+    pattern = "opt.train(); loss.backward(); opt.step(); or opt.follow(model) once"
+    rolling = True
+    starts_perturbed = False
+    refuses_perturb = "perturb: the optimizer is rolling and perturbs in step(); use train(), eval() or follow(model)"
+    accumulates = True
+    renews_inside = False  # in the update, in the same pass, where the same parameters are perturbed again
+
+    def put_on(self, cycle: Cycle) -> None:
+        """CLEAN -> PERTURBED, as it was before an evaluation, if it was."""
+        raise NotImplementedError
+
+    def put_on_after_clean(self, cycle: Cycle) -> None:
+        """CLEAN -> PERTURBED after a step whose gradient was taken at clean weights."""
+        raise NotImplementedError
+
+    def check_next(self, cycle: Cycle) -> None:
+        """Refuse a step that no perturbation could follow."""
+
+    def climbs_from_copies(self, cycle: Cycle) -> bool:
+        """True if `put_on_next` takes clean weights from their copies, which the step may update in place."""
+        return False
+
+    def put_on_next(self, cycle: Cycle) -> None:
+        """CLEAN -> PERTURBED after a step from perturbed weights, where it is not renewed inside."""
+        raise NotImplementedError
+
+    def end_round(self, cycle: Cycle, params: list[Tensor], counted: bool) -> None:
+        """There is none."""
+
+    def keep_round(self, cycle: Cycle, params: list[Tensor]) -> None:
+        """There is none."""
+
+    def final(self, cycle: Cycle, params: list[Tensor], grads: Grads, amp: Amp) -> Final:
+        return Final(grads, at_perturbed_weights=cycle.weights.partition is not None)
 
 
 def with_earlier_rounds(cycle: Cycle, params: list[Tensor], grads: Grads) -> Grads:

@@ -7,14 +7,15 @@ from typing import Any
 from torch import Tensor
 
 from ..methods import RWP
-from ..values import check_uint32
-from .amp import Amp
+from ..methods.rwp import SCALES
+from ..values import check_choice, check_uint32
 from .cycle import Cycle
-from .draw import draw
-from .gradients import Final, Grads
+from .draw import draw, draw_again
+from .errors import refuse_unused_gradient
 from .groups import Group
-from .perturbation import NoPerturbation
+from .perturbation import NoPerturbation, StaysPerturbed
 from .scalars import Read
+from .traffic import Sizes, Traffic, perturb
 
 
 class RandomPerturbation(NoPerturbation):
@@ -23,6 +24,7 @@ class RandomPerturbation(NoPerturbation):
     pattern = "opt.perturb(); loss.backward(); opt.step()"
     moves = True
     draws = True
+    starts_perturbed = True
     ops = ("perturb_gaussian_", "filter_norms_")
     refuses_perturb = ""
     accumulates = False
@@ -40,6 +42,7 @@ class RandomPerturbation(NoPerturbation):
                 f"{optimizer}: a group has lam={group['lam']!r} and the method lam={self.lam!r}; "
                 "lam may not mix None and a number"
             )
+        check_choice(optimizer, "scale", group["scale"], SCALES)
         for key in ("seed", "stream", "round"):
             if not (capturable and isinstance(group[key], Tensor)):
                 check_uint32(optimizer, key, group[key])
@@ -56,11 +59,10 @@ class RandomPerturbation(NoPerturbation):
 
     def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
         if new and not cycle.gradients.holds_zeros_only(params):
-            raise RuntimeError(
-                "perturb: there is a gradient in .grad that no step has used, and RWP has one gradient, taken at the "
-                "perturbed weights, so it would be lost; call opt.zero_grad() if it is not wanted. "
-                f"The pattern is: {self.pattern}"
-            )
+            refuse_unused_gradient(self.name, self.pattern)
+
+    def traffic(self, group: Group, sizes: Sizes) -> Traffic:
+        return perturb(sizes)
 
     def move(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
         draw(cycle, self.read)
@@ -76,20 +78,28 @@ class RandomPerturbation(NoPerturbation):
         cycle.gradients.mark_zeroed(params)
 
 
-class RollingPerturbation(RandomPerturbation):
+class RollingPerturbation(StaysPerturbed, RandomPerturbation):
     """RWP and ARWP whose noise stays on between steps; step() renews it."""
 
-    pattern = "opt.train(); loss.backward(); opt.step(); or opt.follow(model) once"
-    rolling = True
-    refuses_perturb = "perturb: the optimizer is rolling and perturbs in step(); use train(), eval() or follow(model)"
-    accumulates = True
     launches = 1
+    renews_inside = True
 
-    def end_round(self, cycle: Cycle, params: list[Tensor], counted: bool) -> None:
-        """There are no rounds."""
+    def traffic(self, group: Group, sizes: Sizes) -> Traffic:
+        # The update writes the new weight twice, clean and perturbed; apart from it absolute noise is drawn.
+        return perturb(sizes) if group["scale"] == "absolute" else Traffic(sizes.copy, sizes.copy)
 
-    def keep_round(self, cycle: Cycle, params: list[Tensor]) -> None:
-        """There are no rounds."""
+    def launches_of(self, groups: list[Group]) -> int:
+        return self.launches + any(group["scale"] == "absolute" for group in groups)
 
-    def final(self, cycle: Cycle, params: list[Tensor], grads: Grads, amp: Amp) -> Final:
-        return Final(grads, at_perturbed_weights=cycle.weights.partition is not None)
+    def put_on(self, cycle: Cycle) -> None:
+        draw_again(cycle)
+
+    put_on_after_clean = put_on  # it was no step of this round, whose noise may have been drawn
+
+    def check_next(self, cycle: Cycle) -> None:
+        cycle.scalars.noise(ahead=1)
+
+    def put_on_next(self, cycle: Cycle) -> None:
+        cycle.scalars.next_round()
+        draw(cycle)
+        cycle.scalars.note_draw()

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..methods import SAM
-from ..values import check_flag
+from ..methods import GSAM, SAM, FriendlySAM, LookSAM
+from ..values import check_flag, check_positive
 from .amp import record
-from .buckets import Bucket, Call, Partition, global_norm
+from .buckets import Bucket, Call, CleanStore, Partition, global_norm
 from .cycle import Cycle
 from .errors import warn_rounded_away, warn_unnamed
-from .gradients import Grads, gradients_of
-from .groups import Group
+from .gradients import gradients_of
+from .groups import Group, common_value
 from .names import names_of
 from .perturbation import NoPerturbation
-from .weights import CleanStore
+from .traffic import Sizes, Traffic, ascend
 
+Numbers = dict[str, list[Any]]
+Tensors = list[Tensor] | None
 ASCENT = {
     # Ascent of the objective that is minimised: with maximize=True that is descent.
     "rho": lambda group: -float(group["rho"]) if group.get("maximize") else float(group["rho"]),
@@ -33,23 +36,59 @@ class AscentPerturbation(NoPerturbation):
     """SAM: up along the gradient, by rho in the norm over all perturbed parameters. Several rounds make mSAM.
 
     ASAM scales the ascent by T_w = |w| + eta. Where, `adaptive` tells in each group: True, False, or None, its authors'
-    rule by names.
+    rule by names. With an interval only every k-th step is one; those between are the base's.
     """
 
     pattern = "loss.backward(); opt.perturb(); loss on the same batch .backward(); opt.step()"
     closures = "twice each"
     moves = True
     ascends = True
-    ops = ("ascent_norm_", "perturb_ascent_")
+    ops: tuple[str, ...] = ("ascent_norm_", "perturb_ascent_")
     refuses_perturb = ""
     accumulates = False
     launches = 3
+    mixes_by_lam = False
 
-    def __init__(self, method: SAM) -> None:
+    def __init__(self, method: SAM | GSAM | FriendlySAM | LookSAM) -> None:
         self.name = type(method).__name__
         self.sums = method.rounds == "sum"
+        self.has_interval = "perturb_interval" in method.defaults
+        self.has_lam = "lam" in method.defaults
+
+    # --- which steps -----------------------------------------------------------------------------
+
+    def check_common(self, groups: list[Group], optimizer: str) -> None:
+        if self.has_interval and groups:
+            common_value(groups, "perturb_interval", optimizer, "one ascent")
+
+    def is_due(self, groups: list[Group]) -> bool:
+        if not self.has_interval or not groups:
+            return True
+        interval = groups[0]["perturb_interval"]
+        if type(interval) is not int or interval < 1:
+            interval = check_positive("perturb_due", "perturb_interval", interval)
+        if any([group["perturb_interval"] != interval for group in groups]):
+            self.check_common(groups, "perturb_due")
+        return bool(groups[0]["perturb_count"] % interval == 0)
+
+    def closures_of(self, groups: list[Group]) -> str:
+        return self.closures if self.is_due(groups) else "once each"
+
+    # --- groups ----------------------------------------------------------------------------------
 
     def check_group(self, group: Group, optimizer: str, capturable: bool) -> None:
+        if self.has_interval:
+            interval = check_positive(optimizer, "perturb_interval", group["perturb_interval"])
+            if capturable and interval > 1:
+                raise ValueError(
+                    f"{optimizer}: perturb_interval is {interval} with capturable=True, but a CUDA graph repeats one "
+                    "step, with an ascent or without; use interval 1, or capturable=False"
+                )
+        if self.has_lam and (group["lam"] is None) is self.mixes_by_lam:
+            raise ValueError(
+                f"{optimizer}: a group has lam={group['lam']!r}, but {self.name} was made "
+                f"{'with' if self.mixes_by_lam else 'without'} a number for it; lam may not mix None and a number"
+            )
         if group["adaptive"] is None:
             return
         try:
@@ -60,7 +99,8 @@ class AscentPerturbation(NoPerturbation):
     def is_described_by(self, saved: Group, group: Group) -> bool:
         # Before groups told which method they are of, ASAM's had eta and SAM's had not.
         before = "ASAM" if "eta" in saved else "SAM"
-        return "rho" in saved and saved.get("ascent", before) == group["ascent"]
+        same_lam = (saved.get("lam") is None) == (group.get("lam") is None)
+        return "rho" in saved and saved.get("ascent", before) == group["ascent"] and same_lam
 
     def is_adaptive(self, group: Group, p: Tensor, name: str) -> bool:
         if group["adaptive"] is not None:
@@ -79,7 +119,24 @@ class AscentPerturbation(NoPerturbation):
             warn_unnamed(self.name)
         return {"rho": lists["rho"], "eta": eta}
 
+    def traffic(self, group: Group, sizes: Sizes) -> Traffic:
+        extra = self.traffic_when_due(sizes)
+        return extra.every(group["perturb_interval"]) if self.has_interval else extra
+
+    def traffic_when_due(self, sizes: Sizes) -> Traffic:
+        """Of a step that ascends."""
+        return ascend(sizes)
+
+    # --- the cycle -------------------------------------------------------------------------------
+
     def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
+        groups = cycle.groups.owner().own_groups  # type: ignore[union-attr]
+        if not self.is_due(groups):
+            count, interval = groups[0]["perturb_count"], groups[0]["perturb_interval"]
+            raise RuntimeError(
+                f"perturb: {self.name} ascends in every {interval}-th step, and step {count} is none of them; ask "
+                "opt.perturb_due, and call step() alone where it is False"
+            )
         if not new:
             raise RuntimeError(
                 f"perturb: {self.name} ascends along the gradient at the clean weights, but there is no new one in "
@@ -92,38 +149,74 @@ class AscentPerturbation(NoPerturbation):
         wanted = [group["perturb"] for group in groups for _ in group["params"]]
         triples = zip(params, grads, wanted, strict=True)
         partition = cycle.partitions.of([p for p, g, w in triples if w and g is not None and p.requires_grad])
+        by_rule = partial(self._by_rule, cycle)
         calls = cycle.weights.perturb(
-            partition, lambda stores, again: self._calls(cycle, partition, stores, grads, again)
+            partition,
+            lambda stores, again: climb_calls(
+                partition,
+                stores,
+                lambda bucket: Climb(
+                    bucket.gradients(grads, again),
+                    bucket.columns("ascent", ASCENT, by_rule),
+                    *(() if self.state_key is None else self.means(cycle, bucket)),
+                ),
+            ),
         )
         norm = calls[0].args[-1] if calls else torch.zeros((), dtype=torch.float32, device=params[0].device)
         cycle.ascent_norm, cycle.before_ascent = norm, (cycle.nonfinite,)
         nonfinite = norm.mul(0).ne_(0)  # 0 times what is not finite is not a number
         cycle.skip_if([nonfinite])
         if not cycle.warned_rounded_away:
-            cycle.warned_rounded_away = True
-            moved, total = cycle.weights.rounded_away()
-            if total:
-                warn_rounded_away(self.name, moved, total)
-        cycle.gradients.clear(params)
+            warn_if_rounded_away(cycle, self.name)
+        if self.mixes:
+            self.keep_ascent(cycle, params, scaler)
+        else:
+            cycle.gradients.clear(params)
+            if scaler is not None:
+                record(scaler, nonfinite)
         if cycle.gradients.accumulated_grads:
             cycle.gradients.give_back(params)
-        if scaler is not None:
-            record(scaler, nonfinite)
 
-    def _calls(
-        self, cycle: Cycle, partition: Partition, stores: list[CleanStore], grads: Grads, lay_out: bool
-    ) -> list[Call]:
-        """perturb_ascent_ on every bucket, by the norm of the gradient over all of them, scaled by T_w for ASAM."""
-        norms, calls = [], []
-        for bucket, store in zip(partition.buckets, stores, strict=True):
-            numbers = bucket.columns("ascent", ASCENT, partial(self._by_rule, cycle))
-            eta, ascended = numbers["eta"], bucket.gradients(grads, lay_out)
-            norm = torch.zeros((), dtype=torch.float32, device=bucket.device)
-            weights = (store.masters or bucket.params) if any([e >= 0 for e in eta]) else None
-            bucket.op("ascent_norm_")(norm, weights, ascended, eta=eta)
-            norms.append((bucket.ranks, norm))
-            calls.append(Call(bucket, "perturb_ascent_", (bucket.params, *store, ascended), {**numbers}))
-        total = global_norm(norms) if norms else None
-        for call in calls:
-            call.args += (total.to(call.bucket.device),)  # type: ignore[union-attr]
-        return calls
+    def keep_ascent(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
+        """Keep the gradient that the ascent went along, which enters the update."""
+        raise NotImplementedError
+
+    def means(self, cycle: Cycle, bucket: Bucket) -> tuple[Tensors, Tensors, Numbers] | tuple[()]:
+        """Means of earlier gradients, what they become, and the numbers that go with them."""
+        return ()
+
+
+class Climb(NamedTuple):
+    """What a bucket climbs along."""
+
+    along: list[Tensor]
+    numbers: Numbers  # "rho", and "eta" of T_w
+    means: Tensors = None
+    new_means: Tensors = None
+    of_means: Numbers | None = None  # "sigma", "momentum"
+
+
+def climb_calls(partition: Partition, stores: list[CleanStore], climb_of: Callable[[Bucket], Climb]) -> list[Call]:
+    """perturb_ascent_ on every bucket, by the norm over all of them, scaled by T_w where eta >= 0."""
+    norms, calls = [], []
+    for bucket, store in zip(partition.buckets, stores, strict=True):
+        along, numbers, means, new_means, of_means = climb_of(bucket)
+        of_means = of_means or {"sigma": bucket.zeros, "momentum": bucket.zeros}
+        norm = torch.zeros((), dtype=torch.float32, device=bucket.device)
+        weights = (store.masters or bucket.params) if any([e >= 0 for e in numbers["eta"]]) else None
+        bucket.op("ascent_norm_")(norm, weights, along, means, eta=numbers["eta"], sigma=of_means["sigma"])
+        norms.append((bucket.ranks, norm))
+        arguments = bucket.params, store.backups, new_means, store.masters, along, means
+        calls.append(Call(bucket, "perturb_ascent_", arguments, numbers | of_means))
+    total = global_norm(norms) if norms else None
+    for call in calls:
+        call.args += (total.to(call.bucket.device),)  # type: ignore[union-attr]
+    return calls
+
+
+def warn_if_rounded_away(cycle: Cycle, name: str) -> None:
+    """bfloat16 weights may be too coarse for a climb; once, at the first."""
+    cycle.warned_rounded_away = True
+    moved, total = cycle.weights.rounded_away()
+    if total:
+        warn_rounded_away(name, moved, total)

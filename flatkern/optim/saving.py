@@ -71,6 +71,7 @@ class Saved(Known):
 
     def finish_loading(self) -> None:
         checkpoint.forget_what_was(self.cycle)
+        self.perturbation.forget()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

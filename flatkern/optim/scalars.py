@@ -23,6 +23,7 @@ WORDS = ("seed", "stream", "round")
 CAPTURED = ("triton", "cuda")  # backends whose calls a CUDA graph can capture
 LAST_ROUND = 2**32 - 1
 LAST_DRAW = "drawn"  # rolling: the group key of what the present noise was drawn with
+DRAWN = ("eta", "perturb", "scale")  # what that is, besides sigma and the round
 # Where a group's sigma, eta and perturb are read: in what this returns, or, without it, in the group itself.
 Read = Callable[[Group], Group] | None
 
@@ -34,7 +35,9 @@ def last_draw(group: Group) -> Group:
     give the same noise.
     """
     last = group.get(LAST_DRAW)
-    return group if last is None or not _is_same_round(last["round"], group["round"]) else last
+    if last is None or not _is_same_round(last["round"], group["round"]):
+        return group
+    return last if "scale" in last else {**last, "scale": "norm"}  # noted before there was a choice
 
 
 def _is_same_round(a: Any, b: Any) -> bool:
@@ -117,7 +120,7 @@ class OnHost:
         """Rolling: keep what the noise was drawn with, because a schedule may move the groups' own values."""
         for group in self._groups.owner().own_groups:  # type: ignore[union-attr]
             used = group if read is None else read(group)
-            group[LAST_DRAW] = {**{key: used[key] for key in ("sigma", "eta", "perturb")}, "round": group["round"]}
+            group[LAST_DRAW] = {**{key: used[key] for key in ("sigma", *DRAWN)}, "round": group["round"]}
 
 
 class OnDevice(OnHost):
@@ -168,10 +171,10 @@ class OnDevice(OnHost):
         seen: set[int] = set()
         for k, group in enumerate(self._groups):
             own = self._tensors(k, group)
-            for key in KEYS:
+            for key in KEYS if self._draws else KEYS[:1]:
                 self._sync_value(group, key, own, seen)
             seen.update(map(id, own.values()))
-            last = group.get(LAST_DRAW)
+            last = group.get(LAST_DRAW) if self._draws else None
             if last is not None and last["sigma"] is not own.get("drawn"):
                 own["drawn"] = write_scalar(own["drawn"], last["sigma"]) if "drawn" in own else self._new(last["sigma"])
                 group[LAST_DRAW] = {**last, "sigma": own["drawn"], "round": self.round}
@@ -239,7 +242,7 @@ class OnDevice(OnHost):
             kept.append(own["drawn"])
         torch._foreach_copy_(kept, [values["sigma"].detach().reshape(()) for values in used])
         for group, values, sigma in zip(self._groups, used, kept, strict=True):
-            rest = {key: values[key] for key in ("eta", "perturb")}
+            rest = {key: values[key] for key in DRAWN}
             group[LAST_DRAW] = {"sigma": sigma, **rest, "round": group["round"]}
 
 

@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..methods import IRE, RWP, SAM
-from .buckets import Bucket, Call
+from ..methods import IRE, Method
+from .buckets import Bucket, Call, SharedArguments
 from .fused import FusedOptimizer, require_unset
 from .groups import Group
-from .step import SharedArguments
 
 NUMBERS_ON_DEVICE = {
     "momentum": lambda group: float(group["momentum"]),
@@ -36,7 +35,7 @@ class SGD(FusedOptimizer):
         foreach, fused: accepted and ignored; `backend` decides.
         differentiable: refused when True.
     and ours, keyword-only:
-        perturb: flatkern.RWP, SAM or ASAM, or None for the plain optimizer.
+        perturb: flatkern.RWP, SAM, ASAM, GSAM, FriendlySAM, LookSAM or MomentumSAM, or None for the plain optimizer.
         enhance: flatkern.IRE, or None.
         backend: "eager", "cpp", "triton" or "cuda", used or refused; None takes the best one that is live.
         master_weights: keep float32 weights behind half-precision parameters.
@@ -77,7 +76,7 @@ class SGD(FusedOptimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        perturb: RWP | SAM | None = None,
+        perturb: Method | None = None,
         enhance: IRE | None = None,
         backend: str | None = None,
         master_weights: bool = False,
@@ -104,17 +103,18 @@ class SGD(FusedOptimizer):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
     def prepare(self, bucket: Bucket, shared: SharedArguments) -> Call:
-        numbers = {**shared.numbers, **bucket.columns("sgd", NUMBERS if shared.lrs is None else NUMBERS_ON_DEVICE)}
         buffers, after = None, None
+        created: Collection[int] = ()
         if bucket.groups[0]["momentum"] != 0:
             (buffers,), created = self.cycle.state.get(bucket, ("momentum_buffer",))
-            if created:
-                # v <- d on the first step is v <- momentum 0 + (1 - 0) d.
-                dampening = numbers["dampening"]
-                numbers["dampening"] = [0.0 if k in created else d for k, d in enumerate(dampening)]
-                if shared.found_inf is not None and any(dampening):
-                    after = partial(self._forget_skipped_first_step, bucket, created, shared.found_inf)
-        return Call(bucket, "sgd_update_", (bucket.params, buffers, *shared.tensors()), numbers, after)
+        numbers = {**shared.numbers, **bucket.columns("sgd", NUMBERS if shared.lrs is None else NUMBERS_ON_DEVICE)}
+        if created:
+            # v <- d on the first step is v <- momentum 0 + (1 - 0) d.
+            dampening = numbers["dampening"]
+            numbers["dampening"] = [0.0 if k in created else d for k, d in enumerate(dampening)]
+            if shared.found_inf is not None and any(dampening):
+                after = partial(self._forget_skipped_first_step, bucket, created, shared.found_inf)
+        return Call(bucket, "sgd_update_", (shared.params, buffers, *shared.tensors()), numbers, after)
 
     def _forget_skipped_first_step(self, bucket: Bucket, created: Collection[int], found_inf: Tensor) -> None:
         """A skipped first step is no first step: with dampening the next one must still be v <- d.

@@ -1,6 +1,6 @@
 """opt.state: entries are created when a call first needs them, laid out and sharded as their parameter is.
 
-Our own keys beside a base rule's are "master", "history" and "mask".
+Our own keys beside a base rule's are "master", "history", "mask", "ascent_mean" and "orthogonal".
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from .groups import Groups
 from .layouts import like
 
 NONE_CREATED: frozenset[int] = frozenset()
-OWN_KEYS = ("history", "mask")  # that any base can have; masters are of our own rules
+LIKE_PARAMS = ("ascent_mean", "orthogonal")  # what methods keep in the parameters' shape
+OWN_KEYS = ("history", "mask", *LIKE_PARAMS)  # that any base can have; masters are of our own rules
 
 
 class State:
@@ -86,6 +87,33 @@ class State:
                     self._create(p, entry, key, dtensor.wrap_like(p, part, shape(p)))
             result.append(entry[key])
         return result
+
+    def like_params(self, params: list[Tensor], key: str) -> tuple[list[Tensor], Collection[int]]:
+        """What a method keeps in the parameters' shape, and the positions where it is new, and so zero."""
+        found = self._gather(self._groups.owner().state, params, (key,))  # type: ignore[union-attr]
+        if found is not None:
+            return found[0], NONE_CREATED
+        created = set()
+        for k, p in enumerate(params):
+            entry = self.entry(p)
+            if key not in entry:
+                created.add(k)
+                with torch.inference_mode(False):
+                    self._create(p, entry, key, self._zeros(p, key))
+        return [self.entry(p)[key] for p in params], created
+
+    def replace(self, p: Tensor, key: str, value: Tensor) -> Tensor:
+        """Put another tensor in the place of our own state; returns that which was there."""
+        entry = self.entry(p)
+        known, entry[key] = entry[key], value
+        return known  # type: ignore[no-any-return]
+
+    def drop(self, p: Tensor, key: str) -> None:
+        """Our own state `key` of `p` goes, and its entry if nothing else is there."""
+        for store in (self._groups.state(), self.deferred):
+            entry = store.get(p, {})
+            if entry.pop(key, None) is not None and not entry:
+                del store[p]
 
     def entry(self, p: Tensor) -> dict[str, Any]:
         """Where our own state of `p` is kept."""

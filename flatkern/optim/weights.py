@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from .. import dtensor
 from ..checks import STORAGE_DTYPES, LayoutError
 from ..tables import same_layout
-from .buckets import MAX_PARTITIONS, Bucket, Call, Partition
+from .buckets import MAX_PARTITIONS, Bucket, Call, CleanStore, Partition
 from .errors import refuse_captured_perturbation, refuse_lost_write, refuse_unseen_write, warn_left_as_written
 from .external_writes import (
     REPEATABLE,
@@ -40,13 +39,6 @@ from .state import State
 # Weights that hold a perturbation now. Only a registry can tell an optimizer that another one has changed its
 # parameters; it is weak, so it keeps nothing alive.
 perturbing: weakref.WeakSet[Weights] = weakref.WeakSet()
-
-
-class CleanStore(NamedTuple):
-    """Where the clean weights of a bucket are: in one of the two, the other is None."""
-
-    backups: list[Tensor] | None
-    masters: list[Tensor] | None
 
 
 Prepare = Callable[[list[CleanStore], bool], list[Call]]
@@ -169,7 +161,8 @@ class Weights:
             raise
 
     def _run(self, partition: Partition, prepare: Prepare, again: bool) -> list[Call]:
-        stores = [self.store(bucket) for bucket in partition.buckets]
+        ahead = self.partition is partition  # of the weights, which are perturbed, their clean copies are
+        stores = [CleanStore(None, s.backups) if ahead else s for s in map(self.store, partition.buckets)]
         calls = prepare(stores, again)
         if len(calls) > 1:
             for call in calls:

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from .. import dtensor
 from ..checks import check_gradient
-from ..methods import IRE, RWP, SAM
+from ..methods import IRE, Method
 from ..values import check_value
 from .base import FlatOptimizer
-from .buckets import Bucket, Call
+from .buckets import Bucket, Call, SharedArguments
 from .errors import warn_keys_of_the_base
 from .groups import PREFIX, Group, Setup
 from .phase import CLEAN
 from .scalars import LAST_DRAW
 from .state import OWN_KEYS
-from .step import Prepared, SharedArguments
+from .step import Prepared, draw_call
 from .tracing import untraced
 
 ALWAYS_OURS = ("perturb", "enhance", "writes", "adaptive")
@@ -63,7 +63,7 @@ class Wrap(FlatOptimizer):
     def __init__(
         self,
         base_optimizer: torch.optim.Optimizer,
-        perturb: RWP | SAM | None = None,
+        perturb: Method | None = None,
         enhance: IRE | None = None,
         backend: str | None = None,
         max_grad_norm: float | None = None,
@@ -166,7 +166,8 @@ class Wrap(FlatOptimizer):
         if s.clean_grads is None and s.grad_scale is None and s.clip is None and history is None:
             return None
         numbers = {key: s.numbers[key] for key in ("grad_weight", "clean_weight", "beta")}
-        return Call(bucket, "mix_gradients_", (grads, history, s.clean_grads, s.grad_scale, s.clip), numbers)
+        arguments = grads, history, None, s.clean_grads, s.component, s.grad_scale, s.clip, None
+        return Call(bucket, "mix_gradients_", arguments, numbers)
 
     def finish(self, work: list[Prepared]) -> None:
         """Mix, let the base step, amplify, draw."""
@@ -174,7 +175,7 @@ class Wrap(FlatOptimizer):
             self._draw(work)
             return
         previous = self._save_for_amplify(work)
-        gradients, histories = self._mix(work)
+        gradients, renewed = self._mix(work)
         before = [p.grad for bucket, _, _ in work for p in bucket.params]
         try:
             for (bucket, _, _), grads in zip(work, gradients, strict=True):
@@ -187,8 +188,8 @@ class Wrap(FlatOptimizer):
             for p, g in zip((p for bucket, _, _ in work for p in bucket.params), before, strict=True):
                 p.grad = g
             raise
-        for kept, new in histories:
-            dtensor.local(kept).copy_(dtensor.local(new))
+        for known, new in renewed:
+            dtensor.local(known).copy_(dtensor.local(new))
         self.cycle.state.settle_deferred()
         for (bucket, s, _), old in zip(work, previous, strict=True):
             if s.masks is not None:
@@ -199,9 +200,10 @@ class Wrap(FlatOptimizer):
         return Call(bucket, "amplify_", (bucket.params, previous, s.masks), {"kappa": s.numbers["kappa"]})
 
     def _mix(self, work: list[Prepared]) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
-        """The final gradients, in copies, and histories with their new values: a base that fails changes none."""
+        """The final gradients, in copies, and what is kept of them with its new values: a base that fails changes
+        none."""
         gradients: list[list[Tensor]] = []
-        histories: list[tuple[Tensor, Tensor]] = []
+        kept: list[tuple[Tensor, Tensor]] = []
         for bucket, s, _ in work:
             history = None if s.history is None else [dtensor.local(h).clone() for h in s.history]
             grads = s.grads
@@ -209,9 +211,14 @@ class Wrap(FlatOptimizer):
                 grads = [g.clone() for g in grads]
                 self._mixing(bucket, s, grads, history).run()  # type: ignore[union-attr]
             if history is not None:
-                histories += zip(s.history or (), history, strict=True)
+                kept += zip(s.history or (), history, strict=True)
+            if s.keep is not None:
+                first, second, outs, *rest = s.keep.args
+                new = [dtensor.local(out).clone() for out in outs]
+                Call(bucket, s.keep.op, (first, second, new, *rest), s.keep.kwargs).run()
+                kept += zip(outs, new, strict=True)
             gradients.append(grads)
-        return gradients, histories
+        return gradients, kept
 
     def _save_for_amplify(self, work: list[Prepared]) -> list[list[Tensor] | None]:
         """The displacement of a base that is not ours is known only from a copy; a perturbation has one already."""
@@ -227,7 +234,7 @@ class Wrap(FlatOptimizer):
         """Rolling: the noise of the coming round."""
         for bucket, s, _ in work:
             if s.noise is not None:
-                s.draw(bucket).run()
+                draw_call(bucket, s).run()
 
     # --- groups and state belong to the base -----------------------------------------------------
 

@@ -22,13 +22,19 @@ def root(x: Tensor) -> Tensor:
 
 
 def mixed(
-    g: Tensor, clean: Tensor | None, grad_scale: Tensor | None, weight: float, clean_weight: float, clip
-) -> Tensor:
-    """g <- clip (weight grad_scale g + clean_weight g_clean); float32."""
-    factor = float32(weight, g)
+    g: Tensor, clean: Tensor | None, component: Tensor | None, grad_scale: Tensor | None,
+    weight: float, clean_weight: float, clip: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """g <- clip (weight grad_scale g + clean_weight (q g_clean - r grad_scale g)); float32.
+
+    (q, r) = `component`. The weights of both gradients are formed first: weight - clean_weight r, and clean_weight q.
+    """
+    factor, of_clean = float32(weight, g), float32(clean_weight, g)
+    if component is not None:
+        factor, of_clean = factor - of_clean * component[1], of_clean * component[0]
     if grad_scale is not None:
         factor = factor * grad_scale
     result = factor * g.float()
     if clean is not None:
-        result = result + float32(clean_weight, g) * clean.float()
+        result = result + of_clean * clean.float()
     return result if clip is None else result * clip

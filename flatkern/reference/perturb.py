@@ -8,7 +8,7 @@ from torch import Tensor
 from ..tables import rows
 from .arithmetic import float32, numbers, root
 from .noise import normals_like
-from .norm import row_norms
+from .norm import direction, row_norms
 
 
 def noise_scale(norms: Tensor, sigma: float, history: Tensor | None, eta: float) -> Tensor:
@@ -49,28 +49,37 @@ def perturb_gaussian_(params, backups, masters, norms, history, sigmas, noise, *
         rows(param).copy_(rows(w).float() + e)
 
 
-def ascent(p: Tensor, g: Tensor, scale: Tensor, eta: float) -> Tensor:
+def ascent(p: Tensor, d: Tensor, scale: Tensor, eta: float) -> Tensor:
     t = (p.abs() + eta) ** 2 if eta >= 0 else 1.0
-    return torch.where(scale == 0, p, p + scale * t * g)
+    return torch.where(scale == 0, p, p + scale * t * d)
 
 
-def perturb_ascent_(params, backups, masters, grads, norm, *, rho, eta) -> None:
+def perturb_ascent_(
+    params, backups, new_means, masters, grads, means, norm, *, rho, eta, sigma, momentum
+) -> None:  # fmt: skip
     """Climb to the SAM ascent point and remember the way back.
 
-        backup <- p
-        p      <- w + scale * t * g,    scale = rho / (norm + 1e-12),    t = (|w| + eta)^2, or 1 where eta < 0
+        backup   <- p
+        p        <- w + scale * t * d,    scale = rho / (norm + 1e-12),    t = (|w| + eta)^2, or 1 where eta < 0
+        d        =  g - sigma m, or g without means
+        new_mean <- momentum m + (1 - momentum) g
 
-    `norm` is ascent_norm_'s 0-dim result, so the host never waits for it; where it is not finite the
-    climb is zero. w is the master where there is one, else p. A negative rho descends (maximize).
+    `norm` is ascent_norm_'s 0-dim result, so the host never waits for it; where it is not finite the climb is zero, and
+    a new mean is the old one. w is the master where there is one, else p. A negative rho descends (maximize).
 
-    Foret et al. 2021, eq. 2; adaptive form: Kwon et al. 2021, eq. 6.
+    Foret et al. 2021, eq. 2; adaptive form: Kwon et al. 2021, eq. 6; with means: Li et al. 2024 (Friendly-SAM), eqs. 9
+    and 10, where the mean is used before it is renewed.
     """
     for k, param in enumerate(params):
-        w = (masters[k] if masters else param).float()
+        w, g = (masters[k] if masters else param).float(), grads[k].float()
         scale = torch.where(norm.isfinite(), float32(rho[k], norm) / (norm + 1e-12), 0.0)
         if backups:
             backups[k].copy_(param)
-        param.copy_(ascent(w, grads[k].float(), scale, eta[k]))
+        param.copy_(ascent(w, direction(g, means[k] if means else None, sigma[k]), scale, eta[k]))
+        if new_means:
+            m = means[k].float()
+            new = float32(momentum[k], g) * m + float32(1 - momentum[k], g) * g
+            new_means[k].copy_(torch.where(norm.isfinite(), new, m))
 
 
 def restore_(params, backups) -> None:

@@ -51,7 +51,7 @@ def adam(p, g, m, v, step, lr, beta1, beta2, eps, decay, decoupled):
 
 
 def _update(
-    rule, params, backups, masters, history, grads, clean_grads, masks, noise, grad_scale, clip, found_inf,
+    rule, params, backups, masters, history, grads, clean_grads, masks, noise, component, grad_scale, clip, found_inf,
     grad_weight, clean_weight, kappa, beta, sigma, eta, index, offset,
 ) -> None:  # fmt: skip
     """The pass that every rule shares; `rule(k, w, g)` returns the new weight of parameter k."""
@@ -61,7 +61,7 @@ def _update(
         past = history[k] if history else None
         if not skip:
             clean_grad = clean_grads[k] if clean_grads else None
-            g = mixed(grads[k], clean_grad, grad_scale, grad_weight[k], clean_weight[k], clip)
+            g = mixed(grads[k], clean_grad, component, grad_scale, grad_weight[k], clean_weight[k], clip)
             # Without noise a backup has served, and is left as it was.
             updated = param if noise is None and not masters else clean
             w = rule(k, clean.float(), g)
@@ -78,13 +78,13 @@ def _update(
 
 def sgd_update_(
     params, momentum_buffers, backups, masters, history, grads, clean_grads, masks, lrs, sigmas, noise,
-    grad_scale, clip, found_inf, *, lr, momentum, dampening, weight_decay, nesterov,
+    component, grad_scale, clip, found_inf, *, lr, momentum, dampening, weight_decay, nesterov,
     grad_weight, clean_weight, kappa, beta, sigma, eta, index, offset,
 ) -> None:  # fmt: skip
     """Restore, form the gradient, and take one SGD step; in rolling mode perturb for the next one.
 
         w <- master, else backup, else p
-        g <- clip (grad_weight grad_scale g + clean_weight g_clean)
+        g <- clip (grad_weight grad_scale g + clean_weight (q g_clean - r grad_scale g)),    (q, r) = component
         d <- g + weight_decay w
         v <- momentum v + (1 - dampening) d
         w <- w - lr (d + momentum v)     with nesterov, else w - lr v;  w - lr d without momentum
@@ -108,8 +108,8 @@ def sgd_update_(
         return w
 
     _update(
-        rule, params, backups, masters, history, grads, clean_grads, masks, noise, grad_scale, clip, found_inf,
-        grad_weight, clean_weight, kappa, beta, numbers(sigmas, sigma), eta, index, offset,
+        rule, params, backups, masters, history, grads, clean_grads, masks, noise, component, grad_scale, clip,
+        found_inf, grad_weight, clean_weight, kappa, beta, numbers(sigmas, sigma), eta, index, offset,
     )  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def _adam_rule(exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay
 
 def adam_update_(
     params, exp_avgs, exp_avg_sqs, steps, backups, masters, history, grads, clean_grads, masks, lrs, sigmas,
-    noise, grad_scale, clip, found_inf, *, lr, beta1, beta2, eps, weight_decay,
+    noise, component, grad_scale, clip, found_inf, *, lr, beta1, beta2, eps, weight_decay,
     grad_weight, clean_weight, kappa, beta, sigma, eta, index, offset,
 ) -> None:  # fmt: skip
     """Restore, form the gradient, and take one Adam step; in rolling mode perturb for the next one.
@@ -144,14 +144,14 @@ def adam_update_(
     """
     rule = _adam_rule(exp_avgs, exp_avg_sqs, steps, numbers(lrs, lr), beta1, beta2, eps, weight_decay, decoupled=False)
     _update(
-        rule, params, backups, masters, history, grads, clean_grads, masks, noise, grad_scale, clip, found_inf,
-        grad_weight, clean_weight, kappa, beta, numbers(sigmas, sigma), eta, index, offset,
+        rule, params, backups, masters, history, grads, clean_grads, masks, noise, component, grad_scale, clip,
+        found_inf, grad_weight, clean_weight, kappa, beta, numbers(sigmas, sigma), eta, index, offset,
     )  # fmt: skip
 
 
 def adamw_update_(
     params, exp_avgs, exp_avg_sqs, steps, backups, masters, history, grads, clean_grads, masks, lrs, sigmas,
-    noise, grad_scale, clip, found_inf, *, lr, beta1, beta2, eps, weight_decay,
+    noise, component, grad_scale, clip, found_inf, *, lr, beta1, beta2, eps, weight_decay,
     grad_weight, clean_weight, kappa, beta, sigma, eta, index, offset,
 ) -> None:  # fmt: skip
     """As adam_update_, with decoupled weight decay.
@@ -162,21 +162,29 @@ def adamw_update_(
     """
     rule = _adam_rule(exp_avgs, exp_avg_sqs, steps, numbers(lrs, lr), beta1, beta2, eps, weight_decay, decoupled=True)
     _update(
-        rule, params, backups, masters, history, grads, clean_grads, masks, noise, grad_scale, clip, found_inf,
-        grad_weight, clean_weight, kappa, beta, numbers(sigmas, sigma), eta, index, offset,
+        rule, params, backups, masters, history, grads, clean_grads, masks, noise, component, grad_scale, clip,
+        found_inf, grad_weight, clean_weight, kappa, beta, numbers(sigmas, sigma), eta, index, offset,
     )  # fmt: skip
 
 
-def mix_gradients_(grads, history, clean_grads, grad_scale, clip, *, grad_weight, clean_weight, beta) -> None:
-    """Form the final gradient in place, for a base optimizer that is not ours.
+def mix_gradients_(
+    grads, history, outs, clean_grads, component, grad_scale, clip, found_inf, *, grad_weight, clean_weight, beta
+) -> None:  # fmt: skip
+    """Form the final gradient in place, for a base optimizer that is not ours; or in `outs`, to keep it.
 
         F <- beta F + sum_f (grad_scale g)^2                            where there is a history
-        g <- clip (grad_weight grad_scale g + clean_weight g_clean)
+        g <- clip (grad_weight grad_scale g + clean_weight (q g_clean - r grad_scale g)),    (q, r) = component
+        out <- that, and g stays                                        where there are outs
+
+    Nonzero `found_inf` leaves everything as it was.
 
     m-RWP: Li et al. 2024, eq. 8.
     """
+    if found_inf is not None and bool(found_inf):
+        return
     for k, g in enumerate(grads):
         clean_grad = clean_grads[k] if clean_grads else None
         if history:
             remember(history[k], g, grad_scale, beta[k])
-        g.copy_(mixed(g, clean_grad, grad_scale, grad_weight[k], clean_weight[k], clip))
+        final = mixed(g, clean_grad, component, grad_scale, grad_weight[k], clean_weight[k], clip)
+        (outs[k] if outs else g).copy_(final)

@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
-from common import ROWS, loss_of, make_batches, make_model, make_optimizer, mask_loss
+from common import ROWS, loss_of, make_batches, make_model, make_optimizer, mask_loss, summed
 from torch.utils.data import DataLoader, TensorDataset
 
 from flatkern.integrations.accelerate import passes
@@ -67,7 +67,7 @@ class Training:
             self.accelerator.scaler = scaler
         self.plain = make_model(batch_norm=batch_norm)
         if own is None:
-            own = {"rounds": "sum"} if count > 1 and method != "IRE" else {}
+            own = summed(method) if count > 1 else {}
         self.opt = make_optimizer(method, self.plain, own=own, **(opt or {}))
         data = [torch.cat(parts) for parts in zip(*make_batches(batches), strict=True)]
         loader = DataLoader(TensorDataset(*data), batch_size=ROWS)

@@ -1,6 +1,6 @@
 """What the tests of all stacks share: the methods, a tiny model and its data, loops written by hand, comparisons.
 
-`METHODS` is also the list of columns of the matrix in docs/stacks.md: a test that concerns a method takes it as the
+`EVERY` is also the list of columns of the matrix in docs/stacks.md: a test that concerns a method takes it as the
 argument `method`, with these names as ids.
 """
 
@@ -13,7 +13,8 @@ from torch.nn import functional
 
 import flatkern
 
-# How an optimizer is made (keyword arguments of every flatkern optimizer), and which loop a user writes for it.
+# How an optimizer is made (keyword arguments of every flatkern optimizer), and which loop a user writes for it: "plain"
+# or "noisy" or "mixed" or "ascent"; "sometimes" is "ascent" where perturb_due, and else "plain".
 Method = namedtuple("Method", "make loop")
 
 
@@ -45,7 +46,19 @@ METHODS = {
     "mSAM": Method(_ascent(flatkern.SAM, rho=0.1), "ascent"),  # several rounds a step
     "IRE": Method(_ire, "plain"),
     "m-ARWP": Method(_rwp(lam=0.4, eta=2.0, beta=0.9), "mixed"),
+    "GSAM": Method(_ascent(flatkern.GSAM, rho=0.1), "ascent"),
+    "LookSAM": Method(_ascent(flatkern.LookSAM, rho=0.1, k=2), "sometimes"),
+    "rolling Momentum-SAM": Method(_ascent(flatkern.MomentumSAM, rho=0.5, rolling=True), "plain"),
 }
+# What these ask of a stack others have asked already; they are compared with loops by hand alone.
+SIMILAR = {
+    "mixed SAM": Method(_ascent(flatkern.SAM, rho=0.1, lam=0.7), "ascent"),
+    "SAM at intervals": Method(_ascent(flatkern.SAM, rho=0.1, interval=2), "sometimes"),
+    "Friendly-SAM": Method(_ascent(flatkern.FriendlySAM, rho=0.1), "ascent"),
+    "Momentum-SAM": Method(_ascent(flatkern.MomentumSAM, rho=0.5), "noisy"),
+}
+EVERY = METHODS | SIMILAR
+USED_FURTHER = ["GSAM", "LookSAM", "mixed SAM", "Friendly-SAM"]  # the gradient that they ascend along
 TWO_PASS = [name for name, method in METHODS.items() if method.loop in ("mixed", "ascent")]
 
 FEATURES, CLASSES, ROWS = 6, 3, 4
@@ -69,7 +82,7 @@ def make_batches(count, rows=ROWS, seed=100):
 
 
 def make_optimizer(method, model, base="AdamW", lr=0.05, own=None, **more):
-    """An optimizer of flatkern's for a name of METHODS.
+    """An optimizer of flatkern's for a name of EVERY.
 
     Arguments:
         base: SGD, Adam or AdamW.
@@ -77,9 +90,26 @@ def make_optimizer(method, model, base="AdamW", lr=0.05, own=None, **more):
         more: further arguments of the optimizer (max_grad_norm, ...).
     """
     momentum = {"momentum": 0.9} if base == "SGD" else {}
-    keywords = {**METHODS[method].make(**(own or {})), **momentum, **more}
+    keywords = {**EVERY[method].make(**(own or {})), **momentum, **more}
     # Names, since ASAM's rule goes by them.
     return getattr(flatkern, base)(model.named_parameters(), lr=lr, **keywords)
+
+
+def summed(method):
+    """The argument of the method for losses that a trainer has divided."""
+    return {"rounds": "sum"} if hasattr(EVERY[method].make().get("perturb"), "rounds") else {}
+
+
+def loop_of(method, opt):
+    """The loop of the coming step."""
+    loop = EVERY[method].loop
+    return loop if loop != "sometimes" else "ascent" if opt.perturb_due else "plain"
+
+
+def passes_of(method, step):
+    """How often a step's batch is run."""
+    loop = EVERY[method].loop
+    return 2 if loop in ("mixed", "ascent") or (loop == "sometimes" and step % 2 == 0) else 1
 
 
 def loss_of(model, batch):
@@ -115,7 +145,7 @@ def step_by_hand(method, model, opt, window, index=0, clean=None):
         loss.backward()
         return loss.detach()
 
-    loop = METHODS[method].loop
+    loop = loop_of(method, opt)
     if loop == "noisy":
         opt.perturb()
     if loop in ("plain", "noisy"):

@@ -22,8 +22,8 @@ from flatkern.integrations.lightning import FlatkernCallback
 
 # Several rounds a step need several batches in one training_step, which is manual optimization.
 AUTOMATIC = [name for name in METHODS if name != "mSAM"]
-ROLLING = ["rolling RWP"]
-EXPLICIT = [name for name in AUTOMATIC if name not in ("rolling RWP", "IRE")]
+ROLLING = ["rolling RWP", "rolling Momentum-SAM"]
+EXPLICIT = [name for name in AUTOMATIC if name not in (*ROLLING, "IRE")]
 
 
 class Automatic(LightningModule):

@@ -23,7 +23,7 @@ from flatkern.integrations.lightning import FlatkernCallback
 WORLD = 2
 AUTOMATIC = [name for name in METHODS if name != "mSAM"]
 MANUAL = ["SAM", "m-RWP", "IRE"]
-RESUMED = ["rolling RWP", "SAM", "m-ARWP", "IRE"]
+RESUMED = ["rolling RWP", "SAM", "m-ARWP", "IRE", "LookSAM"]
 
 
 def serve(rank, port, folder):

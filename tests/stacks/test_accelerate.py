@@ -6,6 +6,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from accelerate_common import Training, fresh_accelerate  # noqa: F401  a fixture
 from common import (
+    EVERY,
     METHODS,
     TWO_PASS,
     assert_other_tensors,
@@ -31,8 +32,8 @@ every_method = pytest.mark.parametrize("method", METHODS)
 def by_hand(training, batches=8, **more):
     """The weights and the optimizer of the same training without Accelerate."""
     model = make_model()
-    rounds = getattr(training.opt.method, "rounds", "mean")
-    own = {"rounds": rounds} if training.opt.method is not None else {}
+    rounds = getattr(training.opt.method, "rounds", None)
+    own = {} if rounds is None else {"rounds": rounds}
     opt = make_optimizer(training.method, model, own=own, **more)
     losses = train_by_hand(training.method, model, opt, training.windows(batches))
     return model, opt, losses
@@ -40,7 +41,7 @@ def by_hand(training, batches=8, **more):
 
 @pytest.mark.parametrize("base", ["SGD", "AdamW"])
 @pytest.mark.parametrize("count", [1, 2, 3])
-@every_method
+@pytest.mark.parametrize("method", EVERY)
 def test_a_step_equals_a_loop_by_hand(method, count, base):
     """SGD sees the scale of a gradient, AdamW has more state."""
     training = Training(method, count, batches=6 if count == 3 else 8, opt={"base": base})
@@ -124,7 +125,7 @@ def test_checkpoints_hold_clean_weights(method, tmp_path):
     training = Training(method, 2)
     training.run(stop=4)
     clean = clean_weights(training.plain, training.opt)
-    if method == "rolling RWP":
+    if training.opt.rolling:
         assert training.opt.is_perturbed
         assert_other_tensors(weights(training.plain), clean)
     training.accelerator.save_state(tmp_path / "state")
@@ -223,6 +224,7 @@ def test_a_closure_that_raises_leaves_clean_weights(method):
     if "RWP" not in method:  # with RWP a round of noise is used up
         training.accelerator.step, training.index = 0, 0
         training.run()
+        training.opt.eval()
         model = by_hand(training)[0]
         assert_same_tensors(weights(training.plain), weights(model))
 
@@ -248,7 +250,7 @@ def test_a_scheduler_takes_every_step(method):
     assert training.prepared.step_was_skipped is False
 
 
-@pytest.mark.parametrize("method", ["rolling RWP"])
+@pytest.mark.parametrize("method", ["rolling RWP", "rolling Momentum-SAM"])
 def test_an_ordinary_loop_needs_one_line(method):
     """opt.follow(model): the loop itself knows nothing of flatkern."""
     ours = Training(method, 2)

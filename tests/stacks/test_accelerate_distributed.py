@@ -10,14 +10,17 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from accelerate_common import Training, shard, start_anew
 from common import (
-    METHODS,
+    EVERY,
+    USED_FURTHER,
     assert_same_tensors,
     clean_weights,
+    loop_of,
     loss_of,
     make_batches,
     make_model,
     make_optimizer,
     mask_loss,
+    summed,
     train_by_hand,
     weights,
 )
@@ -72,10 +75,11 @@ def _train(method, count, batches, **keywords):
 
 
 def _by_hand(method, count, batches):
-    """The same with torch's DDP: of the backwards of each kind only the last one synchronizes."""
+    """The same with torch's DDP: of the backwards of each kind only the last one synchronizes, and every one whose
+    gradient is ascended along and used further."""
     model = make_model()
     ddp = DistributedDataParallel(model)
-    opt = make_optimizer(method, model, own={"rounds": "sum"} if count > 1 and method != "IRE" else {})
+    opt = make_optimizer(method, model, own=summed(method) if count > 1 else {})
     if opt.rolling:
         opt.train()
     every = _mine(make_batches(batches))
@@ -90,7 +94,7 @@ def _by_hand(method, count, batches):
         if opt.enhancement is not None and opt.mask_due:
             mask_loss(ddp, window[0], index).backward()
             opt.update_mask()
-        loop = METHODS[method].loop
+        loop = loop_of(method, opt)
         if loop == "noisy":
             opt.perturb()
         if loop in ("plain", "noisy"):
@@ -98,7 +102,7 @@ def _by_hand(method, count, batches):
                 backward(batch, k == last)
         elif loop == "ascent":
             for k, batch in enumerate(window):
-                backward(batch, False)
+                backward(batch, method in USED_FURTHER)
                 opt.perturb()
                 backward(batch, k == last)
                 if k < last:
@@ -125,7 +129,7 @@ def _compare_with_a_loop_by_hand(method, count):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_ddp_equals_a_loop_by_hand_and_replicas_are_equal(method, count, two):
     two.call(_compare_with_a_loop_by_hand, method, count)
 
@@ -152,6 +156,11 @@ def _count_all_reduces(method, count, sync):
         ("SAM", 1, True, 2),
         ("mSAM", 4, False, 1),
         ("mSAM", 4, True, 5),
+        ("GSAM", 1, False, 2),
+        ("GSAM", 4, False, 5),
+        ("SAM at intervals", 1, False, 1),
+        ("LookSAM", 1, False, 1.5),
+        ("rolling Momentum-SAM", 2, False, 1),
         ("m-RWP", 1, False, 2),
         ("m-RWP", 4, False, 2),
     ],
@@ -178,7 +187,7 @@ def _overflow_on_one_rank(method):
     return scaler.get_scale()
 
 
-@pytest.mark.parametrize("method", ["SAM", "ASAM", "m-RWP"])
+@pytest.mark.parametrize("method", ["SAM", "ASAM", "m-RWP", "GSAM", "Friendly-SAM"])
 def test_ddp_ranks_skip_an_overflow_together(method, two):
     assert two.call(_overflow_on_one_rank, method) == [2.0**9, 2.0**9]
 
@@ -190,7 +199,7 @@ def _end_early(method):
         assert _same_on_all_ranks(training.plain.parameters())
 
 
-@pytest.mark.parametrize("method", ["m-RWP", "mSAM"])
+@pytest.mark.parametrize("method", ["m-RWP", "mSAM", "LookSAM"])
 def test_ddp_replicas_are_equal_where_the_data_end_within_a_window(method, two):
     two.call(_end_early, method)
 
@@ -208,7 +217,7 @@ def _resume(method, folder):
     assert_same_tensors(weights(second.plain), weights(whole.plain))
 
 
-@pytest.mark.parametrize("method", ["rolling RWP", "SAM", "m-ARWP", "IRE"])
+@pytest.mark.parametrize("method", ["rolling RWP", "SAM", "m-ARWP", "IRE", "LookSAM", "Friendly-SAM"])
 def test_ddp_resume_is_bit_identical(method, two, tmp_path):
     two.call(_resume, method, str(tmp_path))
 
@@ -229,7 +238,7 @@ def _disturb(method):
     assert_same_tensors(_disturbed(method, True), _disturbed(method, False))
 
 
-@pytest.mark.parametrize("method", ["RWP", "rolling RWP", "m-RWP", "mSAM"])
+@pytest.mark.parametrize("method", ["RWP", "rolling RWP", "m-RWP", "mSAM", "GSAM"])
 def test_ddp_backwards_of_others_within_a_window_change_nothing(method, two):
     two.call(_disturb, method)
 
@@ -263,7 +272,7 @@ def _fsdp2(method, count):
     start_anew()
     # The same on one process, on the mean of both ranks' losses.
     model = make_model()
-    opt = make_optimizer(method, model, own={"rounds": "sum"} if count > 1 and method != "IRE" else {})
+    opt = make_optimizer(method, model, own=summed(method) if count > 1 else {})
     batches = make_batches(4 * count)
     pairs = [tuple(torch.cat(parts) for parts in zip(*batches[k : k + 2], strict=True)) for k in range(0, 4 * count, 2)]
     windows = [pairs[k : k + count] for k in range(0, len(pairs), count)]
@@ -273,7 +282,7 @@ def _fsdp2(method, count):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("method", ["RWP", "rolling RWP", "m-RWP", "SAM"])
+@pytest.mark.parametrize("method", ["RWP", "rolling RWP", "m-RWP", "SAM", "GSAM", "LookSAM", "rolling Momentum-SAM"])
 def test_fsdp2_does_what_one_process_does(method, count, two):
     two.call(_fsdp2, method, count)
 
@@ -316,7 +325,7 @@ def _evaluate_between(method, count):
 
 
 @pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("method", ["RWP", "rolling RWP", "m-RWP", "SAM"])
+@pytest.mark.parametrize("method", ["RWP", "rolling RWP", "m-RWP", "SAM", "Momentum-SAM"])
 def test_fsdp2_evaluations_change_nothing(method, count, two):
     """Between steps, and between the micro-batches of one."""
     two.call(_evaluate_between, method, count)

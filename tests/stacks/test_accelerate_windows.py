@@ -19,6 +19,7 @@ from common import (
     make_batches,
     make_model,
     make_optimizer,
+    summed,
     weights,
 )
 from safetensors.torch import load_file
@@ -83,7 +84,7 @@ def adversaries(method, count, leaks):
     start_anew()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=count)
     nets = make_model(0, batch_norm=True), make_model(1, batch_norm=True)
-    own = {"rounds": "sum"} if method in TWO_PASS else {}
+    own = summed(method)
     generator, discriminator, *opts = accelerator.prepare(
         *nets, *(make_optimizer(method, net, base="SGD", own=own) for net in nets)
     )

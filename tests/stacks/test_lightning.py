@@ -6,6 +6,7 @@ import pytest
 import torch
 from common import (
     METHODS,
+    SIMILAR,
     TWO_PASS,
     assert_other_tensors,
     assert_same_tensors,
@@ -15,6 +16,7 @@ from common import (
     make_model,
     make_optimizer,
     mask_loss,
+    passes_of,
     weights,
 )
 from lightning.pytorch import Callback
@@ -45,7 +47,7 @@ automatic = pytest.mark.parametrize("method", AUTOMATIC)
 # --- the same trajectory --------------------------------------------------------------------------
 
 
-@automatic
+@pytest.mark.parametrize("method", [*AUTOMATIC, *SIMILAR])
 def test_automatic_optimization_equals_a_loop_by_hand(method):
     module, windows = Automatic(method), windows_of(4)
     fit(module, [batch for (batch,) in windows])
@@ -54,7 +56,7 @@ def test_automatic_optimization_equals_a_loop_by_hand(method):
     assert_same_tensors(state_of(module.opt), state_of(opt))
     assert_other_tensors(weights(model), seen[0])
     assert_same_tensors(module.ended_at, weights(model))  # in the module's own on_train_end()
-    assert len(module.trained_at) == 4 * (2 if method in TWO_PASS else 1)
+    assert len(module.trained_at) == sum(passes_of(method, step) for step in range(4))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -176,10 +178,10 @@ def test_hooks_around_a_pass_run_once_a_pass(method):
 
     counting = type("Counts", (Callback,), {name: counter(name) for name in calls})
     fit(Automatic(method), make_batches(3), [counting()])
-    passes = 2 if method in TWO_PASS else 1
+    passes = sum(passes_of(method, step) for step in range(3))
     masks = 2 if method == "IRE" else 0  # every other step of three
     backward = {"on_before_backward": masks, "on_after_backward": masks}
-    assert calls == {name: 3 * (passes if name in HOOKS else 1) + backward.get(name, 0) for name in calls}
+    assert calls == {name: (passes if name in HOOKS else 3) + backward.get(name, 0) for name in calls}
 
 
 # --- accumulation ---------------------------------------------------------------------------------

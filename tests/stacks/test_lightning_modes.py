@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 from common import (
-    METHODS,
     TWO_PASS,
+    USED_FURTHER,
     assert_same_tensors,
     clean_weights,
     loss_of,
@@ -20,13 +20,11 @@ from common import (
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, MixedPrecision
-from lightning_common import Automatic, Manual, by_hand, fit, loader, make_trainer, windows_of
+from lightning_common import EXPLICIT, Automatic, Manual, by_hand, fit, loader, make_trainer, windows_of
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 import flatkern
 from flatkern.integrations.lightning import FlatkernCallback
-
-NOT_ROLLING = [name for name in METHODS if name not in ("rolling RWP", "IRE", "mSAM")]
 
 # --- averages of weights --------------------------------------------------------------------------
 
@@ -171,7 +169,7 @@ def test_a_mask_that_overflows_drops_no_gradient(method):
     assert_same_tensors(*trained)
 
 
-@pytest.mark.parametrize("method", NOT_ROLLING)
+@pytest.mark.parametrize("method", EXPLICIT)
 def test_refuses_half_precision_by_automatic_optimization(method):
     module = Automatic(method)
     before = weights(module.net)
@@ -181,7 +179,7 @@ def test_refuses_half_precision_by_automatic_optimization(method):
     assert not module.trained_at
 
 
-@pytest.mark.parametrize("method", NOT_ROLLING)
+@pytest.mark.parametrize("method", EXPLICIT)
 def test_refuses_deepspeed_which_hands_no_closure_on(method):
     """Its precision plugin is asked, for DeepSpeed itself needs a GPU."""
     module = Automatic(method)
@@ -282,7 +280,7 @@ def test_refuses_two_clippings():
     assert not module.trained_at
 
 
-@pytest.mark.parametrize("method", ["m-RWP", "m-ARWP"])
+@pytest.mark.parametrize("method", ["m-RWP", "m-ARWP", *USED_FURTHER])
 def test_warns_of_clipping_that_is_not_of_the_step(method):
     with pytest.warns(UserWarning, match=r"gradient_clip_val=0.5 clips the gradient of each pass.*max_grad_norm=0.5"):
         fit(Automatic(method), make_batches(2), gradient_clip_val=0.5)
@@ -298,7 +296,7 @@ class Clips(Automatic):
         self.clip_gradients(optimizer, gradient_clip_val=0.3, gradient_clip_algorithm="norm")
 
 
-@pytest.mark.parametrize("method", ["m-RWP", "m-ARWP"])
+@pytest.mark.parametrize("method", ["m-RWP", "m-ARWP", "GSAM"])
 def test_warns_of_a_hook_that_may_clip_each_pass(method):
     with pytest.warns(UserWarning, match=r"configure_gradient_clipping\(\) of Clips.*each pass.*pass max_grad_norm"):
         fit(Clips(method), make_batches(1))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from common import (
-    METHODS,
+    EVERY,
     assert_other_tensors,
     assert_same_state,
     assert_same_tensors,
@@ -25,7 +25,7 @@ from skorch.callbacks import Callback, Checkpoint
 import flatkern
 from flatkern.integrations.skorch import FollowCallback
 
-CLOSURES = ["RWP", "rolling RWP", "m-RWP", "ARWP", "SAM", "ASAM", "m-ARWP"]
+CLOSURES = ["RWP", "rolling RWP", "m-RWP", "ARWP", "SAM", "ASAM", "m-ARWP", "LookSAM", "rolling Momentum-SAM"]
 every_method = pytest.mark.parametrize("method", CLOSURES)
 
 
@@ -35,8 +35,8 @@ def data(count=4):
 
 
 def make_net(method, lr=0.05, epochs=2, callbacks=(), **more):
-    follow = [("follow", FollowCallback())] if method in ("rolling RWP", "ASAM") else []
-    own = {f"optimizer__{key}": value for key, value in METHODS[method].make().items()}
+    follow = [("follow", FollowCallback())] if method == "ASAM" or method.startswith("rolling") else []
+    own = {f"optimizer__{key}": value for key, value in EVERY[method].make().items()}
     options = {
         "module": make_model,
         "optimizer": flatkern.AdamW,
@@ -52,7 +52,7 @@ def make_net(method, lr=0.05, epochs=2, callbacks=(), **more):
     return NeuralNetClassifier(**{**options, **own, **more})
 
 
-@every_method
+@pytest.mark.parametrize("method", [*CLOSURES, "GSAM", "SAM at intervals", "Momentum-SAM"])
 def test_fit_equals_a_loop_by_hand(method):
     net = make_net(method).fit(*data())
     model = make_model()
@@ -100,7 +100,7 @@ def test_checkpoints_hold_clean_weights(method, tmp_path):
     seen = CleanAfterEpoch()
     saved = Checkpoint(monitor=None, dirname=str(tmp_path), f_pickle="net.pkl")
     net = make_net(method, callbacks=[("seen", seen), ("saved", saved)]).fit(*data())
-    assert seen.perturbed_ is (method == "rolling RWP")
+    assert seen.perturbed_ is method.startswith("rolling")
     assert_same_tensors(torch.load(tmp_path / "params.pt"), seen.clean_)
     with open(tmp_path / "net.pkl", "rb") as file:
         assert_same_tensors(weights(pickle.load(file).module_), seen.clean_)

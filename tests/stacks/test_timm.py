@@ -22,6 +22,9 @@ METHODS = {
     "SAM": "sam",
     "ASAM": "asam",
     "IRE": "ire",
+    "GSAM": "gsam",
+    "LookSAM": "looksam",
+    "rolling Momentum-SAM": "momentumsam",
 }
 every_method = pytest.mark.parametrize("method", METHODS)
 
@@ -46,9 +49,9 @@ def make_batches(count):
 
 
 def make_optimizer(method, model, base="adamw", **keywords):
-    own = {"kappa": 1.0, "interval": 2} if method == "IRE" else {}
+    own = {"IRE": {"kappa": 1.0, "interval": 2}, "LookSAM": {"k": 2}}.get(method, {})
     opt = create_optimizer_v2(model, METHODS[method] + base, **{"lr": 0.01, "weight_decay": 0.05, **own, **keywords})
-    if method == "rolling RWP":
+    if opt.rolling:
         opt.follow(model)
     if method == "ASAM":
         opt.name_parameters(model)
@@ -64,7 +67,7 @@ def train(method, model, opt, batches, start=0, scaler=None, averages=()):
             flatkern.sampled_label_loss(model(x), generator=generator).backward()
             opt.update_mask()
         loss = cross_entropy(model(x), y)
-        if method in ("SAM", "ASAM", "m-RWP", "m-ARWP"):
+        if method not in ("IRE", "plain") and not opt.rolling and opt.perturb_due:
             backward(loss, opt, scaler, need_update=False)
             opt.perturb(scaler=None if scaler is None else scaler._scaler)
             with flatkern.frozen_running_stats(model):
@@ -85,7 +88,7 @@ def backward(loss, opt, scaler, need_update):
 
 
 def test_the_registry_has_every_method_on_every_base(names):
-    assert len(names) == 28
+    assert len(names) == 44
     assert set(names) <= set(list_optimizers())
     assert register() == names
 
@@ -102,6 +105,14 @@ def test_values_go_to_the_method_and_to_the_optimizer():
     opt = create_optimizer_v2(make_model(), "samadamw", lr=0.1, rho=0.2, kappa=2.0, betas=(0.8, 0.9))
     assert opt.method == flatkern.SAM(rho=0.2) and opt.enhancement == flatkern.IRE(kappa=2.0)
     assert opt.param_groups[0]["betas"] == (0.8, 0.9)
+
+
+def test_values_that_two_have_go_to_the_method_by_their_names_in_the_groups():
+    opt = create_optimizer_v2(make_model(), "friendlysamsgd", lr=0.1, momentum=0.8, perturb_momentum=0.7, sigma=0.5)
+    assert opt.method == flatkern.FriendlySAM(sigma=0.5, momentum=0.7)
+    assert opt.param_groups[0]["momentum"] == 0.8
+    opt = create_optimizer_v2(make_model(), "samadamw", lr=0.1, kappa=2.0, interval=3, perturb_interval=5)
+    assert opt.method == flatkern.SAM(interval=5) and opt.enhancement == flatkern.IRE(kappa=2.0, interval=3)
 
 
 def test_other_optimizers_of_timm_are_wrapped():

@@ -29,7 +29,7 @@ STEPS, LIMIT = 4, 0.25
 TEXTS = Texts(5 * ROWS - 1)
 
 
-@with_accumulation(all_of=["SAM", "m-RWP", "IRE"])
+@with_accumulation(all_of=["SAM", "m-RWP", "IRE", "LookSAM", "Momentum-SAM"])
 def test_a_training_equals_a_loop_by_hand(method, accumulation, tmp_path):
     """With dropout, with clipping, of the final gradient, and with steps of fewer micro-batches at an epoch's end."""
     model, start = make_gpt(), weights(make_gpt())

@@ -21,24 +21,31 @@ from transformers_common import (
     with_accumulation,
 )
 
+from flatkern.integrations.transformers import FlatkernTrainer
+
 STEPS = 3
+
+
+def as_torchrun_sets_it():
+    """The process group is there already."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
 
 
 def train_on_two_ranks(method, accumulation, folder):
     """By the Trainer, and by hand, on this rank's batches; returns the weights of both."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    # What torchrun sets; the process group is there already.
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    as_torchrun_sets_it()
     texts = Texts(STEPS * accumulation * ROWS * world)
     args = arguments(folder, max_steps=STEPS, gradient_accumulation_steps=accumulation, max_grad_norm=0.25)
     trainer = train(method, make_gpt(), args, texts, **kind_of(method))
     assert isinstance(trainer.model_wrapped, DistributedDataParallel)
 
     by_hand = DistributedDataParallel(make_gpt())
-    opt = make_optimizer(method, by_hand, max_grad_norm=None if method == "rolling RWP" else 0.25)
+    opt = make_optimizer(method, by_hand, max_grad_norm=None if method.startswith("rolling") else 0.25)
     own = batches_of(texts)[rank::world]
     windows = [own[k : k + accumulation] for k in range(0, len(own), accumulation)]
-    if method == "rolling RWP":
+    if method.startswith("rolling"):
         opt.register_step_pre_hook(lambda *_: torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 0.25) and None)
     train_by_hand(method, by_hand, opt, windows)
     return weights(trainer.model), weights(by_hand.module)
@@ -49,6 +56,34 @@ def test_two_ranks_equal_a_loop_by_hand_and_one_another(method, accumulation, tw
     (first, by_hand), (second, _) = two.call(train_on_two_ranks, method, accumulation, tmp_path)
     assert_same_tensors(first, second)
     assert_same_tensors(first, by_hand)
+
+
+class OverflowsOnOneRank(FlatkernTrainer):
+    """In the first pass of the second step."""
+
+    passes = 0
+
+    def compute_loss(self, *args, **kwargs):
+        self.passes += 1
+        overflows = self.passes == 3 and dist.get_rank() == 1
+        return super().compute_loss(*args, **kwargs) * (float("inf") if overflows else 1.0)
+
+
+def overflow_on_one_rank(method, folder):
+    as_torchrun_sets_it()
+    args = arguments(folder, max_steps=STEPS)
+    trainer = make_trainer(method, make_gpt(), args, Texts(STEPS * ROWS * 2), kind=OverflowsOnOneRank)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    trainer.train()
+    return weights(trainer.model), int(trainer.flat.skipped_steps), trainer.accelerator.scaler.get_scale()
+
+
+@pytest.mark.parametrize("method", ["SAM", "GSAM"])
+def test_two_ranks_skip_an_overflow_together(method, two, tmp_path):
+    """SAM's ranks ascend along gradients of their own."""
+    (first, *seen), (second, *others) = two.call(overflow_on_one_rank, method, tmp_path)
+    assert seen == others == [1, 2.0**3]
+    assert_same_tensors(first, second)
 
 
 @pytest.mark.parametrize("method", ["rolling RWP", "SAM", "m-RWP"])

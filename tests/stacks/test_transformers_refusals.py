@@ -158,7 +158,7 @@ def test_the_logged_norm_is_that_of_the_final_gradient(method, limit, tmp_path):
     assert args.max_grad_norm == given and trainer.flat.max_grad_norm == own  # as before
 
 
-@pytest.mark.parametrize("method", ["m-RWP", "SAM"])
+@pytest.mark.parametrize("method", ["m-RWP", "SAM", "GSAM"])
 def test_without_a_limit_the_norm_of_half_a_gradient_is_not_logged(method, tmp_path):
     args = arguments(tmp_path, logging_strategy="steps", logging_steps=1, max_grad_norm=0.0)
     history = train(method, make_gpt(), args, TEXTS).state.log_history
@@ -204,13 +204,13 @@ def test_clipping_twice_is_warned_of(tmp_path):
 # --- refusals -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["RWP", "IRE", *TWO_PASS])
+@pytest.mark.parametrize("method", ["RWP", "Momentum-SAM", "IRE", *TWO_PASS])
 def test_a_plain_Trainer_refuses_what_needs_more_than_step(method, tmp_path):
     model = make_gpt()
     trainer = plain_trainer(make_optimizer(method, model), model, tmp_path)
     with pytest.raises(RuntimeError, match=r"needs more than the optimizer.step\(\).*FlatkernTrainer") as refusal:
         trainer.train()
-    assert ("rolling=True" in str(refusal.value)) is (method not in ("IRE", "SAM", "ASAM", "mSAM"))
+    assert ("rolling=True" in str(refusal.value)) is (method in ("RWP", "m-RWP", "m-ARWP", "Momentum-SAM"))
     assert_same_tensors(weights(model), weights(make_gpt()))
 
 
@@ -272,7 +272,7 @@ def test_refuses_sharding_that_hides_the_gradients_of_a_pass(method, tmp_path, m
         trainer.current_gradient_accumulation_steps = 1  # which a Trainer sets before the first step
         trainer.training_step(trainer.model, batch)
     else:
-        with pytest.raises(RuntimeError, match=r"distributed by FSDP.*use DDP, or perturb=flatkern.RWP"):
+        with pytest.raises(RuntimeError, match=r"distributed by FSDP.*use DDP, or flatkern.RWP\(rolling=True\) or Mom"):
             trainer.training_step(trainer.model, batch)
         assert all(p.grad is None for p in trainer.model.parameters())
 

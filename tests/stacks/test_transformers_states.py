@@ -109,7 +109,7 @@ def test_evaluations_and_saves_inside_of_a_step_see_clean_weights(method, tmp_pa
 @pytest.mark.parametrize("method", METHODS)
 def test_resume_is_bit_identical(method, tmp_path):
     """From a checkpoint inside an epoch, with dropout, a learning rate and a value of the method that change."""
-    key = {"IRE": "kappa"}.get(method, "rho" if METHODS[method].loop == "ascent" else "sigma")
+    key = {"IRE": "kappa"}.get(method, "sigma" if "RWP" in method else "rho")
 
     def trainer(folder):
         more = kind_of(method)

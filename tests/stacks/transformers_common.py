@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import torch
-from common import METHODS, weights
+from common import EVERY, USED_FURTHER, loop_of, summed, weights
 from torch.utils.data import Dataset
 from transformers import (
     BertConfig,
@@ -84,9 +84,9 @@ def arguments(folder, kind=TrainingArguments, **more):
 
 
 def make_optimizer(method, model, lr=0.02, own=None, **more):
-    """AdamW with a method of METHODS whose rounds are summed, as the Trainer's losses need it."""
-    summed = {} if METHODS[method].loop == "plain" else {"rounds": "sum"}
-    keywords = METHODS[method].make(**{**summed, **(own or {})})
+    """AdamW with a method of EVERY whose rounds are summed, as the Trainer's losses need it."""
+    rounds = {} if EVERY[method].loop == "plain" else summed(method)
+    keywords = EVERY[method].make(**{**rounds, **(own or {})})
     params = [p for p in model.parameters() if p.requires_grad]
     return flatkern.AdamW(params, lr=lr, **{**keywords, **more})
 
@@ -100,14 +100,14 @@ class SeedSteps(TrainerCallback):
 
 def kind_of(method):
     """A plain Trainer with the callback where that is enough."""
-    if method == "rolling RWP":
+    if method.startswith("rolling"):
         return {"kind": Trainer, "callbacks": [FlatkernCallback()]}
     return {"kind": FlatkernTrainer}
 
 
 def with_accumulation(all_of):
     """Methods and accumulations: 1, 2 and 3 for `all_of`, 2 for the others."""
-    pairs = [(method, n) for method in METHODS for n in ((1, 2, 3) if method in all_of else (2,))]
+    pairs = [(method, n) for method in EVERY for n in ((1, 2, 3) if method in all_of else (2,))]
     return pytest.mark.parametrize("method, accumulation", pairs)
 
 
@@ -173,7 +173,7 @@ def step_by_hand(method, model, opt, window):
             logits = model(**window[0]).logits[:, :-1][window[0]["labels"][:, 1:] != -100]
             flatkern.sampled_label_loss(logits).backward()
             opt.update_mask()
-    loop, n = METHODS[method].loop, len(window)
+    loop, n = loop_of(method, opt), len(window)
     items = [sum((batch["labels"] != -100).sum() for batch in window)] * n
     if loop == "mixed" and n == 1:
         window = halves_of(*window)
@@ -189,7 +189,7 @@ def step_by_hand(method, model, opt, window):
         if loop == "mixed" and k == clean:
             opt.perturb()
         last = k == n - 1 or (loop == "mixed" and k == clean - 1)
-        backward(model, batch, items[k], averaged=last and loop != "ascent")
+        backward(model, batch, items[k], averaged=method in USED_FURTHER if loop == "ascent" else last)
         if loop == "ascent":
             opt.perturb()
             backward(model, batch, items[k], averaged=last)

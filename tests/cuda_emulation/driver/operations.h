@@ -7,6 +7,9 @@
 
 namespace driver {
 
+// State has the dtype of the clean weights.
+inline Table state(Tensors& t) { return t.has("masters") ? t.float32s() : t.weights(0.1f, 1.0f); }
+
 inline void fill(FillNormal& a, Tensors& t) {
   a.outs = t.weights();
   a.noise = t.integers(3, 5);
@@ -23,15 +26,22 @@ inline void fill(AscentNorm& a, Tensors& t) {
   a.grads = t.weights();
   if (t.has("masters")) a.params = t.float32s();
   if (t.has("backups")) a.params = t.weights();
-  a.eta = t.numbers(a.params ? 0.01 : -1.0);
+  if (t.has("noise")) a.means = state(t);
+  a.eta = t.numbers(a.params ? 0.01 : -1.0), a.sigma = t.numbers(0.5);
 }
 
 inline void fill(GradientNorm& a, Tensors& t) {
   a.norm = t.scalar(0);
   a.grads = t.weights();
   if (t.has("clean_grads")) a.clean_grads = t.weights();
-  if (t.has("scalars")) a.grad_scale = t.scalar(0.5f);
+  if (t.has("scalars")) a.component = t.float32s_of(2, 0.5f), a.grad_scale = t.scalar(0.5f);
   a.grad_weight = t.numbers(0.7), a.clean_weight = t.numbers(0.3);
+}
+
+inline void fill(GradientProducts& a, Tensors& t) {
+  a.products = t.float64s_of(3, 0);
+  a.grads = t.weights();
+  a.clean_grads = t.weights();
 }
 
 inline void fill(PerturbGaussian& a, Tensors& t) {
@@ -52,7 +62,9 @@ inline void fill(PerturbAscent& a, Tensors& t) {
   if (t.has("masters")) a.masters = t.float32s();
   a.grads = t.weights();
   a.norm = t.scalar(2);
+  if (t.has("noise")) a.means = state(t), a.new_means = state(t);
   a.rho = t.numbers(0.05), a.eta = t.numbers(t.has("norms") ? -1.0 : 0.01);
+  a.sigma = t.numbers(0.5), a.momentum = t.numbers(0.9);
 }
 
 inline void fill(Restore& a, Tensors& t) {
@@ -64,7 +76,11 @@ inline void fill(MixGradients& a, Tensors& t) {
   a.grads = t.weights();
   if (t.has("history")) a.history = t.of_filters(true);
   if (t.has("clean_grads")) a.clean_grads = t.weights();
-  if (t.has("scalars")) a.grad_scale = t.scalar(0.5f), a.clip = t.scalar(0.9f);
+  if (t.has("masters")) a.outs = t.weights();
+  if (t.has("scalars")) {
+    a.component = t.float32s_of(2, 0.5f);
+    a.grad_scale = t.scalar(0.5f), a.clip = t.scalar(0.9f), a.found_inf = t.scalar(0);
+  }
   a.grad_weight = t.numbers(0.7), a.clean_weight = t.numbers(0.3), a.beta = t.numbers(0.9);
 }
 
@@ -80,15 +96,13 @@ inline void fill_update(Update& a, Tensors& t) {
   if (t.has("scalars")) {
     a.lrs = t.float64s(0.1);
     if (t.has("noise")) a.sigmas = t.float64s(0.1);
+    if (t.has("clean_grads")) a.component = t.float32s_of(2, 0.5f);
     a.grad_scale = t.scalar(0.5f), a.clip = t.scalar(0.9f), a.found_inf = t.scalar(0);
   }
   a.grad_weight = t.numbers(0.7), a.clean_weight = t.numbers(0.3), a.kappa = t.numbers(1.0), a.beta = t.numbers(0.9);
   a.sigma = t.numbers(0.1), a.eta = t.numbers(0.1);
   a.index = t.index(), a.offset = t.offset();
 }
-
-// State has the dtype of the clean weights.
-inline Table state(Tensors& t) { return t.has("masters") ? t.float32s() : t.weights(0.1f, 1.0f); }
 
 inline void fill(SgdUpdate& a, Tensors& t) {
   fill_update(a, t);

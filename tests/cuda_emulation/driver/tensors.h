@@ -62,7 +62,9 @@ class Tensors {
 
   // One tensor.
   Table scalar(float x) { return one({}, DType::kFloat32, x); }
-  Table float64s(double x) { return one({count()}, DType::kFloat64, static_cast<float>(x)); }
+  Table float32s_of(int64_t length, float x) { return one({length}, DType::kFloat32, x); }
+  Table float64s_of(int64_t length, double x) { return one({length}, DType::kFloat64, static_cast<float>(x)); }
+  Table float64s(double x) { return float64s_of(count(), x); }
   Table integers(int64_t length, float x) { return one({length}, DType::kInt64, x); }
 
   Floats numbers(double x) const {
