@@ -39,16 +39,6 @@ constexpr int blocks_here(int wanted, [[maybe_unused]] bool large) {
 #endif
 }
 
-// How many blocks of a kernel shall share a multiprocessor at least; 0, no matter, where it holds 1,536 threads, for
-// which the number was not chosen.
-constexpr int blocks_at_least(int wanted) {
-#if defined(__CUDA_ARCH__) && ((__CUDA_ARCH__ > 800 && __CUDA_ARCH__ < 900) || __CUDA_ARCH__ >= 1100)
-  return 0 * wanted;
-#else
-  return wanted;
-#endif
-}
-
 // float16 and bfloat16 as they lie in memory. Two of them are a word, the first one low; rounded to nearest even.
 struct Half {
   uint16_t bits;

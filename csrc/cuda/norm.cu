@@ -271,7 +271,7 @@ FK_DEVICE double sum_gradient(const Args& a, const Tile& t) {
 
 // Six blocks, where ptxas would take the registers of five for sm_100; the kernel of any type needs more for sm_80.
 template <class T, class Args>
-__global__ void __launch_bounds__(kShortThreads, std::is_same_v<T, AnyFloat> ? 0 : blocks_at_least(6))
+__global__ void __launch_bounds__(kShortThreads, std::is_same_v<T, AnyFloat> ? 0 : 6)
     gradient_norm_kernel(FK_PARAM(Args) a) {
   FK_SHARED(TotalRoom<1>, room);
   total_norm(a.total, a.norm, room, [&](const Tile& t) {
