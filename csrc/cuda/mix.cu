@@ -53,7 +53,7 @@ FK_DEVICE void mix_tile(const Args& a, const Tile& t) {
 
 // Eight blocks, where ptxas would take one register more than they leave for sm_90.
 template <class T, class Args>
-__global__ void __launch_bounds__(kShortThreads, std::is_same_v<T, AnyFloat> ? 0 : 8) mix_kernel(FK_PARAM(Args) a) {
+__global__ void __launch_bounds__(kShortThreads, std::is_same_v<T, AnyFloat> ? 0 : 6) mix_kernel(FK_PARAM(Args) a) {
   if (a.skips()) return;
   const Tile& t = a.tiles[blockIdx.x];
   if ((t.flags & kWhole) != 0) {

@@ -130,7 +130,7 @@ struct WithMean {
 
 template <class Own, size_t kBytes>
 struct AscentArguments {
-  static constexpr bool kHasMeans = std::is_same_v<Own, WithMean>;
+  [[maybe_unused]] static constexpr bool kHasMeans = std::is_same_v<Own, WithMean>;
   static constexpr int kTensors =
       (kBytes - sizeof(Totals) - sizeof(float*)) / (2 * sizeof(void*) + sizeof(float) + sizeof(Own)) - 1;
   Totals total;
