@@ -130,7 +130,7 @@ struct WithMean {
 
 template <class Own, size_t kBytes>
 struct AscentArguments {
-  [[maybe_unused]] static constexpr bool kHasMeans = std::is_same_v<Own, WithMean>;
+  enum : bool { kHasMeans = std::is_same_v<Own, WithMean> };  // a constant that nobody warns of where it is not read
   static constexpr int kTensors =
       (kBytes - sizeof(Totals) - sizeof(float*)) / (2 * sizeof(void*) + sizeof(float) + sizeof(Own)) - 1;
   Totals total;
