@@ -18,10 +18,8 @@ from .external_writes import REPEATABLE
 from .groups import Group
 from .scalars import Read, last_draw
 
-SCALE: Callable[[Group], str] = itemgetter(
-    "scale"
-)  # what sigma of a group is relative to; "absolute": to nothing, and no norm is needed
-
+# What sigma of a group is relative to; "absolute": to nothing, and no norm is needed.
+SCALE: Callable[[Group], str] = itemgetter("scale")
 
 NUMBERS: dict[str, Callable[[Group], Any]] = {
     "sigma": lambda group: float(group["sigma"]),

@@ -10,13 +10,12 @@ from torch import Tensor
 from .. import dtensor
 from ..methods import FriendlySAM
 from ..tables import same_layout
-from .amp import Amp, check_can_unscale
+from .amp import Amp
 from .buckets import Bucket
 from .cycle import Cycle
-from .errors import refuse_scaled_ascent
 from .gradients import Final, Grads
 from .groups import Group
-from .sam import AscentPerturbation, Numbers
+from .sam import Numbers, UnscaledAscent
 from .traffic import Sizes, Traffic
 
 MEAN = {
@@ -25,7 +24,7 @@ MEAN = {
 }
 
 
-class FriendlyAscent(AscentPerturbation):
+class FriendlyAscent(UnscaledAscent):
     """SAM along d = a - sigma m; then m <- momentum m + (1 - momentum) a.
 
     New means are written beside the old ones, and take their place when the ascent has succeeded: an ascent that fails,
@@ -33,7 +32,6 @@ class FriendlyAscent(AscentPerturbation):
     """
 
     state_key = "ascent_mean"
-    uses_ascent_gradient = True
 
     def __init__(self, method: FriendlySAM) -> None:
         super().__init__(method)
@@ -56,17 +54,9 @@ class FriendlyAscent(AscentPerturbation):
                 "and a CUDA graph knows one address; pass capturable=False"
             )
 
-    def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
-        super().check(cycle, params, new, scaler)
-        if scaler is not None:
-            check_can_unscale(scaler, params, f"{self.name} needs; keep float32 weights under torch.autocast")
-
     def move(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
         self._renewed, self._first = {}, set()
-        flags: list[Tensor] = []
-        if scaler is not None:
-            cycle.unscaled.scaler = scaler
-            flags = cycle.unscaled.unscale(cycle.groups.listed())  # means are of unscaled gradients
+        flags = self.unscale(cycle, scaler)  # means are of unscaled gradients
         super().move(cycle, params, new, None)
         cycle.skip_if(flags)
         self._ascents += 1
@@ -146,11 +136,6 @@ class FriendlyAscent(AscentPerturbation):
 
     def final(self, cycle: Cycle, params: list[Tensor], grads: Grads, amp: Amp) -> Final | None:
         final = super().final(cycle, params, grads, amp)
-        if (
-            final is not None
-            and final.at_perturbed_weights
-            and amp.found_inf is not None
-            and not cycle.unscaled.is_done
-        ):
-            refuse_scaled_ascent(self.name)
+        if final is not None and final.at_perturbed_weights:
+            self.check_unscaled(cycle, amp)
         return final

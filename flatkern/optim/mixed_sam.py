@@ -9,31 +9,22 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..values import NOT_NEGATIVE, Range
-from .amp import Amp, check_can_unscale
+from .amp import Amp
 from .cycle import Cycle
-from .errors import refuse_scaled_ascent
 from .gradients import Final, Grads, gradients_of, resolved
 from .groups import Group
-from .perturbation import Weights
-from .sam import AscentPerturbation
+from .perturbation import MIXED_BY_LAM, Weights
+from .sam import UnscaledAscent
 from .traffic import Sizes, Traffic
 
 
-class ClimbedGradients(AscentPerturbation):
+class ClimbedGradients(UnscaledAscent):
     """SAM that keeps the gradient which it ascends along. Several rounds keep the sum."""
 
     mixes = True
-    uses_ascent_gradient = True
-
-    def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
-        super().check(cycle, params, new, scaler)
-        if scaler is not None:
-            check_can_unscale(scaler, params, f"{self.name} needs; keep float32 weights under torch.autocast")
 
     def keep_ascent(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
-        if scaler is not None:
-            cycle.unscaled.scaler = scaler
-            cycle.skip_if(cycle.unscaled.unscale(cycle.groups.listed()))
+        cycle.skip_if(self.unscale(cycle, scaler))
         cycle.gradients.ascent = cycle.gradients.take(params, gradients_of(params))
 
     def end_round(self, cycle: Cycle, params: list[Tensor], counted: bool) -> None:
@@ -55,8 +46,7 @@ class ClimbedGradients(AscentPerturbation):
         final = super().final(cycle, params, grads, amp)
         if final is None or not final.at_perturbed_weights or not self.needs_clean(cycle.groups.listed()):
             return final
-        if amp.found_inf is not None and not cycle.unscaled.is_done:
-            refuse_scaled_ascent(self.name)
+        self.check_unscaled(cycle, amp)
         ledger = cycle.gradients
         counted = cycle.weights.partition is not None and ledger.has_new_since_perturb(params)
         pairs = zip(params, resolved(ledger.ascents_with(counted)), strict=True)
@@ -69,10 +59,7 @@ class MixedAscent(ClimbedGradients):
 
     mixes_by_lam = True
     ranges: ClassVar[Mapping[str, Range]] = {"lam": NOT_NEGATIVE}
-    weights: ClassVar[Weights] = {
-        "grad_weight": lambda group: float(group["lam"]),
-        "clean_weight": lambda group: 1.0 - float(group["lam"]),
-    }
+    weights: ClassVar[Weights] = MIXED_BY_LAM
 
     def needs_clean(self, groups: list[Group]) -> bool:
         return any([group["lam"] != 1 for group in groups])

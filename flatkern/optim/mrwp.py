@@ -16,7 +16,7 @@ from .cycle import Cycle
 from .errors import refuse_lost_sum
 from .gradients import Final, Grads, gradients_of, resolved
 from .groups import Group
-from .perturbation import NoPerturbation, Weights, with_earlier_rounds
+from .perturbation import MIXED_BY_LAM, NoPerturbation, Weights, with_earlier_rounds
 from .rwp import RandomPerturbation
 from .traffic import Sizes, Traffic
 
@@ -31,10 +31,7 @@ class MixedPerturbation(RandomPerturbation):
     starts_perturbed = False
     has_clean_pass = True
     mixes = True
-    weights: ClassVar[Weights] = {
-        "grad_weight": lambda group: float(group["lam"]),
-        "clean_weight": lambda group: 1.0 - float(group["lam"]),
-    }
+    weights: ClassVar[Weights] = MIXED_BY_LAM
 
     def traffic(self, group: Group, sizes: Sizes) -> Traffic:
         return super().traffic(group, sizes).plus(sizes.item, scratch=sizes.item)

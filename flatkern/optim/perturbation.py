@@ -17,6 +17,10 @@ from .groups import Group
 from .traffic import Sizes, Traffic
 
 Weights = Mapping[str, Callable[[Group], float]]  # "grad_weight", "clean_weight"
+MIXED_BY_LAM: Weights = {
+    "grad_weight": lambda group: float(group["lam"]),
+    "clean_weight": lambda group: 1.0 - float(group["lam"]),
+}
 
 
 class NoPerturbation:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..methods import GSAM, SAM, FriendlySAM, LookSAM
 from ..values import check_flag, check_positive
-from .amp import record
+from .amp import Amp, check_can_unscale, record
 from .buckets import Bucket, Call, CleanStore, Partition, global_norm
 from .cycle import Cycle
-from .errors import warn_rounded_away, warn_unnamed
+from .errors import refuse_scaled_ascent, warn_rounded_away, warn_unnamed
 from .gradients import gradients_of
 from .groups import Group, common_value
 from .names import names_of
@@ -184,6 +184,32 @@ class AscentPerturbation(NoPerturbation):
     def means(self, cycle: Cycle, bucket: Bucket) -> tuple[Tensors, Tensors, Numbers] | tuple[()]:
         """Means of earlier gradients, what they become, and the numbers that go with them."""
         return ()
+
+
+class UnscaledAscent(AscentPerturbation):
+    """SAM whose ascent's gradient goes into the update or a state, so that perturb(scaler) unscales it."""
+
+    uses_ascent_gradient = True
+
+    def check(self, cycle: Cycle, params: list[Tensor], new: bool, scaler: Any) -> None:
+        super().check(cycle, params, new, scaler)
+        if scaler is not None:
+            check_can_unscale(scaler, params, f"{self.name} needs; keep float32 weights under torch.autocast")
+
+    def unscale(self, cycle: Cycle, scaler: Any) -> list[Tensor]:
+        """The scaler's flags of inf or nan; none without a scaler."""
+        if scaler is None:
+            return []
+        cycle.unscaled.scaler = scaler
+        return cycle.unscaled.unscale(cycle.groups.listed())
+
+    def check_unscaled(self, cycle: Cycle, amp: Amp) -> None:
+        """
+        Raises:
+            RuntimeError: the step is scaled, and perturb() was not given the scaler.
+        """
+        if amp.found_inf is not None and not cycle.unscaled.is_done:
+            refuse_scaled_ascent(self.name)
 
 
 class Climb(NamedTuple):
