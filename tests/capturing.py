@@ -169,6 +169,10 @@ TRAINED = {
     "m-RWP": flatkern.RWP(0.02, lam=0.5),
     "SAM": flatkern.SAM(0.05),
     "ASAM": flatkern.ASAM(0.5),
+    "GSAM": flatkern.GSAM(0.05, alpha=0.4),
+    "Friendly-SAM": flatkern.FriendlySAM(0.05),
+    "LookSAM": flatkern.LookSAM(0.05, k=3),
+    "Momentum-SAM, rolling": flatkern.MomentumSAM(0.3, rolling=True),
 }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import dtensor
 from ..methods import FriendlySAM
 from ..tables import same_layout
-from .amp import Amp
+from .amp import Amp, known_set
 from .buckets import Bucket
 from .cycle import Cycle
 from .gradients import Final, Grads
@@ -61,9 +61,8 @@ class FriendlyAscent(UnscaledAscent):
         cycle.skip_if(flags)
         self._ascents += 1
         self._exchange(cycle)
-        # The first mean is the first gradient, whatever the momentum. For a GPU the host does not wait to know.
-        flag = cycle.nonfinite
-        if self._first and flag is not None and flag.is_cpu and bool(flag):
+        # The first mean is the first gradient, whatever the momentum.
+        if self._first and cycle.nonfinite is not None and known_set([cycle.nonfinite]):
             self.forget_round(cycle)
 
     def means(self, cycle: Cycle, bucket: Bucket) -> tuple[list[Tensor] | None, list[Tensor] | None, Numbers]:

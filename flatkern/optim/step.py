@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import dtensor
 from ..checks import LayoutError
-from .amp import NO_AMP, Amp
+from .amp import NO_AMP, Amp, known_set
 from .buckets import IN_PLACE, Bucket, Call, CleanStore, Partition, SharedArguments, global_norm
 from .cycle import Cycle
 from .draw import SCALE, drawn_with, noise_call, perturbed_partition, relative, sigmas_on_device
@@ -302,8 +302,7 @@ class Step:
             cycle.count_skip(skips[0] if skips else None)
         perturbation = self.perturbation
         if self.mask.exists or perturbation.counts_steps or perturbation.has_interval:
-            # On a GPU the host does not wait to know.
-            skipped = not cycle.groups.setup.capturable and any([flag.is_cpu and bool(flag) for flag in skips])
+            skipped = not cycle.groups.setup.capturable and known_set(skips)
             if self.mask.exists:
                 self.mask.count_step(cycle, skipped)
             if perturbation.counts_steps:
