@@ -33,7 +33,7 @@ class Part:
 
 
 MIXED = "params grads"
-plain, two, sam = (call_floors(METHODS[name], "sgd", 4) for name in ("rwp", "m-rwp", "sam"))
+plain, two, sam, friendly = (call_floors(METHODS[name], "sgd", 4) for name in ("rwp", "m-rwp", "sam", "friendly"))
 COUNT = "count_magnitudes_"
 CALLS = {
     "perturb": [Part("perturb_gaussian_", two["perturb"], "backups")],
@@ -55,6 +55,12 @@ CALLS = {
     ],
     "sam": [Part("ascent_norm_", 4), Part("perturb_ascent_", sam["perturb"] - 4, "backups")],
     "asam": [Part("ascent_norm_", 8, "params"), Part("perturb_ascent_", sam["perturb"] - 4, "backups")],
+    "friendly-sam": [
+        Part("ascent_norm_", 8, "means"), Part("perturb_ascent_", friendly["perturb"] - 8, "backups means new_means"),
+    ],
+    "gsam, sgd": [
+        Part("gradient_products_", 8), Part("sgd_update_", two["step"], "momentum_buffers backups clean_grads component"),
+    ],
     "mask": [
         Part(COUNT, 4 / 64, sample=64), Part(COUNT, 4, digits=1), Part(COUNT, 4, digits=2),
         Part("pack_mask_", 4 + 1 / 8),
@@ -85,6 +91,10 @@ def arguments(part: Part, shapes: list[tuple[int, ...]]) -> dict[str, Any]:
             values[a.name] = torch.tensor(digits_of(threshold())[: part.digits], dtype=torch.int64)
         elif a.name == "counts":
             values[a.name] = torch.zeros(2 ** MAGNITUDE_DIGITS[part.digits] + 2, dtype=torch.int64)
+        elif a.name == "products":
+            values[a.name] = torch.zeros(3, dtype=torch.float64)
+        elif a.name == "component":
+            values[a.name] = torch.tensor([0.5, 0.25])
         elif a.name in ("norm", "threshold"):
             values[a.name] = torch.tensor(threshold())
         elif a.name == "masks":
