@@ -59,7 +59,8 @@ CALLS = {
         Part("ascent_norm_", 8, "means"), Part("perturb_ascent_", friendly["perturb"] - 8, "backups means new_means"),
     ],
     "gsam, sgd": [
-        Part("gradient_products_", 8), Part("sgd_update_", two["step"], "momentum_buffers backups clean_grads component"),
+        Part("gradient_products_", 8),
+        Part("sgd_update_", two["step"], "momentum_buffers backups clean_grads component"),
     ],
     "mask": [
         Part(COUNT, 4 / 64, sample=64), Part(COUNT, 4, digits=1), Part(COUNT, 4, digits=2),
