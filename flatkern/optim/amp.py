@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,16 +43,6 @@ class Amp:
 
 
 NO_AMP = Amp()
-
-
-def on_host(flag: Tensor) -> bool:
-    """True if the host can look at `flag` without waiting for a device."""
-    return flag.is_cpu
-
-
-def known_set(flags: Iterable[Tensor]) -> bool:
-    """True if a flag is set, as far as the host knows: for a GPU it does not wait."""
-    return any([on_host(flag) and bool(flag) for flag in flags])
 
 
 def amp_of(optimizer: Any) -> Amp:

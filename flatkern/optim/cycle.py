@@ -93,11 +93,15 @@ class Cycle:
             known = self.nonfinite
             self.nonfinite = flag if known is None else torch.maximum(known, flag.to(known.device))
 
-    def count_skip(self, flag: Tensor | None) -> None:
-        """Count this step as skipped where `flag` is nonzero, on the device."""
-        capturable = self.groups.setup.capturable
+    def count_skip(self, flags: list[Tensor]) -> bool:
+        """Count this step as skipped where the first of `flags` is nonzero, on the device; the others are its copies.
+
+        Returns:
+            True if the host knows that it is skipped.
+        """
+        capturable, flag = self.groups.setup.capturable, flags[0] if flags else None
         if flag is None and not (capturable and self.skipped_steps is None):
-            return  # a captured graph must find the counter: one that it creates is zero at every replay
+            return False  # a captured graph must find the counter: one that it creates is zero at every replay
         known = self.skipped_steps
         device = flag.device if flag is not None else self.groups.params()[0].device
         if known is None or known.device != device:
@@ -106,6 +110,7 @@ class Cycle:
             known = self.skipped_steps = new if known is None else new.copy_(known)
         if flag is not None:
             known.add_(flag != 0)
+        return not capturable and known_set(flags)
 
     def drop_ascent(self) -> None:
         """A round has no gradient, so whether its ascent was finite does not matter."""
@@ -119,3 +124,13 @@ class Cycle:
         if self.passes.is_counting:
             self.passes.forget()
         self.gradients.drop()
+
+
+def on_host(flag: Tensor) -> bool:
+    """True if the host can look at `flag` without waiting for a device."""
+    return flag.is_cpu
+
+
+def known_set(flags: list[Tensor]) -> bool:
+    """True if one of `flags` is nonzero, as far as the host knows: for a GPU it does not wait."""
+    return any([on_host(flag) and bool(flag) for flag in flags])

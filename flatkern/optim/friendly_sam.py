@@ -10,9 +10,9 @@ from torch import Tensor
 from .. import dtensor
 from ..methods import FriendlySAM
 from ..tables import same_layout
-from .amp import Amp, known_set
+from .amp import Amp
 from .buckets import Bucket
-from .cycle import Cycle
+from .cycle import Cycle, known_set
 from .gradients import Final, Grads
 from .groups import Group
 from .sam import Numbers, UnscaledAscent

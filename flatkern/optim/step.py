@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import dtensor
 from ..checks import LayoutError
-from .amp import NO_AMP, Amp, known_set
+from .amp import NO_AMP, Amp
 from .buckets import IN_PLACE, Bucket, Call, CleanStore, Partition, SharedArguments, global_norm
 from .cycle import Cycle
 from .draw import SCALE, drawn_with, noise_call, perturbed_partition, relative, sigmas_on_device
@@ -298,11 +298,9 @@ class Step:
         if not (partition.covers_perturbed or final.in_copies):
             perturbed_by += self._restore_params_without_gradient(partition.members, noise)
         skips = [s.found_inf for _, s, _ in work if s.found_inf is not None]
-        if skips or cycle.groups.setup.capturable:
-            cycle.count_skip(skips[0] if skips else None)
+        skipped = cycle.count_skip(skips) if skips or cycle.groups.setup.capturable else False
         perturbation = self.perturbation
         if self.mask.exists or perturbation.counts_steps or perturbation.has_interval:
-            skipped = not cycle.groups.setup.capturable and known_set(skips)
             if self.mask.exists:
                 self.mask.count_step(cycle, skipped)
             if perturbation.counts_steps:
