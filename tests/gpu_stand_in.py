@@ -13,7 +13,6 @@ from capturing import Tape, Watch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from flatkern import cuda, dispatch
-from flatkern.optim import cycle
 
 
 class Stream:
@@ -102,8 +101,7 @@ def installed(monkeypatch):
             set_sync_debug_mode=here.set_sync_debug_mode, mem_get_info=lambda device=None: (2**40, 2**40),
             empty_cache=lambda: None, is_initialized=lambda: True, is_current_stream_capturing=lambda: here.capturing,
         ),
-        cycle: dict(on_host=lambda flag: False),
-        torch.Tensor: dict(tolist=lambda t: here.tolist(t)),
+        torch.Tensor: dict(tolist=lambda t: here.tolist(t), is_cpu=property(lambda t: False)),
         launch.Call: dict(start=here.looking(launch.Call.start)),
         launch: dict(check=here.looking(launch.check)),
         devices: dict(

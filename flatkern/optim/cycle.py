@@ -126,11 +126,6 @@ class Cycle:
         self.gradients.drop()
 
 
-def on_host(flag: Tensor) -> bool:
-    """True if the host can look at `flag` without waiting for a device."""
-    return flag.is_cpu
-
-
 def known_set(flags: list[Tensor]) -> bool:
     """True if one of `flags` is nonzero, as far as the host knows: for a GPU it does not wait."""
-    return any([on_host(flag) and bool(flag) for flag in flags])
+    return any([flag.is_cpu and bool(flag) for flag in flags])
