@@ -53,7 +53,7 @@ class FollowLr:
     def __init__(self, low: float, high: float, lr_min: float, lr_max: float | None) -> None:
         self.low, self.high, self.lr_min, self.lr_max = low, high, lr_min, lr_max
         self.largest: list[float] = []  # learning rate so far of each group, in the order in which they were met
-        self._groups: list[Group] = []
+        self._met: list[Any] = []  # the first parameter of each
 
     def value(self, group: Group) -> float:
         """The value at the present learning rate of `group`."""
@@ -65,8 +65,10 @@ class FollowLr:
         return self.low + (self.high - self.low) * min(max(share, 0.0), 1.0)
 
     def _largest(self, group: Group, lr: float) -> float:
-        k = next((k for k, known in enumerate(self._groups) if known is group), len(self._groups))
-        self._groups += [group] if k == len(self._groups) else []
+        # Optimizers of torch's have other groups after load_state_dict(), and the same parameters.
+        first = next(iter(group.get("params", ())), group)
+        k = next((k for k, known in enumerate(self._met) if known is first), len(self._met))
+        self._met += [first] if k == len(self._met) else []
         self.largest += [self.lr_min] * (k + 1 - len(self.largest))
         self.largest[k] = max(self.largest[k], lr)
         return self.largest[k]

@@ -94,8 +94,8 @@ def check_value(
     raise ValueError(f"{at}{key} is {value}, but should be a number {wanted.text}")
 
 
-def check_uint32(where: str, name: str, value: Any) -> int:
-    """An unsigned 32-bit integer, NumPy's too, as an int; a bool is not one.
+def check_uint32(where: str, name: str, value: Any, least: int = 0) -> int:
+    """An integer in [least, 2^32), NumPy's too, as an int; a bool is not one.
 
     Raises:
         ValueError: anything else.
@@ -104,10 +104,10 @@ def check_uint32(where: str, name: str, value: Any) -> int:
         number = -1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = -1
-    if not 0 <= number < 2**32:
+    if not least <= number < 2**32:
         # A round that wrapped around to 0 would draw the noise of the first rounds again.
         remedy = "; start again from round 0 with another seed or stream" if name == "round" else ""
-        raise ValueError(f"{where}: {name} is {value!r}, but should be an integer in [0, 2^32){remedy}")
+        raise ValueError(f"{where}: {name} is {value!r}, but should be an integer in [{least}, 2^32){remedy}")
     return number
 
 
@@ -117,10 +117,7 @@ def check_positive(where: str, name: str, value: Any) -> int:
     Raises:
         ValueError: anything else.
     """
-    number = check_uint32(where, name, value)
-    if number < 1:
-        raise ValueError(f"{where}: {name} is {value}, but should be >= 1")
-    return number
+    return check_uint32(where, name, value, least=1)
 
 
 def check_choice(where: str, name: str, value: Any, choices: Sequence[str]) -> None:

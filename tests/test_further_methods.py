@@ -182,6 +182,11 @@ def test_groups_share_one_interval(backend):
     opt.param_groups[1]["perturb_interval"] = 3
     with pytest.raises(ValueError, match="perturb_due: perturb_interval is 2 in group 0 and 3"):
         opt.perturb_due  # noqa: B018
+    for p in (p for group in opt.param_groups for p in group["params"]):
+        p.grad = torch.ones(3)
+    with pytest.raises(ValueError, match="SGD: perturb_interval is 2 in group 0 and 3"):
+        opt.step()  # of the base's own, too
+    assert all((p == 1).all() for group in opt.param_groups for p in group["params"])
 
 
 def test_a_skipped_step_is_no_step(backend):
@@ -333,6 +338,7 @@ def test_rolling_is_explicit(base, backend):
     assert same(rolling.weights(), explicit.weights())
 
 
+@pytest.mark.filterwarnings("ignore:.*ascends on bfloat16")
 @pytest.mark.parametrize("own", [{}, {"dtype": torch.bfloat16, "master_weights": True}, {"dtype": torch.bfloat16}])
 def test_evaluations_change_no_rolling_trajectory(own, backend):
     """Also where a schedule has moved rho since the step."""
@@ -391,6 +397,19 @@ def test_a_base_that_keeps_no_known_momentum_is_refused(backend):
     with pytest.raises(RuntimeError, match="parameter 0 has neither momentum_buffer nor exp_avg"):
         opt.perturb()
     assert not opt.is_perturbed
+
+
+@pytest.mark.parametrize("rolling", [False, True])
+def test_what_rounds_away_is_told_of_the_first_ascent_that_moves(rolling, backend):
+    """The first one of a training goes along no momentum."""
+    run = Training(MomentumSAM(30.0, rolling=rolling), backend=backend, dtype=torch.bfloat16)
+    user = METHODS["rolling" if rolling else "RWP"].user
+    if rolling:
+        run.opt.train()
+    else:
+        train(run, user, 1)
+    with pytest.warns(UserWarning, match=r"MomentumSAM ascends on bfloat16 weights: [1-9]\d*% of"):
+        train(run, user, 1, start=1)
 
 
 # --- scales of noise ------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 from patterns import METHODS, Training, same, same_state, train
 
-from flatkern import ASAM, GSAM, RWP, SAM, FriendlySAM, LookSAM, MomentumSAM
+from flatkern import ASAM, GSAM, RWP, SAM, FriendlySAM, LookSAM, MomentumSAM, Wrap
 
 bases = pytest.mark.parametrize("base", ["SGD", "AdamW", "Wrap"])
 
@@ -21,7 +21,7 @@ def trained(method, backend, user="SAM", base="SGD", steps=4, **own):
 BAD = [
     (lambda: SAM(lam=-0.1), ValueError, "SAM: lam is -0.1, but should be a number >= 0"),
     (lambda: SAM(lam="1"), TypeError, "SAM: lam is '1'"),
-    (lambda: SAM(interval=0), ValueError, "SAM: interval is 0, but should be >= 1"),
+    (lambda: SAM(interval=0), ValueError, "SAM: interval is 0, but should be an integer in"),
     (lambda: SAM(interval=1.5), ValueError, "SAM: interval is 1.5, but should be an integer"),
     (lambda: ASAM(interval=-1), ValueError, "ASAM: interval is -1"),
     (lambda: ASAM(lam=float("nan")), ValueError, "ASAM: lam is nan"),
@@ -30,7 +30,7 @@ BAD = [
     (lambda: GSAM(rounds="all"), ValueError, 'GSAM: rounds is \'all\', but should be "mean" or "sum"'),
     (lambda: FriendlySAM(momentum=1.0), ValueError, r"FriendlySAM: perturb_momentum is 1.0, but .* in \[0, 1\)"),
     (lambda: FriendlySAM(sigma=-1), ValueError, "FriendlySAM: sigma is -1"),
-    (lambda: LookSAM(k=0), ValueError, "LookSAM: k is 0, but should be >= 1"),
+    (lambda: LookSAM(k=0), ValueError, "LookSAM: k is 0, but should be an integer in"),
     (lambda: LookSAM(alpha=None), TypeError, "LookSAM: alpha is None"),
     (lambda: MomentumSAM(rho=-1), ValueError, "MomentumSAM: rho is -1"),
     (lambda: MomentumSAM(rolling=1), TypeError, "MomentumSAM: rolling is 1, but should be True or False"),
@@ -48,7 +48,7 @@ GROUP_VALUES = [
     (SAM(lam=0.5), "lam", -1.0, "SGD: lam is -1.0"),
     (SAM(lam=0.5), "lam", None, "a group has lam=None, but SAM was made with a number"),
     (SAM(), "lam", 0.5, "a group has lam=0.5, but SAM was made without a number"),
-    (SAM(interval=2), "perturb_interval", 0, "SGD: perturb_interval is 0, but should be >= 1"),
+    (SAM(interval=2), "perturb_interval", 0, "SGD: perturb_interval is 0, but should be an integer in"),
     (GSAM(), "alpha", -1.0, "SGD: alpha is -1.0"),
     (FriendlySAM(), "perturb_momentum", 1.0, "SGD: perturb_momentum is 1.0"),
     (FriendlySAM(), "sigma", float("nan"), "SGD: sigma is nan"),
@@ -112,6 +112,59 @@ def test_a_checkpoint_of_another_method(backend):
     sam = Training(SAM(0.1, interval=2), backend=backend)
     sam.opt.load_state_dict(trained(None, backend, "rolling").opt.state_dict())
     assert sam.opt.perturb_due
+
+
+@pytest.mark.parametrize("base", ["SGD", "Wrap"])
+@pytest.mark.parametrize("method", [None, GSAM(), LookSAM(), FriendlySAM(), MomentumSAM(), SAM(), RWP()], ids=str)
+def test_values_of_another_method_may_be_anything(method, base):
+    """WSAM's lam of 9 is none of theirs."""
+    saved = Training(SAM(lam=9.0), base=base).opt.state_dict()
+    run = Training(method, base=base)
+    run.opt.load_state_dict(saved)
+    run.opt.cycle.groups.check_changed()
+    assert run.opt.param_groups[0].get("lam") == (None if isinstance(method, (SAM, RWP)) else 9.0)
+
+
+def test_lam_may_be_beyond_one_where_the_base_has_the_name():
+    net = torch.nn.Linear(4, 3)
+    base = torch.optim.SGD(net.parameters(), lr=0.1)
+    base.param_groups[0]["lam"] = 0.1
+    with pytest.warns(UserWarning, match="ours are perturb_lam"):
+        opt = Wrap(base, perturb=SAM(lam=9.0))
+    assert opt.param_groups[0]["perturb_lam"] == 9.0
+    opt.param_groups[0]["perturb_lam"] = -1.0
+    with pytest.raises(ValueError, match=r"Wrap: perturb_lam is -1\.0, but should be a number >= 0"):
+        opt.step()
+
+
+@pytest.mark.parametrize("count", ["a", None, -1, 1.5, float("nan")])
+def test_a_count_that_is_none_is_refused(count, backend):
+    run = trained(SAM(0.3, interval=3), backend, "SAM at intervals")
+    saved, before = copy.deepcopy(run.opt.state_dict()), run.weights()
+    saved["param_groups"][0]["perturb_count"] = count
+    with pytest.raises(ValueError, match=r"perturb_count is .*, but should be an integer in \[0, 2\^32\)"):
+        run.opt.load_state_dict(saved)
+    assert same(run.weights(), before) and run.opt.param_groups[0]["perturb_count"] == 4
+
+
+@pytest.mark.parametrize(("method", "key"), [(LookSAM(0.3, k=2), "orthogonal"), (FriendlySAM(0.3), "ascent_mean")])
+def test_state_of_another_dtype_continues(method, key, backend):
+    """As a training in another precision, or none, has left it: None is what has not been made yet."""
+    name = type(method).__name__
+    ends = []
+    for change in (lambda t: t, torch.Tensor.double, lambda t: None, "left out"):
+        run, other = trained(method, backend, name), Training(method, backend=backend)
+        saved = copy.deepcopy((run.net.state_dict(), run.opt.state_dict()))
+        for entry in saved[1]["state"].values():
+            if change == "left out":
+                del entry[key]
+            else:
+                entry[key] = change(entry[key])
+        other.net.load_state_dict(saved[0])
+        other.opt.load_state_dict(saved[1])
+        train(other, METHODS[name].user, 3, start=4)
+        ends.append(other.weights())
+    assert same(ends[0], ends[1]) and same(ends[2], ends[3])
 
 
 def test_state_of_another_shape_is_refused(backend):

@@ -140,6 +140,58 @@ def test_replicas_part_where_an_ascent_that_is_used_further_is_not_synchronized(
         two.call(trained, "SGD", method, False, 6, 1, None, False)
 
 
+def overflow_on_one_rank(base, method, scaled, rounds, views):
+    """In the second of four steps the first ascent of rank 1, along a gradient of its own, is not finite."""
+    rank = dist.get_rank()
+    model = DistributedDataParallel(network(), gradient_as_bucket_view=views)
+    opt = BASES[base](model.parameters(), perturb=method)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=scaled)
+
+    def backward(step, factor=1.0):
+        x, y = data(step, rank)
+        scaler.scale(factor * torch.nn.functional.cross_entropy(model(x), y)).backward()
+
+    moved = []
+    for step in range(4):
+        before = [p.detach().clone() for p in model.parameters()]
+        opt.zero_grad()
+        for k in range(rounds):
+            due, last = opt.perturb_due, k == rounds - 1
+            if due:
+                with model.no_sync():
+                    backward(step, float("inf") if (step, k, rank) == (1, 0, 1) else 1.0)
+                opt.perturb(scaler=scaler)
+            with contextlib.nullcontext() if last else model.no_sync():
+                backward(step)
+            if due and not last:
+                opt.restore()
+        scaler.step(opt)
+        scaler.update()
+        moved.append(not all(map(torch.equal, model.parameters(), before)))
+        equal_replicas(model.parameters())
+    assert moved == [True, False, True, True]
+    assert int(opt.skipped_steps) == 1 and scaler.get_scale() == (2.0**7 if scaled else 1.0)
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    return opt.param_groups[0].get("perturb_count")
+
+
+@pytest.mark.parametrize(
+    ("base", "method", "scaled", "rounds", "views"),
+    [
+        ("SGD", flatkern.SAM(0.1), False, 1, False),
+        ("SGD", flatkern.SAM(0.1), True, 1, True),
+        ("AdamW", flatkern.ASAM(0.5), False, 3, True),
+        ("AdamW", flatkern.SAM(0.1, rounds="sum"), True, 3, False),
+        ("Wrap", flatkern.SAM(0.1), False, 1, True),
+    ],
+    ids=str,
+)
+def test_all_ranks_skip_a_step_whose_ascent_overflows_on_one(two, base, method, scaled, rounds, views):
+    """Replicas would part, and take different gradients in the steps to come where there is an interval."""
+    counts = two.call(overflow_on_one_rank, base, method, scaled, rounds, views)
+    assert counts == [3, 3]
+
+
 def divided_losses(name, views, synchronised, base="SGD"):
     """Micro-batches whose losses are divided by their number: two ranks do what one process does with both batches."""
     rank = dist.get_rank()

@@ -1,5 +1,6 @@
 """The papers' cosine increase, and the scheduler that sets a group's value from it."""
 
+import copy
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, ExponentialLR, LinearLR, LRScheduler, SequentialLR
 
 import flatkern
-from flatkern import RWP, SAM, SGD
+from flatkern import RWP, SAM, SGD, Wrap
 from flatkern.schedules import PerturbationScheduler, cosine_increase, follow_lr
 
 NAN, INF = math.nan, math.inf
@@ -130,6 +131,24 @@ def test_rho_follows_the_largest_learning_rate_so_far():
     other.param_groups[0]["lr"] = 0.25
     again.step()
     assert other.param_groups[0]["rho"] == pytest.approx(0.04, rel=1e-12)
+
+
+@pytest.mark.parametrize("optimizer_first", [True, False])
+@pytest.mark.parametrize("make", [SGD, lambda params, perturb, lr: Wrap(torch.optim.SGD(params, lr=lr), perturb)])
+def test_the_largest_learning_rate_outlives_a_checkpoint(make, optimizer_first):
+    """Torch's load_state_dict() replaces the groups, which Wrap shares with its base."""
+    runs = []
+    for _ in range(2):
+        opt = make([torch.nn.Parameter(torch.ones(2))], lr=0.4, perturb=SAM())
+        runs.append((opt, PerturbationScheduler(opt, "rho", follow_lr(0.02, 0.06))))
+    (opt, rhos), loaded = runs
+    opt.param_groups[0]["lr"] = 0.2
+    states = [opt.state_dict(), rhos.state_dict()]
+    for part, state in list(zip(loaded, states, strict=True))[:: 1 if optimizer_first else -1]:
+        part.load_state_dict(copy.deepcopy(state))
+    loaded[1].step()
+    assert loaded[0].param_groups[0]["rho"] == pytest.approx(0.04, rel=1e-12)
+    assert loaded[1].state_dict()["largest"] == [0.4]
 
 
 def test_a_learning_rate_that_cannot_move_gives_the_high_value():

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..optim.base import FlatOptimizer
 from ..running_stats import frozen_running_stats
-from .shared import averaging_over_ranks, perturb_alike, replicas_in, unwrapped
+from .shared import averaging_over_ranks, replicas_in, unwrapped
 from .window import Window
 
 try:
@@ -89,9 +89,9 @@ def passes(
             module inside of DDP; with one it may be left out.
         others: further models, where the optimizer has parameters of several.
         sync_ascent: under DDP the ascent of SAM and ASAM follows each rank's own gradient (mSAM over the ranks), so
-            that a step sends no more than an ordinary one and 4 bytes; True takes the mean over the ranks for each
-            ascent. FSDP2 always does, and so do, whatever is given, SAM and ASAM with `lam`, GSAM, FriendlySAM and
-            LookSAM: the ascent's gradient enters their update or their state, and replicas would part.
+            that a step sends no more than an ordinary one; True takes the mean over the ranks for each ascent. FSDP2
+            always does, and so do, whatever is given, SAM and ASAM with `lam`, GSAM, FriendlySAM and LookSAM: the
+            ascent's gradient enters their update or their state, and replicas would part.
 
     Returns:
         `step(closure, noisy=None, mask=None)`, which returns the detached loss of the micro-batch, at clean weights
@@ -290,10 +290,7 @@ class Step:
         synchronized = self._sync_ascent or opt.perturbation.uses_ascent_gradient
         with self._synchronized(synchronized):
             loss = self._pass(closure)
-        if self._replicas and not synchronized:
-            perturb_alike(opt, self._accelerator)
-        else:
-            opt.perturb(scaler=self._accelerator.scaler)
+        opt.perturb(scaler=self._accelerator.scaler)
         with self._frozen(), self._synchronized(last):
             self._pass(closure)
         if not last:

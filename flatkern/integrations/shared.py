@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ..optim import amp
 from ..optim.base import FlatOptimizer
 
 
@@ -30,15 +29,6 @@ def drop_step(opt: FlatOptimizer) -> None:
 def replicas_in(model: torch.nn.Module) -> list[DistributedDataParallel]:
     """DDP in a model, inside of what torch.compile makes of it, too."""
     return [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
-
-
-def perturb_alike(opt: FlatOptimizer, accelerator: Any) -> None:
-    """Ranks that ascend along gradients of their own skip a step together, and lower the loss scale together."""
-    opt.perturb()
-    assert opt.ascent_norm is not None
-    nonfinite = accelerator.reduce(opt.ascent_norm.mul(0).ne(0).float(), reduction="sum")
-    opt.cycle.skip_if([nonfinite])
-    amp.record(accelerator.scaler, nonfinite)
 
 
 @contextmanager

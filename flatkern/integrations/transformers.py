@@ -18,7 +18,7 @@ from ..losses import sampled_label_loss
 from ..optim.base import FlatOptimizer
 from ..running_stats import frozen_running_stats
 from ..schedules import PerturbationScheduler
-from .shared import averaging_over_ranks, drop_step, perturb_alike, replicas_in, unwrapped
+from .shared import averaging_over_ranks, drop_step, replicas_in, unwrapped
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -276,10 +276,7 @@ class FlatkernTrainer(Trainer):
             replicas, synchronized = replicas_in(model), perturbation.uses_ascent_gradient
             with averaging_over_ranks(replicas, synchronized):
                 loss = super().training_step(model, inputs, items)
-            if replicas and not synchronized:
-                perturb_alike(opt, self.accelerator)
-            else:
-                opt.perturb(scaler)
+            opt.perturb(scaler)
             with averaging_over_ranks(replicas, k == n - 1), frozen_running_stats(model):
                 super().training_step(model, inputs, items)
             if k < n - 1:

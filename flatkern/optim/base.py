@@ -99,8 +99,7 @@ class FlatOptimizer(Saved):
             check_can_be_captured(self.cycle.groups)
         for group in self.param_groups:
             self.check_group(group)
-        self.mask.check_common(self.own_groups, name)
-        self.perturbation.check_common(self.own_groups, name)
+        self.check_common()
         self.cycle.scalars.sync_groups(name)
         self.watch_passes()
         self._ready = True
@@ -135,6 +134,11 @@ class FlatOptimizer(Saved):
             raise ValueError(f'{name}: writes is {group["writes"]!r}, but should be "keep" or "drop"')
         self.perturbation.check_group(group, name, capturable)
         self.mask.check_group(group, name)
+
+    def check_common(self) -> None:
+        """Refuse groups with different values where all share one."""
+        self.mask.check_common(self.own_groups, self.setup.name)
+        self.perturbation.check_common(self.own_groups, self.setup.name)
 
     def checks_key(self, key: str) -> bool:
         """True if a group's `key` means what it means here, so that its value must be a number in range."""

@@ -183,9 +183,11 @@ def _fitted(p: Tensor, entry: Entry, setup: Setup, perturbation: NoPerturbation)
         del result["mask"]
     if history is not None and history.numel() != history_length(p):
         del result["history"]
-    for key in LIKE_PARAMS:
-        if key != perturbation.state_key:
+    for key in OWN_KEYS:
+        if result.get(key) is None or (key in LIKE_PARAMS and key != perturbation.state_key):
             result.pop(key, None)
+        elif key in LIKE_PARAMS:
+            result[key] = result[key].to(torch.float32 if setup.has_master(p) else p.dtype)
     if not setup.has_master(p):
         result.pop("master", None)
     return result

@@ -15,6 +15,7 @@ from .errors import refuse_while_pending, refuse_while_perturbed, refuse_while_s
 from .followers import Followers
 from .gradients import Ledger
 from .groups import Groups
+from .overflow import OverflowOnRank
 from .passes import Passes
 from .phase import BETWEEN_STEPS, SUSPENDED, TRANSITIONS, Phase
 from .scalars import OnHost
@@ -52,6 +53,7 @@ class Cycle:
         self.state = State(groups, deferred_state)
         self.weights = Weights(self.state, groups.setup)
         self.unscaled = Unscaled()
+        self.overflow = OverflowOnRank(self.weights)
         self.followers = Followers(groups)
         self.nonfinite: Tensor | None = None  # nonzero: a gradient that the coming step depends on was not finite
         self.before_ascent: tuple[Tensor | None] | None = None  # `nonfinite` before the last ascent
@@ -121,6 +123,8 @@ class Cycle:
         """Forget the gradients of an unfinished step."""
         self.nonfinite = self.before_ascent = None
         self.unscaled.forget()
+        if self.overflow.carrier is not None:
+            self.overflow.forget()
         if self.passes.is_counting:
             self.passes.forget()
         self.gradients.drop()

@@ -170,13 +170,15 @@ class Groups:
 
     def check_changed(self) -> None:
         """Check every value that has changed since the last call, before anything is written."""
-        owner, checked = self.owner(), self._checked
+        owner, checked, changed = self.owner(), self._checked, False
         for k, group in enumerate(owner.param_groups):  # type: ignore[union-attr]
             # A number that is written into a tensor is a change, too.
             found = [v if type(v) in PLAIN else self._seen(v) for key, v in group.items() if key not in UNCHECKED]
             if checked.get(k) != found:
                 owner.check_group(group)  # type: ignore[union-attr]
-                checked[k] = found
+                checked[k], changed = found, True
+        if changed:
+            owner.check_common()  # type: ignore[union-attr]
 
     def _seen(self, value: Any) -> Any:
         """What tells a group's value from another one; of tensors on a device which one, since the host would wait."""

@@ -25,6 +25,11 @@ CLIMB = {"rho": lambda group: -float(group["rho"]), "eta": lambda group: -1.0}
 Read = Callable[[Group], Group]
 
 
+def momentum_in(entry: dict[str, Any] | None) -> Tensor | None:
+    """Of a base optimizer's state of one parameter."""
+    return next((entry[key] for key in MOMENTA if entry.get(key) is not None), None) if entry else None
+
+
 def present(group: Group) -> Group:
     return group
 
@@ -77,10 +82,9 @@ class MomentumPerturbation(NoPerturbation):
         """The momentum of each parameter; zeros where there is none."""
         state, found = cycle.groups.state(), []
         for p in params:
-            entry = state.get(p) or {}
-            key = next((key for key in MOMENTA if entry.get(key) is not None), None)
+            momentum = momentum_in(state.get(p))
             dtype = torch.float32 if cycle.groups.setup.has_master(p) else p.dtype
-            found.append(torch.zeros_like(p, dtype=dtype, requires_grad=False) if key is None else entry[key])
+            found.append(torch.zeros_like(p, dtype=dtype, requires_grad=False) if momentum is None else momentum)
         return found
 
     def check_step(self, cycle: Cycle) -> None:
@@ -91,7 +95,7 @@ class MomentumPerturbation(NoPerturbation):
         state = cycle.groups.state()
         for k, p in enumerate(self.perturbed_partition(cycle, present).params):
             entry = state.get(p) or {}
-            if entry.keys() - OWN and all(entry.get(key) is None for key in MOMENTA):
+            if entry.keys() - OWN and momentum_in(entry) is None:
                 raise RuntimeError(
                     f"{self.name} goes along the base's momentum, but the state of perturbed parameter {k} has neither "
                     f"{' nor '.join(MOMENTA)} ({', '.join(sorted(map(str, entry.keys() - OWN)))}); use another base"
@@ -116,7 +120,9 @@ class MomentumPerturbation(NoPerturbation):
         if calls:
             cycle.ascent_norm = calls[0].args[-1]
         if not cycle.warned_rounded_away:
-            warn_if_rounded_away(cycle, self.name)
+            state = cycle.groups.state()
+            if any(momentum_in(state.get(p)) is not None for p in partition.params):  # else it is zero, and so is e
+                warn_if_rounded_away(cycle, self.name)
 
 
 class RollingMomentum(StaysPerturbed, MomentumPerturbation):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from .. import dtensor
 from ..values import check_uint32
+from .hooks import WeakHook, remove_all
 
 Pair = tuple[int, int]
 
@@ -69,14 +69,14 @@ class Passes:
         self.is_counting = False
         self._fired = fired
         self._handles: dict[Tensor, Any] = {}
-        weakref.finalize(self, _remove, self._handles).atexit = False
+        weakref.finalize(self, remove_all, self._handles).atexit = False
 
     def watch(self, params: list[Tensor]) -> None:
         """Count what reaches `params` from now on. The hooks go with the optimizer."""
         self.is_counting = True
         for p in params:
             if p.requires_grad and p not in self._handles:
-                self._handles[p] = p.register_post_accumulate_grad_hook(_hook(weakref.ref(self)))
+                self._handles[p] = p.register_post_accumulate_grad_hook(WeakHook(self.note))
 
     def note(self, p: Tensor) -> None:
         """A backward pass has added to the gradient of `p`."""
@@ -139,23 +139,6 @@ class Passes:
 
 def _sum(a: int | None, b: int | None) -> int | None:
     return None if a is None or b is None else a + b
-
-
-def _hook(passes: weakref.ref[Passes]) -> Callable[[Tensor], None]:
-    """The parameter must not keep the optimizer's parts alive."""
-
-    def note(p: Tensor) -> None:
-        alive = passes()
-        if alive is not None:
-            alive.note(p)
-
-    return note
-
-
-def _remove(handles: dict[Tensor, Any]) -> None:
-    for handle in handles.values():
-        handle.remove()
-    handles.clear()
 
 
 def _in_process_group() -> bool:

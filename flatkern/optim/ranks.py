@@ -6,7 +6,6 @@ What a rank is, and what noisy ranks see of their own gradients before DDP takes
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from .cycle import Cycle
 from .errors import warn
 from .gradients import Final, Grads
 from .groups import Group
+from .hooks import WeakHook, remove_all
 from .layouts import like
 from .mrwp import common_lam
 from .phase import PERTURBED
@@ -127,7 +127,7 @@ class OwnGradients:
         self._watched: frozenset[Tensor] = frozenset()  # whose gradients the present round needs
         self._last: dict[Tensor, tuple[Any, int] | None] = {}  # the gradient that was seen: weak reference, version
         self._warned = False
-        weakref.finalize(self, _remove, self._hooks).atexit = False
+        weakref.finalize(self, remove_all, self._hooks).atexit = False
 
     def watch(self, params: list[Tensor]) -> None:
         """Begin a round whose noise is in the weights."""
@@ -137,7 +137,7 @@ class OwnGradients:
             self._last.clear()
         self._watched = frozenset(params)
         for p in self._watched - self._hooks.keys():
-            self._hooks[p] = p.register_post_accumulate_grad_hook(_Hook(weakref.ref(self)))
+            self._hooks[p] = p.register_post_accumulate_grad_hook(WeakHook(self.see))
 
     @torch.no_grad()
     def see(self, p: Tensor) -> None:
@@ -169,29 +169,6 @@ class OwnGradients:
                 "when it takes their mean, so that the history sees other ranks' gradients too; run every backward of "
                 "a step but the last in model.no_sync()"
             )
-
-
-def _remove(handles: dict[Tensor, Any]) -> None:
-    for handle in handles.values():
-        handle.remove()
-
-
-class _Hook:
-    """Holds its optimizer's part weakly, and is copied or pickled without it."""
-
-    def __init__(self, own: Callable[[], OwnGradients | None]) -> None:
-        self.own = own
-
-    def __call__(self, p: Tensor) -> None:
-        own = self.own()
-        if own is not None:
-            own.see(p)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.own = lambda: None
 
 
 def nobody(group: Group) -> Group:

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import dtensor
 from ..methods import GSAM, SAM, FriendlySAM, LookSAM
-from ..values import check_flag, check_positive
+from ..values import check_flag, check_positive, check_uint32
 from .amp import Amp, check_can_unscale, record
 from .buckets import Bucket, Call, CleanStore, Partition, global_norm
 from .cycle import Cycle
 from .errors import refuse_scaled_ascent, warn_rounded_away, warn_unnamed
-from .gradients import gradients_of
+from .gradients import gradients_of, mean_is_over_ranks
 from .groups import Group, common_value
 from .names import names_of
 from .perturbation import NoPerturbation
@@ -79,6 +80,7 @@ class AscentPerturbation(NoPerturbation):
     def check_group(self, group: Group, optimizer: str, capturable: bool) -> None:
         if self.has_interval:
             interval = check_positive(optimizer, "perturb_interval", group["perturb_interval"])
+            check_uint32(optimizer, "perturb_count", group["perturb_count"])
             if capturable and interval > 1:
                 raise ValueError(
                     f"{optimizer}: perturb_interval is {interval} with capturable=True, but a CUDA graph repeats one "
@@ -168,6 +170,9 @@ class AscentPerturbation(NoPerturbation):
         cycle.skip_if([nonfinite])
         if not cycle.warned_rounded_away:
             warn_if_rounded_away(cycle, self.name)
+        if mean_is_over_ranks() and not self.uses_ascent_gradient:
+            own = [p for p in partition.params if p.grad is not None and not dtensor.is_sharded(p)]
+            cycle.overflow.tell(own, norm)
         if self.mixes:
             self.keep_ascent(cycle, params, scaler)
         else:

@@ -108,7 +108,8 @@ class Wrap(FlatOptimizer):
         for key in self.own_defaults():
             overriding = PREFIX + key
             if overriding in group and not (key == "lam" and own[key] is None):
-                check_value(overriding, own[key], name)  # names the key as it is in the group
+                # It is named as it is in the group.
+                check_value(overriding, own[key], name, wanted=self.perturbation.ranges.get(key))
         super().check_group(dict(own))
 
     @property
