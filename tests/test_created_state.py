@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed.checkpoint as checkpoints
 from torch.distributed.checkpoint import state_dict as dcp
 
 import flatkern
@@ -69,6 +70,63 @@ def test_what_a_method_keeps_is_in_the_template_and_is_loaded(method, base):
     for run in ((net, opt), (other, into)):
         train(*run, 3, 3)
     assert_same(everything(other, into), everything(net, opt))
+
+
+ROLLING = {
+    "RWP": flatkern.RWP(0.05, rolling=True),
+    "ARWP": flatkern.RWP(0.05, eta=0.1, rolling=True, scale="rms"),
+    "Momentum-SAM": flatkern.MomentumSAM(0.3, rolling=True),
+}
+
+
+def made_rolling(method, base, seed=0):
+    torch.manual_seed(seed)
+    net = torch.nn.Linear(5, 3)
+    opt = BASES[base](net.parameters(), perturb=ROLLING[method])
+    opt.follow(net)
+    return net, opt
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", ROLLING)
+def test_a_schedule_does_not_reach_what_is_drawn_already(method, base, tmp_path):
+    """The perturbation in force was made with another value than the group has; torch.distributed.checkpoint loads into
+    what a new optimizer's checkpoint has."""
+    runs = [made_rolling(method, base, seed) for seed in range(2)]
+
+    def step(net, opt, t):
+        net(torch.full((2, 5), 1.0 + t)).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+        for group in opt.param_groups:
+            group["rho" if method == "Momentum-SAM" else "sigma"] = 0.05 * (t + 2)
+
+    def state(net, opt):
+        return {"net": dcp.get_model_state_dict(net), "opt": dcp.get_optimizer_state_dict(net, opt)}
+
+    for t in range(3):
+        step(*runs[0], t)
+    checkpoints.save(state(*runs[0]), checkpoint_id=tmp_path, no_dist=True)
+    loaded = state(*runs[1])
+    checkpoints.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    dcp.set_model_state_dict(runs[1][0], loaded["net"])
+    dcp.set_optimizer_state_dict(*runs[1], loaded["opt"])
+    for run in runs:
+        step(*run, 3)
+        run[1].eval()
+    assert_same(everything(*runs[1]), everything(*runs[0]))
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", ROLLING)
+def test_what_was_never_drawn_is_drawn_with_the_present_value(method, base):
+    (net, opt), (other, plain) = made_rolling(method, base), made_rolling(method, base)
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    key = "rho" if method == "Momentum-SAM" else "sigma"
+    for o in (opt, plain):
+        o.param_groups[0][key] = 0.2
+        o.train()
+    assert all(map(torch.equal, net.parameters(), other.parameters()))
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -24,7 +24,7 @@ from .gradients import mean_is_over_ranks
 from .groups import Group, Groups, Setup
 from .layouts import like
 from .perturbation import NoPerturbation
-from .scalars import LAST_DRAW, as_numbers
+from .scalars import LAST_DRAW, NOT_DRAWN, as_numbers
 from .state import LIKE_PARAMS, OWN_KEYS
 
 # That mean something else in another method.
@@ -114,7 +114,7 @@ def _completed(group: Group, saved: Group, groups: Groups, perturbation: NoPertu
     for key in own_defaults:
         if key not in own or (key in _METHOD_KEYS and not is_described):
             own[key] = "norm" if key == "scale" and is_described else afresh.get(key, group[key])
-    if not is_described:
+    if not is_described or own.get(LAST_DRAW, {}).get("round") == NOT_DRAWN:
         own.pop(LAST_DRAW, None)
     if "capturable" in group:
         full["capturable"] = group["capturable"]  # of this optimizer, not of the one that was saved

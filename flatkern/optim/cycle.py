@@ -123,7 +123,7 @@ class Cycle:
         """Forget the gradients of an unfinished step."""
         self.nonfinite = self.before_ascent = None
         self.unscaled.forget()
-        if self.overflow.carrier is not None:
+        if self.overflow.is_watching:
             self.overflow.forget()
         if self.passes.is_counting:
             self.passes.forget()

@@ -22,6 +22,7 @@ from .traffic import Sizes, Traffic, perturb
 OWN = {*OWN_KEYS, "master"}  # which tell nothing of the base
 MOMENTA = ("momentum_buffer", "exp_avg")  # as torch's optimizers call them
 CLIMB = {"rho": lambda group: -float(group["rho"]), "eta": lambda group: -1.0}
+CLIMBED = ("rho", "perturb")  # what a rolling climb was made with
 Read = Callable[[Group], Group]
 
 
@@ -133,6 +134,9 @@ class RollingMomentum(StaysPerturbed, MomentumPerturbation):
         # float32 copies are updated in place, and not written a second time.
         return extra.plus(-sizes.copy) if sizes.copy == sizes.weight == 4 else extra
 
+    def nothing_drawn(self, group: Group) -> Group:
+        return {key: group[key] for key in CLIMBED}  # there is no momentum, whatever they are
+
     def put_on(self, cycle: Cycle) -> None:
         self.check_step(cycle)
         self._climb_and_note(cycle, last_climb)
@@ -145,7 +149,7 @@ class RollingMomentum(StaysPerturbed, MomentumPerturbation):
     def _climb_and_note(self, cycle: Cycle, read: Read) -> None:
         self.climb(cycle, read)
         for group in cycle.groups:
-            group[LAST_DRAW] = {key: read(group)[key] for key in ("rho", "perturb")}
+            group[LAST_DRAW] = {key: read(group)[key] for key in CLIMBED}
 
     def climbs_from_copies(self, cycle: Cycle) -> bool:
         """Not where a group or a parameter was switched, nor from copies in half precision."""

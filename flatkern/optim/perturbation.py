@@ -184,6 +184,10 @@ class StaysPerturbed(NoPerturbation):
         """CLEAN -> PERTURBED, as it was before an evaluation, if it was."""
         raise NotImplementedError
 
+    def nothing_drawn(self, group: Group) -> Group:
+        """What stands in a checkpoint for the values of a perturbation, where there has been none."""
+        raise NotImplementedError
+
     def put_on_after_clean(self, cycle: Cycle) -> None:
         """CLEAN -> PERTURBED after a step whose gradient was taken at clean weights."""
         raise NotImplementedError

@@ -14,7 +14,7 @@ from .draw import draw, draw_again
 from .errors import refuse_unused_gradient
 from .groups import Group
 from .perturbation import NoPerturbation, StaysPerturbed
-from .scalars import Read
+from .scalars import DRAWN, NOT_DRAWN, Read
 from .traffic import Sizes, Traffic, perturb
 
 
@@ -90,6 +90,9 @@ class RollingPerturbation(StaysPerturbed, RandomPerturbation):
 
     def launches_of(self, groups: list[Group]) -> int:
         return self.launches + any(group["scale"] == "absolute" for group in groups)
+
+    def nothing_drawn(self, group: Group) -> Group:
+        return {**{key: group[key] for key in ("sigma", *DRAWN)}, "round": NOT_DRAWN}
 
     def put_on(self, cycle: Cycle) -> None:
         draw_again(cycle)

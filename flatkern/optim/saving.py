@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from . import checkpoint
 from .groups import Group, Setup
 from .known import Known
+from .perturbation import StaysPerturbed
+from .scalars import LAST_DRAW
 
 
 class Saved(Known):
@@ -39,7 +42,15 @@ class Saved(Known):
             RuntimeError: the weights are perturbed and nothing follows a model, or rounds are pending.
         """
         self.begin_saving()
-        return super().state_dict()
+        return self.with_draws(super().state_dict())
+
+    def with_draws(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """What a rolling perturbation was made with, in every group: distributed checkpoints load into present keys."""
+        if isinstance(self.perturbation, StaysPerturbed):
+            for group in map(self.cycle.groups.own, saved["param_groups"]):
+                if LAST_DRAW not in group:
+                    group[LAST_DRAW] = copy.deepcopy(self.perturbation.nothing_drawn(group))
+        return saved
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

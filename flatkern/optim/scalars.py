@@ -23,6 +23,7 @@ WORDS = ("seed", "stream", "round")
 CAPTURED = ("triton", "cuda")  # backends whose calls a CUDA graph can capture
 LAST_ROUND = 2**32 - 1
 LAST_DRAW = "drawn"  # rolling: the group key of what the present noise was drawn with
+NOT_DRAWN = -1  # its round, where there has been none
 DRAWN = ("eta", "perturb", "scale")  # what that is, besides sigma and the round
 # Where a group's sigma, eta and perturb are read: in what this returns, or, without it, in the group itself.
 Read = Callable[[Group], Group] | None

@@ -92,8 +92,8 @@ class Step:
             cycle.weights.check_writes()
         grads = gradients_of(params)
         final = self.perturbation.final(cycle, params, grads, self.amp)
-        if final is not None and cycle.overflow.carrier is not None:
-            cycle.skip_if(cycle.overflow.heard(params, final.perturbed))
+        if final is not None and cycle.overflow.is_watching:
+            cycle.skip_if(cycle.overflow.heard(final.perturbed))
         if final is None:
             restore(self.perturbation, cycle)
         elif isinstance(self.perturbation, StaysPerturbed):

@@ -255,7 +255,7 @@ class Wrap(FlatOptimizer):
         self.begin_saving()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        result = self.base.state_dict()
+        result = self.with_draws(self.base.state_dict())
         deferred = self.cycle.state.deferred
         for k, p in enumerate(self.cycle.groups.params()):
             if deferred.get(p):
