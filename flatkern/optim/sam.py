@@ -165,26 +165,22 @@ class AscentPerturbation(NoPerturbation):
             ),
         )
         norm = calls[0].args[-1] if calls else torch.zeros((), dtype=torch.float32, device=params[0].device)
-        self._skip_overflow(cycle, params, norm, scaler)
+        cycle.ascent_norm, cycle.before_ascent = norm, (cycle.nonfinite,)
         if not cycle.warned_rounded_away:
             warn_if_rounded_away(cycle, self.name)
         if self.mixes:
             self.keep_ascent(cycle, params, scaler)
         else:
             cycle.gradients.clear(params)
-        if cycle.gradients.accumulated_grads:
-            cycle.gradients.give_back(params)
-
-    def _skip_overflow(self, cycle: Cycle, params: list[Tensor], norm: Tensor, scaler: Any) -> None:
-        """Where the ascent was not finite the coming step is skipped, on all ranks, and the scale lowered."""
-        cycle.ascent_norm, cycle.before_ascent = norm, (cycle.nonfinite,)
         if mean_is_over_ranks() and not (self.uses_ascent_gradient or any(map(dtensor.is_sharded, params))):
             cycle.overflow.tell(params, norm)
-            return
-        nonfinite = norm.mul(0).ne_(0)  # 0 times what is not finite is not a number
-        cycle.skip_if([nonfinite])
-        if scaler is not None and not self.mixes:
-            record(scaler, nonfinite)
+        else:
+            nonfinite = norm.mul(0).ne_(0)  # 0 times what is not finite is not a number
+            cycle.skip_if([nonfinite])
+            if scaler is not None and not self.mixes:
+                record(scaler, nonfinite)
+        if cycle.gradients.accumulated_grads:
+            cycle.gradients.give_back(params)
 
     def keep_ascent(self, cycle: Cycle, params: list[Tensor], scaler: Any) -> None:
         """Keep the gradient that the ascent went along, which enters the update."""
