@@ -99,6 +99,7 @@ class FlatOptimizer(Saved):
             check_can_be_captured(self.cycle.groups)
         for group in self.param_groups:
             self.check_group(group)
+        self.mask.check_common(self.own_groups, name)
         self.check_common()
         self.cycle.scalars.sync_groups(name)
         self.watch_passes()
@@ -136,8 +137,7 @@ class FlatOptimizer(Saved):
         self.mask.check_group(group, name)
 
     def check_common(self) -> None:
-        """Refuse groups with different values where all share one."""
-        self.mask.check_common(self.own_groups, self.setup.name)
+        """Refuse groups with different values where all share one; of a mask's, making one does."""
         self.perturbation.check_common(self.own_groups, self.setup.name)
 
     def checks_key(self, key: str) -> bool:
