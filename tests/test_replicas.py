@@ -190,11 +190,10 @@ def overflow_on_one_rank(base, method, scaled, rounds, views, heads=None, abando
     assert moved == [True, abandoned, True, True]
     assert int(opt.skipped_steps) == (not abandoned)
     assert scaler.get_scale() == (2.0 ** (8 if abandoned else 7) if scaled else 1.0)
-    counts = opt.param_groups[0]["perturb_count"]
+    assert opt.param_groups[0]["perturb_count"] == 3 + abandoned
     del opt
     gc.collect()
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
-    return counts
 
 
 @pytest.mark.parametrize(
@@ -214,8 +213,7 @@ def overflow_on_one_rank(base, method, scaled, rounds, views, heads=None, abando
 )
 def test_all_ranks_skip_a_step_whose_ascent_overflows_on_one(two, base, method, case):
     """Replicas would part, and take different gradients in the steps to come where there is an interval."""
-    counts = two.call(overflow_on_one_rank, base, method, *case)
-    assert counts == ([4, 4] if case[-1] is True and len(case) == 5 else [3, 3])
+    two.call(overflow_on_one_rank, base, method, *case)
 
 
 def divided_losses(name, views, synchronised, base="SGD"):

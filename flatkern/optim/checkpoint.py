@@ -114,7 +114,7 @@ def _completed(group: Group, saved: Group, groups: Groups, perturbation: NoPertu
     for key in own_defaults:
         if key not in own or (key in _METHOD_KEYS and not is_described):
             own[key] = "norm" if key == "scale" and is_described else afresh.get(key, group[key])
-    if not is_described or own.get(LAST_DRAW, {}).get("round") == NOT_DRAWN:
+    if not is_described or (own.get(LAST_DRAW) or {}).get("round") == NOT_DRAWN:
         own.pop(LAST_DRAW, None)
     if "capturable" in group:
         full["capturable"] = group["capturable"]  # of this optimizer, not of the one that was saved
