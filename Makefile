@@ -165,20 +165,20 @@ gpu-model: build ## what a GPU should make of the Triton kernels, by their compi
 PYTEST = $(RUN) -m pytest \
   $$($(call has,xdist) && echo "-n $(JOBS) --dist worksteal") $$($(call has,pytest_benchmark) && echo --benchmark-disable)
 
-# What takes minutes and seldom finds what `test` does not: Triton's kernels for other architectures than sm_90, and their
-# machine code, executed.
-MATRIX := test_triton_code or (test_triton_compile and (sm_80 or sm_100 or amd))
+# Of tests with several parameters few combinations, in which every two values meet, and none that takes minutes and seldom
+# finds what others do not (tests/covering.py); test-matrix runs what is left out. With ARGS, what they name, and all of it.
+CHOICE ?= $(if $(ARGS),,--covering)
 
-test: build check ## build, check, every test (the wheel's too) but those of test-matrix
+test: build check ## build, check, the tests (the wheel's too); of many combinations of parameters few that cover them
 	@$(call has,pytest) || { echo "error: pytest is not installed for $(PY)" >&2; exit 1; }
-	@$(if $(ARGS),,$(PYTEST) -q bench)
-	@$(if $(ARGS),,$(MAKE) --no-print-directory test-triton)
-	@$(PYTEST) $(or $(ARGS),-k "not ($(MATRIX))")
+	@$(if $(ARGS),,$(PYTEST) -q $(CHOICE) bench)
+	@$(if $(ARGS),,$(MAKE) --no-print-directory test-triton CHOICE=$(CHOICE))
+	@$(PYTEST) $(CHOICE) $(ARGS)
 
-test-matrix: $(READY) ## Triton's kernels for other architectures, and their machine code executed on the CPU
-	@if $(call has,triton) && $(call has,pytest); then \
-	  CUDA_VISIBLE_DEVICES= $(PYTEST) -q -k "$(MATRIX)" tests/test_triton_compile.py tests/test_triton_code.py $(ARGS); \
-	else echo "not checked: other architectures (triton is not installed)"; fi
+test-matrix: $(READY) ## what `test` leaves out: the other combinations; Triton's kernels for other architectures, and their code executed
+	@$(call has,pytest) || { echo "error: pytest is not installed for $(PY)" >&2; exit 1; }
+	@$(if $(ARGS),,$(MAKE) --no-print-directory test-triton CHOICE=--left-out)
+	@CUDA_VISIBLE_DEVICES= $(PYTEST) -q --left-out $(ARGS)
 
 # Where there is a GPU, kernels that these compile for a stand-in would be launched on it.
 WITHOUT_GPU := tests/test_host.py tests/test_warm_up.py tests/test_triton_model.py
@@ -192,7 +192,7 @@ TRITON_TESTS := tests/test_triton.py tests/test_triton_counts.py $(CAPTURES) \
   tests/test_backends.py tests/test_read_on_device.py tests/test_noise.py::test_which_normals_a_counter_gives
 test-triton: $(READY) ## the Triton kernels in Triton's interpreter (no GPU needed; part of `test`)
 	@if $(call has,triton) && $(call has,pytest); then \
-	  TRITON_INTERPRET=1 $(PYTEST) -q -k "triton or captur" $(TRITON_TESTS) $(ARGS); \
+	  TRITON_INTERPRET=1 $(PYTEST) -q $(CHOICE) -k "triton or captur" $(TRITON_TESTS) $(ARGS); \
 	else echo "not checked: Triton kernels (triton is not installed)"; fi
 	@$(if $(ARGS),,if $(call has,triton) && $(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  CUDA_VISIBLE_DEVICES= $(PYTEST) -q $(WITHOUT_GPU); fi)
@@ -244,7 +244,7 @@ checked-cuda:
 	else rm -rf $(CUDA); echo "not checked: what nvcc makes of the CUDA kernels (no nvcc, or no setuptools)"; fi
 	@export FLATKERN_CUDA_EMULATION=$(CURDIR)/build/cuda-emulation/_CUDA_emul$(SUFFIX); \
 	if [ -d $(CUDA) ]; then export FLATKERN_CUDA_BUILD=$(CURDIR)/$(CUDA) compiled="$(COMPILED_CUDA_TESTS)"; fi; \
-	$(PYTEST) -q -k "cuda or captur" $(EMULATED_CUDA_TESTS) $$compiled $(ARGS)
+	$(PYTEST) -q $(CHOICE) -k "cuda or captur" $(EMULATED_CUDA_TESTS) $$compiled $(ARGS)
 
 # PTX is kept, and made anew where a source has changed.
 matrix-cuda: $(READY) ## what nvcc makes of the CUDA kernels for the architectures that a wheel has no code of (no GPU needed)
@@ -300,7 +300,7 @@ sanitized-tests:
 	  PYTHONPATH=$(CURDIR)/$(SANITIZE)/tree PYTHONSAFEPATH=1 \
 	  LD_PRELOAD=$$(ldd $(SANITIZE)/probe | awk '/lib(asan|ubsan)/ { print $$3 }' | paste -sd:); \
 	$(PY) -c 'import flatkern._C as C; assert "/$(SANITIZE)/" in C.__file__, C.__file__; print("testing", C.__file__)' && \
-	env -u OMP_NUM_THREADS $(PY) -m pytest --capture=sys -p no:cacheprovider $(SANITIZE_TESTS) $(ARGS)
+	env -u OMP_NUM_THREADS $(PY) -m pytest $(CHOICE) --capture=sys -p no:cacheprovider $(SANITIZE_TESTS) $(ARGS)
 
 # The same for the CUDA kernels, emulated: every operation in every variant. pytest's faulthandler would keep
 # AddressSanitizer from saying where an address is none.
@@ -329,7 +329,7 @@ sanitized-cuda:
 	@export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
 	  FLATKERN_CUDA_SANITIZED=$(EMULATED) FLATKERN_CUDA_EMULATION=$(EMULATED)/address-undefined/_CUDA_emul$(SUFFIX) \
 	  LD_PRELOAD=$$(ldd $(EMULATED)/address-undefined/wrong | awk '/lib(asan|ubsan)/ { print $$3 }' | paste -sd:); \
-	$(PYTEST) -q --capture=sys -p no:cacheprovider -p no:faulthandler $(SANITIZE_CUDA_TESTS) $(ARGS)
+	$(PYTEST) -q $(CHOICE) --capture=sys -p no:cacheprovider -p no:faulthandler $(SANITIZE_CUDA_TESTS) $(ARGS)
 raced-cuda:
 	@$(PY) tests/cuda_emulation/build.py --sanitize thread driver wrong
 	@FLATKERN_CUDA_SANITIZED=$(EMULATED) $(PYTEST) -q tests/test_cuda_races.py $(ARGS)

@@ -7,6 +7,13 @@ from pathlib import Path
 # At the end: flatkern stays the installed one, and our triton_kernels/ hides nobody's.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from tests.covering import (  # noqa: F401  (its hooks)
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
+
 HARNESS = importlib.util.find_spec("pytest_benchmark") is not None
 collect_ignore = [] if HARNESS else ["test_bench.py"]
 

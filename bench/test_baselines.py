@@ -99,7 +99,7 @@ def test_baseline_climbs_to_flatkerns_point(style, name, base):
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", ["m-rwp", "msam", "rolling"])
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_takes_the_eager_step(name, base):
     method = silent(METHODS[name])

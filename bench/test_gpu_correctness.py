@@ -318,6 +318,7 @@ elif __name__ == "__main__":
 """
 
 
+@pytest.mark.matrix
 def test_what_was_warmed_is_not_compiled_again(tmp_path):
     """Jobs of an optimizer in one process, its steps in another: all that they launch is in the cache."""
     pytest.importorskip("triton")

@@ -369,6 +369,7 @@ def outcomes(lines):
     return {one["name"]: one["outcome"] for one in found}
 
 
+@pytest.mark.matrix
 def test_the_suite_names_what_fails(tmp_path):
     pytest.importorskip("xdist")
     (tmp_path / "test_small.py").write_text(RIGHT + FATAL + MORE)

@@ -469,7 +469,7 @@ def test_a_commit_can_be_named_where_git_is_not(monkeypatch):
     assert results.document([], [], 1, 0.0)["commit_info"]["id"] == "abc"
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_nothing_is_needed_that_may_be_missing(tmp_path):
     """bench/run.py without packages that a machine may lack: results, tables and no chart, which is a remark."""
     for name in ("rich", "pytest_benchmark", "matplotlib", "typer"):

@@ -4,6 +4,13 @@ import os
 
 import pytest
 import torch
+from covering import (  # noqa: F401  (its hooks)
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
+from interpreting import patch_once_a_launch
 
 import flatkern
 from flatkern import dispatch
@@ -21,6 +28,7 @@ BACKENDS = FOR_GPUS or ("eager", "cpp")
 
 collect_ignore = ["test_triton.py", "test_triton_counts.py"]
 if INTERPRETING:
+    patch_once_a_launch()
     # What test_gpu.py does is interpreted only to try it without a GPU.
     dry = os.environ.get("FLATKERN_GPU_DRY") == "1"
     collect_ignore = ["test_triton_compile.py", "test_host.py", "test_gpu_plan.py", *([] if dry else ["test_gpu.py"])]

@@ -16,7 +16,8 @@ class Ranks:
     """`world` processes; `call(function, ...)` runs it in each and returns what they return."""
 
     def __init__(self, world):
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed.fsdp", "flatkern"])  # imported once for all ranks
         self.store = tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
         for rank in range(world):

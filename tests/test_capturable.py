@@ -46,6 +46,7 @@ WITH_ADAMW = "plain", "m-RWP", "rolling ARWP", "GSAM", "rolling MomentumSAM", "I
 CASES = [*(("SGD", m) for m in METHODS), ("Adam", "RWP"), *(("AdamW", m) for m in WITH_ADAMW)]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("rule, method", CASES)
 def test_a_replayed_step_moves_on(rule, method, monkeypatch, training, backend):
     """To where an optimizer of the host gets: fresh noise, the present learning rate and sigma, counted steps. A step
@@ -131,6 +132,7 @@ def let_the_interpreter_look(monkeypatch, capturable):
         monkeypatch.setattr(launch, "check", lambda op, values: None)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("capturable", [True, False])
 @pytest.mark.parametrize("rule, method", [("SGD", name) for name in METHODS] + [("Adam", "m-RWP"), ("AdamW", "plain")])
 def test_nobody_waits(rule, method, capturable, monkeypatch, training, backend):
@@ -289,6 +291,7 @@ def test_a_learning_rate_that_is_zero_for_one_step(training):
 # Checkpoints.
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("saved, loading", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("rule, method", [("AdamW", "rolling ARWP"), ("SGD", "m-RWP"), ("Adam", "plain")])
 def test_resume(rule, method, saved, loading, training):
@@ -314,6 +317,7 @@ def test_resume(rule, method, saved, loading, training):
     assert_same(other, straight)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))])
 @pytest.mark.parametrize("method", ["RWP", "rolling ARWP"])
 def test_copies_go_on_alone(method, copied, training):

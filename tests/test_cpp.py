@@ -18,6 +18,7 @@ OF_CPP = [op for op in OPS.values() if "cpp" in op.backends.split()]
 VARIANTS = [(op, words) for op in OF_CPP for words in cases.VARIANTS[op.name]]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("op, words", VARIANTS, ids=name_of)
 def test_same_bits_however_it_runs(op, words, native, set_threads, set_isa):
     """Again, with more threads, with every instruction set, and with every way of reading tensors."""

@@ -14,6 +14,7 @@ import flatkern
 pytestmark = needs_emulation
 
 
+@pytest.mark.covering(1)  # 50 steps each
 @pytest.mark.parametrize("method", trajectories.METHODS)
 @pytest.mark.parametrize("base", trajectories.BASES)
 @pytest.mark.filterwarnings("error")

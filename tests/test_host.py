@@ -59,6 +59,7 @@ def uploads(monkeypatch):
 # Launches.
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("op, words", VARIANTS, ids=lambda x: getattr(x, "name", x))
 def test_a_repeated_launch_is_what_triton_would_launch(op, words, driver):
     """The same compiled kernel with the very same arguments, in the order of its signature."""

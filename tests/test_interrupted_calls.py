@@ -235,6 +235,7 @@ IN_EAGER = [(kind, "SGD", before, name, {})
                                        ("rolling", "eval", "train"))]  # fmt: skip
 
 
+@pytest.mark.covering(1)
 @pytest.mark.filterwarnings("ignore:.*ascends on bfloat16")
 @pytest.mark.parametrize(
     ("backend", "kind", "rule", "before", "name", "own"),
@@ -332,6 +333,7 @@ def updated(make, call):
     return run.weights()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.filterwarnings("ignore:.*ascends on bfloat16")
 @pytest.mark.parametrize(
     ("backend", "kind", "rule", "before", "own"),

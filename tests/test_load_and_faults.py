@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import live
+from covering import also
 from patterns import METHODS, Training, backends, same, same_state, train
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -118,7 +119,7 @@ def saved_and_loaded(name, net, opt, model_first):
     return net, opt
 
 
-@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("name", ["ARWP", "rolling ARWP", "IRE, SAM", *also("m-RWP", "m-ARWP", "ASAM")])
 def test_a_thousand_steps_with_a_checkpoint_every_ten(name):
     """Bit for bit the run that was never interrupted: weights, state, groups."""
     ends = []
@@ -144,6 +145,7 @@ def test_a_thousand_steps_with_a_checkpoint_every_ten(name):
 # --- lr = 0 ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("own", [{}, HALF], ids=str)
 @pytest.mark.parametrize("name", METHODS)
 def test_two_hundred_steps_with_a_learning_rate_of_zero(name, own):

@@ -44,7 +44,8 @@ def test_which_errors_stay():
 
 def run(folder, body, *arguments):
     """(exit status, what pytest prints, standard error) of a suite with our conftest.py."""
-    (folder / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())
+    for name in ("conftest.py", "covering.py"):
+        (folder / name).write_text((Path(__file__).parent / name).read_text())
     (folder / "test_suite.py").write_text(SUITE.format(mark=str(folder / "mark"), body=body))
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", *arguments, "test_suite.py"]
@@ -52,6 +53,7 @@ def run(folder, body, *arguments):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.matrix
 def test_a_worker_ends_and_another_goes_on(tmp_path):
     pytest.importorskip("xdist")
     status, out, err = run(tmp_path, LOSS, "-n", "2")
@@ -62,6 +64,7 @@ def test_a_worker_ends_and_another_goes_on(tmp_path):
     assert "test_suite.py::test_loses lost the GPU" in err
 
 
+@pytest.mark.matrix
 def test_one_process_stops_and_says_why(tmp_path):
     status, out, err = run(tmp_path, LOSS, "-p", "no:xdist")
     assert status == 2
@@ -70,12 +73,14 @@ def test_one_process_stops_and_says_why(tmp_path):
     assert "PASSED test_suite.py::test_before" in out and "test_after" not in out
 
 
+@pytest.mark.matrix
 def test_another_failure_stops_nothing(tmp_path):
     status, out, err = run(tmp_path, "assert 1 == 2", "-p", "no:xdist")
     assert status == 1 and "9 failed, 1 passed" in out
     assert "lost the GPU" not in out + err
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "seen, asked, reason",
     [

@@ -81,6 +81,7 @@ CASES = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_ranks_do_what_one_process_does(worlds, world, case):

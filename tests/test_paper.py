@@ -42,6 +42,7 @@ CASES = [
 ]
 
 
+@pytest.mark.covering(1)  # 50 steps each; test_teeth has every mistake with two rules
 @pytest.mark.parametrize(("backend", "base", "method"), CASES, indirect=["backend"])
 @pytest.mark.filterwarnings("error")
 def test_trajectory(base, method, backend):
@@ -51,6 +52,7 @@ def test_trajectory(base, method, backend):
     assert error < allowed
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("method", ["RWP", "m-ARWP", "mSAM 3 shards"])
 def test_trajectory_with_batch_norm(method, backend):
     """The same with BatchNorm in training mode: its running statistics play no part in the gradients."""
@@ -59,6 +61,7 @@ def test_trajectory_with_batch_norm(method, backend):
     assert error < allowed
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("method", ["m-ARWP", "SAM", "ASAM"])
 @pytest.mark.parametrize("base", ["momentum", "adamw"])
 def test_trajectory_maximizing(base, method, backend):
@@ -68,6 +71,7 @@ def test_trajectory_maximizing(base, method, backend):
     assert error < allowed
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("method", ["m-ARWP", "rolling ARWP", "SAM"])
 @pytest.mark.parametrize("base", ["momentum", "adamw"])
 def test_trajectory_of_wrap(base, method, backend):
@@ -93,6 +97,7 @@ def schedule(values, t):
         values.update({key: values[key] * factor for key, factor in factors.items() if values.get(key)})
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("method", ["m-ARWP", "rolling ARWP", "ASAM"])
 def test_values_change_between_steps(method, backend):
     """Group values are read at every step."""

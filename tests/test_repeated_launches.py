@@ -67,6 +67,7 @@ def copy_of(value, times=0):
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).copy_(value)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("op, words", REPEATABLE, ids=lambda x: getattr(x, "name", x))
 def test_repeated_launches_have_what_is_new(op, words, driver, repeated, monkeypatch):
     """They are those of a first call, whatever is new and in whatever order, alone and together."""

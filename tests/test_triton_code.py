@@ -15,6 +15,8 @@ from bench.gpu import sass, triton_code  # noqa: E402
 from flatkern import dispatch  # noqa: E402
 from flatkern.ops import OPS  # noqa: E402
 
+pytestmark = pytest.mark.matrix  # half a minute
+
 # Several rows a tile, the last of which are not there; eights that are cut short.
 SHAPES = [(9, 264), (2, 147), (7,)]
 SEGMENTED = [(1, 8720)]  # a row that is cut

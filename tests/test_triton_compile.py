@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from covering import also, also_of
 
 triton = pytest.importorskip(
     "triton", minversion="3.6", reason="triton is not installed, so nothing is compiled with it"
@@ -230,8 +231,18 @@ def own_cache(tmp_path):
         yield
 
 
-@pytest.mark.parametrize("architecture", [name for name in TARGETS if name.startswith("sm")])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+# Every kernel is compiled in `make test`, most of them in one of their forms.
+FURTHER = {
+    "ascent norm", "gradient norm", "gradient products, bfloat16", "perturb, captured", "perturb the longest rows",
+    "perturb from masters", "perturb bfloat16", "ascent", "mix", "count, second digit", "count, last digit",
+    "count bfloat16", "advance", "sgd", "sgd, restoring, two gradients", "sgd, restoring, a component",
+    "sgd, rolling, uneven rows", "sgd, rolling, captured", "adamw", "adam, rolling, masters",
+    "adamw, everything, uneven rows", "adamw, everything, the longest rows",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", *also("sm_80", "sm_100")])
+@pytest.mark.parametrize("case", also_of(CASES, FURTHER))
 def test_cuda(case, architecture, tmp_path):
     cubin, (kernel, wide, elements) = tmp_path / "kernel.cubin", compiled(case, architecture)
     cubin.write_bytes(kernel.asm["cubin"])
@@ -244,6 +255,7 @@ def test_cuda(case, architecture, tmp_path):
     assert int(used["REG"]) <= case.registers
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("known", range(3))
 @pytest.mark.parametrize("type_", [F32, tl.float16, BF16], ids=str)
 def test_what_counting_takes(type_, known, tmp_path):
@@ -259,6 +271,7 @@ def test_what_counting_takes(type_, known, tmp_path):
     assert not re.findall(r"\b(?:ATOMS|MEMBAR)\b", code)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_amd(case):
     kernel, wide, elements = compiled(case, "gfx942")

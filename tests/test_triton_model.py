@@ -27,6 +27,7 @@ CHECKED = [
 ]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("call, name", CHECKED)
 def test_the_table_is_what_the_code_gives(call, name, driver):
     parts = model.executed(call, name, driver)

@@ -26,11 +26,14 @@ sys.path.append(str(ROOT / "tests"))  # at the end: these names are looked for t
 import capturing  # noqa: E402
 import cases  # noqa: E402
 from compare import assert_within, bits  # noqa: E402
+from interpreting import patch_once_a_launch  # noqa: E402
 
 import flatkern  # noqa: E402
 from flatkern import dispatch  # noqa: E402
 from flatkern.ops import OPS  # noqa: E402
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    patch_once_a_launch()
 DEVICE = "cpu" if DRY else "cuda"
 # Rows of every kind, whose lengths are multiples of 16 bytes; then odd ones in mixed dtypes.
 EVEN = [(64, 64, 3, 3), (256, 64), (64,), (2, 16384)]

@@ -1,0 +1,114 @@
+"""`make test` runs a covering choice of tests; `make test-matrix` runs the others, and pytest by itself runs all.
+
+Tests with several parameters are the many. Of each, `--covering` keeps few combinations, in which every two values of
+two parameters meet that meet in all of them: most faults that a combination shows need two of its values at most. A
+mark says otherwise where a combination takes long: `covering(1)` keeps every value of every parameter, `matrix` none.
+"""
+
+import heapq
+from collections import defaultdict
+from itertools import combinations
+
+import pytest
+
+OPTIONS = "covering", "left_out"
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("flatkern")
+    group.addoption("--covering", action="store_true", help="few combinations of parameters, in which every two meet")
+    group.addoption("--left-out", action="store_true", help="only what --covering leaves out")
+
+
+def key(value):
+    """Equal for equal values, within a process: what has no value of its own is only equal to itself."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(key, value))
+    if isinstance(value, dict):
+        return tuple((k, key(v)) for k, v in value.items())
+    text = repr(value)
+    return id(value) if " at 0x" in text else text
+
+
+def chosen(rows, strength):
+    """Numbers of few of the `rows` ({parameter: value}) that have each combination of `strength` values that one has.
+
+    Greedy: always the one that has most of those that are missing, the first of several; the same in every process.
+    """
+    had = [set(combinations(sorted((name, key(value)) for name, value in row.items()), strength)) for row in rows]
+    missing = set().union(*had)
+    heap = [(-len(has), k) for k, has in enumerate(had)]
+    heapq.heapify(heap)
+    kept = []
+    while missing:
+        _, k = heapq.heappop(heap)
+        news = len(had[k] & missing)
+        if heap and (-news, k) > heap[0]:  # it was overtaken by others: what it has is no longer missing
+            heapq.heappush(heap, (-news, k))
+        elif news:
+            kept.append(k)
+            missing -= had[k]
+    return kept
+
+
+def also(*values):
+    """Parameters that only `make test-matrix` runs with."""
+    return [pytest.param(value, marks=pytest.mark.matrix) for value in values]
+
+
+def also_of(named, further):
+    """Named parameters; with the `further` ones only `make test-matrix` runs."""
+    marks = {name: [pytest.mark.matrix] * (name in further) for name in named}
+    return [pytest.param(value, id=name, marks=marks[name]) for name, value in named.items()]
+
+
+def covering(items):
+    """Those of the tests that `--covering` keeps."""
+    alike, kept = defaultdict(list), set()
+    for item in items:
+        if item.get_closest_marker("matrix"):
+            continue
+        if len((getattr(item, "callspec", None) and item.callspec.params) or ()) < 2:
+            kept.add(item)
+        else:
+            alike[item.nodeid.partition("[")[0]].append(item)
+    for same in alike.values():
+        mark = same[0].get_closest_marker("covering")
+        rows = [item.callspec.params for item in same]
+        kept.update(same[k] for k in chosen(rows, mark.args[0] if mark else 2))
+    return kept
+
+
+@pytest.hookimpl(trylast=True)  # of what -k and -m have left
+def pytest_collection_modifyitems(config, items):
+    if not any(config.getoption(name) for name in OPTIONS):
+        return
+    kept = covering(items)
+    if config.getoption("left_out"):
+        kept = set(items) - kept
+    dropped = [item for item in items if item not in kept]
+    config.stash[LEFT_OUT] = len(dropped), len(items)
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left_out"] = config.stash[LEFT_OUT]
+    items[:] = [item for item in items if item in kept]
+    config.hook.pytest_deselected(items=dropped)
+
+
+LEFT_OUT = pytest.StashKey[tuple[int, int]]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """What a worker of xdist has left out, told to who prints the summary."""
+    if "left_out" in getattr(node, "workeroutput", {}):
+        node.config.stash[LEFT_OUT] = node.workeroutput["left_out"]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    count, of = config.stash.get(LEFT_OUT, (0, 0))
+    if config.getoption("covering") and count:
+        terminalreporter.write_line(
+            f"left out: {count} of {of} tests, further combinations of parameters whose every two values have met, and "
+            "what takes long; `make test-matrix` runs them",
+            yellow=True,
+        )
