@@ -1,7 +1,7 @@
 """Result files as Markdown and as a chart.
 
     python bench/render.py FILE.json                    all tables, on the standard output
-    python bench/render.py --embed docs/benchmarks.md   rewrite the marked blocks of a document, of all committed results
+    python bench/render.py --embed docs/benchmarks.md   rewrite a document's marked blocks, of all committed results
     python bench/render.py --check docs/benchmarks.md   fail if a marked block differs from them
     python bench/render.py --speed docs/images/speed.svg  the chart of the start page
     python bench/render.py FILE.json --plot FILE.png    bar chart of everything
@@ -65,13 +65,14 @@ def embed(text: str, results: dict) -> str:
     return BLOCK.sub(block, text)
 
 
-def embed_committed(text: str) -> str:
-    """The document with every marked block rewritten, by the results that are committed."""
+def embed_committed(document: Path) -> str:
+    """A document's text with every marked block rewritten, by the results that are committed."""
     from bench.gpu import report
 
+    text = document.read_text()
     for path in COMMITTED:
         text = embed(text, files.read(path))
-    return report.embed(text) if report.BLOCK.search(text) else text
+    return report.embed(text, root=report.way_to_root(document)) if report.BLOCK.search(text) else text
 
 
 def main() -> int:
@@ -97,17 +98,17 @@ def main() -> int:
         Path(args.speed).write_text(speed(results))
     if not (args.names or args.plot or args.speed or args.embed or args.check):
         print(markdown(results))
-    return documents(args, (lambda text: embed(text, results)) if args.file else embed_committed)
+    return documents(args, (lambda path: embed(path.read_text(), results)) if args.file else embed_committed)
 
 
-def documents(args: argparse.Namespace, rewritten: Callable[[str], str]) -> int:
+def documents(args: argparse.Namespace, rewritten: Callable[[Path], str]) -> int:
     """--embed and --check; returns the exit status."""
     if args.embed:
         document = Path(args.embed)
-        document.write_text(rewritten(document.read_text()))
+        document.write_text(rewritten(document))
     if args.check:
-        text = Path(args.check).read_text()
-        if rewritten(text) != text:
+        document = Path(args.check)
+        if rewritten(document) != document.read_text():
             print(f"{args.check} is not what the results say; run with --embed {args.check}", file=sys.stderr)
             return 1
     return 0

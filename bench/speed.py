@@ -1,7 +1,7 @@
 """The chart of the start page, as SVG: the time of a step of each method beside what a user would take instead.
 
-Text and rectangles that are made of a result file alone, so that a test can compare. The ground is the chart's own, light
-or dark as the reader's system is: a page may have the other one.
+Text and rectangles that are made of a result file alone, so that a test can compare. The ground is the chart's own,
+light or dark as the reader's system is: a page may have the other one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def speed(results: dict) -> str:
     height = TOP + sum(len(bars) * (BAR + GAP) + BETWEEN for bars, _ in rows.values()) + BOTTOM
     longest = max(time for bars, _ in rows.values() for time in bars.values())
     scale = (WIDTH - LEFT - RIGHT) / longest
-    parts = [*heading(results), *grid(longest, scale, height)]
+    parts = [*heading(height), *grid(longest, scale, height)]
     y = TOP
     for method, (bars, baseline) in rows.items():
         parts += group(METHODS[method].title, bars, baseline, y, scale)
@@ -77,9 +77,9 @@ def text(x: float, y: float, words: str, kind: str = "") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}"{f" class={chr(34)}{kind}{chr(34)}" if kind else ""}>{escape(words)}</text>'
 
 
-def heading(results: dict) -> list[str]:
+def heading(height: int) -> list[str]:
     parts = [
-        f'<rect class="ground" x="0.5" y="0.5" width="{WIDTH - 1}" height="100%" rx="8" style="height:calc(100% - 1px)"/>',
+        f'<rect class="ground" x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1}" rx="8"/>',
         text(20, 30, f"Time of an optimizer step on {MODELS[MODEL].title}'s weights, {BASES[BASE]}", "title"),
     ]
     x = 20.0

@@ -201,5 +201,7 @@ def test_correctness_names_what_failed_and_what_is_missing():
 
 
 def test_documents_show_what_is_committed():
-    shown = [text for path in report.DOCUMENTS if report.BLOCK.search(text := path.read_text())]
-    assert shown and all(report.embed(text) == text for text in shown)
+    shown = {path: text for path in report.DOCUMENTS if report.BLOCK.search(text := path.read_text())}
+    assert shown
+    for path, text in shown.items():
+        assert report.embed(text, root=report.way_to_root(path)) == text, path

@@ -1,7 +1,7 @@
 """What MkDocs does not know of this repository: its changelog is a page, and pages link to files beside docs/.
 
-Such a link is checked. Of a picture the site gets a copy; every other file is named in place of the link, since a site has
-no files of the repository. On a Git host the same links work as they are.
+Such a link is checked. Of a picture the site gets a copy; every other file is named in place of the link, since a site
+has no files of the repository. On a Git host the same links work as they are.
 """
 
 from __future__ import annotations
@@ -70,8 +70,10 @@ def outside_of_fences(text, change):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Links to files beside docs/."""
+    """Links to files beside docs/, and the room of a list of pages for a page that is the only one of its tab."""
     here = page.file.src_uri
+    if page.parent is None:
+        page.meta["hide"] = ["navigation"]
 
     def link(match):
         path = path_of(match["target"], here)

@@ -1,7 +1,7 @@
 """What `make gpu` brought back, as results that are committed: bench/results/<gpu>/, and a table in documents.
 
-    make gpu-report FROM=build/gpu                            take a run in: raw files, results.json, report.md, the table
-    python bench/gpu/report.py --check docs/benchmarks.md     fail if a document's table is not what the results say
+    make gpu-report FROM=build/gpu                          take a run in: raw files, results.json, report.md, the table
+    python bench/gpu/report.py --check docs/benchmarks.md   fail if a document's table is not what the results say
 
 Raw files stay as they came, in raw/<date>/. Everything else is a function of them: of each stage, test and race the
 newest run counts, so that a second run, of other ones or after a repair, completes the first.
@@ -183,12 +183,22 @@ def goal_table(results: Path = RESULTS) -> str:
     return tables.goal_table(list(dict.fromkeys([*SHOWN, *measured])), measured)
 
 
-def embed(text: str, results: Path = RESULTS) -> str:
-    """A document with its block `<!-- bench: gpu -->` rewritten."""
+def embed(text: str, results: Path = RESULTS, root: str = "") -> str:
+    """A document with its block `<!-- bench: gpu -->` rewritten.
+
+    Arguments:
+        root: the way to the root from where the document lies, as its links have it; see `way_to_root`.
+    """
     if not BLOCK.search(text):
         raise Unusable("the document has no block <!-- bench: gpu --> ... <!-- /bench -->")
-    table = goal_table(results)
+    table = goal_table(results).replace("](bench/", f"]({root}bench/")
     return BLOCK.sub(lambda match: f"{match[1]}\n{table}\n\n{match[2]}", text)
+
+
+def way_to_root(document: Path) -> str:
+    """ "../" of a document in docs/; empty of one in the root, or outside of this repository."""
+    folder = document.resolve().parent
+    return "../" * len(folder.relative_to(ROOT).parts) if folder.is_relative_to(ROOT) else ""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -203,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given.check:
             text = given.check.read_text()
-            if embed(text, given.results) == text:
+            if embed(text, given.results, way_to_root(given.check)) == text:
                 return 0
             print(f"{given.check} is not what {given.results} says; run bench/gpu/report.py", file=sys.stderr)
             return 1
@@ -211,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
             written = take_in(given.folder.expanduser(), given.results)
             print(f"wrote {written}/results.json, report.md and raw/")
         for document in given.document or [path for path in DOCUMENTS if BLOCK.search(path.read_text())]:
-            document.write_text(embed(document.read_text(), given.results))
+            document.write_text(embed(document.read_text(), given.results, way_to_root(document)))
             print(f"the table of {document} is up to date")
     except (Unusable, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
