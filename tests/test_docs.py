@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import flatkern
+from flatkern.ops import OPS
 from flatkern.optim.phase import BETWEEN_STEPS, TRANSITIONS, Phase
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,16 +173,24 @@ def test_every_public_name_is_shown():
     assert not wanted - shown()
 
 
-def defined(module):
-    """The classes and functions of a module, without importing it: integrations need their libraries."""
-    tree = ast.parse((ROOT / "flatkern" / module.replace(".", "/")).with_suffix(".py").read_text())
-    return {n.name for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef))}
+def is_defined(dotted):
+    """Whether the sources have a class, function or method; nothing is imported, since integrations need libraries."""
+    folder, parts = ROOT, dotted.split(".")
+    while parts and (folder / parts[0]).is_dir():
+        folder /= parts.pop(0)
+    tree = ast.parse((folder / f"{parts.pop(0)}.py").read_text())
+    for name in parts:
+        tree = next((n for n in tree.body if getattr(n, "name", None) == name), None)
+        if tree is None:
+            return False
+    return True
 
 
 def test_what_is_shown_exists():
-    for name in shown():
-        _, *module, last = name.split(".")
-        assert last in defined(".".join(module)) if module else hasattr(flatkern, last), name
+    for dotted in shown():
+        _, *module, last = dotted.split(".")
+        assert is_defined(dotted) if module else hasattr(flatkern, last), dotted
+    assert not is_defined("flatkern.optim.base.FlatOptimizer.ascend") and not is_defined("flatkern.cost.price")
 
 
 def test_docstrings_keep_their_words():
@@ -240,6 +249,11 @@ def test_the_table_of_phases_is_that_of_the_code():
         found[name] = {phase: Phase[cell] for phase, cell in zip(Phase, cells, strict=True) if cell != "-"}
         between |= {name} if call.endswith("*") else set()
     assert found == TRANSITIONS and between == BETWEEN_STEPS
+
+
+def test_the_page_of_numerics_states_what_backends_may_differ_by():
+    table = PAGES["numerics.md"].split("## What differs between backends")[1].split("## ")[0]
+    assert {int(n) for n in re.findall(r"\| (\d+) (?:ulp|units)", table)} == {op.ulp for op in OPS.values() if op.ulp}
 
 
 def test_the_page_states_the_floors_of_cost():
