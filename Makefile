@@ -36,7 +36,7 @@ SANITIZE_TESTS ?= tests/test_backends.py tests/test_cpp.py tests/test_noise.py t
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env build demo test test-matrix test-triton test-stacks stacks-page test-cuda matrix-cuda check format bench gpu gpu-report gpu-model
+.PHONY: help env build demo test test-matrix test-triton test-stacks stacks-page docs test-cuda matrix-cuda check format bench gpu gpu-report gpu-model
 .PHONY: sanitize sanitize-cuda races-cuda wheel-check wheel-cuda show clean
 
 NATIVE := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
@@ -220,6 +220,23 @@ test-stacks: tree $(if $(NO_VENV),,$(STACKS_STAMP)) ## flatkern inside of traini
 
 stacks-page: tree $(if $(NO_VENV),,$(STACKS_STAMP)) ## the table of docs/stacks.md, by the names of those tests
 	@PYTHONSAFEPATH=1 PYTHONPATH="$(TREE)$${PYTHONPATH:+:$$PYTHONPATH}" $(STACKS_PY) docs/stacks.py
+
+# The site has an environment of its own, too: it is built by reading the sources, without torch.
+DOCS := build/docs
+DOCS_PY := $(if $(NO_VENV),$(PYTHON),$(DOCS)/bin/python)
+
+$(DOCS)/.installed: requirements-docs.txt
+	@echo "installing requirements-docs.txt in $(DOCS) (once)"
+	@$(PYTHON) -m venv $(DOCS)
+	@$(DOCS_PY) -m pip install -qq --disable-pip-version-check -r requirements-docs.txt
+	@touch $@
+
+docs: $(if $(NO_VENV),,$(DOCS)/.installed) ## the site of docs/, into build/site; no warning, no dead link (ARGS=--serve: shown while it is written)
+	@export NO_MKDOCS_2_WARNING=1 PYTHONSAFEPATH=1; \
+	if ! $(DOCS_PY) -c 'import material, mkdocs, mkdocstrings_handlers.python' 2> /dev/null; then \
+	  $(if $(NO_VENV),echo "not checked: the site (mkdocs-material or mkdocstrings-python is not installed)",echo "error: remove $(DOCS) and run make again" >&2; exit 1); \
+	elif [ "$(ARGS)" = --serve ]; then exec $(DOCS_PY) -m mkdocs serve; \
+	else $(DOCS_PY) -m mkdocs build --strict && echo "the site is $(CURDIR)/build/site/index.html"; fi
 
 # What nvcc compiles is looked at and not run; what is run is the same sources, compiled by the C++ compiler for a GPU that
 # is emulated (tests/cuda_emulation).

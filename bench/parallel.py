@@ -7,7 +7,7 @@ bench/results/parallel.{json,md}; the block "ranks" of a document is made of it:
 
     python bench/parallel.py
     python bench/parallel.py --rounds 5 --json NAME.json --table NAME.md
-    python bench/render.py bench/results/parallel.json --embed README.md
+    python bench/render.py --embed docs/ranks.md       (and docs/benchmarks.md)
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """Result files as Markdown and as a chart.
 
     python bench/render.py FILE.json                    all tables, on the standard output
-    python bench/render.py FILE.json --embed README.md  rewrite the marked blocks of a document
-    python bench/render.py FILE.json --check README.md  fail if a marked block differs from the file
-    python bench/render.py FILE.json --plot FILE.png    bar chart
+    python bench/render.py --embed docs/benchmarks.md   rewrite a document's marked blocks, of all committed results
+    python bench/render.py --check docs/benchmarks.md   fail if a marked block differs from them
+    python bench/render.py --speed docs/images/speed.svg  the chart of the start page
+    python bench/render.py FILE.json --plot FILE.png    bar chart of everything
 
-A marked block starts with the line `<!-- bench: NAME -->` and ends with `<!-- /bench -->`; --names lists
-the names. The text between is a function of the JSON alone, so a test can compare the two. The block "gpu" is
-bench/gpu/report.py's, and "ranks" is made of the file of bench/parallel.py.
+With a FILE.json, --embed and --check look at its tables alone. A marked block starts with the line
+`<!-- bench: NAME -->` and ends with `<!-- /bench -->`; --names lists the names. The text between is a function of the
+JSON alone, so a test can compare the two. The block "gpu" is made by bench/gpu/report.py, "ranks" of the file of
+bench/parallel.py, and "losing" of all tables of bench/run.py.
 """
 
 from __future__ import annotations
@@ -15,15 +17,18 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: the installed flatkern, if any, stays in front
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from bench import results as files
-from bench.tables import tables
+from bench.tables import losing_table, tables
 
 BLOCK = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+RESULTS = Path(__file__).resolve().parent / "results"
+COMMITTED = RESULTS / "cpu.json", RESULTS / "parallel.json"
 ELSEWHERE = {"gpu", "ranks"}  # the blocks that are made of other files than bench/run.py's
 
 
@@ -46,7 +51,8 @@ def embed(text: str, results: dict) -> str:
     Raises:
         KeyError: a block names a table that the results do not have.
     """
-    known = {table.name: table.markdown() for table in tables(results)}
+    found = tables(results)
+    known = {table.name: table.markdown() for table in [*found, losing_table(found)] if table.rows}
     others = known.keys() and known.keys() <= ELSEWHERE  # all other blocks are bench/run.py's
 
     def block(match: re.Match) -> str:
@@ -59,32 +65,52 @@ def embed(text: str, results: dict) -> str:
     return BLOCK.sub(block, text)
 
 
+def embed_committed(document: Path) -> str:
+    """A document's text with every marked block rewritten, by the results that are committed."""
+    from bench.gpu import report
+
+    text = document.read_text()
+    for path in COMMITTED:
+        text = embed(text, files.read(path))
+    return report.embed(text, root=report.way_to_root(document)) if report.BLOCK.search(text) else text
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", help="JSON written by bench/run.py")
+    parser.add_argument("file", nargs="?", help="JSON written by bench/run.py (default: what is committed)")
     parser.add_argument("--embed", metavar="DOCUMENT", help="rewrite the marked blocks of this Markdown file")
     parser.add_argument("--check", metavar="DOCUMENT", help="exit with 1 if a marked block is not what the file says")
     parser.add_argument("--plot", metavar="PNG", help="write the bar chart")
+    parser.add_argument("--speed", metavar="SVG", help="write the chart of the start page")
     parser.add_argument("--names", action="store_true", help="list the names of the tables")
     args = parser.parse_args()
 
-    results = files.read(args.file)
+    results = files.read(args.file or COMMITTED[0])
     if args.names:
         print("\n".join(f"{table.name:24} {table.title}" for table in tables(results)))
     if args.plot:
         from bench.chart import plot
 
         plot(results, args.plot)
+    if args.speed:
+        from bench.speed import speed
+
+        Path(args.speed).write_text(speed(results))
+    if not (args.names or args.plot or args.speed or args.embed or args.check):
+        print(markdown(results))
+    return documents(args, (lambda path: embed(path.read_text(), results)) if args.file else embed_committed)
+
+
+def documents(args: argparse.Namespace, rewritten: Callable[[Path], str]) -> int:
+    """--embed and --check; returns the exit status."""
     if args.embed:
         document = Path(args.embed)
-        document.write_text(embed(document.read_text(), results))
+        document.write_text(rewritten(document))
     if args.check:
-        text = Path(args.check).read_text()
-        if embed(text, results) != text:
-            print(f"{args.check} is not what {args.file} says; run with --embed {args.check}", file=sys.stderr)
+        document = Path(args.check)
+        if rewritten(document) != document.read_text():
+            print(f"{args.check} is not what the results say; run with --embed {args.check}", file=sys.stderr)
             return 1
-    if not (args.names or args.plot or args.embed or args.check):
-        print(markdown(results))
     return 0
 
 

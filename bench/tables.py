@@ -297,3 +297,13 @@ def failure_table(results: dict) -> Table:
         reason = f["reason"].replace("|", "/").replace("\n", " ")
         table.rows.append([f["model"], METHODS[f["method"]].title, f["base"], candidate, reason])
     return table
+
+
+def losing_table(found: list[Table]) -> Table:
+    """Every case that is lost, out of all tables."""
+    table = Table("losing", "Losing cases", ["where", "method", "column", "figure"])
+    for other in found:
+        for row in other.rows:
+            lost_cells = [(name, cell) for name, cell in zip(other.header, row, strict=True) if loud(cell)]
+            table.rows += [[other.title, row[0], name, cell] for name, cell in lost_cells]
+    return table

@@ -58,14 +58,14 @@ def test_what_a_run_leaves_in_the_tree_is_no_change(monkeypatch, tmp_path):
     def git(*words):
         subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e", *words], cwd=tmp_path, check=True)
 
-    for name in ("README.md", "bench/results/a.md", "code.py"):
+    for name in ("README.md", "docs/benchmarks.md", "bench/results/a.md", "code.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("old")
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "m"]):
         git(*words)
     monkeypatch.delenv("FLATKERN_COMMIT", raising=False)
     monkeypatch.setattr(live, "ROOT", tmp_path)
-    for name in ("README.md", "bench/results/a.md", "out"):
+    for name in ("README.md", "docs/benchmarks.md", "bench/results/a.md", "out"):
         (tmp_path / name).write_text("anew")
     assert live.commit()["dirty"] is False
     (tmp_path / "code.py").write_text("anew")

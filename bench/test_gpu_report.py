@@ -1,4 +1,4 @@
-"""make gpu-report: from the folder of a run to the results that are committed and the README's table."""
+"""make gpu-report: from the folder of a run to the results that are committed and the documents' table."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_the_command(tmp_path, capsys):
     page.write_text("before\n<!-- bench: gpu -->\nold\n<!-- /bench -->\nafter\n")
     given = folder(tmp_path / "out", *KEYS, *RIVALS)
     same = ["--results", str(results)]
-    assert report.main([str(given), "--readme", str(page), *same]) == 0
+    assert report.main([str(given), "--document", str(page), *same]) == 0
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "22.22x" in text and "H200, model" in text
     assert report.main(["--check", str(page), *same]) == 0
@@ -190,7 +190,7 @@ def test_what_a_reader_sees(tmp_path):
     assert "e+0" not in text
     for section in text.split("## ")[1:]:
         assert len({line.count("|") for line in section.splitlines() if line.startswith("|")}) <= 1, section
-    assert "commit 0123456789, fedcba9876 with local changes;" in report.readme_table(results)
+    assert "commit 0123456789, fedcba9876 with local changes;" in report.goal_table(results)
 
 
 def test_correctness_names_what_failed_and_what_is_missing():
@@ -200,6 +200,8 @@ def test_correctness_names_what_failed_and_what_is_missing():
     assert tables.said({}) == tables.NOT_RUN
 
 
-def test_the_readme_shows_what_is_committed():
-    readme = (ROOT / "README.md").read_text()
-    assert report.embed(readme) == readme
+def test_documents_show_what_is_committed():
+    shown = {path: text for path in report.DOCUMENTS if report.BLOCK.search(text := path.read_text())}
+    assert shown
+    for path, text in shown.items():
+        assert report.embed(text, root=report.way_to_root(path)) == text, path

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import flatkern
-from bench import render, results
+from bench import render, results, speed
 from bench.candidates import DTYPES, untouched_optimizer
 from bench.harness import Timings, balanced_orders, interleave, takes_part
 from bench.methods import BASES, METHODS, call_floors, floor_bytes
@@ -133,6 +133,16 @@ def test_documents_embed_tables(found):
     assert render.embed(once, found) == once
     with pytest.raises(KeyError, match="no table"):
         render.embed(text.replace("resnet50", "alexnet"), found)
+
+
+def test_documents_list_what_is_lost(found):
+    text = render.embed("<!-- bench: losing -->\n<!-- /bench -->\n", found)
+    assert "| m-RWP | vs foreach | **0.50x (slower)** |" in text
+
+
+def test_the_chart_of_the_start_page_needs_all_of_its_methods(found):
+    with pytest.raises(ValueError, match="the results have no plain"):
+        speed.speed(found)
 
 
 def test_documents_keep_the_table_of_the_gpus(found):

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md's "Add an operation" names the files that know every operation; they know them, and no others do."""
+"""docs/adding-an-operation.md names the files that know every operation; they know them, and no others do."""
 
 import re
 from pathlib import Path
@@ -24,9 +24,8 @@ OF_MANY |= {"flatkern/checks.py"} | {f"bench/gpu/{name}.py" for name in ("calls"
 
 def places():
     """The files of code that the list names: of a family F, and "*" of any number."""
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    section = text.split("## Add an operation\n")[1].split("\n## ")[0].split("\n1. ")[1]
-    return set(re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w/*]+\.\w+)`", section))
+    text = (ROOT / "docs" / "adding-an-operation.md").read_text().split("\n1. ")[1]
+    return set(re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w/*]+\.\w+)`", text))
 
 
 def read():
@@ -66,7 +65,9 @@ def test_every_place_knows_every_operation(op):
         for place in places() - BY_OTHER_NAMES - OF_MANY
         if is_for(place, op) and not any(op.name in MENTIONED[path] for path in files(place, op))
     ]
-    assert not missing, f"{op.name} is not in {missing}, which CONTRIBUTING.md names as places of every operation"
+    assert not missing, (
+        f"{op.name} is not in {missing}, which docs/adding-an-operation.md names as places of every operation"
+    )
 
 
 def test_every_place_is_there():
@@ -85,4 +86,4 @@ def is_a_place(path, known):
 def test_every_file_that_knows_most_operations_is_a_place():
     unnamed = {path for path, known in MENTIONED.items() if is_a_place(path, known)}
     unnamed = {path for path in unnamed if as_listed(path) not in places()}
-    assert not unnamed, f"{unnamed} know most operations, but CONTRIBUTING.md does not name them"
+    assert not unnamed, f"{unnamed} know most operations, but docs/adding-an-operation.md does not name them"

@@ -1,4 +1,4 @@
-"""What is wanted of the kernels on a GPU, as data: each row of the README's table with its bounds, what a model says,
+"""What is wanted of the kernels on a GPU, as data: each row of the documents' table with its bounds, what a model says,
 and where the measured figures are among the findings of `make gpu`.
 
 Times are device times, medians, of candidates that took turns; a share of copy is against a copy of the same minute on

@@ -134,7 +134,8 @@ def commit() -> dict[str, Any]:
 
     try:
         # What a run or a report of an earlier one leaves in the tree changes no code.
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!README.md", ":!bench/results")
+        written = [f":!{path}" for path in ("README.md", "docs/benchmarks.md", "bench/results")]
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
         return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError):
         return {"commit": "unversioned", "dirty": False}

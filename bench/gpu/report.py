@@ -1,7 +1,7 @@
-"""What `make gpu` brought back, as results that are committed: bench/results/<gpu>/ and the README's table.
+"""What `make gpu` brought back, as results that are committed: bench/results/<gpu>/, and a table in documents.
 
-    make gpu-report FROM=build/gpu                    take a run in: raw files, results.json, report.md, README
-    python bench/gpu/report.py --check README.md      fail if the README's table is not what the results say
+    make gpu-report FROM=build/gpu                          take a run in: raw files, results.json, report.md, the table
+    python bench/gpu/report.py --check docs/benchmarks.md   fail if a document's table is not what the results say
 
 Raw files stay as they came, in raw/<date>/. Everything else is a function of them: of each stage, test and race the
 newest run counts, so that a second run, of other ones or after a repair, completes the first.
@@ -25,9 +25,9 @@ from bench.gpu.names import slug
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
-README = ROOT / "README.md"
+DOCUMENTS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"  # those with the block have the table
 BLOCK = re.compile(r"(<!-- bench: gpu -->\n).*?(<!-- /bench -->)", re.DOTALL)
-SHOWN = ("h100", "h200")  # in the README, measured or not
+SHOWN = ("h100", "h200")  # in the table, measured or not
 FINDINGS, MACHINE = "results.jsonl", "machine.json"
 
 
@@ -177,39 +177,52 @@ def take_in(folder: Path, results: Path = RESULTS) -> Path:
     return results / gpu
 
 
-def readme_table(results: Path = RESULTS) -> str:
-    """The README's table: what is wanted, what the model says, what was measured."""
+def goal_table(results: Path = RESULTS) -> str:
+    """The table of documents: what is wanted, what the model says, what was measured."""
     measured = {path.parent.name: json.loads(path.read_text()) for path in sorted(results.glob("*/results.json"))}
-    return tables.readme(list(dict.fromkeys([*SHOWN, *measured])), measured)
+    return tables.goal_table(list(dict.fromkeys([*SHOWN, *measured])), measured)
 
 
-def embed(text: str, results: Path = RESULTS) -> str:
-    """A document with its block `<!-- bench: gpu -->` rewritten."""
+def embed(text: str, results: Path = RESULTS, root: str = "") -> str:
+    """A document with its block `<!-- bench: gpu -->` rewritten.
+
+    Arguments:
+        root: the way to the root from where the document lies, as its links have it; see `way_to_root`.
+    """
     if not BLOCK.search(text):
         raise Unusable("the document has no block <!-- bench: gpu --> ... <!-- /bench -->")
-    table = readme_table(results)
+    table = goal_table(results).replace("](bench/", f"]({root}bench/")
     return BLOCK.sub(lambda match: f"{match[1]}\n{table}\n\n{match[2]}", text)
+
+
+def way_to_root(document: Path) -> str:
+    """ "../" of a document in docs/; empty of one in the root, or outside of this repository."""
+    folder = document.resolve().parent
+    return "../" * len(folder.relative_to(ROOT).parts) if folder.is_relative_to(ROOT) else ""
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, help="what make gpu wrote (its OUT)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results lie (default: bench/results)")
-    parser.add_argument("--readme", type=Path, default=README, help="the document whose table is rewritten")
+    parser.add_argument(
+        "--document", type=Path, action="append", help="whose table is rewritten (default: all of ours)"
+    )
     parser.add_argument("--check", type=Path, metavar="DOCUMENT", help="only compare a document with the results")
     given = parser.parse_args(arguments)
     try:
         if given.check:
             text = given.check.read_text()
-            if embed(text, given.results) == text:
+            if embed(text, given.results, way_to_root(given.check)) == text:
                 return 0
             print(f"{given.check} is not what {given.results} says; run bench/gpu/report.py", file=sys.stderr)
             return 1
         if given.folder is not None:
             written = take_in(given.folder.expanduser(), given.results)
             print(f"wrote {written}/results.json, report.md and raw/")
-        given.readme.write_text(embed(given.readme.read_text(), given.results))
-        print(f"the table of {given.readme} is up to date")
+        for document in given.document or [path for path in DOCUMENTS if BLOCK.search(path.read_text())]:
+            document.write_text(embed(document.read_text(), given.results, way_to_root(document)))
+            print(f"the table of {document} is up to date")
     except (Unusable, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""The findings of `make gpu` as tables in Markdown: the README's, and everything else in a GPU's report.md."""
+"""The findings of `make gpu` as tables in Markdown: that of the goals, and everything else in a GPU's report.md."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def said(found: dict[str, dict]) -> str:
     return ", ".join([*cells, *missing]) + (" passed" if all(f["status"] == "passed" for f in found.values()) else "")
 
 
-# ---- the README's table
+# ---- the table of the goals
 
 
 def measured_cell(goal: dict | None) -> str:
@@ -74,7 +74,7 @@ def commit(run: dict) -> str:
     return run["commit"][:10] + (" with local changes" if run.get("dirty") else "")
 
 
-def readme(gpus: list[str], measured: dict[str, dict]) -> str:
+def goal_table(gpus: list[str], measured: dict[str, dict]) -> str:
     """One row a goal; per GPU what the model says and what was measured."""
     names = [gpu.upper() for gpu in gpus]
     header = ["wanted", "bound", *(f"{n}, model" for n in names), *(f"{n}, measured" for n in names)]
