@@ -9,7 +9,7 @@
 With a FILE.json, --embed and --check look at its tables alone. A marked block starts with the line
 `<!-- bench: NAME -->` and ends with `<!-- /bench -->`; --names lists the names. The text between is a function of the
 JSON alone, so a test can compare the two. The block "gpu" is made by bench/gpu/report.py, "ranks" of the file of
-bench/parallel.py, and "losing" of all tables of bench/run.py.
+bench/parallel.py; "brief" and "losing" are made of bench/run.py's tables.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # run as a script: the installed flatkern, if any
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from bench import results as files
-from bench.tables import losing_table, tables
+from bench.tables import brief_table, losing_table, tables
 
 BLOCK = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -52,7 +52,8 @@ def embed(text: str, results: dict) -> str:
         KeyError: a block names a table that the results do not have.
     """
     found = tables(results)
-    known = {table.name: table.markdown() for table in [*found, losing_table(found)] if table.rows}
+    made_of_them = brief_table(found), losing_table(found)
+    known = {table.name: table.markdown() for table in [*found, *made_of_them] if table.rows}
     others = known.keys() and known.keys() <= ELSEWHERE  # all other blocks are bench/run.py's
 
     def block(match: re.Match) -> str:

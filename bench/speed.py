@@ -10,10 +10,9 @@ from html import escape
 
 from .methods import BASES, METHODS
 from .models import MODELS
-from .tables import SLOWER, copy_rate, median, pick, speedup
+from .tables import BRIEF_ROWS, SLOWER, copy_rate, median, pick, speedup
 
 MODEL, BASE = "resnet50", "sgd"
-SHOWN = ("plain", "rolling", "m-rwp", "sam", "asam", "sam-5", "gsam", "friendly", "looksam", "ire")
 OURS = "flatkern cpp"
 # Candidates in the order of their bars: what the legend says, and who takes their place for the plain optimizer.
 BARS = {
@@ -46,7 +45,7 @@ def speed(results: dict) -> str:
     Raises:
         ValueError: the results lack a method that it shows.
     """
-    rows = {method: bars_of(results, method) for method in SHOWN}
+    rows = {method: bars_of(results, method) for method in BRIEF_ROWS}
     height = TOP + sum(len(bars) * (BAR + GAP) + BETWEEN for bars, _ in rows.values()) + BOTTOM
     longest = max(time for bars, _ in rows.values() for time in bars.values())
     scale = (WIDTH - LEFT - RIGHT) / longest

@@ -299,6 +299,23 @@ def failure_table(results: dict) -> Table:
     return table
 
 
+# The README's rows and columns of a larger table.
+BRIEF = "resnet50-sgd"
+BRIEF_ROWS = ("plain", "rolling", "m-rwp", "sam", "asam", "sam-5", "gsam", "friendly", "looksam", "ire")
+BRIEF_COLUMNS = ("method", "time", "of torch fused (floor)", "vs careful loop", "vs foreach", "vs a library's")
+
+
+def brief_table(found: list[Table]) -> Table:
+    """What the README shows: the main methods beside what a user would take instead."""
+    whole = next((table for table in found if table.name == BRIEF), None)
+    if whole is None:
+        return Table("brief", "", [])
+    columns = [whole.header.index(name) for name in BRIEF_COLUMNS if name in whole.header]
+    titles = [METHODS[method].title for method in BRIEF_ROWS]
+    rows = [[row[k] for k in columns] for row in whole.rows if row[0] in titles]
+    return Table("brief", f"{whole.title}, in short", [whole.header[k] for k in columns], rows)
+
+
 def losing_table(found: list[Table]) -> Table:
     """Every case that is lost, out of all tables."""
     table = Table("losing", "Losing cases", ["where", "method", "column", "figure"])

@@ -12,6 +12,11 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+def test_it_is_short():
+    """What it cannot hold is in docs/."""
+    assert len(README.splitlines()) <= 180 and len(README.split()) <= 1700
+
+
 def test_readme_code_blocks_run_in_order():
     """All Python blocks, one after the other as a reader would paste them; the weights end clean and finite."""
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -21,12 +26,11 @@ def test_readme_code_blocks_run_in_order():
         exec(compile(block, "README.md", "exec"), scope)
     assert not scope["opt"].is_perturbed
     assert all(torch.isfinite(p).all() for p in scope["model"].parameters())
-    assert all(torch.equal(p, s) for p, s in zip(scope["params"], scope["saved"], strict=True))
 
 
 def test_readme_commands_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"make ([a-z-]+)", README)):
+    for target in set(re.findall(r"(?:`|^)make ([a-z-]+)", README, re.MULTILINE)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
 
 
@@ -39,5 +43,13 @@ def test_readme_names_only_what_exists():
 
 
 def test_every_method_and_base_is_in_the_readme():
-    for name in set(flatkern.__all__) - {"Cost", "backends", "cost"}:
+    for name in {name for name in flatkern.__all__ if name[0].isupper()} - {"Cost"}:
         assert re.search(rf"\b{name}\b", README), name
+
+
+def test_figures_outside_of_tables_are_committed():
+    (figure,) = re.findall(r'`mix="ranks"` \((\d\.\d\dx)\)', README)
+    table = (ROOT / "bench" / "results" / "parallel.md").read_text()
+    (row,) = [line for line in table.splitlines() if line.startswith('| m-RWP, `mix="ranks"`')]
+    assert figure == row.split(" | ")[3]
+    assert set(re.findall(r"\b\d+\.\d+x", re.sub(r"<!-- bench.*?/bench -->", "", README, flags=re.DOTALL))) == {figure}
