@@ -10,6 +10,11 @@ COMMANDS = {
     "language": "train a small Llama on bytes: AdamW against AdamW with IRE",
     "demo": "train on handwritten digits with every method: accuracy, time, passes over memory",
 }
+MODULES = {
+    "doctor": "flatkern.doctor",
+    "language": "flatkern.demos.language.command",
+    "demo": "flatkern.demos.digits.command",
+}
 USAGE = "usage: python -m flatkern COMMAND [--help]\n\n" + "".join(f"  {c:10}{text}\n" for c, text in COMMANDS.items())
 
 
@@ -23,7 +28,7 @@ def main(arguments: list[str]) -> int:
         print(f"python -m flatkern: {command!r} is not a command\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     try:
-        module = importlib.import_module(f"flatkern.{command}")
+        module = importlib.import_module(MODULES[command])
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("flatkern"):
             raise

@@ -16,8 +16,11 @@ for module in ("matplotlib", "rich", "sklearn", "typer"):
 
 from matplotlib.image import imread  # noqa: E402
 
-from flatkern import demo, demo_report, demo_search, demo_training  # noqa: E402
-from flatkern.demo_methods import EPOCHS, METHODS, TUNED, hyper_parameters  # noqa: E402
+from flatkern.demos.digits import command as demo  # noqa: E402
+from flatkern.demos.digits import report as demo_report  # noqa: E402
+from flatkern.demos.digits import search as demo_search  # noqa: E402
+from flatkern.demos.digits import training as demo_training  # noqa: E402
+from flatkern.demos.digits.methods import EPOCHS, METHODS, TUNED, hyper_parameters  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("demo")
 

@@ -8,8 +8,9 @@ import torch
 pytest.importorskip("typer", reason="typer is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
-from flatkern import language, language_training
-from flatkern.language_training import Llama, Shape
+from flatkern.demos.language import command as language
+from flatkern.demos.language import training as language_training
+from flatkern.demos.language.training import Llama, Shape
 
 TINY = Shape(width=16, layers=1, heads=2, context=8)
 OPTIONS = dict(

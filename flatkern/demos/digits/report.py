@@ -9,8 +9,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .demo_methods import EPOCHS, METHODS
-from .demo_training import PROBE_SIGMA, SETTINGS, TEST, TRAIN
+from .methods import EPOCHS, METHODS
+from .training import PROBE_SIGMA, SETTINGS, TEST, TRAIN
 
 TITLES = {"clean": "clean labels", "noisy": f"{SETTINGS['noisy']:.0%} wrong labels"}
 BASE = "SGD"

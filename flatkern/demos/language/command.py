@@ -18,7 +18,7 @@ from rich.table import Table
 
 import flatkern
 
-from .language_training import Llama, Shape, read_text, train
+from .training import Llama, Shape, read_text, train
 
 app = typer.Typer(add_completion=False)
 BASE, ENHANCED = "AdamW", "AdamW-IRE"

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 import flatkern
 
-from .demo_methods import METHODS
+from .methods import METHODS
 
 SETTINGS = {"clean": 0.0, "noisy": 0.4}  # share of training labels replaced by another class
 TEST, TRAIN = 897, 600  # of 1797 images; the 300 that remain are the validation set of the search

@@ -1,4 +1,4 @@
-"""A small Llama on bytes, and its training: the model, the text, the loop. What is shown is in language.py."""
+"""A small Llama on bytes, and its training: the model, the text, the loop. What is shown is in command.py."""
 
 from __future__ import annotations
 

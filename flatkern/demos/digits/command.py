@@ -21,10 +21,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 import flatkern
 
-from . import demo_plot, demo_report, demo_search, doctor
-from .checks import check_backend
-from .demo_methods import EPOCHS, METHODS, TUNED, hyper_parameters
-from .demo_training import BATCH, MOMENTUM, SETTINGS, SHARDS, TEST, TRAIN, load_data, train
+from ... import doctor
+from ...checks import check_backend
+from . import plot, report, search
+from .methods import EPOCHS, METHODS, TUNED, hyper_parameters
+from .training import BATCH, MOMENTUM, SETTINGS, SHARDS, TEST, TRAIN, load_data, train
 
 app = typer.Typer(add_completion=False)
 
@@ -62,14 +63,14 @@ def demo(
         return
     start = time.perf_counter()
     runs = show_runs(console, seeds, epochs, name)
-    summary = demo_report.summarise(runs)
+    summary = report.summarise(runs)
     served_by = name or check_backend(None) or next(iter(doctor.serving("cpu")))
-    console.print(demo_report.accuracy_table(summary, seeds), "", demo_report.cost_table(summary, served_by), "")
-    console.print(*demo_report.notes(summary, seeds))
+    console.print(report.accuracy_table(summary, seeds), "", report.cost_table(summary, served_by), "")
+    console.print(*report.notes(summary, seeds))
     if epochs < EPOCHS:
         console.print(f"{epochs} epochs are too few to compare anything.", style="yellow")
     picture, numbers = out / "demo.png", out / "demo.json"
-    demo_plot.plot(runs, summary, picture)
+    plot.plot(runs, summary, picture)
     seconds = time.perf_counter() - start
     write(numbers, about(seeds, epochs, served_by) | {"seconds": seconds, "summary": summary, "runs": runs})
     console.print(f"\n{len(runs)} runs in {seconds:.0f} s: {picture}, {numbers}", soft_wrap=True)
@@ -88,20 +89,20 @@ def show_runs(console: Console, seeds: int, epochs: int, backend: str | None) ->
         for seed, setting in itertools.product(range(seeds), SETTINGS):
             data = load_data(seed, SETTINGS[setting])
             for name, method in METHODS.items():
-                bar.update(task, description=f"seed {seed + 1} of {seeds}, {demo_report.TITLES[setting]}, {name}")
+                bar.update(task, description=f"seed {seed + 1} of {seeds}, {report.TITLES[setting]}, {name}")
                 tick = functools.partial(bar.advance, task, method.gradients)
                 hyper = hyper_parameters(setting, name)
                 runs.append({"setting": setting, **train(name, data, seed, epochs, hyper, backend, tick=tick)})
-                live.update(Group(demo_report.accuracy_table(demo_report.summarise(runs), seed + 1), "", bar))
+                live.update(Group(report.accuracy_table(report.summarise(runs), seed + 1), "", bar))
             if not console.is_terminal:
-                console.print(f"seed {seed + 1} of {seeds}, {demo_report.TITLES[setting]}: done")
+                console.print(f"seed {seed + 1} of {seeds}, {report.TITLES[setting]}: done")
     return runs
 
 
 def show_search(console: Console, epochs: int, backend: str | None, out: Path) -> None:
     """Print and write every candidate's validation accuracy."""
     rows = []
-    for row in demo_search.search(epochs, backend):
+    for row in search.search(epochs, backend):
         rows.append(row)
         values = ", ".join(
             f"{k} {row[k]:g}" for k in ("lr", "weight_decay", "sigma", "rho", "alpha", "kappa") if k in row

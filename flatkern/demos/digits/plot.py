@@ -9,9 +9,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .demo_methods import METHODS
-from .demo_report import BASE, TITLES, Summary
-from .demo_training import SETTINGS
+from .methods import METHODS
+from .report import BASE, TITLES, Summary
+from .training import SETTINGS
 
 # Blue: random perturbations; warm: ascent; green: longer steps; black: the base. (color, line style)
 LOOKS = {
