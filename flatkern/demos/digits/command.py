@@ -1,12 +1,12 @@
-"""`python -m flatkern demo`: a small network on handwritten digits with every method, clean labels and wrong ones."""
+"""`python -m flatkern demo`: a small network on handwritten digits, trained by methods that look for flat minima."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import datetime
 import functools
 import importlib.metadata
-import itertools
-import json
 import platform
 import time
 from enum import Enum
@@ -17,17 +17,17 @@ import torch
 import typer
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import flatkern
 
 from ... import doctor
-from ...checks import check_backend
+from .. import shared
 from . import plot, report, search
-from .methods import EPOCHS, METHODS, TUNED, hyper_parameters
+from .methods import EPOCHS, FULL, METHODS, SAMPLE, TUNED, Plan, hyper_parameters
 from .training import BATCH, MOMENTUM, SETTINGS, SHARDS, TEST, TRAIN, load_data, train
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+Run = dict[str, Any]
 
 
 class Backend(str, Enum):
@@ -37,82 +37,105 @@ class Backend(str, Enum):
 
 @app.command()
 def demo(
-    seeds: Annotated[int, typer.Option(min=1, help="Runs per method and setting.")] = 5,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Every method, clean labels too, five seeds; four to five minutes on two cores."),
+    ] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help=f"Of every run: {SAMPLE.seeds}, or {FULL.seeds}.")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = EPOCHS,
     backend: Annotated[Backend | None, typer.Option(help="Used or refused; without it the best one.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the picture and the JSON.")] = Path("demo-results"),
     threads: Annotated[int, typer.Option(min=1, help="Of torch; so small a network gains nothing from more.")] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="One seed, two epochs: shows that it runs.")] = False,
     search: Annotated[bool, typer.Option("--search", help="Tune on validation images instead (long).")] = False,
 ) -> None:
-    """Train a small convolutional network on scikit-learn's handwritten digits with every method.
+    """Train a small convolutional network on scikit-learn's handwritten digits.
 
-    Once with clean labels, once with 40% of the training labels wrong. Shows accuracy, flatness, time per step
-    and passes over memory; writes a picture and all numbers. Works offline, in four to five minutes.
+    40% of the training labels are wrong, and one method of each kind is tried: under a minute on two cores.
+    Shows accuracy, flatness, time per step and passes over memory; writes a picture and all numbers. Works offline.
+    Ctrl-C keeps what was finished.
     """
-    if backend and not flatkern.backends()[backend.value]["live"]:
-        raise typer.BadParameter(flatkern.backends()[backend.value]["reason"], param_hint="--backend")
-    if quick:
-        seeds, epochs = 1, 2
+    name = shared.usable_backend(backend.value if backend else None, "cpu")
+    shared.writable_folder(out, *(["search.json"] if search else ["demo.json", "demo.png"]))
     torch.set_num_threads(threads)
-    out.mkdir(parents=True, exist_ok=True)
-    console = Console(highlight=False)
-    name = backend.value if backend else None
+    console = shared.make_console()
     if search:
         show_search(console, epochs, name, out)
         return
-    start = time.perf_counter()
-    runs = show_runs(console, seeds, epochs, name)
+    plan = FULL if full else SAMPLE
+    plan = dataclasses.replace(plan, seeds=seeds or plan.seeds, epochs=epochs)
+    start, runs = time.perf_counter(), list[Run]()
+    complete = shared.until_interrupted(lambda: show_runs(console, plan, name, runs))
+    if not runs:
+        console.print(f"interrupted before the first of {len(plan.runs())} runs was finished: nothing to show")
+        raise typer.Exit(shared.INTERRUPTED)
+    served_by = name or next(iter(doctor.serving("cpu")))
+    stopped = None if complete else f"interrupted: {len(runs)} of {len(plan.runs())} runs"
+    facts = about(plan, served_by) | {"interrupted": stopped, "seconds": time.perf_counter() - start}
+    show_results(console, plan, runs, facts, out)
+    if not complete:
+        raise typer.Exit(shared.INTERRUPTED)
+
+
+def show_runs(console: Console, plan: Plan, backend: str | None, runs: list[Run]) -> None:
+    """Train everything into `runs`, under a progress bar and a table that fills up; in a pipe a line for each run."""
+    bar, planned, start = shared.make_progress(console), plan.runs(), time.perf_counter()
+    work = sum(METHODS[name].gradients * METHODS[name].length for _, _, name in planned)
+    task, loaded, data = bar.add_task("", total=plan.epochs * work), None, None
+    live = Live(bar, console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+    with live or contextlib.nullcontext():
+        for number, (seed, setting, name) in enumerate(planned, start=1):
+            doing = f"seed {seed + 1} of {plan.seeds}, {report.TITLES[setting]}, {name}"
+            if live:
+                tables = report.accuracy_tables(report.summarise(runs), plan, console.width)
+                live.update(Group(doing, bar, "", *tables))  # a low window cuts off the end
+            if data is None or loaded != (seed, setting):
+                data, loaded = load_data(seed, SETTINGS[setting]), (seed, setting)
+            tick = functools.partial(bar.advance, task, METHODS[name].gradients)
+            hyper = hyper_parameters(setting, name)
+            runs.append({"setting": setting, **train(name, data, seed, plan.epochs, hyper, backend, tick=tick)})
+            if not live:
+                took = time.perf_counter() - start
+                console.print(f"{number:3} of {len(planned)}, {took:3.0f} s: {doing}: {runs[-1]['accuracy']:.1f} %")
+
+
+def show_results(console: Console, plan: Plan, runs: list[Run], facts: dict[str, Any], out: Path) -> None:
+    """Tables, what they say and do not, and both files; the numbers first, which cannot be had again."""
+    picture, numbers, stopped = out / "demo.png", out / "demo.json", facts["interrupted"]
     summary = report.summarise(runs)
-    served_by = name or check_backend(None) or next(iter(doctor.serving("cpu")))
-    console.print(report.accuracy_table(summary, seeds), "", report.cost_table(summary, served_by), "")
-    console.print(*report.notes(summary, seeds))
-    if epochs < EPOCHS:
-        console.print(f"{epochs} epochs are too few to compare anything.", style="yellow")
-    picture, numbers = out / "demo.png", out / "demo.json"
-    plot.plot(runs, summary, picture)
-    seconds = time.perf_counter() - start
-    write(numbers, about(seeds, epochs, served_by) | {"seconds": seconds, "summary": summary, "runs": runs})
-    console.print(f"\n{len(runs)} runs in {seconds:.0f} s: {picture}, {numbers}", soft_wrap=True)
-
-
-def show_runs(console: Console, seeds: int, epochs: int, backend: str | None) -> list[dict[str, Any]]:
-    """Train everything under a progress bar and a table that fills up."""
-    runs: list[dict[str, Any]] = []
-    bar = Progress(
-        BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.description}")
+    shared.write_json(numbers, facts | {"summary": summary, "runs": runs})
+    if stopped:
+        console.print(stopped, "", style="bold", sep="\n")
+    for table in report.accuracy_tables(summary, plan, console.width):
+        console.print(table, "")
+    console.print(report.cost_table(summary, facts["machine"]["backend"], console.width), "")
+    console.print(*report.notes(summary, plan), sep="\n")
+    plot.draw(runs, summary, plan, stopped).savefig(picture)
+    console.print(
+        f"\n{stopped or f'{len(runs)} runs'} in {facts['seconds']:.0f} s: {picture}, {numbers}", soft_wrap=True
     )
-    work = sum(method.gradients * method.length for method in METHODS.values())
-    task = bar.add_task("", total=seeds * len(SETTINGS) * epochs * work)
-    with Live(bar, console=console, refresh_per_second=2, transient=True) as live:
-        # Seeds outermost: what else the machine does meets all methods alike.
-        for seed, setting in itertools.product(range(seeds), SETTINGS):
-            data = load_data(seed, SETTINGS[setting])
-            for name, method in METHODS.items():
-                bar.update(task, description=f"seed {seed + 1} of {seeds}, {report.TITLES[setting]}, {name}")
-                tick = functools.partial(bar.advance, task, method.gradients)
-                hyper = hyper_parameters(setting, name)
-                runs.append({"setting": setting, **train(name, data, seed, epochs, hyper, backend, tick=tick)})
-                live.update(Group(report.accuracy_table(report.summarise(runs), seed + 1), "", bar))
-            if not console.is_terminal:
-                console.print(f"seed {seed + 1} of {seeds}, {report.TITLES[setting]}: done")
-    return runs
 
 
 def show_search(console: Console, epochs: int, backend: str | None, out: Path) -> None:
     """Print and write every candidate's validation accuracy."""
-    rows = []
-    for row in search.search(epochs, backend):
-        rows.append(row)
-        values = ", ".join(
-            f"{k} {row[k]:g}" for k in ("lr", "weight_decay", "sigma", "rho", "alpha", "kappa") if k in row
-        )
-        console.print(f"{row['setting']:6}{row['method']:13}{values:40}{row['accuracy']:6.2f} {'*' * row['chosen']}")
-    write(out / "search.json", {"epochs": epochs, "candidates": rows})
-    console.print(f"{out / 'search.json'} (* best of its method so far)")
+    rows: list[Run] = []
+
+    def show() -> None:
+        for row in search.search(epochs, backend):
+            rows.append(row)
+            names = ("lr", "weight_decay", "sigma", "rho", "alpha", "kappa")
+            values = ", ".join(f"{key} {row[key]:g}" for key in names if key in row)
+            line = f"{row['setting']:6}{row['method']:13}{values:40}{row['accuracy']:6.2f} {'*' * row['chosen']}"
+            console.print(line, soft_wrap=True)
+
+    complete = shared.until_interrupted(show)
+    stopped = None if complete else f"interrupted: {len(rows)} of {search.candidates()} candidates"
+    shared.write_json(out / "search.json", {"epochs": epochs, "interrupted": stopped, "candidates": rows})
+    console.print(f"{stopped or 'done'}: {out / 'search.json'} (* best of its method so far)", soft_wrap=True)
+    if not complete:
+        raise typer.Exit(shared.INTERRUPTED)
 
 
-def about(seeds: int, epochs: int, backend: str) -> dict[str, Any]:
+def about(plan: Plan, backend: str) -> dict[str, Any]:
     """Everything needed to repeat the run."""
     # torch's own word: that of its installation lacks the build (+cu130) as a rule.
     versions = {"flatkern": flatkern.__version__, "python": platform.python_version(), "torch": torch.__version__}
@@ -121,21 +144,15 @@ def about(seeds: int, epochs: int, backend: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions,
         "machine": {"processor": doctor.processor(), "threads": torch.get_num_threads(), "backend": backend},
-        "seeds": seeds,
-        "epochs": epochs,
+        "seeds": plan.seeds,
+        "epochs": plan.epochs,
+        "methods": plan.methods,
+        "settings": plan.settings,
         "data": {"train": TRAIN, "test": TEST, "batch": BATCH, "wrong_labels": SETTINGS},
         "hyper_parameters": {"momentum": MOMENTUM, "shards": SHARDS} | TUNED,
     }
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
-
-
 def main(arguments: list[str]) -> int:
     """Run the command; the exit status."""
-    try:
-        app(arguments, prog_name="python -m flatkern demo")
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+    return shared.run_app(app, arguments, "demo")

@@ -1,4 +1,4 @@
-"""The demo's numbers: means and deviations over seeds, two tables, and what they do and do not say."""
+"""The demo's numbers: means and deviations over seeds, two tables, and what they can and cannot show."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .methods import EPOCHS, METHODS
+from ..shared import WIDE, make_table
+from .methods import EPOCHS, FULL, METHODS, Plan
 from .training import PROBE_SIGMA, SETTINGS, TEST, TRAIN
 
 TITLES = {"clean": "clean labels", "noisy": f"{SETTINGS['noisy']:.0%} wrong labels"}
@@ -56,25 +57,28 @@ def named(name: str) -> Text:
     return Text(f"{name} (base)" if name == BASE else name, style="bold" if name == BASE else "")
 
 
-def accuracy_table(summary: Summary, seeds: int) -> Table:
-    """Accuracies of both settings; fits into 80 columns."""
-    over = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
-    table = Table(title=f"Test accuracy in %, {over}", title_justify="left", title_style="bold", box=None)
-    table.add_column("")
-    for title in TITLES.values():
-        table.add_column(title, justify="right")
-        table.add_column("- SGD", justify="right")
-        table.add_column("rise", justify="right")
+def accuracy_tables(summary: Summary, plan: Plan, width: int) -> list[Table]:
+    """Accuracies of what has been trained; settings beside each other where there is room."""
+    beside = [plan.settings] if width >= WIDE else [(setting,) for setting in plan.settings]
+    return [accuracy_table(summary, settings, width) for settings in beside if settings[0] in summary]
+
+
+def accuracy_table(summary: Summary, settings: tuple[str, ...], width: int) -> Table:
+    counts = sorted({row["seeds"] for setting in settings for row in summary.get(setting, {}).values()})
+    over = f"mean ± deviation of {' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))} seeds"
+    heads = [head for setting in settings for head in (TITLES[setting], f"- {BASE}", "rise")]
+    title = f"Test accuracy in %, {over if counts[-1] > 1 else 'one seed'}"
+    table = make_table(title, ("", *heads), width)
     for name in METHODS:
-        cells: list[Text] = []
-        for setting in SETTINGS:
-            row = summary.get(setting, {}).get(name)
-            cells += accuracy_cells(name, row) if row else [Text()] * 3
-        table.add_row(named(name), *cells)
+        rows = [summary.get(setting, {}).get(name) for setting in settings]
+        if any(rows):
+            table.add_row(named(name), *(cell for row in rows for cell in accuracy_cells(name, row)))
     return table
 
 
-def accuracy_cells(name: str, row: dict[str, Any]) -> list[Text]:
+def accuracy_cells(name: str, row: dict[str, Any] | None) -> list[Text]:
+    if row is None:
+        return [Text()] * 3
     style = "bold" if name == BASE else ""
     difference = Text("")
     if name != BASE:
@@ -89,15 +93,12 @@ def accuracy_cells(name: str, row: dict[str, Any]) -> list[Text]:
     ]
 
 
-def cost_table(summary: Summary, served_by: str) -> Table:
-    """What a step costs; times are medians over both settings."""
-    table = Table(title=f"Cost of a step, backend {served_by}", title_justify="left", title_style="bold", box=None)
-    heads = ("gradients", "ms", "optimizer ms", "its share", "passes", "times SGD's")
-    table.add_column("")
-    for head in heads:
-        table.add_column(head, justify="right")
+def cost_table(summary: Summary, served_by: str, width: int) -> Table:
+    """What a step costs; times are medians over the settings."""
+    heads = ("", "gradients", "ms", "optimizer\nms", "its\nshare", "passes", "times\nSGD's")
+    table = make_table(f"Cost of a step, backend {served_by}", heads, width)
     for name in METHODS:
-        rows = [summary[s][name] for s in SETTINGS if name in summary.get(s, {})]
+        rows = [of[name] for of in summary.values() if name in of]
         if rows:
             step_ms, optimizer_ms = (median(r[key] for r in rows) for key in ("step_ms", "optimizer_ms"))
             table.add_row(
@@ -113,26 +114,57 @@ def cost_table(summary: Summary, served_by: str) -> Table:
     return table
 
 
-def notes(summary: Summary, seeds: int) -> list[RenderableType]:
-    """What the numbers are and are not."""
-    words = Table.grid(padding=(0, 2))
+def limits(plan: Plan) -> list[str]:
+    """What a reader must not conclude; under the picture, too."""
+    lines = [
+        f"{plan.seeds} seed{'s' * (plan.seeds > 1)} on one small data set: it shows that the methods work, not which "
+        "is best. A difference within one standard deviation shows nothing.",
+        "Equal steps are not equal compute: methods with two gradients compute twice as much per step; SGD, 2x steps "
+        "is SGD with as much.",
+        "Milliseconds on a network this small, which fits in cache, are mostly the cost of calls; on large ones it is "
+        "the passes that count.",
+    ]
+    if plan.methods != FULL.methods:
+        lines.insert(
+            0,
+            f"A sample of --full, which has {len(FULL.methods)} methods, {' and '.join(TITLES.values())}, and "
+            f"{FULL.seeds} seeds; the runs that both make are the same.",
+        )
+    if plan.epochs < EPOCHS:
+        lines.insert(0, f"{plan.epochs} epoch{'s' * (plan.epochs > 1)}: too few to compare anything.")
+    return lines
+
+
+def notes(summary: Summary, plan: Plan) -> list[RenderableType]:
+    """What the numbers are, and what they cannot show."""
+    words = Table.grid(padding=(0, 2, 0, 0))
     words.add_column(style="bold", no_wrap=True)
     words.add_row("≈", "within one standard deviation of SGD's accuracy: no difference was shown")
-    if seeds == 1:
+    if plan.seeds == 1:
         words.add_row("", "one seed has no standard deviation, so all are marked")
     words.add_row("- SGD", "mean difference to SGD with the same seed")
     words.add_row("rise", f"of the training loss under noise of {PROBE_SIGMA} times each filter's norm; small is flat;")
     words.add_row("", "a network that has learned little is flat, too")
     words.add_row("passes", "reads and writes of all weights per step that the method needs (flatkern.cost)")
+    listed = Table.grid(padding=(0, 1, 0, 0))
+    for line in limits(plan):
+        listed.add_row("-", line)
+    return [words, "", "What this can and cannot show:", listed, "", setup(summary, plan)]
+
+
+def setup(summary: Summary, plan: Plan) -> str:
+    """What was trained, and how its values were chosen."""
+    size = next(iter(summary.values()))[BASE]["parameters"]
     text = (
-        f"What this is: {TRAIN} training images of 8x8 pixels, {TEST} test images, a network of "
-        f"{summary['clean'][BASE]['parameters']} weights. It shows that the methods work, not which is best. "
-        "All runs of a seed have the same start, batches and number of steps (SGD, 2x steps: twice as many); methods "
-        "with two gradients compute twice as much per step. Hyper-parameters were chosen per setting and method for "
-        f"{EPOCHS} epochs with other seeds, on validation images with right labels and never on test images "
-        "(--search); each method had as many candidates as SGD; mSAM, mixed SAM, GSAM and Friendly-SAM take SAM's, "
-        "SAM-IRE SAM's and IRE's kappa. RWP rolling is RWP in fewer passes: the same weights, bit for bit. "
-        "Momentum-SAM is rolling, too. Milliseconds are medians. A network this small fits in cache, so they are "
-        "mostly the cost of calls; on large ones it is the passes that count."
+        f"What this is: {TRAIN} training images of 8x8 pixels, {TEST} test images, a network of {size} weights. "
+        "All runs of a seed have the same start, batches and number of steps (SGD, 2x steps: twice as many). "
+        f"Hyper-parameters were chosen per setting and method for {EPOCHS} epochs with other seeds, on validation "
+        "images with right labels and never on test images (--search); each method had as many candidates as SGD. "
     )
-    return [words, "", text]
+    if "mSAM" in plan.methods:
+        text += "mSAM, mixed SAM, GSAM and Friendly-SAM take SAM's, SAM-IRE SAM's and IRE's kappa. "
+    here = "" if "RWP rolling" in plan.methods else ", so it is left out"
+    return text + (
+        f"RWP rolling is RWP in fewer passes: the same weights, bit for bit{here}. Momentum-SAM is rolling, too. "
+        "± is the standard deviation over seeds. Milliseconds are medians."
+    )

@@ -34,6 +34,12 @@ STRENGTHS = {
 }
 
 
+def candidates() -> int:
+    """How many there are in both settings."""
+    tuned = sum(len(strengths) for strengths in STRENGTHS.values())
+    return len(SETTINGS) * len(WEIGHT_DECAY) * (len(LR) + tuned)
+
+
 def search(epochs: int, backend: str | None, settings: Any = SETTINGS) -> Iterator[dict[str, Any]]:
     """Every candidate with its validation accuracy, SGD's first.
 

@@ -139,7 +139,7 @@ def train(
     hyper: dict[str, float],
     backend: str | None = None,
     evaluate_on: str = "test",
-    points: int = 10,
+    points: int = 5,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """One run. Every method sees the same start and batches, and all but one the same number of steps.
