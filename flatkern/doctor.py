@@ -150,9 +150,7 @@ def next_step(facts: dict[str, Any]) -> str:
 def no_kernels(found: str | None) -> str:
     """How to get the compiled kernels, with or without a compiler."""
     if found:
-        return (
-            f"reinstall flatkern with FLATKERN_BUILD=require, which shows why it has no kernels, though {found} is here"
-        )
+        return f"reinstall flatkern with FLATKERN_BUILD=require, which shows why {found} built no kernels"
     how = "xcode-select --install" if sys.platform == "darwin" else "apt install g++, dnf install gcc-c++, ..."
     return f"there is no C++ compiler: {how}; then reinstall flatkern"
 
