@@ -65,9 +65,9 @@ def accuracy_tables(summary: Summary, plan: Plan, width: int) -> list[Table]:
 
 def accuracy_table(summary: Summary, settings: tuple[str, ...], width: int) -> Table:
     counts = sorted({row["seeds"] for setting in settings for row in summary.get(setting, {}).values()})
-    over = f"mean ± deviation of {' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))} seeds"
+    seeds = f"{' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))} seeds: mean ± std"
     heads = [head for setting in settings for head in (TITLES[setting], f"- {BASE}", "rise")]
-    title = f"Test accuracy in %, {over if counts[-1] > 1 else 'one seed'}"
+    title = f"Test accuracy in %, {seeds if counts[-1] > 1 else 'one seed'}"
     table = make_table(title, ("", *heads), width)
     for name in METHODS:
         rows = [summary.get(setting, {}).get(name) for setting in settings]
@@ -166,5 +166,5 @@ def setup(summary: Summary, plan: Plan) -> str:
     here = "" if "RWP rolling" in plan.methods else ", so it is left out"
     return text + (
         f"RWP rolling is RWP in fewer passes: the same weights, bit for bit{here}. Momentum-SAM is rolling, too. "
-        "± is the standard deviation over seeds. Milliseconds are medians."
+        "std, behind ±, is the standard deviation over seeds. Milliseconds are medians."
     )
