@@ -356,12 +356,12 @@ def test_the_picture(quick, written):
 
 def test_the_picture_says_what_it_cannot_show(written):
     of = [r for r in written["runs"] if r["setting"] == "noisy" and r["method"] in SAMPLE.methods]
-    figure = plot.draw(of, report.summarise(of), SAMPLE, "interrupted: 9 of 27 runs")
+    figure = plot.draw(of, report.summarise(of), SAMPLE, "interrupted: 9 of 24 runs")
     below = " ".join(figure.get_supxlabel().split())
     for text in report.limits(SAMPLE):
         assert text in below
     assert "A sample of --full" in below
-    assert "interrupted: 9 of 27 runs" in figure.get_suptitle()
+    assert "interrupted: 9 of 24 runs" in figure.get_suptitle()
     assert len(figure.axes) == 4, "no column for a setting that was not trained"
 
 

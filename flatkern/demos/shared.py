@@ -127,6 +127,16 @@ def until_interrupted(work: Callable[[], None]) -> bool:
     return True
 
 
+def keep_finished(console: Console, runs: list[Any], planned: int, work: Callable[[], None]) -> str | None:
+    """Do `work`, which fills `runs`; how it was interrupted, or None. Ends here where nothing is finished."""
+    if until_interrupted(work):
+        return None
+    if not runs:
+        console.print(f"interrupted before the first of {planned} runs was finished: nothing to show")
+        raise typer.Exit(INTERRUPTED)
+    return f"interrupted: {len(runs)} of {planned} runs"
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """All of it or nothing: an interrupt leaves the file of an earlier run whole."""
     beside = path.with_suffix(".json.part")

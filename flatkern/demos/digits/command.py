@@ -64,15 +64,11 @@ def demo(
     plan = FULL if full else SAMPLE
     plan = dataclasses.replace(plan, seeds=seeds or plan.seeds, epochs=epochs)
     start, runs = time.perf_counter(), list[Run]()
-    complete = shared.until_interrupted(lambda: show_runs(console, plan, name, runs))
-    if not runs:
-        console.print(f"interrupted before the first of {len(plan.runs())} runs was finished: nothing to show")
-        raise typer.Exit(shared.INTERRUPTED)
+    stopped = shared.keep_finished(console, runs, len(plan.runs()), lambda: show_runs(console, plan, name, runs))
     served_by = name or next(iter(doctor.serving("cpu")))
-    stopped = None if complete else f"interrupted: {len(runs)} of {len(plan.runs())} runs"
     facts = about(plan, served_by) | {"interrupted": stopped, "seconds": time.perf_counter() - start}
     show_results(console, plan, runs, facts, out)
-    if not complete:
+    if stopped:
         raise typer.Exit(shared.INTERRUPTED)
 
 

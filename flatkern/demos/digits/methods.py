@@ -119,6 +119,4 @@ class Plan:
 
 FULL = Plan()
 # One method of each kind, where methods differ most; without RWP rolling, whose weights are those of RWP.
-SAMPLE = Plan(
-    ("noisy",), ("SGD", "SGD, 2x steps", "RWP", "ARWP", "m-RWP", "SAM", "LookSAM", "Momentum-SAM", "IRE"), seeds=3
-)
+SAMPLE = Plan(("noisy",), ("SGD", "SGD, 2x steps", "RWP", "ARWP", "m-RWP", "SAM", "Momentum-SAM", "IRE"), seeds=3)

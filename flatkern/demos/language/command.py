@@ -59,27 +59,27 @@ def language(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--sharp-fraction") from None
     shared.writable_folder(out, "language.json", "language.png")
-    console, shape = shared.make_console(), Shape(width, layers, heads, context)
+    shape = Shape(width, layers, heads, context)
     options = {"steps": steps, "lr": lr, "kappa": kappa, "sharp_fraction": sharp_fraction, "batch": batch}
-    about = {
+    console, runs = shared.make_console(), list[Run]()
+
+    def work() -> None:
+        show_runs(console, read_text(text), shape, options, seeds, runs, device=place, backend=backend)
+
+    stopped = shared.keep_finished(console, runs, 2 * seeds, work)
+    show_results(console, runs, about(shape, options) | {"interrupted": stopped}, out)
+    if stopped:
+        raise typer.Exit(shared.INTERRUPTED)
+
+
+def about(shape: Shape, options: dict[str, Any]) -> dict[str, Any]:
+    """Everything needed to repeat the run."""
+    return {
         "command": " ".join(["python -m flatkern language", *sys.argv[2:]]),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "flatkern": flatkern.__version__},
         "shape": vars(shape) | {"parameters": sum(p.numel() for p in Llama(shape).parameters())},
         "options": options,
     }
-    runs: list[Run] = []
-
-    def work() -> None:
-        show_runs(console, read_text(text), shape, options, seeds, runs, device=place, backend=backend)
-
-    complete = shared.until_interrupted(work)
-    if not runs:
-        console.print(f"interrupted before the first of {2 * seeds} runs was finished: nothing to show")
-        raise typer.Exit(shared.INTERRUPTED)
-    stopped = None if complete else f"interrupted: {len(runs)} of {2 * seeds} runs"
-    show_results(console, runs, about | {"interrupted": stopped}, out)
-    if not complete:
-        raise typer.Exit(shared.INTERRUPTED)
 
 
 def usable_device(name: str) -> torch.device:
