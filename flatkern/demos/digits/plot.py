@@ -40,7 +40,8 @@ def draw(runs: list[dict[str, Any]], summary: Summary, plan: Plan, stopped: str 
     """The picture, a column for each setting that has runs and one for times; `stopped` says how it was interrupted."""
     settings = [setting for setting in plan.settings if setting in summary]
     names = [name for name in METHODS if name in summary[settings[0]]]
-    figure = Figure(figsize=(4.6 * len(settings) + 4, 8.6), dpi=DPI, layout="constrained")
+    size = (4.6 * len(settings) + 4, 6.4 + 0.23 * len(names))  # room for a label between two rows
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     axes = figure.subplots(2, len(settings) + 1, width_ratios=[*[4] * len(settings), 3], height_ratios=(5, 4))
     for column, setting in enumerate(settings):
         present = [name for name in names if name in summary[setting]]
@@ -88,7 +89,7 @@ def accuracies(axis: Axes, names: list[str], runs: list[dict[str, Any]], summary
         axis.annotate(
             text,
             (row["accuracy"], k),
-            (0, 6),
+            (0, 5),
             textcoords="offset points",
             ha="center",
             fontsize=8,
