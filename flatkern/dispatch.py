@@ -17,6 +17,7 @@ import torch
 from . import cuda
 from .checks import BACKENDS, check, check_backend
 from .ops import OPS, Op
+from .pages import page
 
 PREFERENCE = {  # the first backend that is installed and has the op wins
     "cpu": ("cpp", "eager"),
@@ -94,7 +95,8 @@ def _warn_eager(device_type: str, reasons: str) -> None:
     """Once per device and reason, whatever the number of ops."""
     warnings.warn(
         f"flatkern runs in eager PyTorch on {device_type}: {reasons}. "
-        "`python -m flatkern doctor` names the remedy; backend='eager' silences this.",
+        "`python -m flatkern doctor` names the remedy; backend='eager' silences this; "
+        f"{page('gpu', 'backends')}.",
         RuntimeWarning,
         stacklevel=4,
     )

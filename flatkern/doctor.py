@@ -13,6 +13,8 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,7 @@ import torch
 
 from . import __version__, dispatch
 from .ops import OPS
+from .pages import page
 
 Rows = list[tuple[str, ...]]
 
@@ -32,7 +35,7 @@ def report() -> dict[str, Any]:
         name: {**state, "ops": [op.name for op in OPS.values() if name in ("eager", *op.backends.split())]}
         for name, state in dispatch.backends().items()
     }
-    return {
+    facts = {
         "versions": {"flatkern": __version__, "python": platform.python_version(), "torch": torch.__version__}
         | {name: version(name) for name in ("numpy", "triton")},
         "machine": machine(),
@@ -40,6 +43,7 @@ def report() -> dict[str, Any]:
         "serves": {device: serving(device) for device in devices()},
         "default": os.environ.get("FLATKERN_BACKEND"),
     }
+    return facts | {"next": next_step(facts)}
 
 
 def version(package: str) -> str | None:
@@ -113,11 +117,48 @@ def processor() -> str:
 
 def brief(facts: dict[str, Any]) -> str:
     """One line."""
-    versions, compiled = facts["versions"], facts["machine"]["compiled"]
-    live = ", ".join(name for name, state in facts["backends"].items() if state["live"])
+    return f"flatkern {facts['versions']['flatkern']}, torch {facts['versions']['torch']}; {live(facts)}"
+
+
+def live(facts: dict[str, Any]) -> str:
+    """Which backends are live, and which of them serve whom."""
+    compiled = facts["machine"]["compiled"]
+    names = ", ".join(name for name, state in facts["backends"].items() if state["live"])
     served = "; ".join(f"{device} is served by {', '.join(by)}" for device, by in facts["serves"].items())
     isa = f" ({compiled['isa']})" if compiled else ""
-    return f"flatkern {versions['flatkern']}, torch {versions['torch']}; live: {live}{isa}; {served}"
+    return f"live: {names}{isa}; {served}"
+
+
+def next_step(facts: dict[str, Any]) -> str:
+    """The one thing to do next, by what was found."""
+    backends, named = facts["backends"], facts["default"]
+    if named and named not in backends:
+        return f"FLATKERN_BACKEND={named} names no backend: unset it, or set one of {', '.join(backends)}"
+    if named and not backends[named]["live"]:
+        return (
+            f"FLATKERN_BACKEND={named} is not live, so every call is refused: unset it, or {backends[named]['remedy']}"
+        )
+    if not backends["cpp"]["live"]:
+        return no_kernels(compiler())
+    if "cuda" in facts["serves"] and not (backends["triton"]["live"] or backends["cuda"]["live"]):
+        return f"no kernels are live for the GPU: {backends['triton']['remedy']}; {page('gpu', 'install')}"
+    missing = [name for name in ("matplotlib", "rich", "sklearn", "typer") if version(name) is None]
+    install = "pip install 'flatkern[demo]', then " if missing else ""
+    return f"all that this machine has is live; try the demo: {install}python -m flatkern demo"
+
+
+def no_kernels(found: str | None) -> str:
+    """How to get the compiled kernels, with or without a compiler."""
+    if found:
+        return f"reinstall flatkern with FLATKERN_BUILD=require, which shows why {found} built no kernels"
+    how = "xcode-select --install" if sys.platform == "darwin" else "apt install g++, dnf install gcc-c++, ..."
+    return f"there is no C++ compiler: {how}; then reinstall flatkern"
+
+
+def compiler() -> str | None:
+    """The C++ compiler that an installation would take."""
+    names = shlex.split(os.environ.get("CXX", ""))[:1] or ["g++", "clang++", "c++"]
+    return next((name for name in names if shutil.which(name)), None)
 
 
 def cuda_rows(about: dict[str, Any]) -> Rows:
@@ -213,9 +254,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(facts, indent=2))
     elif options.brief:
         print(brief(facts))
-    elif sys.stdout.isatty() and importlib.util.find_spec("rich"):
+    elif sys.stdout.isatty() and not os.environ.get("NO_COLOR") and importlib.util.find_spec("rich"):
         show_rich(sections(facts))
+        print(f"\nNext: {facts['next']}")
     else:
         # A pipe gets plain lines: rich would cut them at 80 columns.
         show_plain(sections(facts))
+        print(f"Next: {facts['next']}")
     return 0

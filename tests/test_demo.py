@@ -1,9 +1,11 @@
-"""`python -m flatkern demo`: what it writes, that it repeats, and that its comparison is a fair one."""
+"""`python -m flatkern demo`: what it shows and writes, that it repeats, and that its comparison is a fair one."""
 
+import contextlib
+import copy
+import io
 import json
 import re
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,17 @@ import flatkern
 for module in ("matplotlib", "rich", "sklearn", "typer"):
     pytest.importorskip(module)
 
+from matplotlib.colors import to_rgb  # noqa: E402
 from matplotlib.image import imread  # noqa: E402
+from rich.console import Console  # noqa: E402
 
-from flatkern import demo, demo_report, demo_search, demo_training  # noqa: E402
-from flatkern.demo_methods import EPOCHS, METHODS, TUNED, hyper_parameters  # noqa: E402
+from flatkern import __main__ as commands  # noqa: E402
+from flatkern import dispatch  # noqa: E402
+from flatkern.demos.digits import command as demo  # noqa: E402
+from flatkern.demos.digits import plot, report  # noqa: E402
+from flatkern.demos.digits import search as demo_search  # noqa: E402
+from flatkern.demos.digits import training as demo_training  # noqa: E402
+from flatkern.demos.digits.methods import EPOCHS, FULL, METHODS, SAMPLE, TUNED, Plan, hyper_parameters  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("demo")
 
@@ -26,24 +35,38 @@ NAMES |= {"mixed SAM", "GSAM", "Friendly-SAM", "LookSAM", "Momentum-SAM"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def threads():
+def small():
+    """One thread, and little of what a run costs beside its training."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_training, "TEST", 297)
+        patch.setattr(demo_training, "PROBE_DRAWS", 2)
+        yield
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def no_forced_colors(monkeypatch):
+    """Some build machines force them."""
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "FLATKERN_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory, threads):
-    """The folder that `demo --quick` wrote."""
-    out = tmp_path_factory.mktemp("demo") / "results"
-    assert demo.main(["--quick", "--out", str(out)]) == 0
-    return out
+def quick(tmp_path_factory, small):
+    """The folder that `demo --full` wrote after one seed and two epochs, and what it showed."""
+    out, shown = tmp_path_factory.mktemp("demo") / "results", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
+        patch.setenv("NO_COLOR", "1")
+        assert demo.main(["--full", "--seeds", "1", "--epochs", "2", "--out", str(out)]) == 0
+    return out, shown.getvalue()
 
 
 @pytest.fixture(scope="module")
 def written(quick):
-    return json.loads((quick / "demo.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} in the JSON"))
+    text = (quick[0] / "demo.json").read_text()
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in the JSON"))
 
 
 def run(name, setting="clean", seed=0, epochs=2, **others):
@@ -58,6 +81,16 @@ def test_every_method_in_both_settings(written):
     )
     for setting in ("clean", "noisy"):
         assert set(written["summary"][setting]) == set(METHODS)
+    assert written["interrupted"] is None
+
+
+def test_the_default_is_a_sample_of_the_whole():
+    """Its runs are among those of --full, enough of them for a deviation, and none is made twice."""
+    assert set(SAMPLE.runs()) < set(FULL.runs())
+    assert len(set(FULL.runs())) == len(FULL.runs()) == 170
+    assert SAMPLE.seeds >= 3 and SAMPLE.epochs == FULL.epochs == EPOCHS
+    assert "RWP" in SAMPLE.methods and "RWP rolling" not in SAMPLE.methods, "bit for bit the same"
+    assert SAMPLE.methods[0] == "SGD", "what all are compared with comes first"
 
 
 def test_numbers_are_plausible(written):
@@ -83,15 +116,7 @@ def test_what_repeating_needs_is_written(written):
 def test_the_build_of_torch_is_written(monkeypatch):
     """Which its installation does not know."""
     monkeypatch.setattr(torch, "__version__", "2.14.1+cu130")
-    assert demo.about(1, 2, "cpp")["versions"]["torch"] == "2.14.1+cu130"
-
-
-def test_the_picture(quick):
-    picture = imread(quick / "demo.png")
-    height, width, _ = picture.shape
-    assert width >= 1000
-    assert height >= 600
-    assert picture[..., :3].std() > 0.05, "a blank picture"
+    assert demo.about(Plan(seeds=1, epochs=2), "cpp")["versions"]["torch"] == "2.14.1+cu130"
 
 
 @pytest.mark.parametrize("name", ["SGD", "m-ARWP", "mSAM"])
@@ -102,17 +127,21 @@ def test_the_same_seed_gives_the_same_numbers(written, name):
         assert again[key] == first[key], key
 
 
-def test_rolling_has_the_weights_of_rwp():
+def test_rolling_has_the_weights_of_rwp(written):
     """Which the text under the table claims."""
-    rolling, explicit = run("RWP rolling", "noisy"), run("RWP", "noisy")
+    rolling, explicit = (
+        next(r for r in written["runs"] if r["method"] == name and r["setting"] == "noisy")
+        for name in ("RWP rolling", "RWP")
+    )
     assert rolling["curve"] == explicit["curve"]
     assert rolling["loss_increase"] == explicit["loss_increase"]
 
 
-def test_the_methods_differ():
+def test_the_methods_differ(written):
     """Each row is the method it is called: same start and batches, other weights."""
-    losses = {name: run(name, epochs=1)["curve"][-1]["loss"] for name in METHODS if name != "RWP rolling"}
-    assert len(set(losses.values())) == len(losses), losses
+    runs = [r for r in written["runs"] if r["setting"] == "clean" and r["method"] != "RWP rolling"]
+    losses = {r["method"]: r["curve"][-1]["loss"] for r in runs}
+    assert len(set(losses.values())) == len(losses) == len(METHODS) - 1, losses
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -199,7 +228,7 @@ def test_differences_within_one_standard_deviation_are_marked():
 
     accuracies = {"SGD": (90, 92, 94), "SAM": (91, 93, 95), "RWP": (93, 95, 97), "ASAM": (90, 98, 99)}
     runs = [made(name, seed, a) for name, values in accuracies.items() for seed, a in enumerate(values)]
-    summary = demo_report.summarise(runs)["clean"]
+    summary = report.summarise(runs)["clean"]
     assert summary["SGD"]["accuracy_std"] == pytest.approx(2.0)
     assert summary["RWP"]["difference_to_sgd"] == pytest.approx(3.0)
     assert {name: row["within_one_std"] for name, row in summary.items() if name != "SGD"} == {
@@ -207,36 +236,232 @@ def test_differences_within_one_standard_deviation_are_marked():
         "RWP": False,
         "ASAM": True,  # its own deviation is the larger one
     }
-    assert demo_report.summarise(runs[::3])["clean"]["RWP"]["within_one_std"], "one seed tells nothing apart"
+    assert report.summarise(runs[::3])["clean"]["RWP"]["within_one_std"], "one seed tells nothing apart"
 
 
-def plain(text):
-    """Without colors, which some build machines force."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+# ---- what is shown
 
 
-def test_help(tmp_path):
-    source = str(Path(flatkern.__file__).parents[1])
-    code = f"import runpy, sys; sys.path.insert(0, {source!r}); sys.argv[1:] = ['demo', '--help']\n"
-    code += "runpy.run_module('flatkern', run_name='__main__')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    for option in ("--seeds", "--epochs", "--backend", "--out", "--threads", "--quick", "--search"):
-        assert option in plain(done.stdout)
-    assert str(EPOCHS) in plain(done.stdout)
+def shown_at(width, *printed):
+    console = Console(width=width, file=io.StringIO(), highlight=False)
+    for each in printed:
+        console.print(each)
+    return console.file.getvalue()
+
+
+def test_a_line_for_each_run_in_a_pipe(quick, written):
+    lines = [line for line in quick[1].splitlines() if re.match(r" +\d+ of 34, +\d+ s: seed 1 of 1, ", line)]
+    assert len(lines) == 34
+    for line, made in zip(lines, written["runs"], strict=True):
+        assert f"{report.TITLES[made['setting']]}, {made['method']}: {made['accuracy']:.1f} %" in line
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_no_number_is_cut_off(written, width):
+    """In every row all numbers of the summary, and no line is wider than the terminal."""
+    summary = copy.deepcopy(written["summary"])
+    wide = {"seeds": 5, "accuracy_std": 12.3, "difference_to_sgd": -12.3, "step_ms": 123.45, "optimizer_ms": 23.4}
+    for of in summary.values():
+        of["mSAM"] |= wide
+    text = shown_at(width, *report.accuracy_tables(summary, FULL, width), report.cost_table(summary, "eager", width))
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    for name in METHODS:
+        rows = [line for line in text.splitlines() if re.match(rf"{re.escape(name)}( \(base\))?  ", line + "  ")]
+        assert len(rows) == (2 if width >= 80 else 3), name
+        for setting in summary:
+            row = summary[setting][name]
+            assert any(f"{row['accuracy']:.1f}" in line and f"{row['loss_increase']:.4f}" in line for line in rows)
+        assert f"{summary['clean'][name]['passes']:.0f}" in rows[-1].split()
+    assert "123.45" in text and "23.400" in text and "± 12.3" in text and "-12.3" in text
+
+
+def test_the_table_fills_row_by_row(written):
+    """Of runs that are done there are rows; means of several seeds say of how many."""
+    first = written["runs"][:2]
+    text = shown_at(80, *report.accuracy_tables(report.summarise(first), FULL, 80))
+    assert "SGD (base)" in text and "SGD, 2x steps" in text and "RWP" not in text and "one seed" in text
+    more = [*first, written["runs"][0] | {"seed": 1}]
+    assert "1 to 2 seeds" in shown_at(80, *report.accuracy_tables(report.summarise(more), FULL, 80))
+    assert report.accuracy_tables(report.summarise([]), FULL, 80) == []
+
+
+def test_the_text_says_what_it_cannot_show(quick, written):
+    words = " ".join(quick[1].split())
+    for text in ("2 epochs: too few to compare anything", "1 seed on one small data set", "not which is best",
+                 "within one standard deviation shows nothing", "Equal steps are not equal compute",
+                 "mostly the cost of calls"):  # fmt: skip
+        assert text in words, text
+    assert "sample of --full" not in words
+    sample = " ".join(shown_at(60, *report.notes(written["summary"], SAMPLE)).split())
+    assert "A sample of --full, which has 17 methods, clean labels and 40% wrong labels, and 5 seeds" in sample
+    assert "3 seeds on one small data set" in sample and "too few" not in sample
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """The default, with two methods and two seeds."""
+    monkeypatch.setattr(demo, "SAMPLE", Plan(("noisy",), ("SGD", "RWP"), seeds=2, epochs=1))
+    return ["--epochs", "1"]
+
+
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {}], ids=str)
+def test_terminals(environment, few, monkeypatch, tmp_path):
+    """A bar where there can be one, with percentage and times; elsewhere lines without escape codes."""
+    for name, value in ({"TERM": "xterm-256color", "COLUMNS": "60"} | environment).items():
+        monkeypatch.setenv(name, value)
+    with contextlib.redirect_stdout(Terminal()) as shown:
+        assert demo.main([*few, "--seeds", "1", "--out", str(tmp_path)]) == 0
+    text = shown.getvalue()
+    assert ("\x1b" in text) is not bool(environment)
+    assert ("elapsed" in text and "left" in text and "%" in text) is not bool(environment) or "2 of 2" in text
+    assert ("1 of 2," in text) is bool(environment)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    assert re.search(r"RWP +\d+\.\d ", plain)
+
+
+# ---- the picture
+
+
+def test_the_picture(quick, written):
+    """Marks lie where the numbers say, in the colors of the methods, in the file that was written."""
+    plan = Plan(seeds=1, epochs=2)
+    picture, figure = imread(quick[0] / "demo.png")[..., :3], plot.draw(written["runs"], written["summary"], plan)
+    figure.draw_without_rendering()  # lays it out
+    height, width, _ = picture.shape
+    assert (width, height) == tuple(figure.canvas.get_width_height())
+    axes = figure.axes
+    for column, setting in enumerate(("clean", "noisy")):
+        axis = axes[column]
+        assert axis.get_title(loc="left") == f"{report.TITLES[setting]}: test accuracy (%)"
+        assert [label.get_text() for label in axis.get_yticklabels()] == list(METHODS)
+        for k, name in enumerate(METHODS):
+            x, y = axis.transData.transform((written["summary"][setting][name]["accuracy"], k))
+            found = picture[height - 1 - round(y), round(x)]
+            assert abs(found - to_rgb(plot.LOOKS[name][0])).max() < 0.15, (setting, name, found)
+        curves = {line.get_label(): line.get_ydata()[-1] for line in axes[3 + column].lines}
+        for name in METHODS.keys() - {"RWP", "RWP rolling"}:
+            assert curves[name] == pytest.approx(written["summary"][setting][name]["accuracy"]), name
+    bars = [patch for patch in axes[2].patches if patch.get_height() == 0.6]
+    ends = {round(bar.get_y() + 0.3): bar.get_x() + bar.get_width() for bar in bars}
+    for k, name in enumerate(METHODS):
+        want = sum(written["summary"][s][name]["step_ms"] for s in ("clean", "noisy")) / 2
+        assert ends[k] == pytest.approx(want), name
+
+
+def test_the_picture_says_what_it_cannot_show(written):
+    of = [r for r in written["runs"] if r["setting"] == "noisy" and r["method"] in SAMPLE.methods]
+    figure = plot.draw(of, report.summarise(of), SAMPLE, "interrupted: 9 of 24 runs")
+    below = " ".join(figure.get_supxlabel().split())
+    for text in report.limits(SAMPLE):
+        assert text in below
+    assert "A sample of --full" in below
+    assert "interrupted: 9 of 24 runs" in figure.get_suptitle()
+    assert len(figure.axes) == 4, "no column for a setting that was not trained"
+
+
+# ---- interrupts, bad input
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_an_interrupt_keeps_what_was_finished(number, few, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(demo, "train", interrupting(number, 3))
+    figures, draw = [], plot.draw
+    monkeypatch.setattr(plot, "draw", lambda *args: figures.append(draw(*args)) or figures[-1])
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    assert commands.main(["demo", *few, "--out", str(tmp_path)]) == 130
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    found = json.loads((tmp_path / "demo.json").read_text())
+    assert found["interrupted"] == "interrupted: 3 of 4 runs"
+    assert [(r["seed"], r["method"]) for r in found["runs"]] == [(0, "SGD"), (0, "RWP"), (1, "SGD")]
+    assert imread(tmp_path / "demo.png").std() > 0.05
+    assert "interrupted: 3 of 4 runs" in figures[0].get_suptitle()
+    shown = capsys.readouterr().out
+    assert "interrupted: 3 of 4 runs" in shown and "SGD (base)" in shown and "Cost of a step" in shown
+
+
+def interrupting(number, after):
+    """Runs that are none; in the one behind `after` of them the signal arrives."""
+    made = []
+
+    def train(name, data, seed, *args, **others):
+        if len(made) == after:
+            signal.raise_signal(number)
+        made.append({
+            "method": name, "seed": seed, "accuracy": 80.0 + len(made), "curve": [{"step": 1, "accuracy": 80.0}],
+            "train_loss": 1.0, "loss_increase": 0.1, "step_ms": 2.0, "optimizer_ms": 1.0,
+            "cost": {"parameters": 9, "passes": 5, "multiple_of_sgd": 1.0},
+        })  # fmt: skip
+        return made[-1]
+
+    return train
+
+
+def test_an_interrupt_before_the_first_run(few, monkeypatch, capsys, tmp_path):
+    (tmp_path / "demo.json").write_text("of an earlier run")
+    monkeypatch.setattr(demo, "train", interrupting(signal.SIGTERM, 0))
+    assert demo.main([*few, "--out", str(tmp_path)]) == 130
+    assert "before the first of 4 runs was finished" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["demo.json"]
+    assert (tmp_path / "demo.json").read_text() == "of an earlier run"
+
+
+def test_an_interrupted_search_keeps_its_candidates(monkeypatch, capsys, tmp_path):
+    def two(epochs, backend):
+        for rho in (0.1, 0.2):
+            yield {"setting": "clean", "method": "SAM", "rho": rho, "accuracy": 90.0, "loss": 0.3, "chosen": True}
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(demo_search, "search", two)
+    assert demo.main(["--search", "--out", str(tmp_path)]) == 130
+    found = json.loads((tmp_path / "search.json").read_text())
+    assert len(found["candidates"]) == 2
+    assert found["interrupted"] == f"interrupted: 2 of {demo_search.candidates()} candidates"
+    assert "interrupted" in capsys.readouterr().out
+
+
+def test_help(capsys):
+    assert commands.main(["demo", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for option in ("--seeds", "--epochs", "--backend", "--out", "--threads", "--full", "--search"):
+        assert option in shown
+    assert str(EPOCHS) in shown
 
 
 @pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--backend", "abacus"], ["--colour"]], ids=" ".join)
 def test_bad_options(arguments, capsys):
     assert demo.main(arguments) == 2
-    assert arguments[0] in plain(capsys.readouterr().err)
+    assert arguments[0] in capsys.readouterr().err
 
 
 def test_a_backend_that_is_not_live_is_refused(monkeypatch, capsys, tmp_path):
-    dead = {"cpp": {"live": False, "reason": "cpp is not installed (no compiler)"}}
-    monkeypatch.setattr(flatkern, "backends", lambda: dead)
+    def absent(name):
+        raise ModuleNotFoundError("no compiler")
+
+    monkeypatch.setattr(dispatch, "compiled_module", absent)
     assert demo.main(["--backend", "cpp", "--out", str(tmp_path / "out")]) == 2
-    assert "not installed" in plain(capsys.readouterr().err)
+    assert "not installed" in capsys.readouterr().err
+    for name, reason in (("cpp", "not installed"), ("abacus", "should be one of"), ("triton", "runs on cuda only")):
+        monkeypatch.setenv("FLATKERN_BACKEND", name)
+        assert demo.main(["--out", str(tmp_path / "out")]) == 2
+        shown = capsys.readouterr().err
+        assert "FLATKERN_BACKEND" in shown and reason in shown
     assert not (tmp_path / "out").exists()
+
+
+ON_LINUX = pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no folder that takes no files")
+
+
+@pytest.mark.parametrize("name", ["a-file/below", "there", pytest.param("/proc/self", marks=ON_LINUX)])
+def test_an_out_that_cannot_be_written_is_refused_before_training(name, monkeypatch, capsys, tmp_path):
+    (tmp_path / "a-file").write_text("")
+    (tmp_path / "there" / "demo.json").mkdir(parents=True)
+    monkeypatch.setattr(demo, "train", lambda *args, **others: pytest.fail("trained"))
+    assert demo.main(["--out", str(tmp_path / name)]) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "--out" in shown and "nothing can be written to" in shown and name in shown

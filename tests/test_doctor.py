@@ -1,11 +1,12 @@
 """`python -m flatkern doctor` tells the truth: as installed, without the compiled extension, with and without triton.
 
-Every report comes from a process of its own, because backends are imported once.
+Reports of other installations come from processes of their own, because backends are imported once.
 """
 
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import flatkern
+from flatkern import __main__ as commands
 from flatkern import dispatch, doctor
 from flatkern.ops import OPS
 
@@ -29,22 +31,100 @@ sys.meta_path.insert(0, Broken())
 """
 
 
-def run(folder, *arguments, before="", path=()):
-    """`python -m flatkern ARGUMENTS`, from a folder that holds nothing of ours."""
-    source = str(Path(flatkern.__file__).parents[1])
-    code = (
-        f"{before}\nimport runpy, sys\nsys.argv[1:] = {arguments!r}\nrunpy.run_module('flatkern', run_name='__main__')"
-    )
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, path), source, os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False
-    )
+# Forks a process for each scenario when torch is imported, which takes the longest; nothing of flatkern is.
+FORKS = """
+import json, os, runpy, sys, traceback
+import numpy, torch
+for name, (before, path, arguments) in json.load(sys.stdin).items():
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        continue
+    for number, ending in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{name}.{ending}", os.O_WRONLY | os.O_CREAT), number)
+    status = 1
+    try:
+        sys.path[:0] = path
+        exec(before)
+        sys.argv[1:] = arguments
+        runpy.run_module("flatkern", run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os.write(2, f"\\nstatus {status}".encode())
+    os._exit(0)
+"""
+
+JSON = ["doctor", "--json"]
+EMULATION = "import os; os.environ['FLATKERN_CUDA_EMULATION'] = '/nowhere.so'"
+# What is done before flatkern is imported, which of the installed tritons is found, arguments.
+SCENARIOS = {
+    "as installed": ("", None, JSON),
+    "not built": (ABSENT.format(name="flatkern._C"), None, JSON),
+    "built, but cannot be loaded": (BROKEN, None, JSON),
+    "without triton": (ABSENT.format(name="triton"), None, JSON),
+    "triton 99.1": ("", "99.1", JSON),
+    "triton 3.5.1": ("", "3.5.1", JSON),
+    "emulation": (EMULATION, None, JSON),
+    "no command": ("", None, []),
+}
 
 
-def report(folder, **how):
-    done = run(folder, "doctor", "--json", **how)
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """{scenario: (status, output, errors)}, from a folder that holds nothing of ours."""
+    folder, waiting = tmp_path_factory.mktemp("doctor"), {}
+    for name, (before, triton, arguments) in SCENARIOS.items():
+        waiting[name] = (before, [install_triton(folder / name, triton)] if triton else [], arguments)
+    path = os.pathsep.join([str(Path(flatkern.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    env = {k: v for k, v in os.environ.items() if k != "FLATKERN_BACKEND"} | {"PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS],
+        input=json.dumps(waiting), cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    found = {}
+    for name in SCENARIOS:
+        errors, _, status = (folder / f"{name}.err").read_text().rpartition("\nstatus ")
+        found[name] = int(status), (folder / f"{name}.out").read_text(), errors
+    return found
+
+
+def install_triton(site, number):
+    """A folder in which a triton of that version is installed, and empty."""
+    info = site / f"triton-{number}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: triton\nVersion: {number}\n")
+    (site / "triton").mkdir()
+    (site / "triton" / "__init__.py").write_text("")
+    return str(site)
+
+
+@pytest.fixture
+def report(processes):
+    def facts(scenario):
+        status, output, errors = processes[scenario]
+        assert status == 0, errors
+        return json.loads(output)
+
+    return facts
+
+
+@pytest.fixture
+def run(capsys):
+    """`python -m flatkern ARGUMENTS` in this process: status, output, errors."""
+
+    def call(*arguments):
+        try:
+            status = commands.main(list(arguments))
+        except SystemExit as end:
+            status = end.code or 0
+        return status, *capsys.readouterr()
+
+    return call
 
 
 def extension_works():
@@ -66,8 +146,8 @@ def check_shape(facts):
     assert facts["machine"]["processor"]
 
 
-def test_as_installed(tmp_path):
-    facts = report(tmp_path)
+def test_as_installed(report):
+    facts = report("as installed")
     check_shape(facts)
     assert facts["backends"]["cpp"]["live"] is extension_works()
     assert facts["serves"]["cpu"] == {"cpp" if extension_works() else "eager": list(OPS)}
@@ -86,12 +166,11 @@ def test_the_dispatcher_agrees(op):
 
 
 @pytest.mark.parametrize(
-    "before, reason",
-    [(ABSENT.format(name="flatkern._C"), "flatkern._C"), (BROKEN, "undefined symbol: GOMP_parallel")],
-    ids=["not built", "built, but cannot be loaded"],
+    "scenario, reason",
+    [("not built", "flatkern._C"), ("built, but cannot be loaded", "undefined symbol: GOMP_parallel")],
 )
-def test_without_the_extension(tmp_path, before, reason):
-    facts = report(tmp_path, before=before)
+def test_without_the_extension(report, scenario, reason):
+    facts = report(scenario)
     check_shape(facts)
     cpp = facts["backends"]["cpp"]
     assert not cpp["live"]
@@ -99,24 +178,20 @@ def test_without_the_extension(tmp_path, before, reason):
     assert "compiler" in cpp["remedy"]
     assert facts["serves"]["cpu"] == {"eager": list(OPS)}
     assert facts["machine"]["compiled"] is None
+    assert "reinstall flatkern" in facts["next"]
 
 
-def test_without_triton(tmp_path):
-    facts = report(tmp_path, before=ABSENT.format(name="triton"))
+def test_without_triton(report):
+    facts = report("without triton")
     check_shape(facts)
     assert facts["versions"]["triton"] is None
     assert "not installed" in facts["backends"]["triton"]["reason"]
 
 
 @pytest.mark.parametrize("number, reason", [("99.1", "cannot be used"), ("3.5.1", "triton 3.5.1 is too old")])
-def test_with_triton(tmp_path, number, reason):
+def test_with_triton(report, number, reason):
     """An installed triton is named; if it cannot be used, the backend is not live and says why, without a crash."""
-    info = tmp_path / "site" / f"triton-{number}.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: triton\nVersion: {number}\n")
-    (tmp_path / "site" / "triton").mkdir()
-    (tmp_path / "site" / "triton" / "__init__.py").write_text("")
-    facts = report(tmp_path, path=[tmp_path / "site"])
+    facts = report(f"triton {number}")
     check_shape(facts)
     assert facts["versions"]["triton"] == number
     assert "not installed" not in facts["backends"]["triton"]["reason"]
@@ -124,15 +199,18 @@ def test_with_triton(tmp_path, number, reason):
     assert reason in facts["backends"]["triton"]["reason"]
 
 
-@pytest.mark.parametrize("before", ["", ABSENT.format(name="rich")], ids=["as installed", "without rich"])
-def test_text(tmp_path, before):
-    done = run(tmp_path, "doctor", before=before)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("rich", [True, False], ids=["as installed", "without rich"])
+def test_text(run, monkeypatch, rich):
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich", None)
+    status, shown, errors = run("doctor")
+    assert status == 0, errors
     for name, state in flatkern.backends().items():
-        assert any(line.split()[:1] == [name] for line in done.stdout.splitlines()), f"no row for {name}"
+        assert any(line.split()[:1] == [name] for line in shown.splitlines()), f"no row for {name}"
         # What a compiler says has names of temporary files in it, and lines.
-        assert state["reason"][:40] in done.stdout
-        assert state["remedy"] in done.stdout
+        assert state["reason"][:40] in shown
+        assert state["remedy"] in shown
+    assert shown.splitlines()[-1] == f"Next: {doctor.report()['next']}"
 
 
 ABOUT = {
@@ -157,18 +235,18 @@ def test_the_cuda_backend_is_described():
     assert dict(doctor.cuda_rows(ABOUT | {"driver": None}))["driver"].startswith("none; it needs")
 
 
-def test_an_emulated_library_that_is_not_there(tmp_path):
-    facts = report(tmp_path, before="import os; os.environ['FLATKERN_CUDA_EMULATION'] = '/nowhere.so'")
+def test_an_emulated_library_that_is_not_there(report):
+    facts = report("emulation")
     state = facts["backends"]["cuda"]
     assert state["about"] is None and not state["live"] and state["devices"] == ["cpu"]
     assert "FLATKERN_CUDA_EMULATION is '/nowhere.so', which is not there" in state["reason"]
     assert facts["serves"]["cpu"] == {"cpp" if extension_works() else "eager": list(OPS)}
 
 
-def test_brief_is_one_line(tmp_path):
-    done = run(tmp_path, "doctor", "--brief")
-    assert done.stdout.count("\n") == 1
-    assert "eager" in done.stdout
+def test_brief_is_one_line(run):
+    _, shown, _ = run("doctor", "--brief")
+    assert shown.count("\n") == 1
+    assert "eager" in shown
 
 
 @pytest.mark.skipif(importlib.util.find_spec("rich") is None, reason="rich is not installed")
@@ -181,14 +259,100 @@ def test_rich_shows_the_same_rows(capsys):
             assert all("".join(text.split())[:8] in shown for text in row)
 
 
-@pytest.mark.parametrize("arguments, status", [((), 0), (("--help",), 0), (("cure",), 2)])
-def test_usage(tmp_path, arguments, status):
-    done = run(tmp_path, *arguments)
-    assert done.returncode == status
-    assert "doctor" in done.stdout + done.stderr
+# ---- what to do next
 
 
-def test_a_missing_requirement_is_named(tmp_path):
-    done = run(tmp_path, "demo", "--help", before=ABSENT.format(name="typer"))
-    assert done.returncode == 1
-    assert "needs typer: pip install 'flatkern[demo]'" in done.stderr
+def found(live=("eager", "cpp"), default=None, devices=("cpu",)):
+    """What doctor looks at to say it."""
+    names = ("eager", "cpp", "triton", "cuda")
+    backends = {name: {"live": name in live, "remedy": f"the remedy of {name}"} for name in names}
+    return {"backends": backends, "default": default, "serves": {device: {} for device in devices}}
+
+
+NEXT = {
+    "all is live": (found(), "try the demo: python -m flatkern demo"),
+    "no backend's name": (found(default="abacus"), "FLATKERN_BACKEND=abacus names no backend: unset it, or set one of"),
+    "named and not live": (found(default="triton"), "FLATKERN_BACKEND=triton is not live, so every call is refused"),
+    "its remedy": (found(default="cuda"), "the remedy of cuda"),
+    "named and live": (found(default="eager"), "try the demo"),
+    "a GPU without kernels": (found(devices=("cpu", "cuda")), "the remedy of triton; see docs/gpu.md#install"),
+    "a GPU with kernels": (found(("eager", "cpp", "cuda"), devices=("cpu", "cuda")), "try the demo"),
+}
+
+
+@pytest.mark.parametrize("name", NEXT)
+def test_what_to_do_next(name, monkeypatch):
+    monkeypatch.setattr(doctor, "version", lambda package: "1.0")
+    facts, text = NEXT[name]
+    assert text in doctor.next_step(facts)
+
+
+def test_the_demo_needs_packages(monkeypatch):
+    monkeypatch.setattr(doctor, "version", lambda package: None if package == "sklearn" else "1.0")
+    assert "pip install 'flatkern[demo]', then python -m flatkern demo" in doctor.next_step(found())
+
+
+def test_a_compiler_is_the_next_thing(monkeypatch, tmp_path):
+    """How to get one, or, where there is one, how to see why it did not do."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert "there is no C++ compiler" in doctor.next_step(found(live=("eager",)))
+    (tmp_path / "my-c++").write_text("")
+    (tmp_path / "my-c++").chmod(0o755)
+    monkeypatch.setenv("CXX", "my-c++ -O2")
+    assert "FLATKERN_BUILD=require, which shows why my-c++ built no" in doctor.next_step(found(live=("eager",)))
+
+
+# ---- the command line
+
+
+def test_the_overview(processes, run):
+    """What it is, what is live, what there is to run and to read; the same for --help."""
+    status, shown, errors = processes["no command"]
+    assert status == 0, errors
+    assert shown.startswith(f"flatkern {flatkern.__version__}: fused kernels and optimizers")
+    assert f"Here {doctor.live(doctor.report())}." in shown
+    for name, command in commands.COMMANDS.items():
+        assert re.search(rf"^  {name} +.*\({command.takes}\)$", shown, re.MULTILINE)
+    assert re.search(r"^Documentation: .*docs/", shown, re.MULTILINE)
+    assert run("--help") == (0, shown, "")
+
+
+def test_the_overview_imports_no_command(monkeypatch, run):
+    """Nor what only commands need."""
+    for name in ("typer", "rich", "matplotlib", "sklearn"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in [m for m in sys.modules if m.startswith("flatkern.demos")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert run()[0] == 0
+    assert not [m for m in sys.modules if m.startswith("flatkern.demos")]
+
+
+def test_no_such_command(run):
+    status, _, errors = run("cure")
+    assert status == 2
+    assert "'cure' is not a command" in errors and "doctor" in errors
+
+
+NEEDS = [("demo", name) for name in ("typer", "rich", "matplotlib", "scikit-learn")]
+NEEDS += [("language", name) for name in ("typer", "rich", "matplotlib")]
+
+
+@pytest.mark.parametrize("command, package", NEEDS)
+def test_a_missing_requirement_is_named(command, package, run, monkeypatch):
+    module = {"scikit-learn": "sklearn"}.get(package, package)
+    for name in [m for m in sys.modules if m.startswith(("flatkern.demos", f"{module}."))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    status, shown, errors = run(command, "--help")
+    assert status == 1 and not shown
+    assert f"{command} needs {package}, which is not installed: pip install {package}, or" in errors
+    assert "pip install 'flatkern[demo]'" in errors
+
+
+def test_an_interrupted_command(run, monkeypatch):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "main", interrupted)
+    assert run("doctor") == (130, "", "interrupted\n")

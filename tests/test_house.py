@@ -20,9 +20,9 @@ KNOW_THE_OPTIMIZER = {f"{OPTIM}.{name}" for name in ("base", "fused", "sgd", "ad
 
 def read_package():
     """{dotted name: source}; a package is its __init__."""
-    sources = {}
-    for path in sorted(ROOT.rglob("*.py")):
-        parts = ("flatkern", *path.relative_to(ROOT).with_suffix("").parts)
+    sources, folder = {}, Path(flatkern.__file__).resolve().parent  # not links to it, which rglob does not follow
+    for path in sorted(folder.rglob("*.py")):
+        parts = ("flatkern", *path.relative_to(folder).with_suffix("").parts)
         sources[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text()
     return sources
 

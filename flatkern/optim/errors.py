@@ -9,6 +9,8 @@ import warnings
 
 import torch
 
+from ..pages import page
+
 # What lies between a warning and the user's line: our calls, torch's wrappers of them, context managers.
 _OURS = tuple(os.path.dirname(path) + os.sep for path in (os.path.dirname(__file__), torch.__file__))
 _BETWEEN = (*_OURS, contextlib.__file__)
@@ -43,7 +45,7 @@ def refuse_lost_sum() -> None:
     raise RuntimeError(
         "step: .grad was cleared after this round had added its gradient to the sum of earlier rounds, and the two "
         "cannot be parted again; drop the rounds by restore() and release(). Between rounds call opt.zero_grad(), "
-        "which keeps the sum, not model.zero_grad()"
+        f"which keeps the sum, not model.zero_grad(); {page('cycle', 'gradients')}"
     )
 
 
@@ -58,7 +60,7 @@ def refuse_unused_gradient(method: str, pattern: str) -> None:
     raise RuntimeError(
         f"perturb: there is a gradient in .grad that no step has used, and {method} has one gradient, taken at the "
         "perturbed weights, so it would be lost; call opt.zero_grad() if it is not wanted. "
-        f"The pattern is: {pattern}"
+        f"The pattern is: {pattern}; {page('cycle', 'gradients')}"
     )
 
 
@@ -71,35 +73,37 @@ def refuse_lost_write(names: list[str]) -> None:
         f"step: others have written to {_listed(names)} since it was perturbed, and the clean weights would undo "
         "that; write inside `with opt.clean():`, or call restore() (rolling: eval()) before the write. Where a forward "
         'writes, as that of Embedding(max_norm=...), set the group key writes="drop": such a write then goes with the '
-        "perturbation. Now restore() or eval() keeps what was written"
+        f"perturbation. Now restore() or eval() keeps what was written; {page('cycle', 'writes')}"
     )
 
 
 def refuse_captured_perturbation(names: list[str]) -> None:
     raise RuntimeError(
         f"step: {_listed(names)} was perturbed inside a CUDA graph, and does not hold what the last replay drew: the "
-        "capture failed, or no replay came since, or others have written to it; restore() keeps what is there"
+        "capture failed, or no replay came since, or others have written to it; restore() keeps what is there; "
+        f"{page('gpu', 'graphs')}"
     )
 
 
 def refuse_unseen_write(names: list[str]) -> None:
     raise RuntimeError(
         f"eval: {_listed(names)} holds other values than were drawn, so others have written to its .data; the "
-        "perturbation has ended, and what was written stays. Write inside `with opt.clean():`"
+        f"perturbation has ended, and what was written stays. Write inside `with opt.clean():`; "
+        f"{page('cycle', 'writes')}"
     )
 
 
 def warn_left_as_written(names: list[str]) -> None:
     warn(
         f"others have written to {_listed(names)} since it was perturbed; an ascent cannot be taken out of that, so it "
-        "stays as it is; write inside `with opt.clean():`"
+        f"stays as it is; write inside `with opt.clean():`; {page('cycle', 'writes')}"
     )
 
 
 def warn_never_perturbed(optimizer: str, method: str, pattern: str) -> None:
     warn(
         f"{optimizer} has {method} but has not perturbed in its first 10 steps, "
-        f"so it is the plain base optimizer; the expected pattern is: {pattern}"
+        f"so it is the plain base optimizer; the expected pattern is: {pattern}; {page('cycle', 'phases')}"
     )
 
 
@@ -108,14 +112,15 @@ def refuse_lost_model(model: str) -> None:
         f"step: the followed {model} holds none of the optimizer's parameters any more, so that its forwards have no "
         "noise: something has replaced them (DeepSpeed's ZeRO does, as do fully_shard() and "
         "load_state_dict(assign=True)); make the optimizer on the parameters that the model has now and follow() then, "
-        "or remove() the handle"
+        f"or remove() the handle; {page('cycle', 'following')}"
     )
 
 
 def refuse_sharded_later() -> None:
     raise RuntimeError(
         "follow: fully_shard() came after follow(model), so that a forward gathers the weights before the noise is "
-        "switched; follow the sharded model: opt.follow(model) behind fully_shard(), or behind accelerator.prepare()"
+        "switched; follow the sharded model: opt.follow(model) behind fully_shard(), or behind accelerator.prepare(); "
+        f"{page('ranks', 'fsdp2')}"
     )
 
 
@@ -129,6 +134,7 @@ def warn_never_followed(steps: int, trained: bool) -> None:
         f"step: {steps} steps of a rolling optimizer, which leave the noise on in evaluations and checkpoints: nothing "
         f"follows a model, and {called}; call opt.follow(model) once"
         + (", or pass callbacks=[FlatkernCallback()] to Hugging Face's Trainer" if trained else "")
+        + f"; {page('cycle', 'following')}"
     )
 
 
@@ -137,7 +143,7 @@ def warn_no_followed_forward(model: str, steps: int) -> None:
         f"step: {steps} steps, but no forward of the followed {model} ran (Lightning calls training_step(), other "
         "loops call a part of the model), so that the noise stays on in evaluations; follow the module whose forward "
         "runs, or call opt.train() and opt.eval(). If it was compiled and had run before follow(), the graph may know "
-        "nothing of it: call torch.compiler.reset() once"
+        f"nothing of it: call torch.compiler.reset() once; {page('cycle', 'following')}"
     )
 
 
@@ -145,7 +151,7 @@ def warn_always_in_eval_mode(model: str, steps: int) -> None:
     warn(
         f"step: the followed {model} was in eval mode in the forwards of the last {steps} steps, so that there was no "
         "noise: these were steps of the base optimizer; call model.train() for training (and eval() on the parts that "
-        "should stay in eval mode)"
+        f"should stay in eval mode); {page('cycle', 'following')}"
     )
 
 
@@ -153,7 +159,8 @@ def warn_rounded_away(method: str, moved: int, total: int) -> None:
     """SAM's ascent on bfloat16 weights is often below half an ulp."""
     warn(
         f"{method} ascends on bfloat16 weights: {moved / total:.0%} of {total} weights moved; "
-        "for the rest the step is below half an ulp; float32 weights under autocast are perturbed fully"
+        "for the rest the step is below half an ulp; float32 weights under autocast are perturbed fully; "
+        f"{page('numerics', 'half-precision')}"
     )
 
 
@@ -162,7 +169,8 @@ def warn_unnamed(method: str) -> None:
     warn(
         f"{method} scales the ascent of every parameter whose name contains 'weight', but the names are unknown, so "
         "that norm layers' weights are taken for biases: it scales tensors of two and more dimensions only; pass "
-        "model.named_parameters() to the optimizer, or call opt.name_parameters(model)"
+        "model.named_parameters() to the optimizer, or call opt.name_parameters(model); "
+        f"{page('methods', 'sam-and-asam')}"
     )
 
 
@@ -170,6 +178,7 @@ def warn_never_masked(optimizer: str) -> None:
     warn(
         f"{optimizer} has IRE, but its mask was not updated in the first 10 steps, so it is the plain base optimizer; "
         "the expected pattern is: if opt.mask_due: flatkern.sampled_label_loss(model(x)).backward(); opt.update_mask()"
+        f"; {page('methods', 'ire')}"
     )
 
 
@@ -180,4 +189,4 @@ def warn_keys_of_the_base(keys: list[str]) -> None:
 
 
 def warn_starts_empty(what: str) -> None:
-    warn(f"load_state_dict: the checkpoint has no {what}; it starts empty")
+    warn(f"load_state_dict: the checkpoint has no {what}; it starts empty; {page('cycle', 'checkpoints')}")

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import dtensor
 from ..dispatch import resolve
 from ..methods import RWP
+from ..pages import page
 from ..tables import history_length
 from .amp import Amp
 from .cycle import Cycle
@@ -66,7 +67,7 @@ def role_of(where: str, given: Any, params: list[Tensor]) -> Role:
         raise RuntimeError(
             f'{where}: mix="ranks" divides the ranks of a training into clean and noisy ones, but torch.distributed is '
             "not initialized; call torch.distributed.init_process_group() first, in processes that torchrun starts, or "
-            f"use {USE_GRADIENTS}"
+            f"use {USE_GRADIENTS}; {page('ranks', 'mix-ranks')}"
         )
     outside = f'{where}: this rank is not in the group of mix="ranks"; give every rank a group that it is a member of'
     if given is not None and not isinstance(given, distributed.ProcessGroup):
@@ -111,7 +112,7 @@ def _replicate_group(where: str, p: Tensor) -> Any:
     raise ValueError(
         f'{where}: with mix="ranks" some ranks are clean, but these parameters are divided among all ranks of their '
         f"mesh, so the noise of a part is in every rank's forward; use {USE_GRADIENTS}, or shard on a two-dimensional "
-        "mesh (replicate, shard)"
+        f"mesh (replicate, shard); {page('ranks', 'mix-ranks')}"
     )
 
 
@@ -167,7 +168,7 @@ class OwnGradients:
             warn(
                 'm-ARWP with mix="ranks": gradients were written between two backward passes of a step, as DDP does '
                 "when it takes their mean, so that the history sees other ranks' gradients too; run every backward of "
-                "a step but the last in model.no_sync()"
+                f"a step but the last in model.no_sync(); {page('ranks', 'mix-ranks')}"
             )
 
 
@@ -198,7 +199,8 @@ class ParallelPerturbation(RandomPerturbation):
         if self.keeps_history(group) and any(map(dtensor.is_sharded, group["params"])):
             raise ValueError(
                 f'{optimizer}: mix="ranks" with eta > 0 needs the gradient of each rank, but FSDP2 shows sharded '
-                f"parameters only the mean over all ranks; pass eta=0, or use {USE_GRADIENTS}"
+                f"parameters only the mean over all ranks; pass eta=0, or use {USE_GRADIENTS}; "
+                f"{page('ranks', 'mix-ranks')}"
             )
 
     def _settle(self, group: Group, optimizer: str) -> Role:

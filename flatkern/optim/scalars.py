@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import served_by
+from ..pages import page
 from ..values import RANGES, check_uint32
 from .buckets import Bucket
 from .groups import Group, Groups
@@ -67,7 +68,7 @@ class OnHost:
         if torch.cuda.is_initialized() and is_capturing():
             raise RuntimeError(
                 f"{call}: a CUDA graph is being captured, which would repeat this learning rate and this noise; "
-                "use flatkern.SGD, Adam or AdamW with capturable=True"
+                f"use flatkern.SGD, Adam or AdamW with capturable=True; {page('gpu', 'graphs')}"
             )
 
     def on_device(self, bucket: Bucket, key: str, read: Read = None) -> Tensor | None:
@@ -256,7 +257,8 @@ def write_scalar(into: Tensor, value: Any) -> Tensor:
     if is_capturing():
         raise RuntimeError(
             "a CUDA graph is being captured, which would write a number that was assigned to a group (lr, sigma, seed, "
-            "stream or round) at every replay; run a step between the assignment and the capture, or fill_ the tensor"
+            "stream or round) at every replay; run a step between the assignment and the capture, or fill_ the tensor; "
+            f"{page('gpu', 'graphs')}"
         )
     return into.copy_(value.detach().reshape(into.shape)) if isinstance(value, Tensor) else into.fill_(value)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..pages import page
 from .groups import Setup
 
 ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
@@ -25,7 +26,8 @@ def check_sharding(setup: Setup, params: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"{setup.name}: params[{k}] is sharded by FullyShardedDataParallel (FSDP1), which flattens parameters: "
                 "there are no filters, and no rank knows which elements it has; shard by "
-                "torch.distributed.fsdp.fully_shard (FSDP2), or use DistributedDataParallel"
+                "torch.distributed.fsdp.fully_shard (FSDP2), or use DistributedDataParallel; "
+                f"{page('ranks', 'refused')}"
             )
     needs_all = {
         "perturb": setup.method is not None,
@@ -37,7 +39,7 @@ def check_sharding(setup: Setup, params: Sequence[Tensor]) -> None:
         raise TypeError(
             f"{setup.name}: {' and '.join(given)} inside a ZeroRedundancyOptimizer, whose ranks have some of the "
             "parameters each, while the others would stay as they are; shard by torch.distributed.fsdp.fully_shard "
-            "(FSDP2), or use the optimizer without ZeroRedundancyOptimizer"
+            f"(FSDP2), or use the optimizer without ZeroRedundancyOptimizer; {page('ranks', 'refused')}"
         )
 
 

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 import flatkern
 
-from .demo_methods import METHODS
+from .methods import METHODS, Hyper
 
 SETTINGS = {"clean": 0.0, "noisy": 0.4}  # share of training labels replaced by another class
 TEST, TRAIN = 897, 600  # of 1797 images; the 300 that remain are the validation set of the search
@@ -131,15 +131,51 @@ def batches(seed: int, steps: int) -> Tensor:
     return torch.cat([torch.randperm(TRAIN, generator=generator) for _ in range(epochs)]).view(-1, BATCH)[:steps]
 
 
+def make_optimizer(name: str, model: nn.Module, hyper: Hyper, seed: int, backend: str | None) -> flatkern.SGD:
+    opt = flatkern.SGD(
+        model.named_parameters(),  # ASAM asks for the names
+        lr=hyper["lr"],
+        momentum=MOMENTUM,
+        weight_decay=hyper["weight_decay"],
+        perturb=METHODS[name].perturb(hyper, seed),
+        enhance=METHODS[name].enhance(hyper),
+        backend=backend,
+    )
+    if opt.rolling:
+        opt.follow(model)
+    return opt
+
+
+def schedule_of_sigma(name: str, opt: flatkern.SGD, hyper: Hyper, steps: int) -> Callable[[], None]:
+    """The papers' schedule of the one-gradient methods: sigma grows elevenfold, up to the tuned value."""
+    if name not in ("RWP", "RWP rolling", "ARWP"):
+        return lambda: None
+    growth = flatkern.schedules.cosine_increase(hyper["sigma"] / 11, 10, steps)
+    return flatkern.schedules.PerturbationScheduler(opt, "sigma", growth).step
+
+
+def make_backward(model: nn.Module, part: tuple[Tensor, Tensor], seed: int) -> Callable[..., None]:
+    """A backward pass of a batch; `sampled`: of a loss with labels that the model draws."""
+    images, labels = part
+    drawn = torch.Generator().manual_seed(seed)
+
+    def backward(batch: Tensor, sampled: bool = False) -> None:
+        logits = model(images[batch])
+        loss = flatkern.sampled_label_loss(logits, generator=drawn) if sampled else cross_entropy(logits, labels[batch])
+        loss.backward()
+
+    return backward
+
+
 def train(
     name: str,
     data: Data,
     seed: int,
     epochs: int,
-    hyper: dict[str, float],
+    hyper: Hyper,
     backend: str | None = None,
     evaluate_on: str = "test",
-    points: int = 10,
+    points: int = 5,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """One run. Every method sees the same start and batches, and all but one the same number of steps.
@@ -149,35 +185,12 @@ def train(
         points: how often the accuracy is taken for the curves.
         tick: called after every epoch.
     """
-    method, model = METHODS[name], make_network(seed)
-    opt = flatkern.SGD(
-        model.named_parameters(),  # ASAM asks for the names
-        lr=hyper["lr"],
-        momentum=MOMENTUM,
-        weight_decay=hyper["weight_decay"],
-        perturb=method.perturb(hyper, seed),
-        enhance=method.enhance(hyper),
-        backend=backend,
-    )
-    images, labels = data.train
-    steps = method.length * epochs * (TRAIN // BATCH)
+    model = make_network(seed)
+    opt = make_optimizer(name, model, hyper, seed, backend)
+    steps = METHODS[name].length * epochs * (TRAIN // BATCH)
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
-    schedule: Callable[[], None] = lambda: None  # noqa: E731
-    if name in ("RWP", "RWP rolling", "ARWP"):
-        # The papers' schedule of the one-gradient methods: sigma grows elevenfold, up to the tuned value.
-        growth = flatkern.schedules.cosine_increase(hyper["sigma"] / 11, 10, steps)
-        schedule = flatkern.schedules.PerturbationScheduler(opt, "sigma", growth).step
-    if opt.rolling:
-        opt.follow(model)
-
-    drawn = torch.Generator().manual_seed(seed)
-
-    def backward(batch: Tensor, sampled: bool = False) -> None:
-        """`sampled`: of a loss with labels that the model draws."""
-        logits = model(images[batch])
-        loss = flatkern.sampled_label_loss(logits, generator=drawn) if sampled else cross_entropy(logits, labels[batch])
-        loss.backward()
-
+    schedule = schedule_of_sigma(name, opt, hyper, steps)
+    backward = make_backward(model, data.train, seed)
     watch, curve = Stopwatch(), []
     order = zip(batches(2 * seed, steps), batches(2 * seed + 1, steps), strict=True)
     for k, (batch, other) in enumerate(order, start=1):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import textwrap
 from statistics import mean
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .demo_methods import METHODS
-from .demo_report import BASE, TITLES, Summary
-from .demo_training import SETTINGS
+from .methods import METHODS, Plan
+from .report import BASE, TITLES, Summary, limits
+
+DPI = 110
 
 # Blue: random perturbations; warm: ascent; green: longer steps; black: the base. (color, line style)
 LOOKS = {
@@ -35,31 +36,35 @@ LOOKS = {
 }
 
 
-def plot(runs: list[dict[str, Any]], summary: Summary, path: Path) -> None:
-    """Write the picture to `path`."""
-    seeds = len({run["seed"] for run in runs})
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    axes = figure.subplots(2, 3, width_ratios=(4, 4, 3), height_ratios=(5, 4))
-    names = [name for name in METHODS if name in summary["clean"]]
-    for column, setting in enumerate(SETTINGS):
+def draw(runs: list[dict[str, Any]], summary: Summary, plan: Plan, stopped: str | None = None) -> Figure:
+    """The picture, a column for each setting that has runs and one for times; `stopped` says how it was interrupted."""
+    settings = [setting for setting in plan.settings if setting in summary]
+    names = [name for name in METHODS if name in summary[settings[0]]]
+    size = (4.6 * len(settings) + 4, 6.4 + 0.23 * len(names))  # room for a label between two rows
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    axes = figure.subplots(2, len(settings) + 1, width_ratios=[*[4] * len(settings), 3], height_ratios=(5, 4))
+    for column, setting in enumerate(settings):
+        present = [name for name in names if name in summary[setting]]
         of = [run for run in runs if run["setting"] == setting]
-        accuracies(axes[0, column], names, of, summary[setting])
-        curves(axes[1, column], names, of)
+        accuracies(axes[0, column], present, of, summary[setting])
+        curves(axes[1, column], present, of)
         axes[0, column].set_title(f"{TITLES[setting]}: test accuracy (%)", loc="left", fontsize=11)
         axes[1, column].set_title(f"{TITLES[setting]}: accuracy during training (%)", loc="left", fontsize=11)
-    times(axes[0, 2], names, summary)
-    axes[0, 2].set_title("time of a step (ms)", loc="left", fontsize=11)
-    axes[1, 2].axis("off")
+    times(axes[0, -1], names, summary)
+    axes[0, -1].set_title("time of a step (ms)", loc="left", fontsize=11)
+    axes[1, -1].axis("off")
     handles, labels = axes[1, 0].get_legend_handles_labels()
-    axes[1, 2].legend(handles, labels, loc="center left", frameon=False, fontsize=10)
+    axes[1, -1].legend(handles, labels, loc="center left", frameon=False, fontsize=10)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"scikit-learn's handwritten digits, {seeds} seed{'s' if seeds > 1 else ''}: large dots and bars are mean ± "
-        "standard deviation, small dots are seeds, the grey band is SGD's",
-        fontsize=11,
+    title = "scikit-learn's handwritten digits: large dots and bars are mean ± standard deviation,\n"
+    title += "small dots are seeds, the grey band is SGD's"
+    figure.suptitle("\n".join([title, *([stopped] if stopped else [])]), fontsize=11)
+    below = "\n".join(
+        textwrap.fill(f"- {text}", 78 * (len(settings) + 1), subsequent_indent="  ") for text in limits(plan)
     )
-    figure.savefig(path, dpi=110)
+    figure.supxlabel(below, fontsize=8, x=0.01, ha="left")
+    return figure
 
 
 def rows(axis: Axes, names: list[str]) -> None:
@@ -84,7 +89,7 @@ def accuracies(axis: Axes, names: list[str], runs: list[dict[str, Any]], summary
         axis.annotate(
             text,
             (row["accuracy"], k),
-            (0, 6),
+            (0, 5),
             textcoords="offset points",
             ha="center",
             fontsize=8,
@@ -95,7 +100,7 @@ def accuracies(axis: Axes, names: list[str], runs: list[dict[str, Any]], summary
 
 def times(axis: Axes, names: list[str], summary: Summary) -> None:
     """Bars of milliseconds: gradients, and the optimizer's calls."""
-    both = [[summary[setting][name] for setting in SETTINGS] for name in names]
+    both = [[of[name] for of in summary.values() if name in of] for name in names]
     optimizer = [mean(row["optimizer_ms"] for row in pair) for pair in both]
     step = [mean(row["step_ms"] for row in pair) for pair in both]
     gradients = [a - b for a, b in zip(step, optimizer, strict=True)]
@@ -119,7 +124,7 @@ def curves(axis: Axes, names: list[str], runs: list[dict[str, Any]]) -> None:
         values = [mean(points) for points in zip(*([p["accuracy"] for p in curve] for curve in of), strict=True)]
         color, line = LOOKS[name]
         width, order = (2.4, 3) if name == BASE else (1.5, 2)
-        label = "RWP, and RWP rolling" if name == "RWP" else name
+        label = "RWP, and RWP rolling" if name == "RWP" and "RWP rolling" in names else name
         axis.plot(share, values, line, color=color, linewidth=width, label=label, zorder=order)
         lowest = min([lowest, *values[len(values) // 3 :]])
     axis.set_ylim(bottom=lowest - 1)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from statistics import mean
 from typing import Any
 
-from .demo_methods import METHODS
-from .demo_training import SETTINGS, load_data, train
+from .methods import METHODS
+from .training import SETTINGS, load_data, train
 
 # Other seeds than the demo's, so other initial weights, batches and wrong labels.
 SEEDS = range(1000, 1003)
@@ -32,6 +32,12 @@ STRENGTHS = {
     "Momentum-SAM": MOMENTUM_RHO,
     "IRE": KAPPA,
 }
+
+
+def candidates() -> int:
+    """How many there are in both settings."""
+    tuned = sum(len(strengths) for strengths in STRENGTHS.values())
+    return len(SETTINGS) * len(WEIGHT_DECAY) * (len(LR) + tuned)
 
 
 def search(epochs: int, backend: str | None, settings: Any = SETTINGS) -> Iterator[dict[str, Any]]:

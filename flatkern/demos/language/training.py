@@ -1,4 +1,4 @@
-"""A small Llama on bytes, and its training: the model, the text, the loop. What is shown is in language.py."""
+"""A small Llama on bytes, and its training: the model, the text, the loop. What is shown is in command.py."""
 
 from __future__ import annotations
 
@@ -144,6 +144,25 @@ def seconds(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def make(
+    kappa: float | None,
+    shape: Shape,
+    lr: float,
+    sharp_fraction: float,
+    seed: int,
+    device: torch.device,
+    backend: str | None,
+) -> tuple[Llama, flatkern.AdamW]:
+    """The model of a seed, and its optimizer."""
+    torch.manual_seed(seed)
+    model = Llama(shape).to(device)
+    enhance = None if kappa is None else flatkern.IRE(kappa, sharp_fraction=sharp_fraction)
+    opt = flatkern.AdamW(
+        model.parameters(), lr, BETAS, weight_decay=WEIGHT_DECAY, max_grad_norm=CLIP, enhance=enhance, backend=backend
+    )
+    return model, opt
+
+
 def train(
     kappa: float | None,
     text: tuple[Tensor, Tensor],
@@ -166,15 +185,9 @@ def train(
     Returns:
         The curve (step, training loss, validation loss), and the seconds of optimizer, mask updates and everything.
     """
-    torch.manual_seed(seed)
-    model = Llama(shape).to(device)
-    enhance = None if kappa is None else flatkern.IRE(kappa, sharp_fraction=sharp_fraction)
-    opt = flatkern.AdamW(
-        model.parameters(), lr, BETAS, weight_decay=WEIGHT_DECAY, max_grad_norm=CLIP, enhance=enhance, backend=backend
-    )
+    model, opt = make(kappa, shape, lr, sharp_fraction, seed, device, backend)
     generator, other = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1_000_000)
-    curve: list[dict[str, float]] = []
-    spent = {"optimizer": 0.0, "masks": 0.0}
+    curve, spent = list[dict[str, float]](), {"optimizer": 0.0, "masks": 0.0}
     total, recent = seconds(device), 0.0
     for step in range(steps):
         start = seconds(device)

@@ -9,7 +9,6 @@ import flatkern
 
 EPOCHS = 25  # that the hyper-parameters are for
 
-
 Hyper = dict[str, float]
 Perturb = flatkern.RWP | flatkern.SAM | flatkern.GSAM | flatkern.FriendlySAM | flatkern.LookSAM | flatkern.MomentumSAM
 
@@ -102,3 +101,22 @@ TUNED: dict[str, dict[str, Hyper]] = {
 def hyper_parameters(setting: str, name: str) -> Hyper:
     """Learning rate, weight decay, and the strength under its own name."""
     return {key: value for own in METHODS[name].tuned_as or (name,) for key, value in TUNED[setting][own].items()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which runs are made; those of one seed have the same start, batches and wrong labels."""
+
+    settings: tuple[str, ...] = tuple(TUNED)
+    methods: tuple[str, ...] = tuple(METHODS)
+    seeds: int = 5
+    epochs: int = EPOCHS
+
+    def runs(self) -> list[tuple[int, str, str]]:
+        """Seed, setting, method; seeds outermost: what else the machine does meets all methods alike."""
+        return [(k, setting, name) for k in range(self.seeds) for setting in self.settings for name in self.methods]
+
+
+FULL = Plan()
+# One method of each kind, where methods differ most; without RWP rolling, whose weights are those of RWP.
+SAMPLE = Plan(("noisy",), ("SGD", "SGD, 2x steps", "RWP", "ARWP", "m-RWP", "SAM", "Momentum-SAM", "IRE"), seeds=3)

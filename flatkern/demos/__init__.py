@@ -1,0 +1,1 @@
+"""What `python -m flatkern` runs to be looked at: trainings on digits and on bytes. Nothing else imports it."""

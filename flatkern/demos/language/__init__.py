@@ -1,0 +1,1 @@
+"""`python -m flatkern language`: a small Llama on bytes. command.py is what it runs."""
