@@ -134,7 +134,7 @@ build: $(READY) ## compile, and say what is live
 
 # ---- what it is for
 
-demo: build ## every method on handwritten digits: accuracy, time, passes over memory
+demo: build ## methods on handwritten digits, under a minute (ARGS=--full: all of them): accuracy, time, passes over memory
 	@$(RUN) -m flatkern demo $(ARGS)
 
 bench: build ## microbenchmarks against PyTorch; results go to bench/results
