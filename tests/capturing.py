@@ -9,6 +9,7 @@ import functools
 import gc
 
 import torch
+from compare import copies
 from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -107,7 +108,7 @@ class Run:
     def tensors(self):
         """Weights, perturbed ones while rolling, and the state."""
         state = [t for p in self.net.parameters() for t in self.opt.state[p].values()]
-        return [t.detach().clone() for t in (*self.net.parameters(), *state)]
+        return copies((*self.net.parameters(), *state))
 
 
 def assert_same(a, b):

@@ -1,6 +1,7 @@
 """What others write to perturbed weights: a run of every method on tensors of every kind, and the writes."""
 
 import torch
+from compare import copies
 
 import flatkern
 from flatkern import ASAM, GSAM, RWP, SAM, MomentumSAM
@@ -74,7 +75,7 @@ class Run:
         self.opt.eval()
 
     def values(self):
-        return [p.detach().clone() for p in self.params]
+        return copies(self.params)
 
 
 def write(params, data=False):

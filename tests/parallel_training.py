@@ -5,6 +5,7 @@ import functools
 
 import torch
 import torch.distributed as dist
+from compare import copies
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -173,7 +174,7 @@ def oracle(roles, streams, eta, parts, steps, rounds=False):
         return total
 
     for step in range(steps):
-        clean = [p.detach().clone() for p in params]
+        clean = copies(params)
         final = [torch.zeros_like(p) for p in params]
         squares = [torch.zeros_like(h) for h in history]
         for rank, is_noisy in enumerate(roles):

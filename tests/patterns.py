@@ -7,6 +7,7 @@ from collections import namedtuple
 from functools import cache, partial
 
 import torch
+from compare import copies, same
 from conftest import BACKENDS
 from torch import nn
 from torch.nn import functional
@@ -14,7 +15,6 @@ from torch.nn import functional
 import flatkern
 
 SEED, STREAM = 7, 3
-INDICES = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
 @cache
@@ -107,7 +107,7 @@ class Training(Scaled):
         return call
 
     def weights(self):
-        return [p.detach().clone() for p in self.net.parameters()]
+        return copies(self.net.parameters())
 
     def clean_weights(self):
         with self.opt.clean():
@@ -258,17 +258,3 @@ def train(run, user, steps=3, start=0):
     for t in range(start, start + steps):
         user(run, t)
         run.opt.zero_grad()
-
-
-def same(tensors, others):
-    """Bit for bit, the sign of zeros and what NaNs carry included."""
-    return all(torch.equal(bits(a), bits(b)) for a, b in zip(tensors, others, strict=True))
-
-
-def bits(t):
-    t = t.detach()
-    return t.view(INDICES[t.dtype]) if t.dtype in INDICES else t
-
-
-def same_state(state, other):
-    return state.keys() == other.keys() and same(state.values(), other.values())

@@ -19,6 +19,7 @@ import pytest
 import torch
 from captures import LONG, say_that_it_is_captured
 from capturing import METHODS, Tape, Watch, assert_same
+from compare import copies
 from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -92,9 +93,9 @@ def test_noise_is_told_from_what_others_write(method, monkeypatch, training):
     else:
         run.opt.zero_grad()
         run.opt.perturb()
-    noisy = [p.detach().clone() for p in params]
+    noisy = copies(params)
     with run.opt.clean():
-        clean = [p.detach().clone() for p in params]
+        clean = copies(params)
     assert all(map(torch.equal, params, noisy)) and not torch.equal(noisy[0], clean[0])
     with torch.no_grad():
         params[0][0, 2] = clean[0][0, 2] = 7.0
@@ -267,7 +268,7 @@ def test_a_learning_rate_that_is_zero_for_one_step(training):
     """As distributed checkpointing makes state: it puts a tensor of the host in, steps, and puts ours back."""
     run = training("AdamW", "rolling ARWP", True)
     run.opt.eval()
-    before, ours = [p.detach().clone() for p in run.net.parameters()], [g["lr"] for g in run.opt.param_groups]
+    before, ours = copies(run.net.parameters()), [g["lr"] for g in run.opt.param_groups]
     values = [lr.item() for lr in ours]
     for p in run.net.parameters():
         p.grad = torch.zeros_like(p)

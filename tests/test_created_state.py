@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed.checkpoint as checkpoints
+from compare import assert_same_state
 from torch.distributed.checkpoint import state_dict as dcp
 
 import flatkern
@@ -47,11 +48,6 @@ def everything(net, opt):
     return {**net.state_dict(), **state}
 
 
-def assert_same(left, right):
-    assert left.keys() == right.keys()
-    assert [key for key, value in left.items() if not torch.equal(value, right[key])] == []
-
-
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("method", METHODS)
 def test_what_a_method_keeps_is_in_the_template_and_is_loaded(method, base):
@@ -69,7 +65,7 @@ def test_what_a_method_keeps_is_in_the_template_and_is_loaded(method, base):
     dcp.set_optimizer_state_dict(other, into, saved)
     for run in ((net, opt), (other, into)):
         train(*run, 3, 3)
-    assert_same(everything(other, into), everything(net, opt))
+    assert_same_state(everything(other, into), everything(net, opt))
 
 
 ROLLING = {
@@ -114,7 +110,7 @@ def test_a_schedule_does_not_reach_what_is_drawn_already(method, base, tmp_path)
     for run in runs:
         step(*run, 3)
         run[1].eval()
-    assert_same(everything(*runs[1]), everything(*runs[0]))
+    assert_same_state(everything(*runs[1]), everything(*runs[0]))
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -142,7 +138,7 @@ def test_a_run_after_it_is_one_without_it(method, base):
         if torch.is_tensor(entry.get("step")):
             entry["step"].zero_()  # Adam counts that step, as torch's does
     train(other, into, 0, 3)
-    assert_same(everything(other, into), everything(net, opt))
+    assert_same_state(everything(other, into), everything(net, opt))
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from compare import copies
 from emulated import needs_emulation
 from test_cuda_launches import failing_launch
 
@@ -67,7 +68,7 @@ class Run:
     def clean(self):
         """The weights, after what a user does where a call has failed."""
         self.opt.eval() if self.rolls else self.opt.restore()
-        return [p.detach().clone() for p in self.params]
+        return copies(self.params)
 
 
 def is_one_of(p, *candidates):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from compare import copies
 from torch.nn import Parameter
 
 import flatkern
@@ -60,7 +61,7 @@ def picture(params, opt):
     grads = [None if p.grad is None else (p.grad, p.grad._version) for p in params]
     state = {} if opt is None else {k: copy.deepcopy(dict(opt.state.get(p, {}))) for k, p in enumerate(params)}
     method = None if opt is None else (opt.is_perturbed, [g.get("round") for g in opt.param_groups])
-    return [p.detach().clone() for p in params], grads, state, method
+    return copies(params), grads, state, method
 
 
 @contextmanager

@@ -7,7 +7,8 @@ import pickle
 
 import pytest
 import torch
-from patterns import METHODS, Network, Training, backends, batch, noise, same, same_state, train
+from compare import assert_same, assert_same_state, same
+from patterns import METHODS, Network, Training, backends, batch, noise, train
 
 import flatkern
 from flatkern import dispatch
@@ -53,8 +54,8 @@ def failing_backward(run, error=ZeroDivisionError):
 def assert_clean_and_usable(run, name, weights, state, untroubled):
     """Clean, nothing pending, and the next steps are those of a run that never failed."""
     assert not run.opt.is_perturbed
-    assert same(run.weights(), weights)
-    assert same_state(run.state(), state)
+    assert_same(run.weights(), weights)
+    assert_same_state(run.state(), state)
     run.opt.state_dict()
     run.opt.zero_grad()
     for r in (run, untroubled):
@@ -62,7 +63,7 @@ def assert_clean_and_usable(run, name, weights, state, untroubled):
             if "round" in group:
                 group["round"] = 9
         train(r, METHODS[name].user, 2, start=3)
-    assert same(run.weights(), untroubled.weights())
+    assert_same(run.weights(), untroubled.weights())
 
 
 def trained(name, backend, **options):
@@ -107,10 +108,10 @@ def test_block_raises_in_a_later_round(name, backend):
     climb(run)
     with pytest.raises(ZeroDivisionError), run.opt.perturbed():
         raise ZeroDivisionError
-    assert same(run.weights(), weights)
+    assert_same(run.weights(), weights)
     for r in (run, untroubled):
         r.opt.step()
-    assert same(run.weights(), untroubled.weights())
+    assert_same(run.weights(), untroubled.weights())
     assert not same(run.weights(), weights)
 
 
@@ -143,13 +144,13 @@ def test_block_is_left_in_every_way(name, backend):
             body()
         assert not run.opt.is_perturbed
         if not way.startswith("step"):
-            assert same(run.weights(), weights)
+            assert_same(run.weights(), weights)
             run.opt.step()
         climb(untroubled)
         untroubled.opt.perturb()
         untroubled.backward(1)
         untroubled.opt.step()
-        assert same(run.weights(), untroubled.weights())
+        assert_same(run.weights(), untroubled.weights())
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -162,7 +163,7 @@ def test_refused_on_entry(name, backend):
     with pytest.raises(RuntimeError, match="already perturbed"), run.opt.perturbed():
         pytest.fail("the body ran")
     assert run.opt.is_perturbed
-    assert same(run.weights(), now)
+    assert_same(run.weights(), now)
 
 
 # --- step(closure) ----------------------------------------------------------------------------------
@@ -199,8 +200,8 @@ def test_climb_is_not_finite(name, value, options, backend):
         return run.backward(1, weight=value)
 
     run.opt.step([closure] * (2 if name == "mSAM" else 1))
-    assert same(run.weights(), weights)
-    assert same_state(run.state(), state)
+    assert_same(run.weights(), weights)
+    assert_same_state(run.state(), state)
     assert not run.opt.is_perturbed
     run.opt.zero_grad()
     train(run, METHODS[name].user, 1, start=3)
@@ -217,8 +218,8 @@ def test_perturbed_gradient_is_not_finite(name, value, options, backend):
     climb(run)
     with run.opt.perturbed():
         run.backward(1, weight=value)
-    assert same(run.weights(), weights)
-    assert same_state(run.state(), state)
+    assert_same(run.weights(), weights)
+    assert_same_state(run.state(), state)
     run.opt.release()
     run.opt.zero_grad()
     train(run, METHODS[name].user, 1, start=3)
@@ -287,8 +288,8 @@ def test_perturbing_fails(name, how, bucket, failing, backend):
                 pytest.fail("the body ran")
         run.opt.perturb() if how == "perturb" else run.opt.step(run.closure(0))
     assert not run.opt.is_perturbed
-    assert same(run.weights(), weights)
-    assert same_state(run.state(), state)
+    assert_same(run.weights(), weights)
+    assert_same_state(run.state(), state)
     assert run.opt.param_groups[0].get("round") == untroubled.opt.param_groups[0].get("round")
     for r in (run, untroubled):
         if how == "closure":
@@ -297,7 +298,7 @@ def test_perturbing_fails(name, how, bucket, failing, backend):
         r.opt.perturb()
         r.backward(1)
         r.opt.step()
-    assert same(run.weights(), untroubled.weights())
+    assert_same(run.weights(), untroubled.weights())
 
 
 @pytest.mark.parametrize("bucket", [0, 1])
@@ -317,7 +318,7 @@ def test_updating_fails(name, how, bucket, failing, backend):
             run.backward(0)
             run.opt.step()
     assert not run.opt.is_perturbed
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
     run.opt.state_dict()
 
 
@@ -333,7 +334,7 @@ def test_updating_fails_in_rolling_mode(bucket, failing, backend):
     with pytest.raises(MemoryError):
         run.opt.step()
     run.opt.eval()
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
 
 
 @pytest.mark.parametrize("bucket", [0, 1])
@@ -347,7 +348,7 @@ def test_restoring_fails(bucket, failing, backend):
     with pytest.raises(RuntimeError, match=r"restore\(\)"):
         run.opt.state_dict()
     run.opt.restore()
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
     run.opt.state_dict()
 
 
@@ -369,7 +370,7 @@ def test_loop_that_was_interrupted(name, options, backend):
         with pytest.raises(RuntimeError, match=r"restore\(\)"):
             call()
     run.opt.restore()
-    assert same(run.weights(), weights)
+    assert_same(run.weights(), weights)
     with pytest.raises(RuntimeError, match=r"release\(\)"):
         run.opt.state_dict()
     run.opt.release()
@@ -397,7 +398,7 @@ def test_loading_ends_the_perturbation(name, options, backend):
     now = run.weights()
     assert (now.pop(head) == 0.5).all()
     weights.pop(head)
-    assert same(now, weights)
+    assert_same(now, weights)
     run.opt.state_dict()
     run.opt.zero_grad()
     run.opt.param_groups[0].update(lr=0.0, weight_decay=0.0)

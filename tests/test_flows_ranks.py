@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from patterns import same
+from compare import assert_same, same
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -74,7 +74,7 @@ def wrapped_under_noise():
         backward(parallel)
         opt.step()
         opt.eval()
-        assert same(parts(model), clean), method
+        assert_same(parts(model), clean, method)
 
 
 def wrapped_inside_clean():
@@ -89,7 +89,7 @@ def wrapped_inside_clean():
         backward(parallel)
         opt.step()
     opt.eval()
-    assert same(parts(model), parts(network(seed=0)))
+    assert_same(parts(model), parts(network(seed=0)))
 
 
 def wrapped_under_noises_of_their_own():
@@ -105,7 +105,7 @@ def wrapped_under_noises_of_their_own():
         return
     with pytest.raises(RuntimeError, match=r"clean\(\)"):
         opt.step()
-    assert same(parts(model), written)
+    assert_same(parts(model), written)
 
 
 @pytest.mark.parametrize("case", [wrapped_under_noise, wrapped_inside_clean, wrapped_under_noises_of_their_own])
@@ -134,13 +134,13 @@ def passes_write_nothing(method):
         assert [dtensor.version(p) for p in model.parameters()] == before
         if end == "clean":
             with opt.clean():
-                assert same(parts(model), clean)
+                assert_same(parts(model), clean)
         if end == "step":
             opt.step()
         with CommDebugMode() as sent:
             opt.eval()
         assert sent.get_total_counts() == 0
-        assert same(parts(model), clean)
+        assert_same(parts(model), clean)
         opt.release()
 
 
@@ -168,7 +168,7 @@ def others_write(method, path):
     else:
         assert opt.rolling  # following has ended it before
     end(opt)
-    assert same(parts(model), clean)
+    assert_same(parts(model), clean)
 
     perturb(model, opt)
     whole = {key: torch.full_like(value, 0.5) for key, value in network().state_dict().items()}
@@ -188,7 +188,7 @@ def others_write(method, path):
         expected = [torch.full_like(c, 0.5) for c in clean]
         if rank == 0:
             expected[0][0, 1] = 7.0
-        assert same(parts(model), expected)
+        assert_same(parts(model), expected)
     else:
         end(opt)
 
@@ -198,13 +198,13 @@ def others_write(method, path):
         backward(model)
         if rank == 0:  # nothing is sent, so that one rank may
             with opt.clean():
-                assert same(parts(model), expected)
+                assert_same(parts(model), expected)
                 for p in model.parameters():
                     dtensor.local(p.data).mul_(2.0)
                 expected = parts(model)
         last()
         opt.eval()
-        assert same(parts(model), expected)
+        assert_same(parts(model), expected)
         opt.release()
 
 
@@ -230,7 +230,8 @@ def data_writes_are_noticed():
     written = parts(model)
     with pytest.raises(RuntimeError, match=r"clean\(\)"):
         opt.eval()
-    assert same(parts(model), written) and not same(written, clean)
+    assert_same(parts(model), written)
+    assert not same(written, clean)
 
 
 def test_data_writes_to_shards_are_noticed(two):

@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from compare import copies
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flatkern
@@ -206,7 +207,7 @@ def test_release_while_perturbed_is_refused(backend):
     for method, way_back in ((RWP(), "restore"), (RWP(rolling=True), "eval")):
         params = model(torch.float32)
         opt = SGD(params, perturb=method, backend=backend)
-        clean = [p.detach().clone() for p in params]
+        clean = copies(params)
         opt.train() if method.rolling else opt.perturb()
         with pytest.raises(RuntimeError, match=rf"release: the weights are perturbed; call {way_back}\(\) first"):
             opt.release()

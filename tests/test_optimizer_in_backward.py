@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compare import copies
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -43,9 +44,9 @@ def train(model, made, in_backward, steps=4):
             for opt in made.values():
                 opt.step()
                 opt.zero_grad()
-    noisy = [p.detach().clone() for p in model.parameters()]
+    noisy = copies(model.parameters())
     model.state_dict()  # ends the noise of all of them
-    return noisy, [p.detach().clone() for p in model.parameters()]
+    return noisy, copies(model.parameters())
 
 
 def test_steps_in_backward_are_steps_after_it():

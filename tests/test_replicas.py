@@ -7,6 +7,7 @@ import gc
 import pytest
 import torch
 import torch.distributed as dist
+from compare import copies
 from torch.nn.parallel import DistributedDataParallel
 
 import flatkern
@@ -72,7 +73,7 @@ def trained(base, method, views, steps=6, rounds=1, backend=None, synchronised=N
         synchronised = rounds == 1 or method in USED_FURTHER
     rank = dist.get_rank()
     model = DistributedDataParallel(network(), gradient_as_bucket_view=views)
-    start = [p.detach().clone() for p in model.parameters()]
+    start = copies(model.parameters())
     ours = {"backend": backend, "enhance": flatkern.IRE(2.0, interval=2)}
     opt = BASES[base](model.parameters(), perturb=METHODS[method](rank), **ours)
     if opt.rolling:
@@ -171,7 +172,7 @@ def overflow_on_one_rank(base, method, scaled, rounds, views, heads=None, abando
 
     moved = []
     for step in range(4):
-        before = [p.detach().clone() for p in model.parameters()]
+        before = copies(model.parameters())
         opt.zero_grad()
         for k in range(rounds):
             last = k == rounds - 1
@@ -257,7 +258,7 @@ def divided_losses(name, views, synchronised, base="SGD"):
             opt.zero_grad()
         if parallel:
             equal_replicas(model.parameters())
-        ends.append([p.detach().clone() for p in model.parameters()])
+        ends.append(copies(model.parameters()))
     if name != "SAM":
         for a, b in zip(*ends, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -292,7 +293,7 @@ def gradients_of_both_passes(views, backend=None):
             opt.perturb()
             backward(2 * step + 1)
             opt.step()
-        step_of[parallel] = [p.detach().clone() for p in model.parameters()]
+        step_of[parallel] = copies(model.parameters())
     for a, b in zip(step_of[True], step_of[False], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
