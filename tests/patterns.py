@@ -9,6 +9,22 @@ from functools import cache, partial
 import torch
 from compare import copies, same
 from conftest import BACKENDS
+from steps import (
+    Scaled,
+    clean_first,
+    climbing,
+    climbing_shards,
+    climbing_when_due,
+    noisy,
+    noisy_block,
+    noisy_first,
+    noisy_rounds,
+    one_closure,
+    plain,
+    two_closures,
+    weighted_clean_first,
+    weighted_noisy_first,
+)
 from torch import nn
 from torch.nn import functional
 
@@ -60,20 +76,6 @@ def make_optimizer(base, params, lr=0.05, weight_decay=0.01, **own):
     return getattr(flatkern, base)(params, lr=lr, weight_decay=weight_decay, **momentum, **own)
 
 
-class Scaled:
-    """The calls of an optimizer to which a GradScaler is given, or that it makes, if there is one."""
-
-    def perturb(self):
-        self.opt.perturb() if self.scaler is None else self.opt.perturb(scaler=self.scaler)
-
-    def step(self):
-        if self.scaler is None:
-            self.opt.step()
-        else:
-            self.scaler.step(self.opt)
-            self.scaler.update()
-
-
 class Training(Scaled):
     """A network, its optimizer, perhaps a GradScaler: what a pattern acts on."""
 
@@ -118,98 +120,6 @@ class Training(Scaled):
         params = list(self.net.parameters())
         found = {(k, key): value for k, p in enumerate(params) for key, value in self.opt.state.get(p, {}).items()}
         return {key: value.clone() for key, value in found.items() if isinstance(value, torch.Tensor)}
-
-
-# One step of each method as its user writes it; step t has batches of its own, so runs can be compared pass by pass.
-
-
-def plain(run, t):
-    run.backward(t)
-    run.step()
-
-
-def noisy(run, t):
-    run.perturb()
-    run.backward(t)
-    run.step()
-
-
-def noisy_block(run, t):
-    with run.opt.perturbed():
-        run.backward(t)
-    run.step()
-
-
-def noisy_rounds(run, t):
-    for k in (0, 1):
-        run.perturb()
-        run.backward(2 * t + k)
-        if k == 0:
-            run.opt.restore()
-    run.step()
-
-
-def clean_first(run, t):
-    run.backward(2 * t)
-    run.perturb()
-    run.backward(2 * t + 1)
-    run.step()
-
-
-def noisy_first(run, t):
-    run.perturb()
-    run.backward(2 * t + 1)
-    run.opt.restore()
-    run.backward(2 * t)
-    run.step()
-
-
-def weighted_clean_first(run, t):
-    run.backward(2 * t, run.opt.loss_weight)
-    run.perturb()
-    run.backward(2 * t + 1, run.opt.loss_weight)
-    run.step()
-
-
-def weighted_noisy_first(run, t):
-    run.perturb()
-    run.backward(2 * t + 1, run.opt.loss_weight)
-    run.opt.restore()
-    run.backward(2 * t, run.opt.loss_weight)
-    run.step()
-
-
-def climbing(run, t):
-    run.backward(t)
-    run.perturb()
-    run.backward(t)
-    run.step()
-
-
-def climbing_shards(run, t):
-    for k in (0, 1):
-        run.backward(2 * t + k)
-        run.perturb()
-        run.backward(2 * t + k)
-        if k == 0:
-            run.opt.restore()
-    run.step()
-
-
-def climbing_when_due(run, t):
-    run.backward(t)
-    if run.opt.perturb_due:
-        run.perturb()
-        run.backward(t)
-    run.step()
-
-
-def one_closure(run, t):
-    return run.opt.step(run.closure(t))
-
-
-def two_closures(run, t):
-    return run.opt.step([run.closure(2 * t), run.closure(2 * t + 1)])
 
 
 # `closure` is the same step in torch's closure convention, where the method has one. `base` is what a neutral

@@ -8,7 +8,8 @@ import copy
 import pytest
 import torch
 from compare import assert_same, assert_same_state, copies, same
-from patterns import BASES, METHODS, Training, backends, noise, plain, train
+from patterns import BASES, METHODS, Training, backends, noise, train
+from steps import plain
 
 import flatkern
 

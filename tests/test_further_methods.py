@@ -10,7 +10,8 @@ from functools import partial
 import pytest
 import torch
 from compare import assert_same, assert_same_state, copies, same
-from patterns import METHODS, Training, noise, plain, train
+from patterns import METHODS, Training, noise, train
+from steps import plain
 
 import flatkern
 from flatkern import GSAM, RWP, SAM, FriendlySAM, LookSAM, MomentumSAM

@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 from compare import assert_same, same
-from patterns import BASES, METHODS, SEED, STREAM, Training, backends, noise, plain, train
+from patterns import BASES, METHODS, SEED, STREAM, Training, backends, noise, train
+from steps import plain
 from torch import nn
 
 import flatkern

@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 from compare import assert_same, assert_same_state, same
-from patterns import METHODS, Training, backends, noise, plain, train
+from patterns import METHODS, Training, backends, noise, train
+from steps import plain
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.optim.lr_scheduler import StepLR
 

@@ -11,7 +11,8 @@ from functools import partial
 import pytest
 import torch
 from compare import assert_same, assert_same_state, same
-from patterns import METHODS, SEED, STREAM, Training, backends, noise, plain, train
+from patterns import METHODS, SEED, STREAM, Training, backends, noise, train
+from steps import plain
 
 import flatkern
 

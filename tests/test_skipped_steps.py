@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from compare import assert_same, same
-from patterns import BASES, METHODS, Training, backends, plain, train
+from patterns import BASES, METHODS, Training, backends, train
+from steps import plain
 from unchanged import refused
 
 import flatkern

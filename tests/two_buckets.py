@@ -5,7 +5,7 @@ import pickle
 
 import torch
 from compare import assert_same, copies
-from patterns import Scaled
+from steps import Scaled
 from torch.nn import Parameter
 from unchanged import frozen, refused
 
