@@ -1,6 +1,7 @@
 """A network whose optimizer is in the middle of a perturbation, for tests of what others do then."""
 
 import pytest
+import steps
 import torch
 from compare import assert_same, bits, copies
 from patterns import backends
@@ -71,9 +72,7 @@ class Run:
     def perturb(self):
         """Noise, or an ascent, and the gradient that a step needs."""
         self.opt.zero_grad()
-        if isinstance(self.opt.method, SAM) or self.opt.method.lam is not None:
-            self.backward()
-        self.opt.train() if self.opt.rolling else self.opt.perturb()
+        self.opt.train() if self.opt.rolling else steps.perturb(self.opt, self.backward)
         self.noisy = copies(self.params)
         assert self.opt.is_perturbed
         assert not torch.equal(self.noisy[1], self.clean[1])
@@ -81,12 +80,7 @@ class Run:
 
     def train(self):
         self.opt.zero_grad()
-        if isinstance(self.opt.method, SAM) or self.opt.method.lam is not None:
-            self.backward()
-        if not self.opt.rolling:
-            self.opt.perturb()
-        self.backward()
-        self.opt.step()
+        steps.step(self.opt, self.backward)
 
     def now(self):
         return copies(self.params)

@@ -1,11 +1,13 @@
 """The state that distributed checkpointing creates by a step with lr 0: a template, and nothing that a run can tell."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed.checkpoint as checkpoints
 from compare import assert_same_state
+from steps import step
 from torch.distributed.checkpoint import state_dict as dcp
 
 import flatkern
@@ -30,16 +32,12 @@ def made(method, base):
 
 
 def train(net, opt, start, steps):
-    def backward(step):
-        generator = torch.Generator().manual_seed(step)
+    def backward(t):
+        generator = torch.Generator().manual_seed(t)
         net(torch.randn(4, 5, generator=generator)).square().mean().backward()
 
-    for step in range(start, start + steps):
-        backward(step)
-        if opt.perturb_due:
-            opt.perturb()
-            backward(step)
-        opt.step()
+    for t in range(start, start + steps):
+        step(opt, partial(backward, t))
         opt.zero_grad()
 
 

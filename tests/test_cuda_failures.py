@@ -9,6 +9,7 @@ import pytest
 import torch
 from compare import copies
 from emulated import needs_emulation
+from steps import step
 from test_cuda_launches import failing_launch
 
 import flatkern
@@ -56,14 +57,7 @@ class Run:
             self.backward()
             opt.update_mask()
         opt.zero_grad()
-        if self.rolls:
-            self.backward()
-        else:
-            if isinstance(self.perturbation, SAM) or self.perturbation.lam is not None:
-                self.backward()
-            opt.perturb()
-            self.backward()
-        opt.step()
+        step(opt, self.backward)
 
     def clean(self):
         """The weights, after what a user does where a call has failed."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from compare import copies
+from steps import begins_clean
 from torch.nn import Parameter
 
 import flatkern
@@ -47,13 +48,11 @@ def fill(params):
 def cycle(opt, perturb=True):
     """Everything before `step()`."""
     params = [p for g in opt.param_groups for p in g["params"]]
-    if opt.method is None or opt.rolling:
+    if begins_clean(opt):
         fill(params)
-        return
-    if isinstance(opt.method, SAM) or opt.method.lam is not None:
-        fill(params)
-    if perturb:
+    if perturb and opt.perturb_due:
         opt.perturb()
+    if perturb or not opt.perturb_due:
         fill(params)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from compare import assert_same, assert_same_state, same
 from patterns import METHODS, Network, Training, backends, batch, noise, train
+from steps import begins_clean
 
 import flatkern
 from flatkern import dispatch
@@ -41,7 +42,7 @@ class Failing(torch.autograd.Function):
 
 def climb(run, index=0):
     """What comes before perturb() in a step."""
-    if isinstance(run.opt.method, flatkern.SAM) or run.opt.method.lam is not None:
+    if begins_clean(run.opt):
         run.backward(index)
 
 

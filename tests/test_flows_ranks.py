@@ -5,6 +5,7 @@ others write, and a look at values that sends nothing.
 import warnings
 
 import pytest
+import steps
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -50,9 +51,7 @@ def backward(model):
 
 def perturb(model, opt):
     opt.zero_grad()
-    if not (opt.rolling or opt.perturbation.starts_perturbed):
-        backward(model)
-    opt.train() if opt.rolling else opt.perturb()
+    opt.train() if opt.rolling else steps.perturb(opt, lambda: backward(model))
     assert opt.is_perturbed
 
 

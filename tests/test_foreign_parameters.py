@@ -11,6 +11,7 @@ import pytest
 import torch
 from compare import assert_same, copies, same
 from patterns import backends
+from steps import step
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import Parameter
@@ -144,13 +145,7 @@ class Run:
         sum((p * values(p.shape, 10 * self.passes + k)).tanh().sum() for k, p in enumerate(self.trained)).backward()
 
     def step(self):
-        method = self.opt.method
-        if method is not None and not self.opt.rolling:
-            if isinstance(method, SAM) or method.lam is not None:
-                self.backward()
-            self.opt.perturb()
-        self.backward()
-        self.opt.step()
+        step(self.opt, self.backward)
         self.opt.zero_grad()
 
     def weights(self):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from compare import assert_same, same
 from patterns import backends
+from steps import perturb
 from torch import nn
 from two_buckets import values
 
@@ -67,9 +68,7 @@ class Run:
             self.opt.train()
             return
         self.opt.zero_grad()
-        if isinstance(self.opt.method, SAM) or self.opt.method.lam is not None:
-            self.give()
-        self.opt.perturb()
+        perturb(self.opt, self.give)
 
     def step(self):
         self.perturb()

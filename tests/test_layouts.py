@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_same, copies
+from steps import perturb
 from torch import nn
 
 import flatkern
@@ -58,15 +59,11 @@ def only(place, event):
 
 def train(opt, params, event=nothing, at=2, give=give, steps=STEPS):
     """The method's pattern; since gradients are given, a method with one gradient moves like the plain base."""
-    method = opt.method
     opt.train()
     for step in range(steps):
         if step == at:
             event(params, "between")
-        if method is not None and not opt.rolling:
-            if isinstance(method, SAM) or method.lam is not None:
-                give(params, step + 50)
-            opt.perturb()
+        perturb(opt, lambda step=step: give(params, step + 50))
         if step == at:
             event(params, "midway")
         give(params, step)

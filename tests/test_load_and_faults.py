@@ -5,8 +5,10 @@ an optimizer that is made anew in the middle, a rank whose pass fails. Weights c
 import contextlib
 import copy
 import io
+from functools import partial
 
 import pytest
+import steps
 import torch
 import torch.distributed as dist
 from compare import assert_same, assert_same_state, copies, same, same_state
@@ -93,16 +95,7 @@ def step(net, opt, t):
         backward(net, opt, t + 3)
         opt.update_mask()
     opt.zero_grad()
-    losses = getattr(opt.method, "mix", None) == "losses"
-    if is_two_pass(opt) and not losses:
-        backward(net, opt, t)
-    if opt.method is not None and not opt.rolling:
-        opt.perturb()
-    backward(net, opt, t + 1)
-    if losses:  # the noisy pass first, as ARWP's history needs it
-        opt.restore()
-        backward(net, opt, t)
-    opt.step()
+    steps.step(opt, partial(backward, net, opt, t + 1), clean=partial(backward, net, opt, t))
 
 
 def saved_and_loaded(name, net, opt, model_first):

@@ -6,6 +6,7 @@ import gc
 from itertools import product
 
 import pytest
+import steps
 import torch
 from compare import assert_same, copies
 from torch.nn import Parameter
@@ -43,10 +44,6 @@ def give(params, seed):
         p.grad = values(p.shape, 10 * seed + k)
 
 
-def needs_gradient(opt):
-    return isinstance(opt.method, SAM) or opt.method.lam is not None
-
-
 def perturb(opt, params):
     """Whatever perturbs first in a step."""
     if opt.rolling:
@@ -54,9 +51,7 @@ def perturb(opt, params):
         return
     for p in params:
         p.grad = None
-    if needs_gradient(opt):
-        give(params, 1)
-    opt.perturb()
+    steps.perturb(opt, lambda: give(params, 1))
 
 
 def end(opt):
@@ -75,7 +70,7 @@ def test_perturb_and_train_ask(first, second, rule, backend):
     before = copies((p, q, r))
     a, b = make(first, [p, q], rule, backend), make(second, [q, r], "SGD", backend, stream=1)
     perturb(a, [p, q])
-    if needs_gradient(b):
+    if steps.begins_clean(b):
         give([q, r], 2)
     with refused(RuntimeError, ANOTHER, [p, q, r], b):
         b.train() if b.rolling else b.perturb()
