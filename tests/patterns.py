@@ -168,3 +168,18 @@ def train(run, user, steps=3, start=0):
     for t in range(start, start + steps):
         user(run, t)
         run.opt.zero_grad()
+
+
+def trained(method, backend, user="SAM", steps=4, zeros=False, **own):
+    """A `Training` after some steps.
+
+    Arguments:
+        method: a name of METHODS; or a method, which trains as the user of the one named `user` does.
+        zeros: gradients that are missing are zeros.
+        own: more of `Training`, and of its optimizer.
+    """
+    make, user = (METHODS[method].make, method) if isinstance(method, str) else (lambda: method, user)
+    run = Training(make(), backend=backend, **own)
+    run.net.explicit_zeros = zeros
+    train(run, METHODS[user].user, steps)
+    return run

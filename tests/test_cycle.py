@@ -2,12 +2,11 @@
 
 import copy
 import pickle
-from functools import partial
 
 import pytest
 import torch
 from compare import assert_same, assert_same_state, copies, same
-from patterns import BASES, METHODS, SEED, STREAM, Training, backends, noise, train
+from patterns import BASES, METHODS, SEED, STREAM, Training, backends, noise, train, trained
 from steps import plain
 from torch import nn
 
@@ -305,14 +304,6 @@ def test_plain_is_torchs_within_rounding(base, backend):
 # --- the gradient of a step -----------------------------------------------------------------------
 
 
-def trained(name, backend, *, user=None, make=None, zeros=False, steps=3, **own):
-    method = METHODS[name]
-    run = Training((make or method.make)(), backend=backend, **own)
-    run.net.explicit_zeros = zeros
-    train(run, user or method.user, steps)
-    return run
-
-
 every_base = pytest.mark.parametrize(
     ("backend", "base"), backends(BASES, lambda base: base == "SGD"), indirect=["backend"]
 )
@@ -323,7 +314,7 @@ every_base = pytest.mark.parametrize(
 def test_order_of_passes(name, base, backend):
     """Clean first and noisy first are the same step, bit for bit."""
     first = trained(name, backend, base=base)
-    second = trained(name, backend, base=base, user=METHODS["m-RWP noisy first"].user)
+    second = trained(METHODS[name].make(), backend, "m-RWP noisy first", base=base)
     assert_same(first.weights(), second.weights())
     assert_same_state(first.state(), second.state())
 
@@ -354,7 +345,7 @@ def test_lam_at_its_ends(precision, backend):
 def test_mix(losses, gradients, base, backend):
     """Weighting the losses is weighting the gradients, up to rounding."""
     beta = {"beta": 0.9} if "ARWP" in losses else {}
-    by_losses = trained(losses, backend, make=partial(METHODS[losses].make, **beta), base=base)
+    by_losses = trained(METHODS[losses].make(**beta), backend, losses, base=base)
     by_gradients = trained(gradients, backend, base=base)
     for a, b in zip(by_losses.weights(), by_gradients.weights(), strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)

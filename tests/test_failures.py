@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from compare import assert_same, assert_same_state, same
-from patterns import METHODS, Network, Training, backends, batch, noise, train
+from patterns import METHODS, Network, Training, backends, batch, noise, train, trained
 from steps import begins_clean
 
 import flatkern
@@ -67,10 +67,9 @@ def assert_clean_and_usable(run, name, weights, state, untroubled):
     assert_same(run.weights(), untroubled.weights())
 
 
-def trained(name, backend, **options):
-    runs = [Training(METHODS[name].make(), backend=backend, **options) for _ in range(2)]
-    for run in runs:
-        train(run, METHODS[name].user, 2)
+def two_trained(name, backend, **options):
+    """A run and one that never fails; the weights and the state of both."""
+    runs = [trained(name, backend, steps=2, **options) for _ in range(2)]
     return *runs, runs[0].weights(), runs[0].state()
 
 
@@ -83,7 +82,7 @@ def trained(name, backend, **options):
 def test_block_raises(name, options, error, backend):
     """Before, between and after backward passes; this round's gradients are dropped."""
     for body in ("raise", "backward raise", "failing"):
-        run, untroubled, weights, state = trained(name, backend, **options)
+        run, untroubled, weights, state = two_trained(name, backend, **options)
         climb(run)
         with pytest.raises(error), run.opt.perturbed():
             assert not same(run.weights(), weights)
@@ -100,7 +99,7 @@ def test_block_raises(name, options, error, backend):
 def test_block_raises_in_a_later_round(name, backend):
     """Only this round is dropped: without a gradient of it, the rounds before still make the step."""
     kind = {"RWP rounds": "RWP", "ARWP rounds": "ARWP", "mSAM": "SAM"}[name]
-    run, untroubled, weights, _ = trained(kind, backend)
+    run, untroubled, weights, _ = two_trained(kind, backend)
     for r in (run, untroubled):
         climb(r)
         r.opt.perturb()
@@ -120,7 +119,7 @@ def test_block_raises_in_a_later_round(name, backend):
 def test_block_is_left_in_every_way(name, backend):
     """Return, break, a step inside, a restore inside, an exception after the step."""
     for way in ("return", "break", "step", "restore", "step raise"):
-        run, untroubled, weights, _ = trained(name, backend)
+        run, untroubled, weights, _ = two_trained(name, backend)
 
         def body(run=run, way=way):
             for _ in (0, 1):
@@ -157,7 +156,7 @@ def test_block_is_left_in_every_way(name, backend):
 @pytest.mark.parametrize("name", KINDS)
 def test_refused_on_entry(name, backend):
     """A block that cannot be entered is not left either: what was on stays on."""
-    run, *_ = trained(name, backend)
+    run, *_ = two_trained(name, backend)
     climb(run)
     run.opt.perturb()
     now = run.weights()
@@ -175,7 +174,7 @@ def test_refused_on_entry(name, backend):
 def test_backward_fails_in_a_closure(name, options, backend):
     """In each of the passes."""
     for failing in range({"RWP": 1, "ARWP": 1, "mSAM": 4}.get(name, 2)):
-        run, untroubled, weights, state = trained(name, backend, **options)
+        run, untroubled, weights, state = two_trained(name, backend, **options)
         calls = []
 
         def closure(run=run, calls=calls, failing=failing):
@@ -194,7 +193,7 @@ def test_backward_fails_in_a_closure(name, options, backend):
 @pytest.mark.parametrize("name", ["SAM", "ASAM", "mSAM"])
 def test_climb_is_not_finite(name, value, options, backend):
     """The step is skipped: weights and state are those before."""
-    run, _, weights, state = trained(name, backend, **options)
+    run, _, weights, state = two_trained(name, backend, **options)
 
     def closure():
         run.opt.zero_grad()
@@ -215,7 +214,7 @@ def test_climb_is_not_finite(name, value, options, backend):
 @pytest.mark.parametrize("name", KINDS)
 def test_perturbed_gradient_is_not_finite(name, value, options, backend):
     """restore() is exact whatever the gradients are, and release() forgets them."""
-    run, _, weights, state = trained(name, backend, **options)
+    run, _, weights, state = two_trained(name, backend, **options)
     climb(run)
     with run.opt.perturbed():
         run.backward(1, weight=value)
@@ -360,7 +359,7 @@ def test_restoring_fails(bucket, failing, backend):
 @pytest.mark.parametrize("name", KINDS)
 def test_loop_that_was_interrupted(name, options, backend):
     """After perturb() and an exception in the user's loop every next call names restore(), until it is called."""
-    run, untroubled, weights, state = trained(name, backend, **options)
+    run, untroubled, weights, state = two_trained(name, backend, **options)
     climb(run)
     run.opt.perturb()
     with pytest.raises(ZeroDivisionError):
@@ -382,7 +381,7 @@ def test_loop_that_was_interrupted(name, options, backend):
 @pytest.mark.parametrize("name", [*KINDS, "rolling"])
 def test_loading_ends_the_perturbation(name, options, backend):
     """What others wrote since stays, the rest is restored; pending rounds are forgotten."""
-    run, *_ = trained(name, backend, **options)
+    run, *_ = two_trained(name, backend, **options)
     run.opt.eval()
     saved, weights = copy.deepcopy(run.opt.state_dict()), run.weights()
     if name == "rolling":

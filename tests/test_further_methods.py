@@ -10,19 +10,13 @@ from functools import partial
 import pytest
 import torch
 from compare import assert_same, assert_same_state, copies, same
-from patterns import METHODS, Training, noise, train
+from patterns import METHODS, Training, noise, train, trained
 from steps import plain
 
 import flatkern
 from flatkern import GSAM, RWP, SAM, FriendlySAM, LookSAM, MomentumSAM
 
 bases = pytest.mark.parametrize("base", ["SGD", "AdamW", "Wrap"])
-
-
-def trained(method, backend, user="SAM", base="SGD", steps=4, **own):
-    run = Training(method, base=base, backend=backend, **own)
-    train(run, METHODS[user].user, steps)
-    return run
 
 
 # --- values at which a method is another one ------------------------------------------------------
@@ -49,7 +43,9 @@ def test_what_rounding_would_be_all_of_is_left_out(method, rho, base, backend):
     """Without an ascent both gradients are one: GSAM's step is g_p's, LookSAM's between are a's, which is the base."""
     user = "LookSAM" if method is LookSAM else "SAM"
     make = method(rho) if method is GSAM else method(rho, k=2)
-    assert_same(trained(make, backend, user, base).weights(), trained(None, backend, "rolling", base).weights())
+    assert_same(
+        trained(make, backend, user, base=base).weights(), trained(None, backend, "rolling", base=base).weights()
+    )
 
 
 def parallel(method, backend, scale):
@@ -333,8 +329,8 @@ def test_excluded_groups_take_the_perturbed_gradient(backend):
 @bases
 def test_rolling_is_explicit(base, backend):
     """The same trajectory, whose first step has no momentum to follow yet."""
-    explicit = trained(MomentumSAM(0.3), backend, "MomentumSAM", base)
-    rolling = trained(MomentumSAM(0.3, rolling=True), backend, "rolling", base)
+    explicit = trained(MomentumSAM(0.3), backend, "MomentumSAM", base=base)
+    rolling = trained(MomentumSAM(0.3, rolling=True), backend, "rolling", base=base)
     assert not same(rolling.weights(), rolling.clean_weights())
     rolling.opt.eval()
     assert_same(rolling.weights(), explicit.weights())

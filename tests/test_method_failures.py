@@ -6,16 +6,10 @@ import re
 import pytest
 import torch
 from compare import assert_same, assert_same_state
-from patterns import METHODS, Training, train
+from patterns import METHODS, Training, train, trained
 
 import flatkern
 from flatkern import ASAM, GSAM, RWP, SAM, FriendlySAM, LookSAM, MomentumSAM
-
-
-def trained(method, backend, user="SAM", steps=3, **own):
-    run = Training(method, backend=backend, **own)
-    train(run, METHODS[user].user, steps)
-    return run
 
 
 def means(run):

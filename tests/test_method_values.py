@@ -6,17 +6,11 @@ import re
 import pytest
 import torch
 from compare import assert_same, assert_same_state, same
-from patterns import METHODS, Training, train
+from patterns import METHODS, Training, train, trained
 
 from flatkern import ASAM, GSAM, RWP, SAM, FriendlySAM, LookSAM, MomentumSAM, Wrap
 
 bases = pytest.mark.parametrize("base", ["SGD", "AdamW", "Wrap"])
-
-
-def trained(method, backend, user="SAM", base="SGD", steps=4, **own):
-    run = Training(method, base=base, backend=backend, **own)
-    train(run, METHODS[user].user, steps)
-    return run
 
 
 BAD = [
