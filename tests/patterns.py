@@ -1,6 +1,6 @@
-"""A small network, its data, and every method with the training pattern of its user.
+"""A small network, its data, and every method with the training pattern of its user, which `steps.py` has.
 
-What a user writes is in the functions that end up in `METHODS`; flatkern appears through its public names only.
+flatkern appears through its public names only.
 """
 
 from collections import namedtuple
@@ -40,7 +40,7 @@ def batch(index):
 
 
 class Network(nn.Module):
-    """linear, tanh, linear, times a 0-D gate. `forward(i)` is the loss on batch i.
+    """linear, tanh, linear, times a 0-D gate: as quick as may be. `forward(i)` is the loss on batch i.
 
     `frozen` does not require a gradient and stands first, so that a noise index which skips it is caught; `sometimes`
     is used on batches with i % 3 == 0 only, `unused` never. With `explicit_zeros` both have a gradient of zeros there.

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as checkpoints
 from compare import assert_same_state
+from networks import layers
 from steps import step
 from torch.distributed.checkpoint import state_dict as dcp
 
@@ -26,8 +27,7 @@ BASES = {
 
 
 def made(method, base):
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+    net = layers(5, 7, 3)
     return net, BASES[base](net.parameters(), perturb=METHODS[method])
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from compare import assert_same, same
+from parallel_training import network
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -30,11 +31,6 @@ METHODS = {
     "SAM": flatkern.SAM(0.2),
     "Friendly-SAM": flatkern.FriendlySAM(0.2),
 }
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    return torch.nn.Sequential(torch.nn.Linear(9, 13), torch.nn.LayerNorm(13), torch.nn.Tanh(), torch.nn.Linear(13, 3))
 
 
 def optimizer(model, method, lr=0.0):

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from compare import assert_same, same
+from networks import layers
 from test_follow import NOISE, Net, X, make, train, weights
 from torch import nn
 from torch._dynamo.utils import counters
@@ -20,8 +21,7 @@ import flatkern
 
 def sequential():
     """Of torch's own classes alone, into whose hooks Dynamo traces."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    return layers(4, 4, 3)
 
 
 @pytest.fixture(autouse=True)

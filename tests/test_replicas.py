@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from compare import copies
+from networks import labelled
+from parallel_training import equal_replicas, network, on_every_rank
+from steps import perturb
 from torch.nn.parallel import DistributedDataParallel
 
 import flatkern
@@ -40,27 +43,8 @@ BASES = {
 }
 
 
-def network():
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(9, 13), torch.nn.Tanh(), torch.nn.LayerNorm(13), torch.nn.Linear(13, 3))
-
-
 def data(step, rank):
-    generator = torch.Generator().manual_seed(2 * step + rank)
-    return torch.randn(6, 9, generator=generator), torch.randint(3, (6,), generator=generator)
-
-
-def on_every_rank(tensor):
-    """What all ranks have, to be compared bit for bit."""
-    found = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, tensor)
-    return found
-
-
-def equal_replicas(tensors):
-    for k, t in enumerate(tensors):
-        mine, *others = on_every_rank(t.detach().contiguous())
-        assert all(torch.equal(mine, other) for other in others), f"tensor {k}"
+    return labelled(2 * step + rank)
 
 
 def trained(base, method, views, steps=6, rounds=1, backend=None, synchronised=None):
@@ -97,10 +81,7 @@ def trained(base, method, views, steps=6, rounds=1, backend=None, synchronised=N
         for k in range(rounds):
             last = k == rounds - 1
             due = opt.perturb_due
-            if due and not opt.perturbation.starts_perturbed:
-                backward(rounds * step + k, synchronised)
-            if due:
-                opt.perturb()
+            perturb(opt, lambda index=rounds * step + k: backward(index, synchronised))
             backward(rounds * step + k, synchronised=last)
             if due and not last:
                 opt.restore()
