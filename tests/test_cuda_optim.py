@@ -6,8 +6,8 @@ import torch
 import trajectories
 from compare import assert_same_values, copies
 from emulated import needs_emulation
-from test_paper import bound
-from trajectories import distance, library_path, oracle_path
+from test_paper import assert_follows
+from trajectories import library_path
 
 import flatkern
 
@@ -19,17 +19,13 @@ pytestmark = needs_emulation
 @pytest.mark.filterwarnings("error")
 def test_trajectory(base, method, emulated):
     """As test_paper.py has it for the other backends: 50 steps in three groups, next to the oracle."""
-    path = library_path(flatkern, base, method, backend="cuda")
-    error, allowed = distance(path, oracle_path(base, method)), bound(base)
-    assert error < allowed
+    assert_follows(library_path(flatkern, base, method, backend="cuda"), base, method)
 
 
 @pytest.mark.parametrize("method", ["m-ARWP", "rolling ARWP", "SAM"])
 @pytest.mark.parametrize("base", ["momentum", "adamw"])
 def test_trajectory_of_wrap(base, method, emulated):
-    path = library_path(flatkern, base, method, backend="cuda", wrapped=True)
-    error, allowed = distance(path, oracle_path(base, method)), bound(base)
-    assert error < allowed
+    assert_follows(library_path(flatkern, base, method, backend="cuda", wrapped=True), base, method)
 
 
 @pytest.mark.parametrize("perturb", [None, flatkern.SAM(0.05)], ids=["alone", "SAM-IRE"])
