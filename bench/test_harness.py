@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -162,8 +163,24 @@ def test_pytest_benchmark_reads_the_file(found, tmp_path):
 
 
 def test_the_chart_is_drawn(found, tmp_path):
+    """Bars end at 2.5x and 1.25x of a logarithmic axis, and the tick of what the bytes allow is at 1.8x."""
     pytest.importorskip("matplotlib")
-    from bench.chart import plot
+    from matplotlib import colors, image
+
+    from bench.chart import COLORS, plot
 
     plot(found, tmp_path / "chart.png")
-    assert (tmp_path / "chart.png").stat().st_size > 10_000
+    pixels = torch.from_numpy(image.imread(tmp_path / "chart.png"))[..., :3]
+
+    def longest_row(candidate):
+        """The columns of a bar, which is longer than its patch in the legend."""
+        rows = (pixels - torch.tensor(colors.to_rgb(COLORS[candidate]))).abs().amax(2) < 0.01
+        return rows[rows.sum(1).argmax()].nonzero().flatten()
+
+    ours, foreach = longest_row("flatkern cpp"), longest_row("foreach")
+    inside = torch.arange(int(ours[0]), int(ours[-1]))
+    tick = inside[~torch.isin(inside, ours)].double().mean()
+    per_pixel = math.log(2.5 / 1.25) / float(ours[-1] - foreach[-1])
+    assert math.log(2.5 / 1.8) == pytest.approx(float(ours[-1] - tick) * per_pixel, abs=4 * per_pixel)
+    assert len(foreach) > 100
+    assert not any(len(longest_row(name)) for name in ("loop", "papers", "peer", "compiled"))

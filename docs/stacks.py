@@ -41,7 +41,7 @@ def table(tests):
     Arguments:
         tests: (file, function, method or None) of every collected test.
     """
-    sys.path.insert(0, str(TESTS))
+    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
     from common import EVERY
 
     found = {stack: {} for stack in STACKS.values()}

@@ -8,6 +8,8 @@ import contextlib
 import functools
 import gc
 
+import compare
+import steps
 import torch
 from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -76,23 +78,15 @@ class Run:
             self.opt.update_mask()
 
     def backward(self):
+        """There is one batch."""
         (self.net() * self.opt.loss_weight if "losses" in self.method else self.net()).backward()
 
     def step(self):
-        opt, method = self.opt, self.method
-        opt.zero_grad()
-        for round_ in range(2 if method == "mSAM" else 1):
-            if round_:
-                opt.restore()
-            if method == "m-RWP" or opt.perturbation.ascends:
-                self.backward()
-            if opt.method is not None and not opt.rolling:
-                opt.perturb()
-            self.backward()
-        if "losses" in method:
-            opt.restore()
-            self.backward()
-        opt.step()
+        self.opt.zero_grad()
+        if self.method == "mSAM":
+            steps.climbing_shards(steps.Run(self.opt, lambda index: self.backward()), 0)
+        else:
+            steps.step(self.opt, self.backward)
 
     def schedule(self):
         for scheduler in self.schedulers:
@@ -107,12 +101,14 @@ class Run:
     def tensors(self):
         """Weights, perturbed ones while rolling, and the state."""
         state = [t for p in self.net.parameters() for t in self.opt.state[p].values()]
-        return [t.detach().clone() for t in (*self.net.parameters(), *state)]
+        return compare.copies((*self.net.parameters(), *state))
 
 
 def assert_same(a, b):
-    for k, (s, t) in enumerate(zip(a.tensors(), b.tensors(), strict=True)):
-        assert torch.equal(s, t), k
+    """To the bit; what a graph's memory holds before it is written is NaN, which nothing may end at."""
+    tensors = a.tensors()
+    compare.assert_same(tensors, b.tensors())
+    assert all(t.isfinite().all() for t in tensors)
     assert_same_numbers(a, b)
 
 

@@ -1,6 +1,8 @@
-"""How far two results may be apart: bit for bit, and for what contains a sum over many elements a derived bound.
+"""Copies of tensors, and how far two results may be apart.
 
-Imports nothing of flatkern. A NaN equals every NaN, because its sign and payload are not arithmetic.
+Bit for bit: `same`, `assert_same`, for one training that is run in two ways. By ulp: `assert_ulp` and what follows it,
+for one operation that is computed in two ways; there a NaN equals every NaN, because its sign and payload are not
+arithmetic. For what contains a sum over many elements, a derived bound. Imports nothing of flatkern.
 """
 
 import torch
@@ -19,6 +21,44 @@ PERTURBATION_ERROR = 35 * 2.0**-24
 def bits(t):
     """The bit pattern of every element, as integers."""
     return t.detach().contiguous().view(INTEGERS[t.element_size()])
+
+
+def copies(tensors):
+    return [t.detach().clone() for t in tensors]
+
+
+def same(tensors, others):
+    """Bit for bit, the sign of zeros and what NaNs carry included."""
+    return all(_same_bits(a, b) for a, b in zip(tensors, others, strict=True))
+
+
+def assert_same(tensors, others, where="tensor"):
+    """`same`, and dtypes and shapes; names the first tensor that differs, and its first element that does."""
+    for k, (a, b) in enumerate(zip(tensors, others, strict=True)):
+        _assert_same_bits(f"{where} {k}", a, b)
+
+
+def same_state(state, other):
+    """The same for {name: tensor}."""
+    return state.keys() == other.keys() and all(_same_bits(a, other[name]) for name, a in state.items())
+
+
+def assert_same_state(state, other):
+    assert state.keys() == other.keys(), (sorted(state, key=str), sorted(other, key=str))
+    for name, a in state.items():
+        _assert_same_bits(name, a, other[name])
+
+
+def _same_bits(a, b):
+    return torch.equal(bits(a), bits(b))
+
+
+def _assert_same_bits(where, a, b):
+    for what in ("dtype", "shape"):
+        x, y = getattr(a, what), getattr(b, what)
+        assert x == y, f"{where} has {what} {x}, but should have {y}"
+    if not _same_bits(a, b):
+        _report(where, a, b, bits(a) != bits(b), "differ")
 
 
 def ulp_distance(a, b):
@@ -53,22 +93,28 @@ def assert_ulp(where, got, want, ulp=0):
             wrong |= (bits(got) != bits(want)) & ~(got.isnan() & want.isnan())
     else:
         wrong = got != want
-    _report(where, got, want, wrong, f"{ulp} ulp")
+    _report(where, got, want, wrong, f"are further off than {ulp} ulp")
+
+
+def assert_same_values(got, want):
+    """Lists of tensors, by `assert_ulp` with 0."""
+    for k, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert_ulp(f"tensor {k}", a.detach(), b.detach())
 
 
 def assert_near(where, got, want, bound):
     """No element further from `want` than `bound`, float64; what is not finite has to be the same."""
     difference = (got.double() - want.double()).abs()
-    same = (got == want) | (got.isnan() & want.isnan())
-    _report(where, got, want, ~same & ~(difference <= bound), "the derived bound")
+    equal = (got == want) | (got.isnan() & want.isnan())
+    _report(where, got, want, ~equal & ~(difference <= bound), "are further off than the derived bound")
 
 
-def _report(where, got, want, wrong, allowed):
+def _report(where, got, want, wrong, what):
     if wrong.any():
         first = tuple(wrong.nonzero()[0].tolist())
         a, b = got[first].item(), want[first].item()
         raise AssertionError(
-            f"{where}: {int(wrong.sum())} of {wrong.numel()} elements are further off than {allowed}; "
+            f"{where}: {int(wrong.sum())} of {wrong.numel()} elements {what}; "
             f"the first at {first} is {a!r}, but should be {b!r}"
         )
 

@@ -1,8 +1,10 @@
 """A network whose optimizer is in the middle of a perturbation, for tests of what others do then."""
 
 import pytest
+import steps
 import torch
-from patterns import backends, bits, same
+from compare import assert_same, bits, copies
+from patterns import backends
 from torch import nn
 
 import flatkern
@@ -45,10 +47,6 @@ def rows(*names, among):
     )  # fmt: skip
 
 
-def weights_of(params):
-    return [p.detach().clone() for p in params]
-
-
 class Run:
     """A network after a few steps with lr > 0, and its optimizer; then lr is 0, so that every clean weight is known."""
 
@@ -63,7 +61,7 @@ class Run:
         for _ in range(2):
             self.train()
         self.opt.eval()
-        self.clean = weights_of(self.params)
+        self.clean = copies(self.params)
         for group in self.opt.param_groups:
             group.update(lr=0.0, weight_decay=0.0)
 
@@ -74,25 +72,18 @@ class Run:
     def perturb(self):
         """Noise, or an ascent, and the gradient that a step needs."""
         self.opt.zero_grad()
-        if isinstance(self.opt.method, SAM) or self.opt.method.lam is not None:
-            self.backward()
-        self.opt.train() if self.opt.rolling else self.opt.perturb()
-        self.noisy = weights_of(self.params)
+        self.opt.train() if self.opt.rolling else steps.perturb(self.opt, self.backward)
+        self.noisy = copies(self.params)
         assert self.opt.is_perturbed
         assert not torch.equal(self.noisy[1], self.clean[1])
         self.backward()
 
     def train(self):
         self.opt.zero_grad()
-        if isinstance(self.opt.method, SAM) or self.opt.method.lam is not None:
-            self.backward()
-        if not self.opt.rolling:
-            self.opt.perturb()
-        self.backward()
-        self.opt.step()
+        steps.step(self.opt, self.backward)
 
     def now(self):
-        return weights_of(self.params)
+        return copies(self.params)
 
     def kept(self, found):
         """What a way back must leave of `found`: elements that are as drawn become clean, others stay.
@@ -108,7 +99,7 @@ class Run:
 
     def stays(self, expected):
         """The weights are these, also for the optimizer: a step with lr = 0 leaves them."""
-        assert same(self.now(), expected)
+        assert_same(self.now(), expected)
         self.opt.release()  # the round that restore() has counted
         self.train()
         self.opt.eval()

@@ -1,6 +1,8 @@
 """What others write to perturbed weights: a run of every method on tensors of every kind, and the writes."""
 
 import torch
+from compare import copies
+from steps import perturb, step
 
 import flatkern
 from flatkern import ASAM, GSAM, RWP, SAM, MomentumSAM
@@ -51,22 +53,13 @@ class Run:
         """Some steps, and then perturbed weights; returns the clean ones."""
         for k in range(steps + 1):
             self.opt.zero_grad()
-            if self.rolling:
-                if k == steps:
-                    break
+            if k < steps:
                 self.opt.train()
-                self.backward()
-                self.opt.step()
-                continue
-            if not self.opt.perturbation.starts_perturbed:
-                self.backward()
-            if k == steps:
+                step(self.opt, self.backward)
+            elif not self.rolling:
                 clean = self.values()
-                self.opt.perturb()
+                perturb(self.opt, self.backward)
                 return clean
-            self.opt.perturb()
-            self.backward()
-            self.opt.step()
         with self.opt.clean():
             return self.values()
 
@@ -74,7 +67,7 @@ class Run:
         self.opt.eval()
 
     def values(self):
-        return [p.detach().clone() for p in self.params]
+        return copies(self.params)
 
 
 def write(params, data=False):

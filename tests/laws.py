@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from compare import assert_ulp, spacing
+from compare import spacing
 from hypothesis import settings
 from hypothesis import strategies as st
 
@@ -66,10 +66,6 @@ class Values:
         resolve(name, "cpu", "eager")(*tensors, **{a.name: values[a.name] for a in op.arguments if a.keyword_only})
 
 
-def copies(tensors):
-    return [t.clone() for t in tensors]
-
-
 def scalar(value):
     return torch.tensor(value, dtype=torch.float32)
 
@@ -89,8 +85,3 @@ def assert_close(got, want, roundings, scale=None):
     scale = want.abs() if scale is None else torch.as_tensor(np.asarray(scale)).double().reshape(got.shape)
     bound = roundings * U * scale + spacing(got) / 2 + 1e-42
     assert ((got.double() - want).abs() <= bound).all(), (got, want)
-
-
-def assert_same(got, want):
-    for k, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert_ulp(f"[{k}]", a, b)

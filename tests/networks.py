@@ -1,9 +1,13 @@
-"""A small network with every kind of parameter an optimizer meets, and its data: float32 and float64 from one start.
+"""Networks and their data; nothing of flatkern is imported here.
 
-What the optimizer sees, group by group, is in `GROUPS`; nothing of flatkern is imported here.
+`Network` has every kind of parameter that an optimizer meets, in float32 and float64 from one start, for trajectories
+and checkpoints; what the optimizer sees, group by group, is in `GROUPS`. `layers` is for tests that any network would
+do for, and for DDP and FSDP2. Laws that run hundreds of times have the one of `patterns.py`, which is several times as
+quick as `Network`.
 """
 
 import copy
+import itertools
 from collections import namedtuple
 
 import torch
@@ -51,6 +55,21 @@ class Network(nn.Module):
         x = functional.gelu(self.last_norm(self.hidden(x) + self.frozen))
         weight = self.head.weight + self.sometimes if batch.index % 5 < 2 else self.head.weight
         return functional.cross_entropy(self.scale * functional.linear(x, weight), batch.label)
+
+
+def layers(*widths, norm=False, seed=0):
+    """Linear layers with tanh between, with LayerNorm if wanted; no global random state is touched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first, *others = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
+    between = [[*([nn.LayerNorm(layer.in_features)] if norm else []), nn.Tanh(), layer] for layer in others]
+    return nn.Sequential(first, *itertools.chain(*between))
+
+
+def labelled(seed, features=9, classes=3):
+    """Six rows for `layers`, and their classes."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(6, features, generator=generator), torch.randint(classes, (6,), generator=generator)
 
 
 def twins(norm="group", seed=0):

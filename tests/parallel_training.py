@@ -5,6 +5,8 @@ import functools
 
 import torch
 import torch.distributed as dist
+from compare import copies
+from networks import labelled, layers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -19,16 +21,11 @@ method = functools.partial(flatkern.RWP, SIGMA, lam=LAM, beta=BETA, seed=SEED, m
 
 
 def network(seed=0):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return torch.nn.Sequential(
-            torch.nn.Linear(9, 13), torch.nn.Tanh(), torch.nn.LayerNorm(13), torch.nn.Linear(13, 3)
-        )  # fmt: skip
+    return layers(9, 13, 3, norm=True, seed=seed)
 
 
 def batch(step, rank, part=0):
-    generator = torch.Generator().manual_seed(1000 * step + 10 * rank + part)
-    return torch.randn(6, 9, generator=generator), torch.randint(3, (6,), generator=generator)
+    return labelled(1000 * step + 10 * rank + part)
 
 
 def parallel(group, seed=0, dtype=torch.float32, **options):
@@ -40,8 +37,8 @@ def sgd(model, perturb, **options):
 
 
 def one_step(model, opt, step, parts=1, weigh=True, scaler=None, rank=None, set_to_none=True, rounds=False):
-    """What a user writes; `parts` micro-batches, of which the last alone is synchronised. With `rounds` each has noise
-    of its own."""
+    """What a user writes; `parts` micro-batches, of which the last alone is synchronised, which no step of `steps.py`
+    has. With `rounds` each has noise of its own."""
     rank = dist.get_rank() if rank is None else rank
     opt.zero_grad(set_to_none)
     opt.perturb()
@@ -74,12 +71,19 @@ def histories(opt):
     return [opt.state[p]["history"] for p in opt.param_groups[0]["params"]]
 
 
+def on_every_rank(t, group=None):
+    """What all ranks have, to be compared bit for bit."""
+    t = t.detach().contiguous()
+    found = [torch.empty_like(t) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, t, group=group)
+    return found
+
+
 def equal_replicas(tensors, group=None):
     for k, t in enumerate(tensors):
-        t = t.detach().contiguous()
-        found = [torch.empty_like(t) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(found, t, group=group)
-        assert all(torch.equal(found[0], other) for other in found), f"tensor {k}"
+        first, *others = on_every_rank(t, group)
+        for rank, other in enumerate(others, 1):
+            assert torch.equal(first, other), f"tensor {k} of rank {rank} is not that of rank 0"
 
 
 def on_the_first(world, function, *args):
@@ -173,7 +177,7 @@ def oracle(roles, streams, eta, parts, steps, rounds=False):
         return total
 
     for step in range(steps):
-        clean = [p.detach().clone() for p in params]
+        clean = copies(params)
         final = [torch.zeros_like(p) for p in params]
         squares = [torch.zeros_like(h) for h in history]
         for rank, is_noisy in enumerate(roles):

@@ -1,20 +1,36 @@
-"""A small network, its data, and every method with the training pattern of its user.
+"""A small network, its data, and every method with the training pattern of its user, which `steps.py` has.
 
-What a user writes is in the functions that end up in `METHODS`; flatkern appears through its public names only.
+flatkern appears through its public names only.
 """
 
 from collections import namedtuple
 from functools import cache, partial
 
 import torch
+from compare import copies, same
 from conftest import BACKENDS
+from steps import (
+    Scaled,
+    clean_first,
+    climbing,
+    climbing_shards,
+    climbing_when_due,
+    noisy,
+    noisy_block,
+    noisy_first,
+    noisy_rounds,
+    one_closure,
+    plain,
+    two_closures,
+    weighted_clean_first,
+    weighted_noisy_first,
+)
 from torch import nn
 from torch.nn import functional
 
 import flatkern
 
 SEED, STREAM = 7, 3
-INDICES = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
 @cache
@@ -24,7 +40,7 @@ def batch(index):
 
 
 class Network(nn.Module):
-    """linear, tanh, linear, times a 0-D gate. `forward(i)` is the loss on batch i.
+    """linear, tanh, linear, times a 0-D gate: as quick as may be. `forward(i)` is the loss on batch i.
 
     `frozen` does not require a gradient and stands first, so that a noise index which skips it is caught; `sometimes`
     is used on batches with i % 3 == 0 only, `unused` never. With `explicit_zeros` both have a gradient of zeros there.
@@ -60,20 +76,6 @@ def make_optimizer(base, params, lr=0.05, weight_decay=0.01, **own):
     return getattr(flatkern, base)(params, lr=lr, weight_decay=weight_decay, **momentum, **own)
 
 
-class Scaled:
-    """The calls of an optimizer to which a GradScaler is given, or that it makes, if there is one."""
-
-    def perturb(self):
-        self.opt.perturb() if self.scaler is None else self.opt.perturb(scaler=self.scaler)
-
-    def step(self):
-        if self.scaler is None:
-            self.opt.step()
-        else:
-            self.scaler.step(self.opt)
-            self.scaler.update()
-
-
 class Training(Scaled):
     """A network, its optimizer, perhaps a GradScaler: what a pattern acts on."""
 
@@ -107,7 +109,7 @@ class Training(Scaled):
         return call
 
     def weights(self):
-        return [p.detach().clone() for p in self.net.parameters()]
+        return copies(self.net.parameters())
 
     def clean_weights(self):
         with self.opt.clean():
@@ -118,98 +120,6 @@ class Training(Scaled):
         params = list(self.net.parameters())
         found = {(k, key): value for k, p in enumerate(params) for key, value in self.opt.state.get(p, {}).items()}
         return {key: value.clone() for key, value in found.items() if isinstance(value, torch.Tensor)}
-
-
-# One step of each method as its user writes it; step t has batches of its own, so runs can be compared pass by pass.
-
-
-def plain(run, t):
-    run.backward(t)
-    run.step()
-
-
-def noisy(run, t):
-    run.perturb()
-    run.backward(t)
-    run.step()
-
-
-def noisy_block(run, t):
-    with run.opt.perturbed():
-        run.backward(t)
-    run.step()
-
-
-def noisy_rounds(run, t):
-    for k in (0, 1):
-        run.perturb()
-        run.backward(2 * t + k)
-        if k == 0:
-            run.opt.restore()
-    run.step()
-
-
-def clean_first(run, t):
-    run.backward(2 * t)
-    run.perturb()
-    run.backward(2 * t + 1)
-    run.step()
-
-
-def noisy_first(run, t):
-    run.perturb()
-    run.backward(2 * t + 1)
-    run.opt.restore()
-    run.backward(2 * t)
-    run.step()
-
-
-def weighted_clean_first(run, t):
-    run.backward(2 * t, run.opt.loss_weight)
-    run.perturb()
-    run.backward(2 * t + 1, run.opt.loss_weight)
-    run.step()
-
-
-def weighted_noisy_first(run, t):
-    run.perturb()
-    run.backward(2 * t + 1, run.opt.loss_weight)
-    run.opt.restore()
-    run.backward(2 * t, run.opt.loss_weight)
-    run.step()
-
-
-def climbing(run, t):
-    run.backward(t)
-    run.perturb()
-    run.backward(t)
-    run.step()
-
-
-def climbing_shards(run, t):
-    for k in (0, 1):
-        run.backward(2 * t + k)
-        run.perturb()
-        run.backward(2 * t + k)
-        if k == 0:
-            run.opt.restore()
-    run.step()
-
-
-def climbing_when_due(run, t):
-    run.backward(t)
-    if run.opt.perturb_due:
-        run.perturb()
-        run.backward(t)
-    run.step()
-
-
-def one_closure(run, t):
-    return run.opt.step(run.closure(t))
-
-
-def two_closures(run, t):
-    return run.opt.step([run.closure(2 * t), run.closure(2 * t + 1)])
 
 
 # `closure` is the same step in torch's closure convention, where the method has one. `base` is what a neutral
@@ -260,15 +170,16 @@ def train(run, user, steps=3, start=0):
         run.opt.zero_grad()
 
 
-def same(tensors, others):
-    """Bit for bit, the sign of zeros and what NaNs carry included."""
-    return all(torch.equal(bits(a), bits(b)) for a, b in zip(tensors, others, strict=True))
+def trained(method, backend, user="SAM", steps=4, zeros=False, **own):
+    """A `Training` after some steps.
 
-
-def bits(t):
-    t = t.detach()
-    return t.view(INDICES[t.dtype]) if t.dtype in INDICES else t
-
-
-def same_state(state, other):
-    return state.keys() == other.keys() and same(state.values(), other.values())
+    Arguments:
+        method: a name of METHODS; or a method, which trains as the user of the one named `user` does.
+        zeros: gradients that are missing are zeros.
+        own: more of `Training`, and of its optimizer.
+    """
+    make, user = (METHODS[method].make, method) if isinstance(method, str) else (lambda: method, user)
+    run = Training(make(), backend=backend, **own)
+    run.net.explicit_zeros = zeros
+    train(run, METHODS[user].user, steps)
+    return run

@@ -10,8 +10,8 @@ import time
 
 import pytest
 import torch
+from compare import copies, same
 from interrupting import interrupt
-from patterns import same
 from torch.nn import Parameter
 
 import flatkern
@@ -49,7 +49,7 @@ class Run:
             self.b() if word == "b" else getattr(self.opt, word)()
 
     def weights(self):
-        return [p.detach().clone() for p in self.params]
+        return copies(self.params)
 
     def closure(self):
         def call():

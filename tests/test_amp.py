@@ -7,7 +7,9 @@ import copy
 
 import pytest
 import torch
-from patterns import BASES, METHODS, Training, backends, noise, plain, same, same_state, train
+from compare import assert_same, assert_same_state, copies, same
+from patterns import BASES, METHODS, Training, backends, noise, train
+from steps import plain
 
 import flatkern
 
@@ -39,8 +41,8 @@ def test_scale_cancels(name, base, backend):
         train(run, METHODS[name].user)
         run.opt.eval()
     for run in runs[1:]:
-        assert same(run.weights(), runs[0].weights())
-        assert same_state(run.state(), runs[0].state())
+        assert_same(run.weights(), runs[0].weights())
+        assert_same_state(run.state(), runs[0].state())
     assert runs[1].scaler.get_scale() == 2.0**10
 
 
@@ -51,8 +53,8 @@ def test_scale_cancels_with_masters(name, backend):
     for run in runs:
         train(run, METHODS[name].user)
         run.opt.eval()
-    assert same(runs[1].weights(), runs[0].weights())
-    assert same_state(runs[1].state(), runs[0].state())
+    assert_same(runs[1].weights(), runs[0].weights())
+    assert_same_state(runs[1].state(), runs[0].state())
 
 
 @pytest.mark.parametrize("name", ["SAM", "ASAM", "mSAM"])
@@ -64,8 +66,8 @@ def test_climb_is_scale_free(name, backend):
         run.backward(0)
         run.perturb()
         seen.append(run.weights())
-    assert same(seen[0], seen[1])
-    assert same(seen[0], seen[2])
+    assert_same(seen[0], seen[1])
+    assert_same(seen[0], seen[2])
 
 
 @pytest.mark.parametrize("name", USERS)
@@ -84,7 +86,7 @@ def test_unscaled_by_the_user(name, backend):
     for run in runs:
         train(run, METHODS[name].user)
         run.opt.eval()
-    assert same(runs[1].weights(), runs[0].weights())
+    assert_same(runs[1].weights(), runs[0].weights())
 
 
 @pytest.mark.parametrize("name", ["m-RWP", "SAM", "mSAM"])
@@ -96,7 +98,7 @@ def test_unscaled_too_early(name, backend):
     with pytest.raises(RuntimeError, match="after the last backward"):
         run.opt.perturb(scaler=run.scaler)
     assert not run.opt.is_perturbed
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
 
 
 @pytest.mark.parametrize("base", ["SGD", "Wrap"])
@@ -134,8 +136,8 @@ def test_mixing_needs_the_scaler(name, base, backend):
     with pytest.raises(RuntimeError, match=r"perturb\(scaler=scaler\)"):
         METHODS[name].user(run, 1)
     run.opt.restore()
-    assert same(run.weights(), weights)
-    assert same_state(run.state(), state)
+    assert_same(run.weights(), weights)
+    assert_same_state(run.state(), state)
     run.opt.zero_grad()
     run.opt.release()
     run.scaler.update()
@@ -143,8 +145,8 @@ def test_mixing_needs_the_scaler(name, base, backend):
     other.opt.param_groups[0]["round"] += 1
     for r in runs:
         train(r, METHODS[name].user, 1, start=1)
-    assert same(run.weights(), other.weights())
-    assert same_state(run.state(), other.state())
+    assert_same(run.weights(), other.weights())
+    assert_same_state(run.state(), other.state())
 
 
 @pytest.mark.parametrize("base", ["SGD", "Wrap"])
@@ -158,8 +160,8 @@ def test_last_round_must_end_in_step(base, backend):
     run.opt.restore()
     with pytest.raises(RuntimeError, match=r"step\(\)"):
         run.step()
-    assert same(run.weights(), weights)
-    assert same_state(run.state(), state)
+    assert_same(run.weights(), weights)
+    assert_same_state(run.state(), state)
 
 
 # --- overflow ---------------------------------------------------------------------------------------
@@ -191,10 +193,10 @@ def test_overflow(name, passes, options, backend):
     weights, state, before = run.clean_weights(), run.state(), run.passes
     run.overflow = {before + k for k in passes}
     METHODS[name].user(run, 2)
-    assert same(run.clean_weights(), weights)
+    assert_same(run.clean_weights(), weights)
     if not run.opt.rolling:
         assert not run.opt.is_perturbed
-    assert same_state(run.state(), state)
+    assert_same_state(run.state(), state)
     assert run.scaler.get_scale() == 2.0**9
     run.opt.zero_grad()
     train(run, METHODS[name].user, 1, start=3)
@@ -221,8 +223,8 @@ def test_overflow_in_the_first_step(name, base, backend):
     for r in (run, other):
         r.overflow = set()
         train(r, METHODS[name].user, 2, start=3)
-    assert same(run.weights(), other.weights())
-    assert same_state(run.state(), other.state())
+    assert_same(run.weights(), other.weights())
+    assert_same_state(run.state(), other.state())
 
 
 @pytest.mark.parametrize("name", ["SAM", "ASAM", "mSAM"])
@@ -235,11 +237,11 @@ def test_overflow_of_the_climb_alone(name, scaled, backend):
     run.overflow = {run.passes}
     run.backward(2)
     run.perturb()
-    assert same(run.weights(), weights)
+    assert_same(run.weights(), weights)
     run.backward(2)
     run.step()
-    assert same(run.weights(), weights)
-    assert same_state(run.state(), state)
+    assert_same(run.weights(), weights)
+    assert_same_state(run.state(), state)
     run.opt.zero_grad()
     train(run, METHODS[name].user, 1, start=3)
     assert not same(run.weights(), weights)
@@ -319,7 +321,8 @@ def test_max_grad_norm_may_be_set_between_steps(backend):
     run.opt.max_grad_norm = 0.05
     for r in (run, limited):
         plain(r, 0)
-    assert same(run.weights(), limited.weights()) and torch.equal(run.opt.grad_norm, limited.opt.grad_norm)
+    assert_same(run.weights(), limited.weights())
+    assert torch.equal(run.opt.grad_norm, limited.opt.grad_norm)
     assert copy.deepcopy(run.opt).max_grad_norm == 0.05
 
 
@@ -418,8 +421,8 @@ def test_one_autocast_block_is_two(name, backend):
                     opt.step()
                     opt.zero_grad()
         opt.eval()
-        results.append([p.detach().clone() for p in net.parameters()])
-    assert same(*results)
+        results.append(copies(net.parameters()))
+    assert_same(*results)
 
 
 @pytest.mark.parametrize("write", ["perturb_", "restore_"])

@@ -15,10 +15,12 @@ import types
 import weakref
 
 import captures
+import compare
 import pytest
 import torch
 from captures import LONG, say_that_it_is_captured
 from capturing import METHODS, Tape, Watch, assert_same
+from compare import copies
 from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -74,7 +76,7 @@ def test_a_replayed_step_moves_on(rule, method, monkeypatch, training, backend):
             run.opt.eval()
         assert_same(graph, python)
         graph.opt.train()
-        assert all(map(torch.equal, graph.tensors(), before))  # with the sigma that the replay drew with
+        compare.assert_same(graph.tensors(), before)  # with the sigma that the replay drew with
 
 
 @pytest.mark.parametrize("method", ["RWP", "rolling ARWP"])
@@ -93,14 +95,15 @@ def test_noise_is_told_from_what_others_write(method, monkeypatch, training):
     else:
         run.opt.zero_grad()
         run.opt.perturb()
-    noisy = [p.detach().clone() for p in params]
+    noisy = copies(params)
     with run.opt.clean():
-        clean = [p.detach().clone() for p in params]
-    assert all(map(torch.equal, params, noisy)) and not torch.equal(noisy[0], clean[0])
+        clean = copies(params)
+    compare.assert_same(params, noisy)
+    assert not torch.equal(noisy[0], clean[0])
     with torch.no_grad():
         params[0][0, 2] = clean[0][0, 2] = 7.0
     run.opt.eval()
-    assert all(map(torch.equal, params, clean))
+    compare.assert_same(params, clean)
 
 
 def test_a_tape_repeats_what_is_baked(monkeypatch, training):
@@ -262,14 +265,14 @@ def test_a_bad_number_is_refused_before_it_is_copied(training):
     group["round"] = 5
     with pytest.raises(ValueError, match="groups differ in"):
         run.opt.perturb()
-    assert all(map(torch.equal, run.tensors(), before))
+    compare.assert_same(run.tensors(), before)
 
 
 def test_a_learning_rate_that_is_zero_for_one_step(training):
     """As distributed checkpointing makes state: it puts a tensor of the host in, steps, and puts ours back."""
     run = training("AdamW", "rolling ARWP", True)
     run.opt.eval()
-    before, ours = [p.detach().clone() for p in run.net.parameters()], [g["lr"] for g in run.opt.param_groups]
+    before, ours = copies(run.net.parameters()), [g["lr"] for g in run.opt.param_groups]
     values = [lr.item() for lr in ours]
     for p in run.net.parameters():
         p.grad = torch.zeros_like(p)
@@ -279,7 +282,7 @@ def test_a_learning_rate_that_is_zero_for_one_step(training):
     for group, lr in zip(run.opt.param_groups, ours, strict=True):
         group["lr"] = lr
     run.opt.eval()
-    assert all(map(torch.equal, run.net.parameters(), before))
+    compare.assert_same(run.net.parameters(), before)
     assert [lr.item() for lr in ours] == values
     # The host looks at a tensor of its own only.
     elsewhere = OnDevice(Groups(Setup("SGD"), lambda: None), draws=False)
@@ -408,7 +411,7 @@ def test_a_capture_of_a_host_optimizer_is_refused(method, under_way, training):
     under_way()
     with pytest.raises(RuntimeError, match=r"a CUDA graph is being captured, .* capturable=True"):
         run.opt.perturb() if method == "RWP" else run.opt.step()
-    assert all(map(torch.equal, run.tensors(), before))
+    compare.assert_same(run.tensors(), before)
 
 
 def test_what_is_collected_inside_a_capture_launches_nothing(under_way, launch_count, training):
@@ -432,7 +435,8 @@ def test_a_number_is_not_captured(key, value, under_way, training):
     under_way()
     with pytest.raises(RuntimeError, match=r"a number that was assigned to a group .* or fill_ the tensor"):
         run.opt.perturb()
-    assert all(map(torch.equal, run.tensors(), before)) and torch.equal(run.opt.cycle.scalars.words, words)
+    compare.assert_same(run.tensors(), before)
+    assert torch.equal(run.opt.cycle.scalars.words, words)
 
 
 def test_a_mask_is_not_captured(under_way, training):

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from compare import assert_same, copies
 from foreign_writes import ASCENTS, METHODS, PRECISIONS, Run, expected, write
-from patterns import same
 
 import flatkern
 
@@ -18,8 +18,9 @@ def test_clean_is_the_place_to_write(method, precision, backend):
     clean = run.into_perturbed()
     noisy = run.values()
     with run.opt.clean():
-        assert same(run.values(), clean)
-    assert same(run.values(), noisy) and run.opt.is_perturbed
+        assert_same(run.values(), clean)
+    assert_same(run.values(), noisy)
+    assert run.opt.is_perturbed
     with run.opt.clean():
         spots = write(run.params, data=True)
     assert run.opt.is_perturbed
@@ -39,10 +40,10 @@ def test_clean_is_the_place_to_write(method, precision, backend):
         round_ = group["round"] - (not run.rolling)
         if not group["eta"] and group["scale"] == "norm":
             flatkern.perturb_(fresh, group["sigma"], seed=0, round=round_, backend=backend)
-            assert same(fresh, again)
+            assert_same(fresh, again)
         assert all("momentum_buffer" in state[p] for p in run.params)
     run.way_back()
-    assert same(run.values(), expected(clean, spots))
+    assert_same(run.values(), expected(clean, spots))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -56,7 +57,8 @@ def test_a_step_goes_on_from_what_was_written_inside_clean(method):
         inside = run.values()
     run.opt.step()
     run.way_back()
-    assert same(run.values(), inside) and spots
+    assert_same(run.values(), inside)
+    assert spots
 
 
 @pytest.mark.parametrize("method", ["RWP", "m-RWP", "rolling", "SAM"])
@@ -76,7 +78,7 @@ def test_what_is_allowed_inside_clean(method):
         }
         opt.train()
         opt.eval()
-        assert same(run.values(), inside)
+        assert_same(run.values(), inside)
         if not opt.rolling:
             calls |= {"perturb": opt.perturb, "restore": opt.restore}
         for name, call in calls.items():
@@ -84,8 +86,9 @@ def test_what_is_allowed_inside_clean(method):
                 call()
         opt.state_dict()
         with opt.clean():
-            assert same(run.values(), inside)
-    assert same(run.values(), noisy) and opt.is_perturbed
+            assert_same(run.values(), inside)
+    assert_same(run.values(), noisy)
+    assert opt.is_perturbed
 
 
 def test_clean_on_clean_weights_tells_masters():
@@ -97,7 +100,7 @@ def test_clean_on_clean_weights_tells_masters():
     written = run.values()
     run.opt.perturb()
     run.opt.restore()
-    assert same(run.values(), written)
+    assert_same(run.values(), written)
 
 
 def test_clean_on_clean_weights_keeps_training_forwards_clean():
@@ -114,7 +117,7 @@ def test_clean_on_clean_weights_keeps_training_forwards_clean():
     torch.optim.swa_utils.update_bn([x], alone)
     with opt.clean():
         torch.optim.swa_utils.update_bn([x], net)
-        assert same(list(net.parameters()), list(alone.parameters()))
+        assert_same(list(net.parameters()), list(alone.parameters()))
         assert torch.equal(net[1].running_mean, alone[1].running_mean)
         with pytest.raises(RuntimeError, match=r"step: inside clean\(\)"):
             opt.step()
@@ -155,9 +158,9 @@ def test_a_mask_from_clean_weights_while_they_are_perturbed(method):
             net(x).exp().mean().backward()
             opt.step()
         opt.eval()
-        return [p.detach().clone() for p in net.parameters()]
+        return copies(net.parameters())
 
-    assert same(trained(inside=True), trained(inside=False))
+    assert_same(trained(inside=True), trained(inside=False))
 
 
 def test_refresh_masters():
@@ -188,4 +191,4 @@ def test_a_model_that_moves_inside_clean():
         run.params[1].data = run.params[1].data.contiguous()
     assert run.opt.is_perturbed
     run.way_back()
-    assert same(run.values(), [2 * c for c in clean])
+    assert_same(run.values(), [2 * c for c in clean])

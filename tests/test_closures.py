@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 import torch
-from patterns import BASES, METHODS, Training, backends, noise, same, same_state, train
+from compare import assert_same, assert_same_state, same
+from patterns import BASES, METHODS, Training, backends, noise, train
 from torch.optim.lr_scheduler import StepLR
 
 import flatkern
@@ -52,8 +53,8 @@ def test_closure_is_the_pattern(name, base, backend):
     train(explicit, METHODS[name].user)
     for t in range(3):
         METHODS[name].closure(closures, t)  # the optimizer clears gradients itself, also those of the last step
-    assert same(explicit.weights(), closures.weights())
-    assert same_state(explicit.state(), closures.state())
+    assert_same(explicit.weights(), closures.weights())
+    assert_same_state(explicit.state(), closures.state())
     assert explicit.opt.param_groups[0].get("round") == closures.opt.param_groups[0].get("round")
 
 
@@ -85,7 +86,7 @@ def test_one_closure_for_all_passes(name, backend):
     assert [perturbed for _, perturbed, _ in run.calls] == [False, True]
     shards = [other.closure(4)] * (2 if "RWP" in name else 1)
     assert other.opt.step(shards) == loss
-    assert same(run.weights(), other.weights())
+    assert_same(run.weights(), other.weights())
 
 
 @pytest.mark.parametrize("shards", [2, 3])
@@ -104,7 +105,7 @@ def test_shards(name, shards, backend):
     loss = run.opt.step([run.closure(k) for k in range(shards)])
     assert torch.allclose(torch.as_tensor(loss), sum(losses) / shards)
     assert [index for index, *_ in run.calls] == [k for k in range(shards) for _ in (0, 1)]
-    assert same(run.weights(), explicit.weights())
+    assert_same(run.weights(), explicit.weights())
 
 
 def test_shards_that_lose_the_sum(backend):
@@ -120,7 +121,7 @@ def test_shards_that_lose_the_sum(backend):
 
     with pytest.raises(RuntimeError, match=r"opt\.zero_grad\(\)"):
         run.opt.step([shard(0), shard(1)])
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
     assert not run.opt.state
     run.opt.zero_grad()
     run.opt.step([run.closure(0), run.closure(1)])
@@ -142,8 +143,8 @@ def test_one_batch_with_model_zero_grad(name, backend):
             run.opt.step(call)
             run.opt.zero_grad() if name is None else None
         run.opt.eval()
-    assert same(runs[0].weights(), runs[1].weights())
-    assert same(runs[0].weights(), runs[2].weights())
+    assert_same(runs[0].weights(), runs[1].weights())
+    assert_same(runs[0].weights(), runs[2].weights())
 
 
 @pytest.mark.parametrize("base", ["SGD", "Wrap"])
@@ -156,8 +157,8 @@ def test_gradients_on_entry(name, base, backend):
     other.step = lambda: other.opt.step(lambda: 3.5)
     for r in (run, other):
         train(r, user)
-    assert same(run.weights(), other.weights())
-    assert same_state(run.state(), other.state())
+    assert_same(run.weights(), other.weights())
+    assert_same_state(run.state(), other.state())
 
     clean = run.clean_weights()
     for r in (run, other):
@@ -167,12 +168,12 @@ def test_gradients_on_entry(name, base, backend):
         loss = run.opt.step(lambda: run.backward(6))
         assert loss == other.backward(6)
         other.opt.step()
-        assert same(run.weights(), other.weights())
+        assert_same(run.weights(), other.weights())
         return
     with pytest.raises(RuntimeError, match="zero_grad"):
         run.opt.step(lambda: run.backward(6))
     run.opt.eval()
-    assert same(run.weights(), clean)
+    assert_same(run.weights(), clean)
 
 
 @pytest.mark.parametrize("name", [None, "RWP", "m-RWP", "SAM", "rolling"])
@@ -185,7 +186,7 @@ def test_closure_raises_with_gradients_on_entry(name, backend):
     user(run, 2)
     with pytest.raises(ZeroDivisionError):
         run.opt.step(lambda: 1 / 0)
-    assert same(run.weights(), clean)
+    assert_same(run.weights(), clean)
     assert not run.opt.is_perturbed
 
 
@@ -201,7 +202,7 @@ def test_perturbed_on_entry(name, backend):
     assert explicit.backward(1) == loss
     explicit.opt.step()
     assert [(index, perturbed) for index, perturbed, _ in run.calls] == [(1, True)]
-    assert same(run.weights(), explicit.weights())
+    assert_same(run.weights(), explicit.weights())
 
 
 HOW = [({}, KeyboardInterrupt), ({"dtype": torch.bfloat16, "master_weights": True}, ZeroDivisionError),
@@ -226,8 +227,8 @@ def test_closure_raises(name, failing, options, error, backend):
         METHODS[name].closure(run, 2)
     assert len(run.calls) == failing + 1
     assert not run.opt.is_perturbed
-    assert same(run.weights(), clean)
-    assert same_state(run.state(), state)
+    assert_same(run.weights(), clean)
+    assert_same_state(run.state(), state)
     run.opt.state_dict()
     run.failing = None
     for r in (run, untroubled):
@@ -237,7 +238,7 @@ def test_closure_raises(name, failing, options, error, backend):
                 group["round"] = 9
         train(r, METHODS[name].closure, 2, start=3)
         r.opt.eval()
-    assert same(run.weights(), untroubled.weights())
+    assert_same(run.weights(), untroubled.weights())
 
 
 @pytest.mark.parametrize("name", [None, *WITH_CLOSURE])
@@ -248,12 +249,12 @@ def test_closure_with_a_scaler(name, backend):
     with pytest.raises(RuntimeError, match=r"scaler\.step\(opt\) without closure"):
         run.scaler.step(run.opt, run.closure(1))
     assert not run.calls
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
     run.opt.zero_grad()
     run.scaler.update()
     for r in (run, untroubled):
         train(r, METHODS[name or "rolling"].user)
-    assert same(run.weights(), untroubled.weights())
+    assert_same(run.weights(), untroubled.weights())
 
 
 @pytest.mark.parametrize("name", [None, *WITH_CLOSURE])
@@ -266,8 +267,8 @@ def test_a_closure_that_runs_no_backward_applies_nothing(name, backend):
     for answer in (None, 0.5):
         assert run.opt.step(lambda answer=answer: answer) == answer
         with run.opt.clean():
-            assert same(run.weights(), before)
-            assert same_state(run.state(), state)
+            assert_same(run.weights(), before)
+            assert_same_state(run.state(), state)
     METHODS[name].closure(run, 1) if name else run.opt.step(run.closure(1))
     run.opt.eval()
     assert not same(run.weights(), before)
@@ -297,7 +298,7 @@ def test_losses_are_weighted_by_the_loop(backend):
         with pytest.raises((TypeError, ValueError), match="closure"):
             run.opt.step([run.closure(0)] * count)
         assert run.passes == 0
-        assert same(run.weights(), run.start)
+        assert_same(run.weights(), run.start)
     with pytest.raises(TypeError, match="closure"):
         run.opt.step(3)
 
@@ -320,10 +321,10 @@ def test_wrong_arguments_change_nothing(name, before, closures, backend):
             weights = run.weights()
             with pytest.raises((TypeError, ValueError), match="closure"):
                 run.opt.step(wrong)
-            assert same(run.weights(), weights)
+            assert_same(run.weights(), weights)
             assert run.opt.is_perturbed is ("perturbed" in before or name == "RWP")
         if not r.opt.is_perturbed:
             r.opt.perturb()
         r.backward(1)
         r.opt.step()
-    assert same(run.weights(), untroubled.weights())
+    assert_same(run.weights(), untroubled.weights())

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare import copies, same
 from conftest import live
-from patterns import Network, same
+from patterns import Network
 
 import flatkern
 from flatkern import ASAM, GSAM, RWP, SAM, FriendlySAM, LookSAM, MomentumSAM
@@ -86,7 +87,7 @@ def test_combination(name, what, cell):
         return
     arguments = {what: ARGUMENTS[what]} if what in ARGUMENTS and cell == "yes" else {}
     net, opt = optimizer(make(**arguments), backend=backend, **own.get(what, {}))
-    start = [p.detach().clone() for p in net.parameters()]
+    start = copies(net.parameters())
     opt.train()
     if opt.mask_due:
         opt.eval()

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_errors import METHODS, cycle
+from steps import step
+from test_errors import METHODS, cycle, fill
 from test_errors import make as in_two_buckets
 
 import flatkern
@@ -149,14 +150,7 @@ def test_launches(row, clip, calls):
             calls["eager"].clear()
             for group in opt.param_groups if opt.perturbation.has_interval else ():
                 group["perturb_count"] = 0  # a step that ascends
-            if method is not None and not opt.rolling:
-                if not opt.perturbation.starts_perturbed:
-                    for p in params:
-                        p.grad = torch.randn_like(p)
-                opt.perturb()
-            for p in params:
-                p.grad = torch.randn_like(p)
-            opt.step()
+            step(opt, lambda params=params: fill(params))
             opt.zero_grad()
         assert len(calls["eager"]) == flatkern.cost(opt).launches, calls
 

@@ -1,10 +1,14 @@
 """The state that distributed checkpointing creates by a step with lr 0: a template, and nothing that a run can tell."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed.checkpoint as checkpoints
+from compare import assert_same_state
+from networks import layers
+from steps import step
 from torch.distributed.checkpoint import state_dict as dcp
 
 import flatkern
@@ -23,33 +27,23 @@ BASES = {
 
 
 def made(method, base):
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+    net = layers(5, 7, 3)
     return net, BASES[base](net.parameters(), perturb=METHODS[method])
 
 
 def train(net, opt, start, steps):
-    def backward(step):
-        generator = torch.Generator().manual_seed(step)
+    def backward(t):
+        generator = torch.Generator().manual_seed(t)
         net(torch.randn(4, 5, generator=generator)).square().mean().backward()
 
-    for step in range(start, start + steps):
-        backward(step)
-        if opt.perturb_due:
-            opt.perturb()
-            backward(step)
-        opt.step()
+    for t in range(start, start + steps):
+        step(opt, partial(backward, t))
         opt.zero_grad()
 
 
 def everything(net, opt):
     state = {f"{k} {key}": v for k, p in enumerate(net.parameters()) for key, v in opt.state[p].items()}
     return {**net.state_dict(), **state}
-
-
-def assert_same(left, right):
-    assert left.keys() == right.keys()
-    assert [key for key, value in left.items() if not torch.equal(value, right[key])] == []
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -69,7 +63,7 @@ def test_what_a_method_keeps_is_in_the_template_and_is_loaded(method, base):
     dcp.set_optimizer_state_dict(other, into, saved)
     for run in ((net, opt), (other, into)):
         train(*run, 3, 3)
-    assert_same(everything(other, into), everything(net, opt))
+    assert_same_state(everything(other, into), everything(net, opt))
 
 
 ROLLING = {
@@ -114,7 +108,7 @@ def test_a_schedule_does_not_reach_what_is_drawn_already(method, base, tmp_path)
     for run in runs:
         step(*run, 3)
         run[1].eval()
-    assert_same(everything(*runs[1]), everything(*runs[0]))
+    assert_same_state(everything(*runs[1]), everything(*runs[0]))
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -142,7 +136,7 @@ def test_a_run_after_it_is_one_without_it(method, base):
         if torch.is_tensor(entry.get("step")):
             entry["step"].zero_()  # Adam counts that step, as torch's does
     train(other, into, 0, 3)
-    assert_same(everything(other, into), everything(net, opt))
+    assert_same_state(everything(other, into), everything(net, opt))
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -5,8 +5,9 @@ two, but its tensors are torch's on the CPU, which has one.
 """
 
 import pytest
+from compare import assert_same, assert_same_state, same
 from emulated import needs_emulation
-from patterns import BASES, METHODS, Training, same, same_state
+from patterns import BASES, METHODS, Training
 from test_cuda_launches import failing_launch
 
 import flatkern
@@ -52,8 +53,8 @@ def test_a_step_while_another_device_is_current(name, base, emulated):
         emulated.watch(None)
         assert run.seen == {current} and run.launched == {0} and emulated.current_device() == current
         runs.append(run)
-    assert same(runs[0].weights(), runs[1].weights())
-    assert same_state(runs[0].state(), runs[1].state())
+    assert_same(runs[0].weights(), runs[1].weights())
+    assert_same_state(runs[0].state(), runs[1].state())
 
 
 def test_the_other_device_is_current_again_after_an_error(emulated):
@@ -64,13 +65,13 @@ def test_the_other_device_is_current_again_after_an_error(emulated):
         run.perturb()
     assert emulated.current_device() == 1
     run.opt.restore()
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
     run.perturb()
     with failing_launch(emulated, 1):
         run.opt.restore()
     assert emulated.current_device() == 1
     run.opt.restore()
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
     with pytest.raises(ZeroDivisionError), run.opt.perturbed():
         1 / 0  # noqa: B018
     assert emulated.current_device() == 1 and same(run.weights(), run.start)

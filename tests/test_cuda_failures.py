@@ -7,7 +7,9 @@ import copy
 
 import pytest
 import torch
+from compare import copies
 from emulated import needs_emulation
+from steps import step
 from test_cuda_launches import failing_launch
 
 import flatkern
@@ -55,19 +57,12 @@ class Run:
             self.backward()
             opt.update_mask()
         opt.zero_grad()
-        if self.rolls:
-            self.backward()
-        else:
-            if isinstance(self.perturbation, SAM) or self.perturbation.lam is not None:
-                self.backward()
-            opt.perturb()
-            self.backward()
-        opt.step()
+        step(opt, self.backward)
 
     def clean(self):
         """The weights, after what a user does where a call has failed."""
         self.opt.eval() if self.rolls else self.opt.restore()
-        return [p.detach().clone() for p in self.params]
+        return copies(self.params)
 
 
 def is_one_of(p, *candidates):

@@ -4,10 +4,10 @@ import pytest
 import test_mask
 import torch
 import trajectories
-from compare import assert_ulp
+from compare import assert_same_values, copies
 from emulated import needs_emulation
-from test_paper import bound
-from trajectories import distance, library_path, oracle_path
+from test_paper import assert_follows
+from trajectories import library_path
 
 import flatkern
 
@@ -20,17 +20,13 @@ pytestmark = needs_emulation
 @pytest.mark.filterwarnings("error")
 def test_trajectory(base, method, emulated):
     """As test_paper.py has it for the other backends: 50 steps in three groups, next to the oracle."""
-    path = library_path(flatkern, base, method, backend="cuda")
-    error, allowed = distance(path, oracle_path(base, method)), bound(base)
-    assert error < allowed
+    assert_follows(library_path(flatkern, base, method, backend="cuda"), base, method)
 
 
 @pytest.mark.parametrize("method", ["m-ARWP", "rolling ARWP", "SAM"])
 @pytest.mark.parametrize("base", ["momentum", "adamw"])
 def test_trajectory_of_wrap(base, method, emulated):
-    path = library_path(flatkern, base, method, backend="cuda", wrapped=True)
-    error, allowed = distance(path, oracle_path(base, method)), bound(base)
-    assert error < allowed
+    assert_follows(library_path(flatkern, base, method, backend="cuda", wrapped=True), base, method)
 
 
 @pytest.mark.parametrize("perturb", [None, flatkern.SAM(0.05)], ids=["alone", "SAM-IRE"])
@@ -94,16 +90,11 @@ class Run:
 
     def values(self):
         state = [value for p in self.params for _, value in sorted(self.opt.state[p].items())]
-        return [t.detach().clone() for t in [*self.params, *state] if isinstance(t, torch.Tensor)]
+        return copies(t for t in [*self.params, *state] if isinstance(t, torch.Tensor))
 
 
 def is_rolling(method):
     return getattr(method.get("perturb"), "rolling", False)
-
-
-def assert_same(got, want):
-    for k, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert_ulp(f"tensor {k}", a, b)
 
 
 def trained(rule, method, kind, backend):
@@ -123,7 +114,7 @@ def test_three_steps_next_to_eager(rule, method, kind, emulated):
     """Bit for bit where nothing is summed. A sum's last bits may round a bfloat16 weight the other method."""
     got, want = (trained(rule, method, kind, backend) for backend in ("cuda", "eager"))
     if not method and "max_grad_norm" not in kind:
-        return assert_same(got, want)
+        return assert_same_values(got, want)
     for a, b in zip(got, want, strict=True):
         rough = a.dtype != torch.float32 or kind.get("dtype")  # its gradient passes through weights that were rounded
         torch.testing.assert_close(a, b, rtol=0.01 if rough else 1e-5, atol=2e-3 if rough else 1e-6)
@@ -147,7 +138,7 @@ def test_a_restore_is_exact(method, kind, emulated):
     moved = [(p != old).float().mean() for p, old in zip(run.params, before, strict=False)]
     assert max(moved) > 0 if ascends else min(moved) > 0.2
     run.opt.eval() if is_rolling(method) else run.opt.restore()
-    assert_same(run.values()[: len(run.params)], before[: len(run.params)])
+    assert_same_values(run.values()[: len(run.params)], before[: len(run.params)])
 
 
 @every_kind
@@ -155,13 +146,13 @@ def test_a_restore_is_exact(method, kind, emulated):
 @every_rule
 def test_a_rate_of_zero_changes_no_bit(rule, method, kind, emulated):
     run = Run(rule, method, lr=0.0, **kind)
-    before = [p.detach().clone() for p in run.params]
+    before = copies(run.params)
     if is_rolling(method):
         run.opt.train()
     run.step(2)
     if is_rolling(method):
         run.opt.eval()
-    assert_same([p.detach() for p in run.params], before)
+    assert_same_values([p.detach() for p in run.params], before)
 
 
 def launches_of(emulated, call):

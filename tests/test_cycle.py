@@ -2,11 +2,12 @@
 
 import copy
 import pickle
-from functools import partial
 
 import pytest
 import torch
-from patterns import BASES, METHODS, SEED, STREAM, Training, backends, noise, plain, same, same_state, train
+from compare import assert_same, assert_same_state, copies, same
+from patterns import BASES, METHODS, SEED, STREAM, Training, backends, noise, train, trained
+from steps import plain
 from torch import nn
 
 import flatkern
@@ -68,11 +69,11 @@ class Calls(Training):
 
     def assert_is(self, before):
         weights, grads, state, *rest = self.everything()
-        assert same(weights, before[0])
+        assert_same(weights, before[0])
         for now, then in zip(grads, before[1], strict=True):
             assert (now is None) == (then is None)
             assert now is None or (now[0] is then[0] and now[1] == then[1] and same([now[2]], [then[2]]))
-        assert same_state(state, before[2])
+        assert_same_state(state, before[2])
         assert rest == list(before[3:])
 
 
@@ -128,7 +129,7 @@ def test_refused(kind, before, call, remedy, rest, backend):
     run.assert_is(everything)
     run.run(rest)
     untroubled.run(rest)
-    assert same(run.weights(), untroubled.weights())
+    assert_same(run.weights(), untroubled.weights())
     assert not same(run.weights(), run.start)
     run.opt.state_dict()
 
@@ -197,7 +198,7 @@ def test_restore_sets_the_gradient_aside(before, backend):
     assert run.net.head.grad is first
     run.run("backward step")
     other = Calls("SAM", backend).run("backward perturb backward restore backward perturb backward step")
-    assert same(run.weights(), other.weights())
+    assert_same(run.weights(), other.weights())
 
 
 def test_added_group_trains(backend):
@@ -205,10 +206,10 @@ def test_added_group_trains(backend):
     late = nn.Parameter(torch.ones(3, 2))
     run.opt.add_param_group({"params": [late], "lr": 0.5})
     expected = late.detach().clone()
-    everybody = [*(p.detach().clone() for p in run.net.parameters()), expected]
+    everybody = [*copies(run.net.parameters()), expected]
     flatkern.perturb_(everybody, 0.1, seed=SEED, stream=STREAM, round=1)
     run.opt.perturb()
-    assert same([late], [expected])
+    assert_same([late], [expected])
     late.sum().backward()
     run.run("step")
     assert not torch.equal(late, torch.ones(3, 2))
@@ -236,7 +237,7 @@ def test_learning_rate_zero_leaves_every_weight(name, base, precision, backend):
         train(run, user)
         run.opt.eval()
         assert run.saw_other_weights
-        assert same(run.weights(), run.start)
+        assert_same(run.weights(), run.start)
         assert [p.data_ptr() for p in run.net.parameters()] == memory
 
 
@@ -253,7 +254,7 @@ def test_restore_is_exact_for_any_bits(kind, dtype, backend):
         opt.zero_grad()
     opt.perturb()
     opt.restore()
-    assert same([p, q], before)
+    assert_same([p, q], before)
 
 
 # --- G8: neutral ----------------------------------------------------------------------------------
@@ -283,7 +284,7 @@ def test_neutral(name, base, precision, backend):
                 p.grad /= 2
         reference.opt.step()
         reference.opt.zero_grad()
-    assert same(run.weights(), reference.weights())
+    assert_same(run.weights(), reference.weights())
     assert not same(run.weights(), run.start)
 
 
@@ -303,14 +304,6 @@ def test_plain_is_torchs_within_rounding(base, backend):
 # --- the gradient of a step -----------------------------------------------------------------------
 
 
-def trained(name, backend, *, user=None, make=None, zeros=False, steps=3, **own):
-    method = METHODS[name]
-    run = Training((make or method.make)(), backend=backend, **own)
-    run.net.explicit_zeros = zeros
-    train(run, user or method.user, steps)
-    return run
-
-
 every_base = pytest.mark.parametrize(
     ("backend", "base"), backends(BASES, lambda base: base == "SGD"), indirect=["backend"]
 )
@@ -321,9 +314,9 @@ every_base = pytest.mark.parametrize(
 def test_order_of_passes(name, base, backend):
     """Clean first and noisy first are the same step, bit for bit."""
     first = trained(name, backend, base=base)
-    second = trained(name, backend, base=base, user=METHODS["m-RWP noisy first"].user)
-    assert same(first.weights(), second.weights())
-    assert same_state(first.state(), second.state())
+    second = trained(METHODS[name].make(), backend, "m-RWP noisy first", base=base)
+    assert_same(first.weights(), second.weights())
+    assert_same_state(first.state(), second.state())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16 masters"])
@@ -343,7 +336,7 @@ def test_lam_at_its_ends(precision, backend):
             one.backward(2 * t + (passes == "odd"))
             one.opt.step()
             one.opt.zero_grad()
-        assert same(mixed.weights(), one.weights())
+        assert_same(mixed.weights(), one.weights())
 
 
 @every_base
@@ -352,7 +345,7 @@ def test_lam_at_its_ends(precision, backend):
 def test_mix(losses, gradients, base, backend):
     """Weighting the losses is weighting the gradients, up to rounding."""
     beta = {"beta": 0.9} if "ARWP" in losses else {}
-    by_losses = trained(losses, backend, make=partial(METHODS[losses].make, **beta), base=base)
+    by_losses = trained(METHODS[losses].make(**beta), backend, losses, base=base)
     by_gradients = trained(gradients, backend, base=base)
     for a, b in zip(by_losses.weights(), by_gradients.weights(), strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -384,7 +377,7 @@ def test_equal_shards(count, backend):
             shards.backward(t)
         shards.opt.step()
         shards.opt.zero_grad()
-    assert same(whole.weights(), shards.weights())
+    assert_same(whole.weights(), shards.weights())
 
 
 def final_gradient(kind, words, backend, lr=1.0):
@@ -423,9 +416,9 @@ def test_missing_gradients(name, base, backend):
     # One of the batches 2t, 2t + 1 uses `sometimes` in steps 0 and 1, none uses `unused`.
     implicit = trained(name, backend, base=base, weight_decay=0.5, steps=2)
     explicit = trained(name, backend, base=base, weight_decay=0.5, steps=2, zeros=True)
-    assert same([implicit.net.sometimes, implicit.net.head], [explicit.net.sometimes, explicit.net.head])
+    assert_same([implicit.net.sometimes, implicit.net.head], [explicit.net.sometimes, explicit.net.head])
     unused = [name for name, _ in implicit.net.named_parameters()].index("unused")
-    assert same([implicit.net.unused], [implicit.start[unused]])
+    assert_same([implicit.net.unused], [implicit.start[unused]])
     assert not same([explicit.net.unused], [explicit.start[unused]])
     assert {key for k, key in implicit.state() if k == unused} <= {"history"}
 
@@ -449,7 +442,7 @@ def test_gradients_zeroed_in_place(name, backend):
             run.opt.zero_grad(set_to_none=run is runs[0])
     for run in runs:
         run.opt.eval()
-    assert same(runs[0].weights(), runs[1].weights())
+    assert_same(runs[0].weights(), runs[1].weights())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -460,4 +453,4 @@ def test_missing_in_the_second_pass(kind, backend):
         g |= {"lr": 0.0, "weight_decay": 0.0}
     words = "perturb backward" if kind in ("RWP", "ARWP") else "backward perturb backward"
     run.run(words + " step")  # batch 0 uses `sometimes`, batch 1 does not
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)

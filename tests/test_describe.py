@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compare import copies
 
 SHAPES = [(3, 5), (0,), (), (4, 0), (2, 3, 4, 5)]
 
@@ -9,7 +10,7 @@ SHAPES = [(3, 5), (0,), (), (4, 0), (2, 3, 4, 5)]
 @pytest.fixture
 def lists():
     params = [torch.nn.Parameter(torch.randn(s)) for s in SHAPES]
-    return params, None, [p.detach().clone() for p in params]
+    return params, None, copies(params)
 
 
 def test_what_did_not_change_is_the_object_given(native, lists):

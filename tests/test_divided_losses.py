@@ -9,7 +9,8 @@ import pickle
 
 import pytest
 import torch
-from patterns import Training, backends, same
+from compare import assert_same, same
+from patterns import Training, backends
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from unchanged import refused
@@ -97,7 +98,7 @@ def test_maximize_negates_both_means(backend):
         run.backward(2, sign / 3)
         run.step()
         ends.append(run.weights())
-    assert same(*ends)
+    assert_same(*ends)
 
 
 @pytest.mark.parametrize("method", ["SAM", "ASAM", "RWP", "ARWP"])
@@ -136,7 +137,7 @@ def test_one_draw_for_accumulated_noisy_passes_is_no_round(backend):
             run.backward(k, 0.5)
         run.step()
         ends.append(run.weights())
-    assert same(*ends)
+    assert_same(*ends)
 
 
 def test_rolling_has_no_rounds(backend):
@@ -149,7 +150,7 @@ def test_rolling_has_no_rounds(backend):
             run.step()
             run.opt.zero_grad()
         ends.append(run.weights())
-    assert same(*ends)
+    assert_same(*ends)
 
 
 def test_closures_have_divided_their_losses(backend):
@@ -183,7 +184,7 @@ def test_two_closures_of_m_rwp(backend):
 
     run.opt.step([halved(0), halved(1)])
     other.opt.step([other.closure(0), other.closure(1)])
-    assert same(run.weights(), other.weights())
+    assert_same(run.weights(), other.weights())
 
 
 # --- counting ---------------------------------------------------------------------------------------
@@ -320,7 +321,7 @@ def test_checkpointed_models(reentrant):
             opt.passes = (1, 1)
         opt.step()
         ends.append([p.detach() for p in model.parameters()])
-    assert same(*ends)
+    assert_same(*ends)
 
 
 def test_parameters_that_were_frozen_count_from_the_next_perturb():

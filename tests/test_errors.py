@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from compare import copies
+from steps import begins_clean
 from torch.nn import Parameter
 
 import flatkern
@@ -46,13 +48,11 @@ def fill(params):
 def cycle(opt, perturb=True):
     """Everything before `step()`."""
     params = [p for g in opt.param_groups for p in g["params"]]
-    if opt.method is None or opt.rolling:
+    if begins_clean(opt):
         fill(params)
-        return
-    if isinstance(opt.method, SAM) or opt.method.lam is not None:
-        fill(params)
-    if perturb:
+    if perturb and opt.perturb_due:
         opt.perturb()
+    if perturb or not opt.perturb_due:
         fill(params)
 
 
@@ -60,7 +60,7 @@ def picture(params, opt):
     grads = [None if p.grad is None else (p.grad, p.grad._version) for p in params]
     state = {} if opt is None else {k: copy.deepcopy(dict(opt.state.get(p, {}))) for k, p in enumerate(params)}
     method = None if opt is None else (opt.is_perturbed, [g.get("round") for g in opt.param_groups])
-    return [p.detach().clone() for p in params], grads, state, method
+    return copies(params), grads, state, method
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from patterns import METHODS, Training, backends, same, same_state, train
+from compare import assert_same, assert_same_state, same
+from patterns import METHODS, Training, backends, train
 from two_buckets import values
 from unchanged import frozen
 
@@ -52,8 +53,8 @@ class Wrapped(Training):
             with pytest.raises(self.base.error, match="the base fails"):
                 super().step()
             assert not self.opt.is_perturbed
-            assert same(self.weights(), clean)
-            assert same_state(self.state(), state)
+            assert_same(self.weights(), clean)
+            assert_same_state(self.state(), state)
             assert all(p.grad is grad and frozen(grad) == value for p, grad, value in grads)
             assert "found_inf" not in self.opt.__dict__
         super().step()
@@ -93,8 +94,8 @@ def test_step_can_be_repeated(name, own, backend):
             METHODS[name].user(r, t)
             r.opt.zero_grad()
     assert run.base.failures == 0
-    assert same(run.weights(), untroubled.weights())
-    assert same_state(run.state(), untroubled.state())
+    assert_same(run.weights(), untroubled.weights())
+    assert_same_state(run.state(), untroubled.state())
     assert frozen(run.opt.state_dict()) == frozen(untroubled.opt.state_dict())
 
 
@@ -107,8 +108,8 @@ def test_rounds_that_were_finished(name, backend):
         for r in (run, untroubled):
             ends_in_restore(r, t)
             r.opt.zero_grad()
-    assert same(run.weights(), untroubled.weights())
-    assert same_state(run.state(), untroubled.state())
+    assert_same(run.weights(), untroubled.weights())
+    assert_same_state(run.state(), untroubled.state())
 
 
 @pytest.mark.parametrize("name", ["RWP", "ARWP", "m-RWP", "SAM", "mSAM"])
@@ -125,15 +126,15 @@ def test_step_can_be_given_up(name, backend):
     run.opt.restore()
     run.opt.release()
     run.opt.zero_grad()
-    assert same(run.weights(), untroubled.weights())
-    assert same_state(run.state(), untroubled.state())
+    assert_same(run.weights(), untroubled.weights())
+    assert_same_state(run.state(), untroubled.state())
     run.opt.state_dict()
     for group in untroubled.opt.param_groups:
         if "round" in group:
             group["round"] = run.opt.param_groups[0]["round"]
     for r in (run, untroubled):
         train(r, METHODS[name].user, 2, start=3)
-    assert same(run.weights(), untroubled.weights())
+    assert_same(run.weights(), untroubled.weights())
 
 
 @pytest.mark.parametrize("name", ["RWP", "m-RWP", "SAM"])
@@ -144,13 +145,13 @@ def test_inside_a_closure(name, backend):
     with pytest.raises(MemoryError):
         METHODS[name].closure(run, 0)
     assert not run.opt.is_perturbed
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
     for r in (run, untroubled):
         for group in r.opt.param_groups:
             if "round" in group:
                 group["round"] = 5
         METHODS[name].closure(r, 1)
-    assert same(run.weights(), untroubled.weights())
+    assert_same(run.weights(), untroubled.weights())
 
 
 @pytest.mark.parametrize("name", ["RWP", "ARWP", "m-RWP", "SAM", "mSAM"])
@@ -188,11 +189,11 @@ def test_rolling(backend):
             with pytest.raises(MemoryError):
                 opt.step()
             opt.eval()
-            assert same([p], [clean])
+            assert_same([p], [clean])
             assert not opt.is_perturbed
             opt.train()
         opt.step()
         opt.eval()
         assert not same([p], [clean])
         weights.append(p.detach().clone())
-    assert same(*([w] for w in weights))
+    assert_same(*([w] for w in weights))

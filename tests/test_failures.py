@@ -7,7 +7,9 @@ import pickle
 
 import pytest
 import torch
-from patterns import METHODS, Network, Training, backends, batch, noise, same, same_state, train
+from compare import assert_same, assert_same_state, same
+from patterns import METHODS, Network, Training, backends, batch, noise, train, trained
+from steps import begins_clean
 
 import flatkern
 from flatkern import dispatch
@@ -40,7 +42,7 @@ class Failing(torch.autograd.Function):
 
 def climb(run, index=0):
     """What comes before perturb() in a step."""
-    if isinstance(run.opt.method, flatkern.SAM) or run.opt.method.lam is not None:
+    if begins_clean(run.opt):
         run.backward(index)
 
 
@@ -53,8 +55,8 @@ def failing_backward(run, error=ZeroDivisionError):
 def assert_clean_and_usable(run, name, weights, state, untroubled):
     """Clean, nothing pending, and the next steps are those of a run that never failed."""
     assert not run.opt.is_perturbed
-    assert same(run.weights(), weights)
-    assert same_state(run.state(), state)
+    assert_same(run.weights(), weights)
+    assert_same_state(run.state(), state)
     run.opt.state_dict()
     run.opt.zero_grad()
     for r in (run, untroubled):
@@ -62,13 +64,12 @@ def assert_clean_and_usable(run, name, weights, state, untroubled):
             if "round" in group:
                 group["round"] = 9
         train(r, METHODS[name].user, 2, start=3)
-    assert same(run.weights(), untroubled.weights())
+    assert_same(run.weights(), untroubled.weights())
 
 
-def trained(name, backend, **options):
-    runs = [Training(METHODS[name].make(), backend=backend, **options) for _ in range(2)]
-    for run in runs:
-        train(run, METHODS[name].user, 2)
+def two_trained(name, backend, **options):
+    """A run and one that never fails; the weights and the state of both."""
+    runs = [trained(name, backend, steps=2, **options) for _ in range(2)]
     return *runs, runs[0].weights(), runs[0].state()
 
 
@@ -81,7 +82,7 @@ def trained(name, backend, **options):
 def test_block_raises(name, options, error, backend):
     """Before, between and after backward passes; this round's gradients are dropped."""
     for body in ("raise", "backward raise", "failing"):
-        run, untroubled, weights, state = trained(name, backend, **options)
+        run, untroubled, weights, state = two_trained(name, backend, **options)
         climb(run)
         with pytest.raises(error), run.opt.perturbed():
             assert not same(run.weights(), weights)
@@ -98,7 +99,7 @@ def test_block_raises(name, options, error, backend):
 def test_block_raises_in_a_later_round(name, backend):
     """Only this round is dropped: without a gradient of it, the rounds before still make the step."""
     kind = {"RWP rounds": "RWP", "ARWP rounds": "ARWP", "mSAM": "SAM"}[name]
-    run, untroubled, weights, _ = trained(kind, backend)
+    run, untroubled, weights, _ = two_trained(kind, backend)
     for r in (run, untroubled):
         climb(r)
         r.opt.perturb()
@@ -107,10 +108,10 @@ def test_block_raises_in_a_later_round(name, backend):
     climb(run)
     with pytest.raises(ZeroDivisionError), run.opt.perturbed():
         raise ZeroDivisionError
-    assert same(run.weights(), weights)
+    assert_same(run.weights(), weights)
     for r in (run, untroubled):
         r.opt.step()
-    assert same(run.weights(), untroubled.weights())
+    assert_same(run.weights(), untroubled.weights())
     assert not same(run.weights(), weights)
 
 
@@ -118,7 +119,7 @@ def test_block_raises_in_a_later_round(name, backend):
 def test_block_is_left_in_every_way(name, backend):
     """Return, break, a step inside, a restore inside, an exception after the step."""
     for way in ("return", "break", "step", "restore", "step raise"):
-        run, untroubled, weights, _ = trained(name, backend)
+        run, untroubled, weights, _ = two_trained(name, backend)
 
         def body(run=run, way=way):
             for _ in (0, 1):
@@ -143,26 +144,26 @@ def test_block_is_left_in_every_way(name, backend):
             body()
         assert not run.opt.is_perturbed
         if not way.startswith("step"):
-            assert same(run.weights(), weights)
+            assert_same(run.weights(), weights)
             run.opt.step()
         climb(untroubled)
         untroubled.opt.perturb()
         untroubled.backward(1)
         untroubled.opt.step()
-        assert same(run.weights(), untroubled.weights())
+        assert_same(run.weights(), untroubled.weights())
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_refused_on_entry(name, backend):
     """A block that cannot be entered is not left either: what was on stays on."""
-    run, *_ = trained(name, backend)
+    run, *_ = two_trained(name, backend)
     climb(run)
     run.opt.perturb()
     now = run.weights()
     with pytest.raises(RuntimeError, match="already perturbed"), run.opt.perturbed():
         pytest.fail("the body ran")
     assert run.opt.is_perturbed
-    assert same(run.weights(), now)
+    assert_same(run.weights(), now)
 
 
 # --- step(closure) ----------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def test_refused_on_entry(name, backend):
 def test_backward_fails_in_a_closure(name, options, backend):
     """In each of the passes."""
     for failing in range({"RWP": 1, "ARWP": 1, "mSAM": 4}.get(name, 2)):
-        run, untroubled, weights, state = trained(name, backend, **options)
+        run, untroubled, weights, state = two_trained(name, backend, **options)
         calls = []
 
         def closure(run=run, calls=calls, failing=failing):
@@ -192,15 +193,15 @@ def test_backward_fails_in_a_closure(name, options, backend):
 @pytest.mark.parametrize("name", ["SAM", "ASAM", "mSAM"])
 def test_climb_is_not_finite(name, value, options, backend):
     """The step is skipped: weights and state are those before."""
-    run, _, weights, state = trained(name, backend, **options)
+    run, _, weights, state = two_trained(name, backend, **options)
 
     def closure():
         run.opt.zero_grad()
         return run.backward(1, weight=value)
 
     run.opt.step([closure] * (2 if name == "mSAM" else 1))
-    assert same(run.weights(), weights)
-    assert same_state(run.state(), state)
+    assert_same(run.weights(), weights)
+    assert_same_state(run.state(), state)
     assert not run.opt.is_perturbed
     run.opt.zero_grad()
     train(run, METHODS[name].user, 1, start=3)
@@ -213,12 +214,12 @@ def test_climb_is_not_finite(name, value, options, backend):
 @pytest.mark.parametrize("name", KINDS)
 def test_perturbed_gradient_is_not_finite(name, value, options, backend):
     """restore() is exact whatever the gradients are, and release() forgets them."""
-    run, _, weights, state = trained(name, backend, **options)
+    run, _, weights, state = two_trained(name, backend, **options)
     climb(run)
     with run.opt.perturbed():
         run.backward(1, weight=value)
-    assert same(run.weights(), weights)
-    assert same_state(run.state(), state)
+    assert_same(run.weights(), weights)
+    assert_same_state(run.state(), state)
     run.opt.release()
     run.opt.zero_grad()
     train(run, METHODS[name].user, 1, start=3)
@@ -287,8 +288,8 @@ def test_perturbing_fails(name, how, bucket, failing, backend):
                 pytest.fail("the body ran")
         run.opt.perturb() if how == "perturb" else run.opt.step(run.closure(0))
     assert not run.opt.is_perturbed
-    assert same(run.weights(), weights)
-    assert same_state(run.state(), state)
+    assert_same(run.weights(), weights)
+    assert_same_state(run.state(), state)
     assert run.opt.param_groups[0].get("round") == untroubled.opt.param_groups[0].get("round")
     for r in (run, untroubled):
         if how == "closure":
@@ -297,7 +298,7 @@ def test_perturbing_fails(name, how, bucket, failing, backend):
         r.opt.perturb()
         r.backward(1)
         r.opt.step()
-    assert same(run.weights(), untroubled.weights())
+    assert_same(run.weights(), untroubled.weights())
 
 
 @pytest.mark.parametrize("bucket", [0, 1])
@@ -317,7 +318,7 @@ def test_updating_fails(name, how, bucket, failing, backend):
             run.backward(0)
             run.opt.step()
     assert not run.opt.is_perturbed
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
     run.opt.state_dict()
 
 
@@ -333,7 +334,7 @@ def test_updating_fails_in_rolling_mode(bucket, failing, backend):
     with pytest.raises(MemoryError):
         run.opt.step()
     run.opt.eval()
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
 
 
 @pytest.mark.parametrize("bucket", [0, 1])
@@ -347,7 +348,7 @@ def test_restoring_fails(bucket, failing, backend):
     with pytest.raises(RuntimeError, match=r"restore\(\)"):
         run.opt.state_dict()
     run.opt.restore()
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
     run.opt.state_dict()
 
 
@@ -358,7 +359,7 @@ def test_restoring_fails(bucket, failing, backend):
 @pytest.mark.parametrize("name", KINDS)
 def test_loop_that_was_interrupted(name, options, backend):
     """After perturb() and an exception in the user's loop every next call names restore(), until it is called."""
-    run, untroubled, weights, state = trained(name, backend, **options)
+    run, untroubled, weights, state = two_trained(name, backend, **options)
     climb(run)
     run.opt.perturb()
     with pytest.raises(ZeroDivisionError):
@@ -369,7 +370,7 @@ def test_loop_that_was_interrupted(name, options, backend):
         with pytest.raises(RuntimeError, match=r"restore\(\)"):
             call()
     run.opt.restore()
-    assert same(run.weights(), weights)
+    assert_same(run.weights(), weights)
     with pytest.raises(RuntimeError, match=r"release\(\)"):
         run.opt.state_dict()
     run.opt.release()
@@ -380,7 +381,7 @@ def test_loop_that_was_interrupted(name, options, backend):
 @pytest.mark.parametrize("name", [*KINDS, "rolling"])
 def test_loading_ends_the_perturbation(name, options, backend):
     """What others wrote since stays, the rest is restored; pending rounds are forgotten."""
-    run, *_ = trained(name, backend, **options)
+    run, *_ = two_trained(name, backend, **options)
     run.opt.eval()
     saved, weights = copy.deepcopy(run.opt.state_dict()), run.weights()
     if name == "rolling":
@@ -397,7 +398,7 @@ def test_loading_ends_the_perturbation(name, options, backend):
     now = run.weights()
     assert (now.pop(head) == 0.5).all()
     weights.pop(head)
-    assert same(now, weights)
+    assert_same(now, weights)
     run.opt.state_dict()
     run.opt.zero_grad()
     run.opt.param_groups[0].update(lr=0.0, weight_decay=0.0)

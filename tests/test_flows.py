@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
+from compare import assert_same, same
 from flows import HALF, METHODS, Network, Run, X, one_element, rows, torch_step
-from patterns import same
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel
@@ -135,7 +135,7 @@ def test_anything_may_be_written_inside_clean(method, flow, backend):
     run = Run(method, backend)
     run.perturb()
     with run.opt.clean():
-        assert same(run.now(), run.clean)
+        assert_same(run.now(), run.clean)
         (SEEN | UNSEEN)[flow](run)
         written = run.now()
     assert run.opt.is_perturbed and not same(written, run.clean)
@@ -193,9 +193,9 @@ def test_what_writes_nothing_raises_no_alarm(method, flow, backend):
         NOTHING[flow](run)
         if end == "clean":
             with run.opt.clean():
-                assert same(run.now(), run.clean)
+                assert_same(run.now(), run.clean)
         if end == "step":
             run.opt.step()
         run.opt.eval()
-        assert same(run.now(), run.clean)
+        assert_same(run.now(), run.clean)
         run.opt.release()

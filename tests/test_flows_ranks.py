@@ -5,10 +5,12 @@ others write, and a look at values that sends nothing.
 import warnings
 
 import pytest
+import steps
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from patterns import same
+from compare import assert_same, same
+from parallel_training import network
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -31,11 +33,6 @@ METHODS = {
 }
 
 
-def network(seed=0):
-    torch.manual_seed(seed)
-    return torch.nn.Sequential(torch.nn.Linear(9, 13), torch.nn.LayerNorm(13), torch.nn.Tanh(), torch.nn.Linear(13, 3))
-
-
 def optimizer(model, method, lr=0.0):
     opt = flatkern.SGD(model.parameters(), lr=lr, perturb=method)
     if opt.rolling:
@@ -50,9 +47,7 @@ def backward(model):
 
 def perturb(model, opt):
     opt.zero_grad()
-    if not (opt.rolling or opt.perturbation.starts_perturbed):
-        backward(model)
-    opt.train() if opt.rolling else opt.perturb()
+    opt.train() if opt.rolling else steps.perturb(opt, lambda: backward(model))
     assert opt.is_perturbed
 
 
@@ -74,7 +69,7 @@ def wrapped_under_noise():
         backward(parallel)
         opt.step()
         opt.eval()
-        assert same(parts(model), clean), method
+        assert_same(parts(model), clean, method)
 
 
 def wrapped_inside_clean():
@@ -89,7 +84,7 @@ def wrapped_inside_clean():
         backward(parallel)
         opt.step()
     opt.eval()
-    assert same(parts(model), parts(network(seed=0)))
+    assert_same(parts(model), parts(network(seed=0)))
 
 
 def wrapped_under_noises_of_their_own():
@@ -105,7 +100,7 @@ def wrapped_under_noises_of_their_own():
         return
     with pytest.raises(RuntimeError, match=r"clean\(\)"):
         opt.step()
-    assert same(parts(model), written)
+    assert_same(parts(model), written)
 
 
 @pytest.mark.parametrize("case", [wrapped_under_noise, wrapped_inside_clean, wrapped_under_noises_of_their_own])
@@ -134,13 +129,13 @@ def passes_write_nothing(method):
         assert [dtensor.version(p) for p in model.parameters()] == before
         if end == "clean":
             with opt.clean():
-                assert same(parts(model), clean)
+                assert_same(parts(model), clean)
         if end == "step":
             opt.step()
         with CommDebugMode() as sent:
             opt.eval()
         assert sent.get_total_counts() == 0
-        assert same(parts(model), clean)
+        assert_same(parts(model), clean)
         opt.release()
 
 
@@ -168,7 +163,7 @@ def others_write(method, path):
     else:
         assert opt.rolling  # following has ended it before
     end(opt)
-    assert same(parts(model), clean)
+    assert_same(parts(model), clean)
 
     perturb(model, opt)
     whole = {key: torch.full_like(value, 0.5) for key, value in network().state_dict().items()}
@@ -188,7 +183,7 @@ def others_write(method, path):
         expected = [torch.full_like(c, 0.5) for c in clean]
         if rank == 0:
             expected[0][0, 1] = 7.0
-        assert same(parts(model), expected)
+        assert_same(parts(model), expected)
     else:
         end(opt)
 
@@ -198,13 +193,13 @@ def others_write(method, path):
         backward(model)
         if rank == 0:  # nothing is sent, so that one rank may
             with opt.clean():
-                assert same(parts(model), expected)
+                assert_same(parts(model), expected)
                 for p in model.parameters():
                     dtensor.local(p.data).mul_(2.0)
                 expected = parts(model)
         last()
         opt.eval()
-        assert same(parts(model), expected)
+        assert_same(parts(model), expected)
         opt.release()
 
 
@@ -230,7 +225,8 @@ def data_writes_are_noticed():
     written = parts(model)
     with pytest.raises(RuntimeError, match=r"clean\(\)"):
         opt.eval()
-    assert same(parts(model), written) and not same(written, clean)
+    assert_same(parts(model), written)
+    assert not same(written, clean)
 
 
 def test_data_writes_to_shards_are_noticed(two):

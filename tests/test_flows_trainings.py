@@ -9,8 +9,8 @@ import warnings
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from flows import HALF, METHODS, Network, Run, X, one_element, rows, weights_of
-from patterns import same
+from compare import assert_same, copies, same
+from flows import HALF, METHODS, Network, Run, X, one_element, rows
 from torch import nn
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
 from torch.optim.swa_utils import AveragedModel
@@ -55,7 +55,7 @@ def test_a_model_is_converted_and_perhaps_written(method, own, conversion, end, 
         expected = [e.to(f.dtype) for e, f in zip(exact, found, strict=True)]
         if writes and method == "SAM":
             expected[3] = found[3]
-        assert same(run.now(), expected)
+        assert_same(run.now(), expected)
 
 
 def test_a_dtype_that_no_kernel_has(backend):
@@ -97,14 +97,14 @@ def test_a_dtype_that_no_kernel_has(backend):
 def swapped(run, average, inside=True):
     """Evaluation of averaged weights, as EMA libraries do: put in, looked at, and the others put back."""
     with run.opt.clean() if inside else contextlib.nullcontext():
-        before = weights_of(run.params)
+        before = copies(run.params)
         for p, a in zip(run.params, average, strict=True):
             p.data.copy_(a)
-        assert same(run.now(), average)
+        assert_same(run.now(), average)
         run.net.eval()
         with torch.no_grad():
             run.net(X)
-        assert same(run.now(), average)
+        assert_same(run.now(), average)
         for p, b in zip(run.params, before, strict=True):
             p.data.copy_(b)
         run.net.train()
@@ -128,7 +128,7 @@ def trained(run, steps, swaps=False):
 @rows("own", among=[(m, own) for m in METHODS for own in ({}, HALF)])
 def test_averages_are_swapped_in_and_out_inside_clean(method, own, backend):
     """The trajectory is the one without, bit for bit, masters included."""
-    assert same(trained(Run(method, backend, **own), 3, swaps=True), trained(Run(method, backend, **own), 3))
+    assert_same(trained(Run(method, backend, **own), 3, swaps=True), trained(Run(method, backend, **own), 3))
 
 
 def test_averages_that_are_swapped_in_under_noise_are_noticed(backend):
@@ -149,7 +149,7 @@ def test_an_average_of_what_is_inside_clean_is_one_of_clean_weights(method, back
             average.update_parameters(run.net)
         run.opt.step()
     # The mean of equal numbers is that number.
-    assert same([p.detach() for p in average.module.parameters()], run.clean)
+    assert_same([p.detach() for p in average.module.parameters()], run.clean)
 
 
 @pytest.mark.filterwarnings("ignore:others have written", "ignore:.*ascends on bfloat16")
@@ -174,7 +174,7 @@ def test_a_rollback_in_the_middle_is_as_a_new_start(method, own, first, backend)
     fresh = Run(method, backend, **own)
     fresh.net.load_state_dict(saved[0])
     fresh.opt.load_state_dict(saved[1])
-    assert same(trained(run, 3), trained(fresh, 3))
+    assert_same(trained(run, 3), trained(fresh, 3))
 
 
 @rows(among=METHODS)
@@ -191,9 +191,10 @@ def test_a_phase_of_another_optimizer(method, backend):
         other.step()
     found = run.now()
     run.opt.eval()
-    assert same(run.now(), found) and not same(found, run.clean)
+    assert_same(run.now(), found)
+    assert not same(found, run.clean)
     del run.opt
-    assert same(run.now(), found)
+    assert_same(run.now(), found)
 
 
 @rows(among=METHODS)
@@ -257,7 +258,7 @@ class Words(nn.Module):
 def test_a_forward_that_writes(method, backend):
     net = Words()
     net()  # those rows are within the limit now
-    clean = weights_of(net.parameters())
+    clean = copies(net.parameters())
     groups = [{"params": net.words.parameters(), "writes": "drop"}, {"params": net.head.parameters()}]
     opt = flatkern.SGD(groups, lr=0.0, perturb=METHODS[method], backend=backend)
     for _ in range(3):
@@ -265,12 +266,12 @@ def test_a_forward_that_writes(method, backend):
         if method in ("m-RWP", "SAM"):
             net().square().sum().backward()
         opt.train() if opt.rolling else opt.perturb()
-        noisy = weights_of(net.parameters())
+        noisy = copies(net.parameters())
         net().square().sum().backward()
-        assert not same(weights_of(net.parameters()), noisy)
+        assert not same(copies(net.parameters()), noisy)
         opt.step()
         opt.eval()
-        assert same(weights_of(net.parameters()), clean)
+        assert_same(copies(net.parameters()), clean)
     # Without the key: a step says it, and what was not looked up becomes clean.
     opt = flatkern.SGD(net.parameters(), lr=0.0, perturb=METHODS[method], backend=backend)
     opt.zero_grad()
@@ -282,5 +283,5 @@ def test_a_forward_that_writes(method, backend):
         opt.step()
     opt.eval()
     if method != "SAM":
-        assert same([net.words.weight[4:]], [clean[0][4:]])
+        assert_same([net.words.weight[4:]], [clean[0][4:]])
     assert bool((net.words.weight[:4].norm(dim=1) <= 1.0001).all())

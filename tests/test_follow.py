@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 import torch
-from patterns import same
+from compare import assert_same, copies, same
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.optim.swa_utils import AveragedModel
@@ -60,7 +60,7 @@ def make(model=None, rule="AdamW", lr=0.1):
 
 
 def weights(model):
-    return [p.detach().clone() for p in model.parameters()]
+    return copies(model.parameters())
 
 
 def noisy(model=None, **how):
@@ -107,28 +107,28 @@ COPIES = {
 def test_copies_are_clean(way, model):
     model, opt, clean, _ = noisy(model())
     made = COPIES[way](model)
-    assert same(weights(made), clean)
+    assert_same(weights(made), clean)
     assert type(made) is type(model)
     # And what has come since, and a part of it.
     model.later, model.body.bias = nn.Linear(2, 2), nn.Parameter(model.body.bias.detach())
     model(X)
     assert opt.is_perturbed
-    assert same(weights(COPIES[way](model.body))[:1], clean[1:2])
+    assert_same(weights(COPIES[way](model.body))[:1], clean[1:2])
 
 
 def test_copying_changes_no_trajectory():
     ends = []
-    for copies in (False, True):
+    for copied in (False, True):
         model, opt = make()
         opt.follow(model)
         for _ in range(4):
             train(model, opt)
-            if copies:
+            if copied:
                 for way in COPIES.values():
                     way(model)
         opt.eval()
         ends.append((weights(model), opt.param_groups[0]["round"]))
-    assert same(ends[0][0], ends[1][0])
+    assert_same(ends[0][0], ends[1][0])
     assert ends[0][1] == ends[1][1]
 
 
@@ -141,20 +141,20 @@ def test_a_copy_is_a_model_of_its_own(way):
     before = weights(model)
     for training in (True, False):
         made.train(training)(X)
-        assert same(weights(made), clean)
+        assert_same(weights(made), clean)
     made.load_state_dict(made.state_dict())
-    assert same(weights(saved_whole(copy.deepcopy(made))), clean)
+    assert_same(weights(saved_whole(copy.deepcopy(made))), clean)
     assert opt.is_perturbed
-    assert same(weights(model), before)
+    assert_same(weights(model), before)
     dead = weakref.ref(opt)
     opt.eval()
     del opt, handle
     gc.collect()
     assert dead() is None  # neither of the two keeps it
     made, _, _, handle = noisy(made.train())
-    assert same(weights(copy.deepcopy(made)), clean)
+    assert_same(weights(copy.deepcopy(made)), clean)
     handle.remove()
-    assert same(weights(model), clean)
+    assert_same(weights(model), clean)
 
 
 def test_a_saved_model_does_not_need_flatkern():
@@ -185,7 +185,7 @@ def test_wrappers(process_group):
                 made = read(model)
                 assert not opt.is_perturbed
                 if isinstance(made, nn.Module):
-                    assert same(weights(made), clean)
+                    assert_same(weights(made), clean)
 
 
 def test_a_part_without_hooks():
@@ -193,8 +193,8 @@ def test_a_part_without_hooks():
     _, opt = make(Net())
     model = torch.jit.script(nn.Linear(4, 3))
     outer, _, clean, _ = noisy(nn.Sequential(model))
-    assert same(weights(copy.deepcopy(outer)), clean)
-    assert same(outer.state_dict().values(), clean)
+    assert_same(weights(copy.deepcopy(outer)), clean)
+    assert_same(outer.state_dict().values(), clean)
     opt = flatkern.AdamW(model.parameters(), perturb=NOISE)
     with pytest.raises(RuntimeError, match="ScriptModule"):
         opt.follow(model)
@@ -208,10 +208,10 @@ def test_a_part_without_hooks():
 
 def test_parts_are_saved_clean():
     model, opt, clean, _ = noisy()
-    assert same(model.body.state_dict().values(), clean[1:])
+    assert_same(model.body.state_dict().values(), clean[1:])
     model(X)
     assert opt.is_perturbed
-    assert same(nn.ModuleDict({"inner": model}).state_dict().values(), clean)
+    assert_same(nn.ModuleDict({"inner": model}).state_dict().values(), clean)
 
 
 @pytest.mark.parametrize("read", ["eval", "state_dict", "forward", "collected"])
@@ -227,7 +227,7 @@ def test_loaded_weights_stay(part, read):
         {"eval": lambda: opt.eval(), "state_dict": model.state_dict, "forward": lambda: model.eval()(X)}[read]()
     assert all(bool((p == 1).all()) for p in target.parameters())
     if part == "body":
-        assert same([model.scale], clean[:1])
+        assert_same([model.scale], clean[:1])
 
 
 def test_inside_clean():
@@ -236,11 +236,11 @@ def test_inside_clean():
     before = weights(model)
     with opt.clean():
         for read in (copy.deepcopy, saved_whole, lambda m: m):
-            assert same(read(model).state_dict().values(), clean)
+            assert_same(read(model).state_dict().values(), clean)
         model(X)
-        assert same(weights(model), clean)
+        assert_same(weights(model), clean)
     assert opt.is_perturbed
-    assert same(weights(model), before)
+    assert_same(weights(model), before)
 
 
 @pytest.mark.parametrize("rule", ["SGD", "AdamW", "Wrap"])
@@ -255,7 +255,7 @@ def test_a_checkpoint_may_name_the_optimizer_first(rule):
         train(model, opt)
         saved = {"opt": opt.state_dict(), "model": model.state_dict()}
         assert not opt.is_perturbed
-        assert same(saved["model"].values(), weights(model))
+        assert_same(saved["model"].values(), weights(model))
     # Copies of the optimizer itself are refused as ever, and so is what nobody follows any more.
     train(model, opt)
     for copied in (pickle.dumps, copy.deepcopy):
@@ -282,7 +282,7 @@ def test_the_handle_removes_everything():
     second = opt.follow(model)
     handle.remove()
     model(X)
-    assert same(weights(copy.deepcopy(model)), clean)
+    assert_same(weights(copy.deepcopy(model)), clean)
     model(X)
     second.remove()
     second.remove()
@@ -300,10 +300,10 @@ def test_two_optimizers_follow_one_model():
         model(X)
         assert all(opt.is_perturbed for opt in opts)
         read(model)
-        assert same(weights(model), clean)
+        assert_same(weights(model), clean)
     handles[0].remove()
     opts[1].train()
-    assert same(weights(copy.deepcopy(model)), clean)
+    assert_same(weights(copy.deepcopy(model)), clean)
 
 
 def test_the_wrong_model_is_refused():

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 import torch
-from patterns import same
+from compare import assert_same, same
+from networks import layers
 from test_follow import NOISE, Net, X, make, train, weights
 from torch import nn
 from torch._dynamo.utils import counters
@@ -20,8 +21,7 @@ import flatkern
 
 def sequential():
     """Of torch's own classes alone, into whose hooks Dynamo traces."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    return layers(4, 4, 3)
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +141,7 @@ def test_copies_of_a_compiled_model():
             compiled.train()(X)
             assert opt.is_perturbed
             made = read(each)
-            assert same(weights(model), clean)
+            assert_same(weights(model), clean)
             if each is model and isinstance(made, nn.Module):
                 torch.compile(made, backend="eager", fullgraph=True)(X)
     handle.remove()
@@ -335,7 +335,7 @@ def test_the_noise_of_a_traced_forward_is_not_traced(tracer, steps, trains):
     if traced is not None:
         assert torch.equal(traced(X), model(X))
     opt.eval()
-    assert same(weights(model), clean)
+    assert_same(weights(model), clean)
     model.train()(X).square().sum().backward()
     opt.step()
     opt.eval()

@@ -9,7 +9,9 @@ from itertools import product
 
 import pytest
 import torch
-from patterns import backends, same
+from compare import assert_same, copies, same
+from patterns import backends
+from steps import step
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import Parameter
@@ -78,7 +80,7 @@ def test_a_model_on_meta_is_materialized(backend):
     opt.perturb()
     assert not same(params, [values(p.shape, k) for k, p in enumerate(params)])
     opt.restore()
-    assert same(params, [values(p.shape, k) for k, p in enumerate(params)])
+    assert_same(params, [values(p.shape, k) for k, p in enumerate(params)])
 
 
 @every_rule
@@ -143,17 +145,11 @@ class Run:
         sum((p * values(p.shape, 10 * self.passes + k)).tanh().sum() for k, p in enumerate(self.trained)).backward()
 
     def step(self):
-        method = self.opt.method
-        if method is not None and not self.opt.rolling:
-            if isinstance(method, SAM) or method.lam is not None:
-                self.backward()
-            self.opt.perturb()
-        self.backward()
-        self.opt.step()
+        step(self.opt, self.backward)
         self.opt.zero_grad()
 
     def weights(self):
-        return [p.detach().clone() for p in self.trained]
+        return copies(self.trained)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +167,7 @@ def test_frozen(case, method, backend):
         r.step()
         r.step()
         r.opt.eval()
-    assert same(run.weights(), other.weights())
+    assert_same(run.weights(), other.weights())
     assert frozen(run.frozen) == before
     assert run.frozen not in run.opt.state
 
@@ -250,7 +246,7 @@ def test_four_bit_models(backend):
     net.append(packed)
     opt = AdamW(net.parameters(), lr=0.1, perturb=RWP(sigma=0.1), backend=backend)
     before = frozen(packed.weight), frozen(packed.absmax)
-    clean = [p.detach().clone() for p in net[:2].parameters()]
+    clean = copies(net[:2].parameters())
     for _ in range(2):
         opt.zero_grad()
         opt.perturb()

@@ -10,9 +10,9 @@ import warnings
 
 import pytest
 import torch
+from compare import assert_same, same
 from foreign_writes import ASCENTS, DRAWS, METHODS, PRECISIONS, Run, expected, write
 from networks import twins
-from patterns import same
 
 import flatkern
 from flatkern import RWP, SAM
@@ -28,7 +28,8 @@ def test_elements_that_others_wrote_stay(method, precision, backend):
     noisy = run.values()
     spots = write(run.params)
     run.way_back()
-    assert same(run.values(), expected(clean, spots)) and not same(clean, noisy)
+    assert_same(run.values(), expected(clean, spots))
+    assert not same(clean, noisy)
     assert not run.opt.is_perturbed
     if precision == "masters":
         for p, master in ((p, run.opt.state[p]["master"]) for p in run.params):
@@ -50,7 +51,7 @@ def test_an_ascent_leaves_a_written_tensor_as_it_is(method, precision):
     with pytest.warns(UserWarning, match=r"others have written to params\[2\] since") as seen:
         run.opt.restore()
     assert len(seen) == 1
-    assert same(run.values(), [w if k == 2 else c for k, (c, w) in enumerate(zip(clean, written, strict=True))])
+    assert_same(run.values(), [w if k == 2 else c for k, (c, w) in enumerate(zip(clean, written, strict=True))])
     if precision == "masters":  # the parameter counts, from the next call on
         run.opt.zero_grad()
         run.into_perturbed()
@@ -76,7 +77,7 @@ def test_every_way_back(way, method, base):
     clean = run.into_perturbed(steps=2)
     spots = write(run.params)
     WAYS[way](run)
-    assert same(run.values(), expected(clean, spots))
+    assert_same(run.values(), expected(clean, spots))
 
 
 def test_the_ways_out_of_perturbed():
@@ -90,7 +91,8 @@ def test_the_ways_out_of_perturbed():
                     raise KeyError
         except KeyError:
             pass
-        assert same(run.values(), expected(clean, spots)) and not run.opt.is_perturbed
+        assert_same(run.values(), expected(clean, spots))
+        assert not run.opt.is_perturbed
 
 
 @pytest.mark.parametrize("schedule", ["sigma", "eta"])
@@ -102,7 +104,7 @@ def test_a_value_that_has_been_set_since_does_not_matter(method, schedule):
     run.opt.param_groups[0][schedule] = 0.5
     spots = write(run.params)
     run.way_back()
-    assert same(run.values(), expected(clean, spots))
+    assert_same(run.values(), expected(clean, spots))
 
 
 def test_a_group_that_is_switched_off_since_is_told_too():
@@ -111,7 +113,7 @@ def test_a_group_that_is_switched_off_since_is_told_too():
     run.opt.param_groups[0]["perturb"] = False
     spots = write(run.params)
     run.way_back()
-    assert same(run.values(), expected(clean, spots))
+    assert_same(run.values(), expected(clean, spots))
 
 
 def test_half_precision_written_as_a_whole():
@@ -143,7 +145,8 @@ def test_a_step_refuses_before_it_writes(method, base, backend):
     with pytest.raises(RuntimeError, match=r"others have written to params\[0\].*clean\(\).*restore\(\).*drop"):
         run.opt.step()
     after = run.values(), run.opt.cycle.phase, dict(run.opt.param_groups[0], params=None)
-    assert same(after[0], before[0]) and after[1:] == before[1:] and run.opt.is_perturbed
+    assert_same(after[0], before[0])
+    assert after[1:] == before[1:] and run.opt.is_perturbed
     for old, new in zip(state.values(), run.opt.state.values(), strict=True):
         assert all(torch.equal(old[k], new[k]) for k in old)
     with warnings.catch_warnings():
@@ -171,7 +174,7 @@ def test_a_write_of_the_same_values_is_none():
             run.opt.step()
             run.way_back()
             ends.append(run.values())
-        assert same(*ends), method
+        assert_same(*ends, method)
 
 
 def test_names_are_told():
@@ -206,7 +209,7 @@ def test_writes_that_go_with_the_perturbation(method, precision):
                 run.opt.step()
         run.way_back()
         ends.append(run.values())
-    assert same(*ends)
+    assert_same(*ends)
 
 
 def test_data_writes_that_go_with_the_perturbation():
@@ -215,7 +218,7 @@ def test_data_writes_that_go_with_the_perturbation():
     clean = run.into_perturbed()
     write(run.params, data=True)
     run.opt.eval()
-    assert same(run.values(), clean)
+    assert_same(run.values(), clean)
 
 
 def test_what_writes_may_be():
@@ -256,10 +259,11 @@ def test_eval_finds_data_writes_at_its_first_look():
     spots = write(run.params, data=True)
     with pytest.raises(RuntimeError, match=r"eval: params\[0\], params\[1\], params\[2\] and 2 more .*clean\(\)"):
         run.opt.eval()
-    assert same(run.values(), expected(clean, spots)) and not run.opt.is_perturbed
+    assert_same(run.values(), expected(clean, spots))
+    assert not run.opt.is_perturbed
     run.opt.train()
     run.opt.eval()
-    assert same(run.values(), expected(clean, spots))
+    assert_same(run.values(), expected(clean, spots))
 
 
 def test_every_row_is_looked_at_in_time():
@@ -300,7 +304,7 @@ def test_a_whole_model_that_others_have_swapped_in():
         p.data.copy_(a)
     with pytest.raises(RuntimeError, match="clean"):
         net.state_dict()
-    assert same([p.detach() for p in net.parameters() if p.requires_grad],
+    assert_same([p.detach() for p in net.parameters() if p.requires_grad],
                 [a for p, a in zip(net.parameters(), average, strict=True) if p.requires_grad])  # fmt: skip
 
 
@@ -336,7 +340,8 @@ def test_looking_between_backward_and_step(method, precision, base):
         run.opt.eval()
         state = [t for p in run.params for t in run.opt.state[p].values()]
         ends.append((run.values() + [t.clone() for t in state], run.opt.param_groups[0]["round"]))
-    assert same(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1] == 5
+    assert_same(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1] == 5
 
 
 def test_a_gradient_of_clean_weights_is_a_plain_step():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from patterns import same
+from compare import assert_same
 from torch import nn
 from torch.ao import quantization
 
@@ -72,12 +72,12 @@ def test_what_a_forward_measures_is_forgotten(name):
     before = {key: value.clone() for key, value in buffers.items()}
     with flatkern.frozen_running_stats(model):
         inside = passes(model)
-    assert same(inside, passes(other))
+    assert_same(inside, passes(other))
     after = dict(model.named_buffers())
     assert before.keys() == after.keys()
     assert all(after[key] is value and torch.equal(value, before[key]) for key, value in buffers.items())
     assert any(not torch.equal(value, before[key]) for key, value in other.named_buffers())
-    assert same([model(batches()[1])], [after_a_forward(name)(batches()[1])])
+    assert_same([model(batches()[1])], [after_a_forward(name)(batches()[1])])
 
 
 def test_switches_of_fake_quantization_stay_where_users_put_them():

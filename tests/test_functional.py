@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from compare import assert_ulp, bits
+from compare import assert_same_values, bits, copies
 
 import flatkern
 from flatkern.dispatch import resolve
@@ -20,15 +20,6 @@ def parameters(dtype=None, shapes=SHAPES):
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(shape, generator=generator) for shape in shapes]
     return [torch.nn.Parameter(t.to(dtype or DTYPES[k % 3])) for k, t in enumerate(values)]
-
-
-def copies(tensors):
-    return [t.detach().clone() for t in tensors]
-
-
-def assert_same(got, want):
-    for k, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert_ulp(f"[{k}]", a.detach(), b.detach())
 
 
 def normals(like, key, backend):
@@ -66,8 +57,8 @@ def test_perturb_adds_the_noise_of_its_key(backend, dtype, sigma):
     for w, norm, z in zip(clean, norms, normals(clean, key, backend), strict=True):
         s = torch.tensor(sigma) * (norm.reshape(-1, *[1] * (w.dim() - 1)) if w.dim() > 1 else norm.reshape(()))
         want.append((w.float() + s * z).to(w.dtype))
-    assert_same(params, want)
-    assert_same(backups, clean)
+    assert_same_values(params, want)
+    assert_same_values(backups, clean)
     assert any(not torch.equal(p, w) for p, w in zip(params, clean, strict=True))
 
 
@@ -84,7 +75,7 @@ def test_stream_is_zero_unless_given(backend):
     given, default = parameters(), parameters()
     flatkern.perturb_(given, 0.1, **KEY, stream=0, backend=backend)
     flatkern.perturb_(default, 0.1, **KEY, backend=backend)
-    assert_same(default, given)
+    assert_same_values(default, given)
 
 
 @pytest.mark.parametrize("change", [dict(seed=6), dict(stream=1), dict(round=3)], ids=str)
@@ -101,7 +92,7 @@ def test_negative_sigma_mirrors_every_bit(backend):
     norms = [torch.ones(p.shape[0] if p.dim() > 1 else 1) for p in up]
     flatkern.perturb_(up, 0.1, **KEY, norms=norms, backend=backend)
     flatkern.perturb_(down, -0.1, **KEY, norms=norms, backend=backend)
-    assert_same(down, [0 - p for p in up])
+    assert_same_values(down, [0 - p for p in up])
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, None], ids=str)
@@ -112,7 +103,7 @@ def test_norms_are_those_of_the_present_values_unless_given(backend, dtype):
     resolve("filter_norms_", "cpu", backend)(norms, [p.detach() for p in once])
     flatkern.perturb_(once, 0.5, **KEY, backend=backend)
     flatkern.perturb_(twice, 0.5, **KEY, norms=norms, backend=backend)
-    assert_same(once, twice)
+    assert_same_values(once, twice)
     flatkern.perturb_(once, 0.5, seed=1, round=0, backend=backend)
     flatkern.perturb_(twice, 0.5, seed=1, round=0, norms=norms, backend=backend)
     assert not torch.equal(once[0], twice[0])
@@ -122,7 +113,7 @@ def test_no_sigma_leaves_every_bit(backend):
     params = parameters()
     clean = copies(params)
     flatkern.perturb_(params, 0.0, **KEY, backend=backend)
-    assert_same(params, clean)
+    assert_same_values(params, clean)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, None], ids=str)
@@ -141,7 +132,7 @@ def test_float32_backups_of_half_types_round_once(backend):
     params = parameters(torch.bfloat16)
     masters = [torch.randn(p.shape, generator=torch.Generator().manual_seed(k)) for k, p in enumerate(params)]
     flatkern.restore_(params, masters, backend=backend)
-    assert_same(params, [m.to(torch.bfloat16) for m in masters])
+    assert_same_values(params, [m.to(torch.bfloat16) for m in masters])
 
 
 def test_memory_formats(backend):
@@ -149,10 +140,10 @@ def test_memory_formats(backend):
     params = [torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last)]
     clean, backups = copies(params), [torch.zeros_like(params[0])]
     flatkern.perturb_(params, 0.1, **KEY, backups=backups, backend=backend)
-    assert_same(backups, clean)
+    assert_same_values(backups, clean)
     stored, want = params[0].permute(0, 2, 3, 1).contiguous(), clean[0].permute(0, 2, 3, 1).contiguous()
     flatkern.perturb_([want], 0.1, **KEY, backend=backend)
-    assert_same([stored], [want])
+    assert_same_values([stored], [want])
 
 
 # Autograd and autocast.

@@ -9,18 +9,14 @@ from functools import partial
 
 import pytest
 import torch
-from patterns import METHODS, Training, noise, plain, same, same_state, train
+from compare import assert_same, assert_same_state, copies, same
+from patterns import METHODS, Training, noise, train, trained
+from steps import plain
 
 import flatkern
 from flatkern import GSAM, RWP, SAM, FriendlySAM, LookSAM, MomentumSAM
 
 bases = pytest.mark.parametrize("base", ["SGD", "AdamW", "Wrap"])
-
-
-def trained(method, backend, user="SAM", base="SGD", steps=4, **own):
-    run = Training(method, base=base, backend=backend, **own)
-    train(run, METHODS[user].user, steps)
-    return run
 
 
 # --- values at which a method is another one ------------------------------------------------------
@@ -31,13 +27,13 @@ def trained(method, backend, user="SAM", base="SGD", steps=4, **own):
     "method", [SAM(0.3, lam=1.0), GSAM(0.3, alpha=0.0), SAM(0.3, interval=1), FriendlySAM(0.3, sigma=0.0)], ids=str
 )
 def test_it_is_sam(method, base, backend):
-    assert same(trained(method, backend, base=base).weights(), trained(SAM(0.3), backend, base=base).weights())
+    assert_same(trained(method, backend, base=base).weights(), trained(SAM(0.3), backend, base=base).weights())
 
 
 @pytest.mark.parametrize("rounds", ["mSAM", "GSAM rounds"])
 def test_rounds_of_sam_too(rounds, backend):
     run, other = (trained(m, backend, user=rounds) for m in (GSAM(0.3, alpha=0.0), SAM(0.3)))
-    assert same(run.weights(), other.weights())
+    assert_same(run.weights(), other.weights())
 
 
 @bases
@@ -47,7 +43,9 @@ def test_what_rounding_would_be_all_of_is_left_out(method, rho, base, backend):
     """Without an ascent both gradients are one: GSAM's step is g_p's, LookSAM's between are a's, which is the base."""
     user = "LookSAM" if method is LookSAM else "SAM"
     make = method(rho) if method is GSAM else method(rho, k=2)
-    assert same(trained(make, backend, user, base).weights(), trained(None, backend, "rolling", base).weights())
+    assert_same(
+        trained(make, backend, user, base=base).weights(), trained(None, backend, "rolling", base=base).weights()
+    )
 
 
 def parallel(method, backend, scale):
@@ -67,7 +65,7 @@ def parallel(method, backend, scale):
 
 def test_gsam_leaves_a_millionth_out(backend):
     p, before, _, g, _ = parallel(GSAM(0.05, alpha=5.0), backend, 3.0)
-    assert same([p], [before - g])
+    assert_same([p], [before - g])
 
 
 def test_looksam_keeps_no_millionth(backend):
@@ -76,7 +74,7 @@ def test_looksam_keeps_no_millionth(backend):
     assert not opt.state[parameter]["orthogonal"].any()
     parameter.grad = a.clone()
     opt.step()
-    assert same([parameter.detach()], [(before - g) - a])
+    assert_same([parameter.detach()], [(before - g) - a])
 
 
 def test_what_is_kept_is_orthogonal_and_of_one_length(backend):
@@ -135,8 +133,8 @@ def test_perturb_refuses_a_step_between(backend):
     before, state = run.weights(), run.state()
     with pytest.raises(RuntimeError, match=r"perturb: SAM ascends in every 3-th step, and step 1 is none.*perturb_due"):
         run.opt.perturb()
-    assert same(run.weights(), before)
-    assert same_state(run.state(), state)
+    assert_same(run.weights(), before)
+    assert_same_state(run.state(), state)
     run.opt.step()
 
 
@@ -145,7 +143,7 @@ def test_a_due_step_may_be_a_plain_one(method, backend):
     run, base = Training(method, backend=backend), Training(None, backend=backend)
     for r in (run, base):
         train(r, plain, 4)
-    assert same(run.weights(), base.weights())
+    assert_same(run.weights(), base.weights())
     assert run.opt.param_groups[0]["perturb_count"] == 4
 
 
@@ -215,7 +213,7 @@ def test_an_ascent_without_a_gradient_leaves_the_mean(backend):
     run.backward(5)
     run.opt.perturb()
     run.opt.restore()
-    assert same_state(means(run), before)
+    assert_same_state(means(run), before)
     first = Training(FriendlySAM(0.3), backend=backend)
     first.backward(0)
     first.opt.perturb()
@@ -232,12 +230,12 @@ def test_an_ascent_that_is_not_finite_leaves_the_mean(backend):
     assert not means(run)
     for r in (run, other):
         train(r, METHODS["SAM"].user, 2, start=1)
-    assert same(run.weights(), other.weights())
-    assert same_state(means(run), means(other))
+    assert_same(run.weights(), other.weights())
+    assert_same_state(means(run), means(other))
     run.overflow = {run.passes}
     before = means(run)
     METHODS["SAM"].user(run, 3)
-    assert same_state(means(run), before)
+    assert_same_state(means(run), before)
 
 
 def test_a_step_that_is_skipped_leaves_the_mean(backend):
@@ -247,14 +245,14 @@ def test_a_step_that_is_skipped_leaves_the_mean(backend):
     before = means(run)
     run.overflow = {run.passes + 1}
     METHODS["SAM"].user(run, 2)
-    assert same_state(means(run), before)
+    assert_same_state(means(run), before)
 
 
 def test_means_are_of_unscaled_gradients(backend):
     plain_run = trained(FriendlySAM(0.3), backend, steps=3)
     scaled = Training(FriendlySAM(0.3), backend=backend, scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
     train(scaled, METHODS["SAM"].user, 3)
-    assert same_state(means(scaled), means(plain_run))  # 8 is a power of two
+    assert_same_state(means(scaled), means(plain_run))  # 8 is a power of two
 
 
 def test_release_frees_the_second_mean(backend):
@@ -264,7 +262,7 @@ def test_release_frees_the_second_mean(backend):
     for r in (run, other):
         r.opt.zero_grad()
         train(r, METHODS["SAM"].user, 2, start=4)
-    assert same(run.weights(), other.weights())
+    assert_same(run.weights(), other.weights())
 
 
 # --- methods that need both gradients -------------------------------------------------------------
@@ -279,7 +277,7 @@ def test_a_scaler_has_to_be_given_to_perturb(method, backend):
     with pytest.raises(RuntimeError, match=rf"step: {type(method).__name__} under a GradScaler needs perturb\(scaler"):
         run.scaler.step(run.opt)
     run.opt.restore()
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
 
 
 @pytest.mark.parametrize("method", [SAM(0.3, lam=0.5), GSAM(0.3), LookSAM(0.3, k=1)], ids=str)
@@ -303,10 +301,10 @@ def test_the_clean_gradient_survives_a_failed_step(method, backend, monkeypatch)
     with pytest.raises(OSError, match="no"):
         run.opt.step()
     monkeypatch.setattr(Call, "run", original)
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
     run.opt.step()
     other.opt.step()
-    assert same(run.weights(), other.weights())
+    assert_same(run.weights(), other.weights())
 
 
 def test_excluded_groups_take_the_perturbed_gradient(backend):
@@ -322,7 +320,7 @@ def test_excluded_groups_take_the_perturbed_gradient(backend):
             if k == 0:
                 opt.perturb()
         opt.step()
-        assert same([params[1].detach()], [before - torch.randn(6, generator=torch.Generator().manual_seed(1))])
+        assert_same([params[1].detach()], [before - torch.randn(6, generator=torch.Generator().manual_seed(1))])
 
 
 # --- Momentum-SAM ---------------------------------------------------------------------------------
@@ -331,11 +329,11 @@ def test_excluded_groups_take_the_perturbed_gradient(backend):
 @bases
 def test_rolling_is_explicit(base, backend):
     """The same trajectory, whose first step has no momentum to follow yet."""
-    explicit = trained(MomentumSAM(0.3), backend, "MomentumSAM", base)
-    rolling = trained(MomentumSAM(0.3, rolling=True), backend, "rolling", base)
+    explicit = trained(MomentumSAM(0.3), backend, "MomentumSAM", base=base)
+    rolling = trained(MomentumSAM(0.3, rolling=True), backend, "rolling", base=base)
     assert not same(rolling.weights(), rolling.clean_weights())
     rolling.opt.eval()
-    assert same(rolling.weights(), explicit.weights())
+    assert_same(rolling.weights(), explicit.weights())
 
 
 @pytest.mark.filterwarnings("ignore:.*ascends on bfloat16")
@@ -356,7 +354,7 @@ def test_evaluations_change_no_rolling_trajectory(own, backend):
             run.opt.zero_grad()
     for run in runs:
         run.opt.eval()
-    assert same(runs[0].weights(), runs[1].weights())
+    assert_same(runs[0].weights(), runs[1].weights())
 
 
 def test_a_base_without_momentum_is_refused():
@@ -421,9 +419,9 @@ def drawn(method, backend, values=1.0):
     params = [torch.nn.Parameter(torch.full(shape, values)) for shape in SHAPES]
     opt = flatkern.SGD(params, lr=0.0, perturb=method, backend=backend)
     opt.perturb()
-    found = [p.detach().clone() for p in params]
+    found = copies(params)
     opt.restore()
-    assert same([p.detach() for p in params], [torch.full(shape, values) for shape in SHAPES])
+    assert_same([p.detach() for p in params], [torch.full(shape, values) for shape in SHAPES])
     return found
 
 
@@ -458,7 +456,7 @@ def test_rolling_absolute_noise_is_explicit(backend):
         for run in (explicit, rolling):
             run.opt.zero_grad()
     rolling.opt.eval()
-    assert same(explicit.weights(), rolling.weights())
+    assert_same(explicit.weights(), rolling.weights())
 
 
 def test_scales_differ_by_group(backend):
@@ -483,4 +481,4 @@ def test_scales_differ_by_group(backend):
                 [*others, expected], 0.1 * s, seed=7, stream=3, round=round_, backend=backend,
                 norms=None if norms is None else [torch.zeros(1) for _ in others] + norms,
             )  # fmt: skip
-            assert same([p.detach()], [expected]), (rolling, k)
+            assert_same([p], [expected], f"rolling={rolling}, position {k}, tensor")

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from compare import assert_same
 
 from flatkern.dispatch import resolve
 
@@ -90,7 +91,7 @@ def test_a_number_shortens_its_own_list(native, params, name, value):
     numbers[5] = Hook(value, emptying(numbers))
     with pytest.raises(RuntimeError, match="became shorter while it was read"):
         perturb(native.perturb_gaussian_, params, **{name: numbers})
-    assert all(map(torch.equal, params, before))
+    assert_same(params, before)
 
 
 def test_a_flag_shortens_its_own_list(native, params):
@@ -269,4 +270,4 @@ def test_what_is_refused(native, params, error, values):
     before = [p.clone() for p in params]
     with pytest.raises(error):
         perturb(native.perturb_gaussian_, params, **values)
-    assert all(map(torch.equal, params, before))
+    assert_same(params, before)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from patterns import same
+from compare import copies, same
 from torch.nn import Parameter
 from two_buckets import Run
 
@@ -46,7 +46,7 @@ class Trace:
 
     def __init__(self, at=None, weights=()):
         self.at, self.seen, self.weights = at, [], weights
-        self.before, self.changed_at = [w.detach().clone() for w in weights], 0
+        self.before, self.changed_at = copies(weights), 0
         self.entered = set()  # (frame, line) of blocks that are being run
 
     def leaves_a_block(self, frame):

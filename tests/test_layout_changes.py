@@ -5,7 +5,9 @@ import gc
 
 import pytest
 import torch
-from patterns import backends, same
+from compare import assert_same, same
+from patterns import backends
+from steps import perturb
 from torch import nn
 from two_buckets import values
 
@@ -66,9 +68,7 @@ class Run:
             self.opt.train()
             return
         self.opt.zero_grad()
-        if isinstance(self.opt.method, SAM) or self.opt.method.lam is not None:
-            self.give()
-        self.opt.perturb()
+        perturb(self.opt, self.give)
 
     def step(self):
         self.perturb()
@@ -123,12 +123,12 @@ def test_ways_back(method, rule, own, change, backend):
                 run.opt.load_state_dict(Run(method, rule, backend, **own).opt.state_dict())
             elif way == "clean":
                 with run.opt.clean():
-                    assert same(run.weights(), clean)
-                assert same(run.weights(), noisy)
+                    assert_same(run.weights(), clean)
+                assert_same(run.weights(), noisy)
                 run.opt.eval()
             else:
                 run.opt.eval()
-        assert same(run.weights(), clean), way
+        assert_same(run.weights(), clean, way)
         assert not run.opt.is_perturbed
 
 
@@ -151,7 +151,7 @@ def test_a_collected_optimizer(method, backend):
     by_module(run)
     run.opt = None
     gc.collect()
-    assert same(run.weights(), clean)
+    assert_same(run.weights(), clean)
 
 
 @every_change
@@ -166,7 +166,7 @@ def test_steps(method, rule, own, change, backend):
         r.opt.step()
         r.opt.eval()
     if method != "ARWP":  # sums over filters depend on the order in memory
-        assert same(run.weights(), other.weights())
+        assert_same(run.weights(), other.weights())
     assert not same(run.weights(), clean)
     run.opt.zero_grad()
     run.step()
@@ -185,7 +185,7 @@ def test_what_is_refused_meanwhile(method, backend):
     run.opt.eval()
     run.opt.release()
     run.opt.state_dict()
-    assert same(run.weights(), clean)
+    assert_same(run.weights(), clean)
 
 
 @pytest.mark.parametrize("method", ["RWP", "m-RWP", "SAM"])
@@ -204,7 +204,7 @@ def test_rounds(method, backend):
             p.grad.add_(values(p.shape, 7 + k))
         run.opt.step()
     # The noise of the second round is that of another memory order, but the gradients are given.
-    assert same(runs[0].weights(), runs[1].weights())
+    assert_same(runs[0].weights(), runs[1].weights())
 
 
 @pytest.mark.parametrize("rule", ["SGD", "Wrap"])
@@ -223,7 +223,7 @@ def test_masks(rule, backend):
         run.opt.step()
         runs.append(run)
     assert all(p.isfinite().all() for p in runs[1].params)
-    assert same(runs[0].weights()[1:], runs[1].weights()[1:])
+    assert_same(runs[0].weights()[1:], runs[1].weights()[1:])
 
 
 @pytest.mark.parametrize("method", ["RWP", "SAM", "rolling"])

@@ -6,6 +6,8 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
+from compare import assert_same, copies
+from steps import perturb
 from torch import nn
 
 import flatkern
@@ -57,25 +59,17 @@ def only(place, event):
 
 def train(opt, params, event=nothing, at=2, give=give, steps=STEPS):
     """The method's pattern; since gradients are given, a method with one gradient moves like the plain base."""
-    method = opt.method
     opt.train()
     for step in range(steps):
         if step == at:
             event(params, "between")
-        if method is not None and not opt.rolling:
-            if isinstance(method, SAM) or method.lam is not None:
-                give(params, step + 50)
-            opt.perturb()
+        perturb(opt, lambda step=step: give(params, step + 50))
         if step == at:
             event(params, "midway")
         give(params, step)
         opt.step()
         opt.zero_grad()
     opt.eval()
-
-
-def same(ours, theirs):
-    return [torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(ours, theirs, strict=True)] == [True] * len(theirs)
 
 
 SHAPES = [(), (0,), (0, 4), (5, 0), (1,), (7,), (1, 1), (3, 4), (2, 3, 2, 2), (2, 1, 2, 3, 2)]
@@ -95,7 +89,7 @@ def test_shapes(method, make, backend):
         opt = SGD(ours, **OWN, perturb=METHODS.get(method) or extra.get(method), backend=backend)
     train(opt, ours)
     train(base, theirs)
-    assert same(ours, theirs)
+    assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -139,7 +133,7 @@ def test_channels_last(method, make, when, gradients, backend):
     opt = make(ours, method, backend=backend)
     train(opt, ours, only(when, switch), give=gradients)
     train(make(theirs, "m-RWP" if method == "m-RWP" else None, backend=backend), theirs)
-    assert same(ours, theirs)
+    assert_same(ours, theirs)
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in ours if p.dim() == 4)
 
 
@@ -176,7 +170,7 @@ def test_gradients_with_strange_strides(method, backend):
     ours, theirs = parameters(*shapes), parameters(*shapes)
     train(sgd(ours, method, backend=backend), ours, give=strided)
     train(sgd(theirs, method, backend=backend), theirs)
-    assert same(ours, theirs)
+    assert_same(ours, theirs)
 
 
 def test_broadcast_gradients(backend):
@@ -208,7 +202,7 @@ def test_data_is_swapped(method, own, where, backend):
             params = [nn.Parameter(p.detach().bfloat16()) for p in params]
         train(sgd(params, method, backend=backend, **own), params, event)
         results.append(params)
-    assert same(*results)
+    assert_same(*results)
 
 
 @pytest.mark.parametrize("own", [{}, {"master_weights": True}], ids=["without", "masters"])
@@ -229,7 +223,7 @@ def test_several_dtypes_in_one_optimizer(method, own, backend):
         for p in theirs:
             p.requires_grad_(p.dtype == dtype)
         train(sgd(theirs, "m-RWP" if method == "m-RWP" else None, backend=backend, **own), theirs)
-        assert same([p for p in ours if p.dtype == dtype], [p for p in theirs if p.dtype == dtype])
+        assert_same([p for p in ours if p.dtype == dtype], [p for p in theirs if p.dtype == dtype])
     masters = ["master" in opt.state[p] for p in ours]
     assert masters == [bool(own) and dtype != torch.float32 for dtype in dtypes]
 
@@ -245,18 +239,18 @@ def test_module_changes_its_dtype(method, own, backend):
         net.to(dtype)
         train(opt, params)
         assert all(p.isfinite().all() and p.dtype == dtype for p in params)
-        clean = [p.detach().clone() for p in params]
+        clean = copies(params)
         for group in opt.param_groups:
             group["lr"], kept = 0.0, group["lr"]
         train(opt, params)
         opt.param_groups[0]["lr"] = kept
-        assert same(params, clean)
+        assert_same(params, clean)
     net.double()
-    clean = [p.detach().clone() for p in params]
+    clean = copies(params)
     give(params, 0)
     with pytest.raises(TypeError, match=r"\[0\] has dtype torch.float64, but should have one of"):
         opt.perturb() if isinstance(opt.method, SAM) else opt.step()
-    assert same(params, clean)
+    assert_same(params, clean)
     net.float()
     opt.zero_grad()
     train(opt, params)
@@ -279,7 +273,7 @@ def test_float32_gradients_of_half_parameters(backend):
 
 def noise_of(params, opt):
     """The perturbation of every parameter, taken on and off."""
-    clean = [p.detach().clone() for p in params]
+    clean = copies(params)
     opt.zero_grad()
     if isinstance(opt.method, SAM):
         give(params, 0)
@@ -287,7 +281,7 @@ def noise_of(params, opt):
     noise = [p.detach() - c for p, c in zip(params, clean, strict=True)]
     opt.restore()
     opt.release()
-    assert same(params, clean)
+    assert_same(params, clean)
     return noise
 
 
@@ -367,7 +361,7 @@ def test_gradient_missing(method, make, backend):
         params = parameters((4, 3), (5,))
         train(make(params, method, backend=backend), params, give=gradients)
         results.append(params)
-    assert same(*results)
+    assert_same(*results)
 
 
 def test_tied_parameters(backend):
@@ -377,7 +371,7 @@ def test_tied_parameters(backend):
     params = list(net.parameters())
     assert len(params) == 1
     alone = [nn.Parameter(params[0].detach().clone())]
-    assert same(
+    assert_same(
         noise_of(params, sgd(net.parameters(), "RWP", backend=backend)),
         noise_of(alone, sgd(alone, "RWP", backend=backend)),
     )
@@ -419,7 +413,7 @@ def test_state_is_cleared(method, make, forget, backend):
     twins = [nn.Parameter(p.detach().clone()) for p in params]
     train(make(twins, "m-RWP" if method == "m-RWP" else None, backend=backend), twins)
     train(opt, params)
-    assert same(params, twins)
+    assert_same(params, twins)
 
 
 @pytest.mark.parametrize("method", ["RWP", "SAM"])
@@ -456,7 +450,7 @@ def test_add_param_group(method, make, backend):
     opt.add_param_group({"params": late, "lr": 0.0, "weight_decay": 0.0})
     train(opt, params + late)
     train(base, twins)
-    assert same(params, twins)
+    assert_same(params, twins)
     assert torch.equal(late[0], start)
     if method in ("RWP", "SAM"):
         assert all(n.any() for n in noise_of(params + late, opt))
@@ -468,7 +462,7 @@ def test_a_thousand_tensors(method, backend):
     ours, theirs = parameters(*shapes), parameters(*shapes)
     train(sgd(ours, method, backend=backend), ours, steps=2)
     train(sgd(theirs, backend=backend), theirs, steps=2)
-    assert same(ours, theirs)
+    assert_same(ours, theirs)
 
 
 def test_adamw_in_channels_last(backend):
@@ -481,7 +475,7 @@ def test_adamw_in_channels_last(backend):
         results.append(params)
         state = opt.state[params[0]]
         assert state["exp_avg"].stride() == state["exp_avg_sq"].stride() == params[0].stride()
-    assert same(*results)
+    assert_same(*results)
     assert copy.deepcopy(results[1][0]).is_contiguous(memory_format=torch.channels_last)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import cases
 import pytest
 import torch
-from compare import assert_ulp
+from compare import assert_ulp, copies
 from conftest import BACKENDS, live
 
 import flatkern
@@ -118,7 +118,7 @@ def test_perturb_and_restore_compile(compiled, serving):
     results = []
     for run in (function, compiled(function)):
         params = parameters()
-        backups, clean = saved(params), [p.detach().clone() for p in params]
+        backups, clean = saved(params), copies(params)
         results.append([t.detach() for t in run(params, backups)] + backups)
         assert all(torch.equal(p, c) for p, c in zip(params, clean, strict=True))
         assert [p._version for p in params] == [2, 2]

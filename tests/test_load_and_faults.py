@@ -5,13 +5,16 @@ an optimizer that is made anew in the middle, a rank whose pass fails. Weights c
 import contextlib
 import copy
 import io
+from functools import partial
 
 import pytest
+import steps
 import torch
 import torch.distributed as dist
+from compare import assert_same, assert_same_state, copies, same, same_state
 from conftest import live
 from covering import also
-from patterns import METHODS, Training, backends, same, same_state, train
+from patterns import METHODS, Training, backends, train
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -93,16 +96,7 @@ def step(net, opt, t):
         backward(net, opt, t + 3)
         opt.update_mask()
     opt.zero_grad()
-    losses = getattr(opt.method, "mix", None) == "losses"
-    if is_two_pass(opt) and not losses:
-        backward(net, opt, t)
-    if opt.method is not None and not opt.rolling:
-        opt.perturb()
-    backward(net, opt, t + 1)
-    if losses:  # the noisy pass first, as ARWP's history needs it
-        opt.restore()
-        backward(net, opt, t)
-    opt.step()
+    steps.step(opt, partial(backward, net, opt, t + 1), clean=partial(backward, net, opt, t))
 
 
 def saved_and_loaded(name, net, opt, model_first):
@@ -132,7 +126,7 @@ def test_a_thousand_steps_with_a_checkpoint_every_ten(name):
         opt.eval()
         ends.append((list(net.parameters()), opt.state_dict()))
     (weights, state), (others, other) = ends
-    assert same(weights, others)
+    assert_same(weights, others)
     assert all(w.isfinite().all() for w in weights)
     assert not any(torch.equal(w, s) for w, s in zip(weights, made(name)[0].parameters(), strict=True))
     assert state["param_groups"] == other["param_groups"]
@@ -231,7 +225,7 @@ class Faulty:
         for t in range(2):
             step(self.net, self.opt, t)
         with self.opt.clean():
-            self.before = [p.detach().clone() for p in self.params]
+            self.before = copies(self.params)
         self.state = self.everything()
 
     def everything(self):
@@ -282,7 +276,7 @@ def test_a_pass_fails_and_the_batch_is_tried_again(name, user, own, backend):
                 assert run.opt.rolling or not run.opt.is_perturbed
                 assert run.is_as_before()
                 run.opt.eval()
-                assert same(run.params, run.before)
+                assert_same(run.params, run.before)
                 run.opt.state_dict()  # a checkpoint can be saved: nothing waits
                 run.net.state_dict()
                 for group, round_ in zip(run.opt.param_groups, start, strict=False):
@@ -290,8 +284,8 @@ def test_a_pass_fails_and_the_batch_is_tried_again(name, user, own, backend):
                 user(run)
                 run.opt.eval()
                 untroubled.opt.eval()
-                assert same(run.params, untroubled.params)
-                assert same_state(run.everything(), untroubled.everything())
+                assert_same(run.params, untroubled.params)
+                assert_same_state(run.everything(), untroubled.everything())
 
 
 @some
@@ -313,7 +307,7 @@ def test_an_optimizer_is_made_anew_in_the_middle(name, own, backend):
     with pytest.raises(RuntimeError, match=r"restore\(\), eval\(\) or step\(\)"):
         anew(run.net)
     del run.opt
-    assert same(run.params, run.before)
+    assert_same(run.params, run.before)
     other = copy.deepcopy(run.net)
     for net in (run.net, other):
         net.zero_grad()
@@ -321,7 +315,7 @@ def test_an_optimizer_is_made_anew_in_the_middle(name, own, backend):
         for t in range(3):
             step(net, opt, t)
         opt.eval()
-    assert same(run.params, list(other.parameters()))
+    assert_same(run.params, list(other.parameters()))
     assert not same(run.params, run.before)
 
 
@@ -373,7 +367,7 @@ def one_rank_fails(name, user, bad_pass, views):
                     opt.zero_grad()
                     with pytest.raises((MemoryError, OtherRankFailed)):
                         user(opt, a_pass)
-                    assert same(clean_copy(opt, net), before)
+                    assert_same(clean_copy(opt, net), before)
                     assert opt.rolling or not opt.is_perturbed
                 for group in opt.param_groups:
                     if "round" in group and not opt.rolling:
@@ -393,7 +387,7 @@ def one_rank_fails(name, user, bad_pass, views):
 
 def clean_copy(opt, net):
     with opt.clean():
-        return [p.detach().clone() for p in net.parameters()]
+        return copies(net.parameters())
 
 
 def ranks_by_closure(opt, a_pass):

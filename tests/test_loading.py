@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from patterns import same
+from compare import same
 from two_buckets import KINDS, Run, assert_same_run, values
 from unchanged import changed, frozen, picture
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from compare import copies
 from laws import Values, every_dtype, law
 
 import flatkern
@@ -184,7 +185,7 @@ def trained(backend, base, half=False, perturb=None, steps=50, **ire):
             with torch.no_grad():
                 for p, w in zip(twin.parameters(), clean, strict=True):
                     p.copy_(w)
-        old = [p.detach().clone() for p in twin.parameters()]
+        old = copies(twin.parameters())
         opt.step()
         exact.step()
         with torch.no_grad():
@@ -227,7 +228,7 @@ def test_kappa_zero_and_no_mask_are_the_base(backend):
                 opt.update_mask()
             fill(params)
             opt.step()
-        results.append([p.detach().clone() for p in params])
+        results.append(copies(params))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from compare import assert_same
 from test_mask import fill, make, masked
 from unchanged import refused
 
@@ -89,7 +90,7 @@ def test_fraction_and_interval_change_at_any_step(backend):
     before = [m.clone() for m in masked(params, opt)]
     with pytest.raises(ValueError, match=r"update_mask: sharp_fraction is 0\.6 in group 0 and 0\.5 in group 1, but"):
         update()
-    assert all(torch.equal(a, b) for a, b in zip(before, masked(params, opt), strict=True))
+    assert_same(masked(params, opt), before)
     assert all(p.grad is not None for p in params)
 
 

@@ -4,6 +4,8 @@ import gc
 
 import pytest
 import torch
+from compare import copies
+from steps import begins_clean, perturb
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flatkern
@@ -75,10 +77,8 @@ def drop(params):
 
 def step(opt, params, look=lambda: None, missing=None):
     """One step of the method, after which no gradient is left; `look` is called where the optimizer keeps some."""
-    if opt.method is not None and not opt.rolling:
-        if isinstance(opt.method, SAM) or opt.method.lam is not None:
-            give(params, missing)
-        opt.perturb()
+    perturb(opt, lambda: give(params, missing))
+    if opt.is_perturbed and not opt.rolling:
         look()
     give(params)
     opt.step()
@@ -206,7 +206,7 @@ def test_release_while_perturbed_is_refused(backend):
     for method, way_back in ((RWP(), "restore"), (RWP(rolling=True), "eval")):
         params = model(torch.float32)
         opt = SGD(params, perturb=method, backend=backend)
-        clean = [p.detach().clone() for p in params]
+        clean = copies(params)
         opt.train() if method.rolling else opt.perturb()
         with pytest.raises(RuntimeError, match=rf"release: the weights are perturbed; call {way_back}\(\) first"):
             opt.release()
@@ -242,7 +242,7 @@ def test_a_step_allocates_no_weights(method, precision):
     for _ in range(2):
         step(opt, params)
     if opt.method is not None and not opt.rolling:
-        if isinstance(opt.method, SAM) or opt.method.lam is not None:
+        if begins_clean(opt):
             give(params)
         with Allocations() as first:
             opt.perturb()

@@ -5,16 +5,11 @@ import re
 
 import pytest
 import torch
-from patterns import METHODS, Training, same, same_state, train
+from compare import assert_same, assert_same_state
+from patterns import METHODS, Training, train, trained
 
 import flatkern
 from flatkern import ASAM, GSAM, RWP, SAM, FriendlySAM, LookSAM, MomentumSAM
-
-
-def trained(method, backend, user="SAM", steps=3, **own):
-    run = Training(method, backend=backend, **own)
-    train(run, METHODS[user].user, steps)
-    return run
 
 
 def means(run):
@@ -52,13 +47,13 @@ def test_a_round_that_fails_leaves_the_mean(fail, steps, backend):
     before = run.state()
     with pytest.raises(OSError, match="no"):
         fail(run)
-    assert same_state(run.state(), before)
+    assert_same_state(run.state(), before)
     assert len(run.opt.state) == len(untroubled.opt.state)
     for r in (run, untroubled):
         r.opt.zero_grad()
         train(r, METHODS["SAM"].user, 2, start=5)
-    assert same(run.weights(), untroubled.weights())
-    assert same_state(means(run), means(untroubled))
+    assert_same(run.weights(), untroubled.weights())
+    assert_same_state(means(run), means(untroubled))
 
 
 def test_release_forgets_the_round_that_is_pending(backend):
@@ -155,10 +150,10 @@ def test_rolling_refuses_an_unknown_momentum_before_it_steps(backend):
     p.grad = torch.ones(3)
     with pytest.raises(RuntimeError, match=r"neither momentum_buffer nor exp_avg \(z\)"):
         opt.step()
-    assert same([p.detach()], [before])
+    assert_same([p.detach()], [before])
     with pytest.raises(RuntimeError, match="neither momentum_buffer nor exp_avg"):
         opt.train()
-    assert same([p.detach()], [before])
+    assert_same([p.detach()], [before])
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -171,7 +166,7 @@ def test_float16_under_a_scaler_is_refused_by_name(method, backend):
     message = f"scaler.unscale_() refuses float16 gradients, which {type(method).__name__} needs; keep float32 weights"
     with pytest.raises(RuntimeError, match=re.escape(message)):
         run.perturb()
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "2"])
@@ -192,7 +187,7 @@ def test_a_weight_that_is_frozen_after_the_ascent_stays(name, backend):
     run.net.hidden.grad = None
     run.backward(2)
     run.opt.step()
-    assert same([run.net.hidden.detach()], [clean])
+    assert_same([run.net.hidden.detach()], [clean])
 
 
 def test_a_step_without_gradients_is_no_step_of_an_interval():

@@ -5,17 +5,12 @@ import re
 
 import pytest
 import torch
-from patterns import METHODS, Training, same, same_state, train
+from compare import assert_same, assert_same_state, same
+from patterns import METHODS, Training, train, trained
 
 from flatkern import ASAM, GSAM, RWP, SAM, FriendlySAM, LookSAM, MomentumSAM, Wrap
 
 bases = pytest.mark.parametrize("base", ["SGD", "AdamW", "Wrap"])
-
-
-def trained(method, backend, user="SAM", base="SGD", steps=4, **own):
-    run = Training(method, base=base, backend=backend, **own)
-    train(run, METHODS[user].user, steps)
-    return run
 
 
 BAD = [
@@ -66,7 +61,7 @@ def test_a_group_value_is_checked_before_anything_is_written(method, key, value,
         run.backward(0)
     with pytest.raises(ValueError, match=re.escape(message)):
         run.opt.perturb()
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
     assert not run.opt.is_perturbed
     assert not run.state()
 
@@ -98,8 +93,8 @@ def test_a_checkpoint_continues(name, base, backend):
     other.net.load_state_dict(saved[0])
     other.opt.load_state_dict(saved[1])
     train(other, METHODS[name].user, 4, start=4)
-    assert same(run.weights(), other.weights())
-    assert same_state(run.state(), other.state())
+    assert_same(run.weights(), other.weights())
+    assert_same_state(run.state(), other.state())
 
 
 def test_a_checkpoint_of_another_method(backend):
@@ -144,7 +139,8 @@ def test_a_count_that_is_none_is_refused(count, backend):
     saved["param_groups"][0]["perturb_count"] = count
     with pytest.raises(ValueError, match=r"perturb_count is .*, but should be an integer in \[0, 2\^32\)"):
         run.opt.load_state_dict(saved)
-    assert same(run.weights(), before) and run.opt.param_groups[0]["perturb_count"] == 4
+    assert_same(run.weights(), before)
+    assert run.opt.param_groups[0]["perturb_count"] == 4
 
 
 @pytest.mark.parametrize(("method", "key"), [(LookSAM(0.3, k=2), "orthogonal"), (FriendlySAM(0.3), "ascent_mean")])
@@ -164,7 +160,8 @@ def test_state_of_another_dtype_continues(method, key, backend):
         other.opt.load_state_dict(saved[1])
         train(other, METHODS[name].user, 3, start=4)
         ends.append(other.weights())
-    assert same(ends[0], ends[1]) and same(ends[2], ends[3])
+    assert_same(ends[0], ends[1])
+    assert_same(ends[2], ends[3])
 
 
 def test_state_of_another_shape_is_refused(backend):

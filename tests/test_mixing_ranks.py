@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from compare import copies
 from conftest import live
 from parallel_training import (
     ETA,
@@ -104,7 +105,7 @@ def many_steps(group, base, backend, options):
         opt = flatkern.Wrap(torch.optim.RMSprop(model.parameters(), lr=0.001), perturb, backend=backend, **options)
     else:
         opt = getattr(flatkern, base)(model.parameters(), lr=0.01, perturb=perturb, backend=backend, **options)
-    start = [p.detach().clone() for p in model.parameters()]
+    start = copies(model.parameters())
     for step in range(200):
         opt.zero_grad()
         if opt.mask_due:
@@ -145,7 +146,7 @@ def kept(group, backend):
     is_noisy = dist.get_rank() % 2 == 1
     model = parallel(group)
     opt = flatkern.SGD(model.parameters(), lr=0.0, perturb=method(group=group, eta=ETA), backend=backend)
-    before = [p.detach().clone() for p in model.parameters()]
+    before = copies(model.parameters())
 
     def unmoved():
         return all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))

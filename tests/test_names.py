@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from patterns import same
+from compare import copies, same
 from torch import nn
 
 import flatkern
@@ -99,7 +99,7 @@ def test_without_names_a_vector_is_warned_of_once(backend):
 def test_a_warning_that_is_an_error_leaves_clean_weights(backend):
     net = Net()
     opt = unnamed(net, ASAM(), backend)
-    before = [p.detach().clone() for p in net.parameters()]
+    before = copies(net.parameters())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match=UNKNOWN):

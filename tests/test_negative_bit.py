@@ -5,7 +5,8 @@ Every call that reads a gradient does what it does for the same numbers without 
 
 import pytest
 import torch
-from patterns import BASES, backends, same
+from compare import assert_same
+from patterns import BASES, backends
 from torch.nn import Parameter
 from two_buckets import KINDS, Run, assert_same_run, values
 from unchanged import changed, frozen, picture
@@ -63,7 +64,7 @@ def test_options(kind, own, backend):
         r.run("b mask" if "enhance" in own else "").train(2)
     assert_same_run(run, other)
     if "max_grad_norm" in own:
-        assert same([run.opt.grad_norm], [other.opt.grad_norm])
+        assert_same([run.opt.grad_norm], [other.opt.grad_norm])
 
 
 @pytest.mark.parametrize("base", ["SGD", "Wrap"])
@@ -96,8 +97,8 @@ def test_masks(base, backend):
 def test_perturbed_weights(kind, backend):
     """Up the gradient, not down."""
     runs = [make(kind, "SGD", backend).run("b perturb") for make in (Negated, Run)]
-    assert same(runs[0].weights(), runs[1].weights())
-    assert same([runs[0].opt.ascent_norm], [runs[1].opt.ascent_norm])
+    assert_same(runs[0].weights(), runs[1].weights())
+    assert_same([runs[0].opt.ascent_norm], [runs[1].opt.ascent_norm])
 
 
 @pytest.mark.parametrize("kind", ["RWP", "m-RWP", "SAM"])
@@ -147,4 +148,4 @@ def test_gradients_keep_their_values(base, backend):
     run = Negated("plain", base, backend).run("b")
     before = [p.grad.clone() for p in run.params]
     run.run("step")
-    assert same([p.grad.resolve_neg() for p in run.params], before)
+    assert_same([p.grad.resolve_neg() for p in run.params], before)

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from torch import nn
+from compare import copies
+from networks import layers
 from torch.nn.functional import cross_entropy
 
 import flatkern
 
 
 def make_model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    return layers(6, 8, 3)
 
 
 def optimizers(model, lr=0.1):
@@ -43,9 +43,9 @@ def train(model, made, in_backward, steps=4):
             for opt in made.values():
                 opt.step()
                 opt.zero_grad()
-    noisy = [p.detach().clone() for p in model.parameters()]
+    noisy = copies(model.parameters())
     model.state_dict()  # ends the noise of all of them
-    return noisy, [p.detach().clone() for p in model.parameters()]
+    return noisy, copies(model.parameters())
 
 
 def test_steps_in_backward_are_steps_after_it():

@@ -25,6 +25,12 @@ def bound(base, norm="group"):
     return 4 * distance(plain, oracle_path(base, "plain", norm)) + STEPS * 2.0**-24
 
 
+def assert_follows(path, base, method, *norm):
+    """It stays within `bound` of the oracle's, tensor by tensor."""
+    error, allowed = distance(path, oracle_path(base, method, *norm)), bound(base, *norm)
+    assert error < allowed
+
+
 # Eager runs every method once and every base with three: its noise is slow, and every backend has the same bits of it.
 # What differs from another method's row by rounds, or by a scale of the noise, runs with one base.
 WITH_ONE_BASE = {
@@ -46,10 +52,8 @@ CASES = [
 @pytest.mark.parametrize(("backend", "base", "method"), CASES, indirect=["backend"])
 @pytest.mark.filterwarnings("error")
 def test_trajectory(base, method, backend):
-    """50 steps in three groups stay within `bound` of the oracle, tensor by tensor."""
-    path = library_path(flatkern, base, method, backend=backend)
-    error, allowed = distance(path, oracle_path(base, method)), bound(base)
-    assert error < allowed
+    """50 steps in three groups."""
+    assert_follows(library_path(flatkern, base, method, backend=backend), base, method)
 
 
 @pytest.mark.covering(1)
@@ -57,8 +61,7 @@ def test_trajectory(base, method, backend):
 def test_trajectory_with_batch_norm(method, backend):
     """The same with BatchNorm in training mode: its running statistics play no part in the gradients."""
     path = library_path(flatkern, "momentum", method, "batch", backend=backend)
-    error, allowed = distance(path, oracle_path("momentum", method, "batch")), bound("momentum", "batch")
-    assert error < allowed
+    assert_follows(path, "momentum", method, "batch")
 
 
 @pytest.mark.covering(1)
@@ -66,9 +69,7 @@ def test_trajectory_with_batch_norm(method, backend):
 @pytest.mark.parametrize("base", ["momentum", "adamw"])
 def test_trajectory_maximizing(base, method, backend):
     """maximize=True on the negative loss is the same run; SAM's ascent is flipped too."""
-    path = library_path(flatkern, base, method, backend=backend, maximize=True)
-    error, allowed = distance(path, oracle_path(base, method)), bound(base)
-    assert error < allowed
+    assert_follows(library_path(flatkern, base, method, backend=backend, maximize=True), base, method)
 
 
 @pytest.mark.covering(1)
@@ -76,9 +77,7 @@ def test_trajectory_maximizing(base, method, backend):
 @pytest.mark.parametrize("base", ["momentum", "adamw"])
 def test_trajectory_of_wrap(base, method, backend):
     """The same around torch's own optimizer."""
-    path = library_path(flatkern, base, method, backend=backend, wrapped=True)
-    error, allowed = distance(path, oracle_path(base, method)), bound(base)
-    assert error < allowed
+    assert_follows(library_path(flatkern, base, method, backend=backend, wrapped=True), base, method)
 
 
 def schedule(values, t):

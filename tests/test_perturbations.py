@@ -6,7 +6,9 @@ from functools import partial
 
 import pytest
 import torch
-from patterns import BASES, METHODS, SEED, STREAM, Training, backends, noise, plain, same, train
+from compare import assert_same, same
+from patterns import BASES, METHODS, SEED, STREAM, Training, backends, noise, train
+from steps import plain
 from torch import nn
 
 import flatkern
@@ -44,8 +46,8 @@ def test_noise_of_successive_rounds(precision, backend):
         expected = trainable(run, drawn(run.start, 0.1, round, backend))
         run.opt.perturb()
         now = trainable(run, run.weights())
-        assert same(now, expected)
-        assert same([run.net.frozen], run.start[:1])
+        assert_same(now, expected)
+        assert_same([run.net.frozen], run.start[:1])
         assert not any(same(now, other) for other in seen)
         seen.append(now)
         run.opt.restore()
@@ -60,7 +62,7 @@ def test_noise_key(key, backend):
         for run in runs:
             run.opt.train() if run.opt.rolling else run.opt.perturb()
         assert not same([runs[0].net.hidden], [runs[1].net.hidden])
-        assert same([runs[0].net.frozen], [runs[1].net.frozen])
+        assert_same([runs[0].net.frozen], [runs[1].net.frozen])
 
 
 def grouped(perturb, backend, *own, make=flatkern.SGD, **options):
@@ -85,9 +87,9 @@ def test_sigma_per_group_changes_during_training(backend):
         ]
         expected[2 if round == 0 else 0] = split(run.start)[2 if round == 0 else 0]
         run.opt.perturb()
-        assert same(parts[0][1:], expected[0][1:])
-        assert same(parts[1], expected[1])
-        assert same(parts[2], expected[2])
+        assert_same(parts[0][1:], expected[0][1:])
+        assert_same(parts[1], expected[1])
+        assert_same(parts[2], expected[2])
         run.opt.restore()
         run.opt.param_groups[0]["perturb"], run.opt.param_groups[2]["perturb"] = False, True
         run.opt.param_groups[1]["sigma"] = 0.0
@@ -151,7 +153,7 @@ def test_climb(method, backend):
     run.opt.param_groups[0]["rho"] = 0.0
     run.backward(0)
     run.opt.perturb()
-    assert same(parts[0], split(run.start)[0])
+    assert_same(parts[0], split(run.start)[0])
 
 
 @pytest.mark.parametrize(("backend", "base"), backends(BASES, lambda base: base == "SGD"), indirect=["backend"])
@@ -171,7 +173,7 @@ def test_maximize(name, base, backend):
             run.net.register_forward_hook(lambda net, args, loss: -loss)
         train(run, METHODS[name].user)
         runs.append(run)
-    assert same(runs[0].weights(), runs[1].weights())
+    assert_same(runs[0].weights(), runs[1].weights())
 
 
 def test_bfloat16_climb_warns_once(backend):
@@ -211,7 +213,7 @@ def test_bad_values(name, key, value, backend):
         METHODS[name].user(run, 1)
     run.opt.param_groups[0][key] = good
     run.opt.restore()
-    assert same(run.weights(), before)
+    assert_same(run.weights(), before)
 
 
 def test_expected_pattern_is_shown_once(backend):
@@ -267,7 +269,7 @@ def test_collected_while_perturbed(name, options, backend):
     run = perturbed(name, backend, **options)
     del run.opt
     gc.collect()
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -280,9 +282,9 @@ def test_second_optimizer_of_perturbed_weights(name, backend):
     with pytest.raises(RuntimeError, match=r"restore\(\).*eval\(\).*step\(\)"):
         flatkern.Wrap(torch.optim.SGD([run.net.head]), perturb=noise(), backend=backend)
     gc.collect()
-    assert same(run.weights(), now)
+    assert_same(run.weights(), now)
     run.opt.eval()
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
     flatkern.AdamW(run.net.parameters(), backend=backend)
 
 
@@ -293,20 +295,20 @@ def test_clean(name, options, backend):
     run, other = perturbed(name, backend, **options), perturbed(name, backend, **options)
     now = run.weights()
     with run.opt.clean():
-        assert same(run.weights(), run.start)
+        assert_same(run.weights(), run.start)
         assert not run.opt.is_perturbed
     assert run.opt.is_perturbed
     with pytest.raises(ZeroDivisionError), run.opt.clean():
         _ = 1 / 0
-    assert same(run.weights(), now)
+    assert_same(run.weights(), now)
     for r in (run, other):
         r.backward(1)
         with r.opt.clean():
             pass
         r.opt.eval()
-        assert same(r.weights(), r.start)
+        assert_same(r.weights(), r.start)
         with r.opt.clean():
-            assert same(r.weights(), r.start)
+            assert_same(r.weights(), r.start)
         assert not r.opt.is_perturbed
 
 
@@ -319,8 +321,8 @@ def test_calls_inside_clean(name, backend):
         for call in (run.opt.perturb, run.opt.restore, run.opt.step):
             with pytest.raises(RuntimeError, match=r"clean\(\)|rolling"):
                 call()
-        assert same(run.weights(), run.start)
-    assert same(run.weights(), now)
+        assert_same(run.weights(), run.start)
+    assert_same(run.weights(), now)
 
 
 @pytest.mark.parametrize("name", ["RWP", "rolling"])
@@ -334,7 +336,7 @@ def test_first_perturbation_in_inference_mode(name, backend):
     for r in (run, other):
         train(r, METHODS[name].user)
         r.opt.eval()
-    assert same(run.weights(), other.weights())
+    assert_same(run.weights(), other.weights())
 
 
 def alive(shape):
@@ -383,7 +385,7 @@ def test_release_changes_no_trajectory(name, backend):
                 run.opt.release()
                 run.opt.train()
         run.opt.eval()
-    assert same(runs[0].weights(), runs[1].weights())
+    assert_same(runs[0].weights(), runs[1].weights())
 
 
 WRITES = {

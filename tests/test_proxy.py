@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
-from patterns import METHODS, Training, backends, noise, plain, same, same_state, train
+from compare import assert_same, assert_same_state, same
+from patterns import METHODS, Training, backends, noise, train
+from steps import plain
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.optim.lr_scheduler import StepLR
 
@@ -49,7 +51,7 @@ def test_proxy_leaves_every_weight_at_lr_zero(name, base, backend):
         train(run, user)
         run.opt.eval()
         assert run.saw_other_weights
-        assert same(run.weights(), run.start)
+        assert_same(run.weights(), run.start)
         assert not real.is_perturbed
 
 
@@ -70,10 +72,10 @@ def test_proxy_is_the_optimizer(name, base, backend):
     proxy.eval()
     direct.opt.eval()
     assert not real.is_perturbed
-    assert same(run.weights(), direct.weights())
+    assert_same(run.weights(), direct.weights())
     for opt in (real, proxy):
         run.opt = opt
-        assert same_state(run.state(), direct.state())
+        assert_same_state(run.state(), direct.state())
     saved, expected = proxy.state_dict(), direct.opt.state_dict()
     assert saved["state"].keys() == expected["state"].keys()
 
@@ -95,7 +97,7 @@ def test_proxy_loads(name, base, backend):
         (run.opt if through_proxy else real).load_state_dict(copy.deepcopy(saved))
         train(run, METHODS[name].user, 2, start=2)
         run.opt.eval()
-        assert same(run.weights(), source.weights())
+        assert_same(run.weights(), source.weights())
 
 
 def test_refusals_by_proxy(backend):
@@ -108,12 +110,12 @@ def test_refusals_by_proxy(backend):
             opt.perturb()
     with run.opt.clean():
         assert not real.is_perturbed
-        assert same(run.weights(), run.start)
+        assert_same(run.weights(), run.start)
     real.restore()
     assert not run.opt.is_perturbed
     with run.opt.perturbed():
         assert real.is_perturbed
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
 
 
 def test_proxy_that_goes_away(backend):
@@ -122,9 +124,9 @@ def test_proxy_that_goes_away(backend):
     run.opt.perturb()
     noisy = run.weights()
     run.opt = real
-    assert same(run.weights(), noisy)
+    assert_same(run.weights(), noisy)
     real.restore()
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
     run, real = run_by_proxy("rolling", backend)
     run.opt.follow(run.net)
     run.opt = real
@@ -223,8 +225,8 @@ def test_accelerated(name, base, scaled, backend):
     train(other, METHODS[name].user, 4)
     for opt in (run.wrapper, other.opt):
         opt.eval()
-    assert same(run.weights(), other.weights())
-    assert same_state(run.state(), other.state())
+    assert_same(run.weights(), other.weights())
+    assert_same_state(run.state(), other.state())
 
 
 def test_accelerated_closure_with_a_scaler(backend):
@@ -276,14 +278,14 @@ def test_distributed_checkpoint(name, base, flat, backend):
         for p, w in zip(fresh.net.parameters(), weights, strict=True):
             p.copy_(w)
     dcp.set_optimizer_state_dict(fresh.net, fresh.opt, saved, options=options)
-    assert same(fresh.weights(), weights)
-    assert same_state({k: v for k, v in fresh.state().items() if k in run.state()}, run.state())
+    assert_same(fresh.weights(), weights)
+    assert_same_state({k: v for k, v in fresh.state().items() if k in run.state()}, run.state())
     assert fresh.opt.param_groups[0].get("round") == run.opt.param_groups[0].get("round")
     for r in (run, fresh):
         r.opt.train()
         train(r, user, 2, start=3)
         r.opt.eval()
-    assert same(fresh.weights(), run.weights())
+    assert_same(fresh.weights(), run.weights())
 
 
 @pytest.mark.parametrize("flat", FLAT)
@@ -294,7 +296,7 @@ def test_distributed_checkpoint_of_a_fresh_optimizer(name, base, flat, backend):
     run = Training(METHODS[name].make(), base, backend=backend)
     saved, _ = saved_by_dcp(run, flat)
     assert any("momentum_buffer" in key or "exp_avg" in key for key in (saved if flat else str(saved).split("'")))
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
     assert not run.opt.is_perturbed
     assert run.opt.param_groups[0]["round"] == 0
     assert run.opt.param_groups[0]["lr"] == 0.05

@@ -10,14 +10,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from compare import bits
+from compare import assert_same_values, bits, copies
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import (
     Values,
     assert_close,
-    assert_same,
-    copies,
     every_dtype,
     examples,
     law,
@@ -68,7 +66,7 @@ def test_the_ascent_is_that_of_the_paper(eta, shapes, seed, rho, sign):
     g = [x.double().numpy() for x in grads]
     total = math.sqrt(sum(float(((ti * gi) ** 2).sum()) for ti, gi in zip(t, g, strict=True)))
     assert_close(norm, total, 4)
-    assert_same(backups, clean)
+    assert_same_values(backups, clean)
     for p, w, ti, gi in zip(params, clean, t, g, strict=True):
         if total > 1e-3:
             e = sign * rho / total * ti**2 * gi
@@ -97,7 +95,7 @@ def test_friendly_sam_climbs_beside_the_mean_and_then_renews_it(eta, shapes, see
         sum(float(((ti * (np.abs(g) + sigma * np.abs(m))) ** 2).sum()) for ti, (g, m) in zip(t, pairs, strict=True))
     )
     assert_close(norm, total, 8, size)
-    assert_same(means, before)
+    assert_same_values(means, before)
     for k, (g, m) in enumerate(pairs):
         assert_close(new[k], momentum * m + (1 - momentum) * g, 4, np.abs(g) + np.abs(m))
         if total > 1e-3 * size:
@@ -115,9 +113,9 @@ def test_no_ascent_leaves_every_bit(rho, norm):
     clean, means, new = copies(params), v.tensors(), v.tensors()
     numbers = dict(rho=rho, eta=[-1.0, 0.1], sigma=0.5, momentum=0.9)
     v.run("perturb_ascent_", params=params, grads=grads, norm=scalar(norm), new_means=new, means=means, **numbers)
-    assert_same(params, clean)
+    assert_same_values(params, clean)
     if not math.isfinite(norm):
-        assert_same(new, means)
+        assert_same_values(new, means)
 
 
 # Gaussian noise.
@@ -140,7 +138,7 @@ def test_the_noise_is_that_of_the_papers(dtype, masters, shapes, seed, sigma, et
     v.run("fill_normal_", outs=outs, noise=noise())
     given = dict(params=params, backups=backups, masters=wide, history=history if damped else None)
     v.run("perturb_gaussian_", **given, noise=noise(), sigma=sigma, eta=eta)
-    assert_same(backups, clean)
+    assert_same_values(backups, clean)
     for p, w, f, z in zip(params, wide or clean, history, outs, strict=True):
         std = sigma * np.linalg.norm(rows64(w), axis=1, keepdims=True)
         if damped:
@@ -169,8 +167,8 @@ def test_history_without_eta_or_of_zeros_changes_nothing():
     v.run("perturb_gaussian_", params=no_eta, history=v.history(), noise=noise(), sigma=0.1, eta=0.0)
     none = [torch.zeros(3), torch.zeros(7)]
     v.run("perturb_gaussian_", params=zeros, history=none, noise=noise(), sigma=0.1, eta=0.7)
-    assert_same(no_eta, plain)
-    assert_same(zeros, plain)
+    assert_same_values(no_eta, plain)
+    assert_same_values(zeros, plain)
 
 
 # Restoring.
@@ -227,7 +225,7 @@ def test_mixing(shapes, seed, lam, scale, clip, beta, two):
     given, before = copies(grads), copies(history)
     mixing = dict(clean_grads=clean, grad_scale=scalar(scale), grad_weight=lam, clean_weight=1 - lam)
     v.run("gradient_norm_", norm=norm, grads=grads, **mixing)
-    assert_same(grads, given)
+    assert_same_values(grads, given)
     v.run("mix_gradients_", grads=grads, history=history, clip=scalar(clip), beta=beta, **mixing)
 
     total = 0.0
@@ -266,7 +264,7 @@ def test_a_component_takes_the_place_of_the_clean_gradient(shapes, seed, weight,
     mixing["clean_weight"] = clean_weight
     v.run("gradient_norm_", norm=norm, grads=grads, **mixing)
     v.run("mix_gradients_", grads=grads, outs=outs, found_inf=scalar(0.0), **mixing)
-    assert_same(grads, given)
+    assert_same_values(grads, given)
     total, size = 0.0, 0.0
     for k, out in enumerate(outs):
         g, a = 0.5 * rows64(given[k]), rows64(clean[k])
@@ -277,4 +275,4 @@ def test_a_component_takes_the_place_of_the_clean_gradient(shapes, seed, weight,
     assert_close(norm, math.sqrt(total), 16, math.sqrt(size))
     kept = copies(outs)
     v.run("mix_gradients_", grads=grads, outs=outs, found_inf=scalar(1.0), **mixing)
-    assert_same(outs, kept)
+    assert_same_values(outs, kept)

@@ -4,14 +4,13 @@ import math
 
 import pytest
 import torch
+from compare import assert_same_values, copies
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import (
     U,
     Values,
     assert_close,
-    assert_same,
-    copies,
     every_dtype,
     examples,
     law,
@@ -44,7 +43,7 @@ def copied(lists):
 
 def assert_same_state(got, want):
     for key in want:
-        assert_same(got[key], want[key])
+        assert_same_values(got[key], want[key])
 
 
 @law(*UPDATES)
@@ -62,8 +61,8 @@ def test_mixing_in_the_update_is_mixing_before_it(name, dtype, component):
     v.run(name, params=inside[0], **inside[1], history=inside[2], grads=grads, **mixing, beta=0.9, **UPDATES[name])
     v.run("mix_gradients_", grads=grads, history=history, **mixing, beta=0.9)
     v.run(name, params=params, **state, grads=grads, **UPDATES[name])
-    assert_same(inside[0], params)
-    assert_same(inside[2], history)
+    assert_same_values(inside[0], params)
+    assert_same_values(inside[2], history)
     assert_same_state(inside[1], state)
 
 
@@ -80,8 +79,8 @@ def test_the_update_starts_from_the_clean_weights(name, dtype, kept_in):
     v.run(name, params=plain, **plain_state, grads=grads, **UPDATES[name])
     perturbed = [torch.full_like(g, math.nan) for g in grads]
     v.run(name, params=perturbed, **state, **{kept_in: clean}, grads=grads, **UPDATES[name])
-    assert_same(clean, plain if kept_in == "masters" else before)
-    assert_same(perturbed, [t.to(dtype) for t in plain])
+    assert_same_values(clean, plain if kept_in == "masters" else before)
+    assert_same_values(perturbed, [t.to(dtype) for t in plain])
     assert_same_state(state, plain_state)
 
 
@@ -95,8 +94,8 @@ def test_an_update_of_rate_zero_restores_exactly(name, dtype):
     clean = copies(backups)
     rule = UPDATES[name] | dict(lr=0.0, weight_decay=0.0)
     v.run(name, params=params, **state, backups=backups, grads=v.tensors(), **rule)
-    assert_same(params, clean)
-    assert_same(backups, clean)
+    assert_same_values(params, clean)
+    assert_same_values(backups, clean)
 
 
 @law(*UPDATES)
@@ -120,7 +119,7 @@ def test_a_skipped_update_restores_and_changes_nothing_else(name, dtype, kept_in
         masters = clean if kept_in == "masters" else None
         given = dict(masters=masters, history=lists["history"], noise=noise())
         v.run("perturb_gaussian_", params=want, **given, sigma=0.1, eta=0.5)
-    assert_same(params, want)
+    assert_same_values(params, want)
 
 
 # The base rules against torch.optim in float64. A float32 step may be off by its own roundings: of every term, at most

@@ -6,7 +6,8 @@ from collections import namedtuple
 
 import pytest
 import torch
-from patterns import backends, same
+from compare import assert_same
+from patterns import backends
 from torch.nn import Linear, Parameter
 from two_buckets import Run, assert_same_run
 
@@ -229,7 +230,7 @@ def test_last_round_of_a_rolling_optimizer(rule, backend):
             with run.refused(ValueError, "round"):
                 run.opt.step()
             refusals += 1
-            assert same(run.run("eval").weights(), clean)
+            assert_same(run.run("eval").weights(), clean)
             for group in run.opt.param_groups:
                 group["round"] = 0
         run.run("step zero")

@@ -5,6 +5,8 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from compare import copies
+from networks import layers
 
 import flatkern
 
@@ -16,11 +18,6 @@ NEEDS_ALL = {
     "enhance": {"enhance": flatkern.IRE(1.0)},
     "max_grad_norm": {"max_grad_norm": 1.0},
 }
-
-
-def network():
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
 
 
 def message_of(make):
@@ -35,7 +32,7 @@ def refused_under_fsdp1():
     for original in (False, True):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it is deprecated, and that this is a CPU
-            model = FullyShardedDataParallel(network(), use_orig_params=original, device_id=torch.device("cpu"))
+            model = FullyShardedDataParallel(layers(5, 7, 3), use_orig_params=original, device_id=torch.device("cpu"))
         params = list(model.parameters())
         for base in (flatkern.SGD, flatkern.AdamW):
             message = message_of(lambda: base(params, lr=0.1, perturb=flatkern.RWP()))  # noqa: B023
@@ -44,7 +41,7 @@ def refused_under_fsdp1():
         sgd = torch.optim.SGD(params, lr=0.1)
         assert "fully_shard" in message_of(lambda: flatkern.Wrap(sgd, perturb=flatkern.SAM()))  # noqa: B023
         assert "sigma" not in sgd.param_groups[0]
-        ours = flatkern.SGD(network().parameters(), lr=0.1)
+        ours = flatkern.SGD(layers(5, 7, 3).parameters(), lr=0.1)
         assert "fully_shard" in message_of(lambda: ours.add_param_group({"params": params}))  # noqa: B023
         assert len(ours.param_groups) == 1
 
@@ -68,16 +65,16 @@ def inside_zero():
 
     ends = []
     for rule in (torch.optim.AdamW, flatkern.AdamW):
-        model = network()
+        model = layers(5, 7, 3)
         opt = ZeroRedundancyOptimizer(model.parameters(), rule, lr=0.1)
         for step in range(3):
             opt.zero_grad()
             generator = torch.Generator().manual_seed(step)
             model(torch.randn(4, 5, generator=generator)).square().mean().backward()
             opt.step()
-        ends.append([p.detach().clone() for p in model.parameters()])
+        ends.append(copies(model.parameters()))
     torch.testing.assert_close(*ends)
-    params = list(network().parameters())
+    params = list(layers(5, 7, 3).parameters())
     for name, options in NEEDS_ALL.items():
         for rule in (flatkern.SGD, flatkern.AdamW, Derived, wrapped):
             message = message_of(lambda: ZeroRedundancyOptimizer(params, rule, lr=0.1, **options))  # noqa: B023
@@ -106,7 +103,7 @@ def passes_of_fsdp2():
 
     ends = []
     for shard in (True, False):
-        model = network()
+        model = layers(5, 7, 3)
         if shard:
             fully_shard(model)
         opt = flatkern.SGD(model.parameters(), lr=0.1, perturb=flatkern.RWP(0.05, lam=0.3, rounds="sum"))

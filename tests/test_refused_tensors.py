@@ -4,7 +4,8 @@ served, and put right, training goes on as if nobody had tried.
 
 import pytest
 import torch
-from patterns import backends, same
+from compare import assert_same, same
+from patterns import backends
 from two_buckets import Run, assert_same_run
 
 from flatkern import IRE
@@ -93,7 +94,7 @@ def test_clean_gradient(spoil, rule, backend):
         with run.refused(ERRORS, "grad"):
             run.step()
     run.opt.restore()
-    assert same(run.weights(), clean)
+    assert_same(run.weights(), clean)
     run.opt.release()
     run.run("zero").train(1)
     assert not same(run.weights(), clean)

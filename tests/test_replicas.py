@@ -7,7 +7,11 @@ import gc
 import pytest
 import torch
 import torch.distributed as dist
+from compare import copies
 from covering import also
+from networks import labelled
+from parallel_training import equal_replicas, network, on_every_rank
+from steps import perturb
 from torch.nn.parallel import DistributedDataParallel
 
 import flatkern
@@ -40,27 +44,8 @@ BASES = {
 }
 
 
-def network():
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(9, 13), torch.nn.Tanh(), torch.nn.LayerNorm(13), torch.nn.Linear(13, 3))
-
-
 def data(step, rank):
-    generator = torch.Generator().manual_seed(2 * step + rank)
-    return torch.randn(6, 9, generator=generator), torch.randint(3, (6,), generator=generator)
-
-
-def on_every_rank(tensor):
-    """What all ranks have, to be compared bit for bit."""
-    found = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, tensor)
-    return found
-
-
-def equal_replicas(tensors):
-    for k, t in enumerate(tensors):
-        mine, *others = on_every_rank(t.detach().contiguous())
-        assert all(torch.equal(mine, other) for other in others), f"tensor {k}"
+    return labelled(2 * step + rank)
 
 
 def trained(base, method, views, steps=6, rounds=1, backend=None, synchronised=None):
@@ -73,7 +58,7 @@ def trained(base, method, views, steps=6, rounds=1, backend=None, synchronised=N
         synchronised = rounds == 1 or method in USED_FURTHER
     rank = dist.get_rank()
     model = DistributedDataParallel(network(), gradient_as_bucket_view=views)
-    start = [p.detach().clone() for p in model.parameters()]
+    start = copies(model.parameters())
     ours = {"backend": backend, "enhance": flatkern.IRE(2.0, interval=2)}
     opt = BASES[base](model.parameters(), perturb=METHODS[method](rank), **ours)
     if opt.rolling:
@@ -97,10 +82,7 @@ def trained(base, method, views, steps=6, rounds=1, backend=None, synchronised=N
         for k in range(rounds):
             last = k == rounds - 1
             due = opt.perturb_due
-            if due and not opt.perturbation.starts_perturbed:
-                backward(rounds * step + k, synchronised)
-            if due:
-                opt.perturb()
+            perturb(opt, lambda index=rounds * step + k: backward(index, synchronised))
             backward(rounds * step + k, synchronised=last)
             if due and not last:
                 opt.restore()
@@ -172,7 +154,7 @@ def overflow_on_one_rank(base, method, scaled, rounds, views, heads=None, abando
 
     moved = []
     for step in range(4):
-        before = [p.detach().clone() for p in model.parameters()]
+        before = copies(model.parameters())
         opt.zero_grad()
         for k in range(rounds):
             last = k == rounds - 1
@@ -258,7 +240,7 @@ def divided_losses(name, views, synchronised, base="SGD"):
             opt.zero_grad()
         if parallel:
             equal_replicas(model.parameters())
-        ends.append([p.detach().clone() for p in model.parameters()])
+        ends.append(copies(model.parameters()))
     if name != "SAM":
         for a, b in zip(*ends, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -293,7 +275,7 @@ def gradients_of_both_passes(views, backend=None):
             opt.perturb()
             backward(2 * step + 1)
             opt.step()
-        step_of[parallel] = [p.detach().clone() for p in model.parameters()]
+        step_of[parallel] = copies(model.parameters())
     for a, b in zip(step_of[True], step_of[False], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 

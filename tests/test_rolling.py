@@ -10,7 +10,9 @@ from functools import partial
 
 import pytest
 import torch
-from patterns import METHODS, SEED, STREAM, Training, backends, noise, plain, same, same_state, train
+from compare import assert_same, assert_same_state, same
+from patterns import METHODS, SEED, STREAM, Training, backends, noise, train
+from steps import plain
 
 import flatkern
 
@@ -59,11 +61,11 @@ def test_equals_explicit(name, precision, backend):
             r.opt.zero_grad()
         assert run.opt.is_perturbed
         assert not same(run.weights(), explicit.weights())
-        assert same(run.clean_weights(), explicit.weights())
+        assert_same(run.clean_weights(), explicit.weights())
         assert round_of(run) == round_of(explicit) == t
     run.opt.eval()
     explicit_state = {key: value for key, value in explicit.state().items() if key in run.state()}
-    assert same_state(run.state(), explicit_state)
+    assert_same_state(run.state(), explicit_state)
 
 
 @precisions
@@ -75,12 +77,12 @@ def test_train_and_eval_are_idempotent(name, precision, backend):
     noisy, clean, state, round = run.weights(), run.clean_weights(), run.state(), round_of(run)
     for call, weights in (("train", noisy), ("eval", clean), ("eval", clean), ("train", noisy), ("train", noisy)):
         getattr(run.opt, call)()
-        assert same(run.weights(), weights)
+        assert_same(run.weights(), weights)
         assert run.opt.is_perturbed is (call == "train")
         assert round_of(run) == round
     run.opt.train(False)
-    assert same(run.weights(), clean)
-    assert same_state(run.state(), state)
+    assert_same(run.weights(), clean)
+    assert_same_state(run.state(), state)
 
 
 def evaluate(run):
@@ -118,11 +120,11 @@ def test_looking_changes_nothing(name, precision, between, backend):
             between(watched)
         watched.step()
         watched.opt.zero_grad()
-    assert same(run.weights(), watched.weights())
+    assert_same(run.weights(), watched.weights())
     for r in (run, watched):
         r.opt.eval()
-    assert same(run.weights(), watched.weights())
-    assert same_state(run.state(), watched.state())
+    assert_same(run.weights(), watched.weights())
+    assert_same_state(run.state(), watched.state())
 
 
 @pytest.mark.parametrize("key", ["sigma", "eta", "perturb"])
@@ -135,7 +137,7 @@ def test_looking_under_a_schedule_changes_nothing(key, backend):
             r.opt.zero_grad()
             r.opt.param_groups[0][key] = value
         evaluate(watched)
-        assert same(run.weights(), watched.weights())
+        assert_same(run.weights(), watched.weights())
 
 
 @names
@@ -154,9 +156,9 @@ def test_step_in_eval_mode(name, backend):
     for r in (run, base):
         plain(r, 2)
     assert run.opt.is_perturbed
-    assert same(run.clean_weights(), base.weights())
+    assert_same(run.clean_weights(), base.weights())
     assert round_of(run) == round
-    assert same_state({key: run.state()[key] for key in before}, before)
+    assert_same_state({key: run.state()[key] for key in before}, before)
 
 
 @pytest.mark.parametrize("base", ["SGD", "Adam", "AdamW", "Wrap"])
@@ -171,7 +173,7 @@ def test_initial_step_of_distributed_checkpointing(name, base, backend):
     run.opt.step(closure=None)
     run.opt.param_groups[0]["lr"] = 0.05
     run.opt.zero_grad()
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
     assert not run.opt.is_perturbed
     assert round_of(run) == 0
     assert {k for k, _ in run.state()} == set(range(1, 7))
@@ -180,7 +182,7 @@ def test_initial_step_of_distributed_checkpointing(name, base, backend):
     for r in (run, other):
         train(r, plain)
         r.opt.eval()
-    assert same(run.weights(), other.weights())
+    assert_same(run.weights(), other.weights())
 
 
 def test_refused(backend):
@@ -197,9 +199,9 @@ def test_refused(backend):
         for call in (run.opt.perturb, run.opt.restore, lambda: run.opt.perturbed().__enter__()):
             with pytest.raises(RuntimeError, match=r"train\(\)|eval\(\)|follow"):
                 call()
-            assert same(run.weights(), weights)
+            assert_same(run.weights(), weights)
     run.opt.train()
-    assert same(run.weights(), noisy)
+    assert_same(run.weights(), noisy)
     assert round_of(run) == round
     assert len(run.opt.param_groups) == 1
     with pytest.raises(ValueError, match=r"rolling.*lam"):
@@ -214,15 +216,15 @@ def test_train_and_eval_of_others(backend):
     for name in ("RWP", "SAM"):
         run = Training(METHODS[name].make(), backend=backend)
         run.opt.train()
-        assert same(run.weights(), run.start)
+        assert_same(run.weights(), run.start)
         if name == "SAM":
             run.backward(0)
         run.opt.perturb()
         noisy = run.weights()
         run.opt.train()
-        assert same(run.weights(), noisy)
+        assert_same(run.weights(), noisy)
         run.opt.eval()
-        assert same(run.weights(), run.start)
+        assert_same(run.weights(), run.start)
 
 
 @names
@@ -234,12 +236,12 @@ def test_noise_of_parameters_without_gradient(name, backend):
         expected = run.clean_weights()
         flatkern.perturb_(expected, 0.1, seed=SEED, stream=STREAM, round=t, backend=backend)
         now = dict(run.net.named_parameters())
-        assert same([now["frozen"]], run.start[:1])
+        assert_same([now["frozen"]], run.start[:1])
         index = list(now).index("unused")
-        assert same([now["unused"]], [expected[index]])
-        assert same([run.clean_weights()[index]], [run.start[index]])
+        assert_same([now["unused"]], [expected[index]])
+        assert_same([run.clean_weights()[index]], [run.start[index]])
         if name == "rolling":
-            assert same(run.weights()[1:], expected[1:])
+            assert_same(run.weights()[1:], expected[1:])
         run.opt.zero_grad()
 
 
@@ -256,7 +258,7 @@ def test_groups_change_during_training(backend):
         clean = run.clean_weights()
         expected = [c.clone() for c in clean]
         flatkern.perturb_(expected, sigma, seed=SEED, stream=STREAM, round=t, backend=backend)
-        assert same(run.weights()[1:3], expected[1:3])
+        assert_same(run.weights()[1:3], expected[1:3])
         assert same(run.weights()[3:], clean[3:]) is not on
         run.opt.zero_grad()
 
@@ -286,11 +288,11 @@ def test_follow(name, precision, backend):
         run.loss(20)
         assert run.opt.is_perturbed
         assert not same(run.weights(), clean)
-        assert same(run.net.state_dict().values(), clean)
+        assert_same(run.net.state_dict().values(), clean)
         run.opt.state_dict()
     assert not run.opt.is_perturbed
     other.opt.eval()
-    assert same(run.weights(), other.weights())
+    assert_same(run.weights(), other.weights())
     assert saved[-1] == other.net(20)
     handle.remove()
     run.net.train()
@@ -305,9 +307,9 @@ def test_follow_a_submodule_in_checkpoints(backend):
     run.opt.follow(run.net)
     run.loss(20)
     noisy, clean = run.weights(), run.clean_weights()
-    assert same(outer.state_dict().values(), clean)
+    assert_same(outer.state_dict().values(), clean)
     run.loss(20)
-    assert same(run.weights(), noisy)
+    assert_same(run.weights(), noisy)
 
 
 def test_followed_model_is_copied_and_pickled(backend):
@@ -320,13 +322,13 @@ def test_followed_model_is_copied_and_pickled(backend):
     assert not run.opt.is_perturbed
     run.loss(20)
     for net in copies:
-        assert same(net.parameters(), clean)
+        assert_same(net.parameters(), clean)
         for training in (True, False):
             net.train(training)(20)
-            assert same(net.parameters(), clean)
+            assert_same(net.parameters(), clean)
         net.state_dict()
     assert run.opt.is_perturbed
-    assert same(run.weights(), noisy)
+    assert_same(run.weights(), noisy)
 
 
 def test_followed_model_gets_another_optimizer(backend):
@@ -338,10 +340,10 @@ def test_followed_model_gets_another_optimizer(backend):
     run.opt.eval()
     run.opt = flatkern.AdamW(run.net.parameters(), lr=1e-3, perturb=noise(sigma=0.1, rolling=True), backend=backend)
     run.loss(20)
-    assert same(run.weights(), clean)
+    assert_same(run.weights(), clean)
     run.opt.follow(run.net)
     run.loss(20)
     assert run.opt.is_perturbed
     run.net.eval()
     run.loss(20)
-    assert same(run.weights(), clean)
+    assert_same(run.weights(), clean)

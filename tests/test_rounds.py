@@ -7,7 +7,8 @@ from itertools import product
 
 import pytest
 import torch
-from patterns import backends, same
+from compare import assert_same, copies, same
+from patterns import backends
 from torch import nn
 from two_buckets import assert_same_run
 from unchanged import frozen
@@ -89,7 +90,7 @@ class Run:
         return self
 
     def weights(self):
-        return [p.detach().clone() for p in self.params]
+        return copies(self.params)
 
 
 def gradient(run):
@@ -122,7 +123,7 @@ def test_by_hand(clear, rule, backend):
     """1, 4, 9, 16 for the 0-D weight: their mean is subtracted, not the last one."""
     run = Run("RWP", rule, backend).run(PATTERNS["RWP"](4) + " step", clear)
     expected = [(torch.arange(p.numel()).reshape(p.shape) + (1 + 4 + 9 + 16) / 4) for p in run.params]
-    assert same(gradient(run), expected)
+    assert_same(gradient(run), expected)
 
 
 @pytest.mark.parametrize("clear", CLEARED_BY)
@@ -147,7 +148,7 @@ def test_restore_is_the_way_back(name, clear, backend):
     again = "b " * (name == "SAM")
     run.run(f"{first}perturb b restore {again}perturb . b . restore", clear)
     assert not run.opt.is_perturbed
-    assert same(run.weights(), clean)
+    assert_same(run.weights(), clean)
     with pytest.raises(RuntimeError, match=r"release\(\)"):
         run.opt.state_dict()
     run.opt.release()
@@ -166,7 +167,7 @@ def test_an_exception_in_a_later_round(clear, backend):
         raise ZeroDivisionError
     for r in (run, untroubled):
         r.run("step")
-    assert same(run.weights(), untroubled.weights())
+    assert_same(run.weights(), untroubled.weights())
     assert not same(run.weights(), Run("RWP", "SGD", backend).weights())
 
 

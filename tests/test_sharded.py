@@ -4,12 +4,13 @@ import copy
 import functools
 
 import pytest
+import steps
 import torch
 import torch.distributed as dist
+from networks import labelled
+from parallel_training import fsdp, mesh, network, whole
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import flatkern
@@ -50,11 +51,6 @@ def tensors(seed, scale=1.0):
     return [scale * torch.randn(shape, generator=generator) for shape in SHAPES]
 
 
-@functools.cache
-def mesh(*shape):
-    return init_device_mesh("cpu", shape)
-
-
 def divided(values, where):
     """As DTensors; two-dimensional meshes replicate along the first, as hybrid sharding does. None: as they are."""
     if where is None:
@@ -63,16 +59,7 @@ def divided(values, where):
     return [distribute_tensor(v, mesh(*where), placements) for v in values]
 
 
-def whole(t):
-    return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
-
-
-def begins_clean(opt):
-    """The coming step has a gradient at clean weights before perturb()."""
-    return opt.perturb_due and not opt.perturbation.starts_perturbed
-
-
-def trajectory(where, base, method, dtype, options, steps=5, opt=None, start=0):
+def trajectory(where, base, method, dtype, options, count=5, opt=None, start=0):
     """Weights as the backward passes and as evaluation would see them, step by step, with preset gradients."""
     method = METHODS[method] if isinstance(method, str) else method
     params = [torch.nn.Parameter(p) for p in divided([t.to(dtype) for t in tensors(0)], where)]
@@ -80,29 +67,21 @@ def trajectory(where, base, method, dtype, options, steps=5, opt=None, start=0):
     params = [p for group in opt.param_groups for p in group["params"]]
     seen = []
 
-    def backward(seed):
+    def backward(seed, looks=False):
+        if looks:
+            seen.extend(whole(p) for p in params)
         for p, g in zip(params, divided([t.to(dtype) for t in tensors(seed, 0.1)], where), strict=True):
             p.grad = g if p.grad is None else p.grad + g
 
     opt.train()
-    for step in range(start, start + steps):
+    for t in range(start, start + count):
         if opt.enhancement and opt.mask_due:
             opt.eval()
-            backward(1000 + step)
+            backward(1000 + t)
             opt.update_mask()
             opt.train()
             seen += [whole(opt.state[p]["mask"]) if p in opt.state else None for p in params]
-        losses = getattr(method, "mix", "") == "losses"
-        if begins_clean(opt) and not losses:
-            backward(100 + step)
-        if opt.perturb_due:
-            opt.perturb()
-        seen += [whole(p) for p in params]
-        backward(200 + step)
-        if losses:
-            opt.restore()
-            backward(100 + step)
-        opt.step()
+        steps.step(opt, functools.partial(backward, 200 + t, looks=True), clean=functools.partial(backward, 100 + t))
         opt.zero_grad()
     opt.eval()
     seen += [whole(p) for p in params]
@@ -227,28 +206,10 @@ def test_what_is_sent(two, method, options, expected):
 # FSDP2 itself.
 
 
-def network():
-    torch.manual_seed(3)
-    return torch.nn.Sequential(
-        torch.nn.Linear(9, 13), torch.nn.LayerNorm(13), torch.nn.Tanh(), torch.nn.Linear(13, 3)
-    )  # fmt: skip
-
-
-def fsdp(where=(2,)):
-    model = network()
-    fully_shard(model[0], mesh=mesh(*where))
-    return fully_shard(model, mesh=mesh(*where))
-
-
-def batch(step):
-    """The same on every rank, so that the mean over ranks is the gradient of one process."""
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(6, 9, generator=generator), torch.randint(3, (6,), generator=generator)
-
-
-def train(model, opt, steps, start=0):
-    for step in range(start, start + steps):
-        x, y = batch(step)
+def train(model, opt, count, start=0):
+    """With the same batch on every rank, so that the mean over ranks is the gradient of one process."""
+    for t in range(start, start + count):
+        x, y = labelled(t)
 
         def backward(x=x, y=y):
             torch.nn.functional.cross_entropy(model(x), y).backward()
@@ -259,19 +220,14 @@ def train(model, opt, steps, start=0):
             backward()
             opt.update_mask()
             model.train()
-        if begins_clean(opt):
-            backward()
-        if opt.perturb_due:
-            opt.perturb()
-        backward()
-        opt.step()
+        steps.step(opt, backward)
 
 
-def trained(model, method, base="AdamW", steps=6, **options):
+def trained(model, method, base="AdamW", count=6, **options):
     opt = BASES[base](model.parameters(), perturb=METHODS[method], **options)
     if opt.rolling:
         opt.follow(model)
-    train(model, opt, steps)
+    train(model, opt, count)
     opt.eval()
     return [whole(p) for p in model.parameters()]
 
@@ -279,7 +235,7 @@ def trained(model, method, base="AdamW", steps=6, **options):
 def compare_training(method, base, **options):
     if base == "SGD":
         options["enhance"] = flatkern.IRE(1.0, interval=3)
-    got, want = (trained(model, method, base, **options) for model in (fsdp(), network()))
+    got, want = (trained(model, method, base, **options) for model in (fsdp(2), network()))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -296,7 +252,7 @@ def rounds(model):
     for step in range(3):
         opt.zero_grad()
         for shard in range(3):
-            x, y = batch(10 * step + shard)
+            x, y = labelled(10 * step + shard)
             torch.nn.functional.cross_entropy(model(x), y).backward()
             opt.perturb()
             torch.nn.functional.cross_entropy(model(x), y).backward()
@@ -307,7 +263,7 @@ def rounds(model):
 
 
 def compare_rounds():
-    for a, b in zip(rounds(fsdp()), rounds(network()), strict=True):
+    for a, b in zip(rounds(fsdp(2)), rounds(network()), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -316,7 +272,7 @@ def test_rounds_before_a_step(two):
 
 
 def restored(method, backend=None):
-    model = fsdp()
+    model = fsdp(2)
     before = [whole(p) for p in model.parameters()]
     opt = flatkern.SGD(model.parameters(), lr=0.0, momentum=0.9, perturb=METHODS[method], backend=backend)
     if opt.rolling:
@@ -339,11 +295,11 @@ def test_the_weights_come_back_bit_for_bit(two, method):
 
 def followed():
     """The first training forward sees the noise, an eval forward and a checkpoint do not."""
-    model = fsdp()
+    model = fsdp(2)
     clean = [whole(p) for p in model.parameters()]
     opt = flatkern.SGD(model.parameters(), lr=0.1, perturb=flatkern.RWP(0.3, rolling=True))
     opt.follow(model)
-    x, _ = batch(0)
+    x, _ = labelled(0)
     plain = network()
     outputs = [model.train(mode)(x).detach() for mode in (False, True, False)]
     torch.testing.assert_close(outputs[0], plain(x).detach())
@@ -362,7 +318,7 @@ def test_follow(two):
 
 
 def made(where, options):
-    model = fsdp(where)
+    model = fsdp(*where)
     ours = {"backend": options.get("backend"), "enhance": flatkern.IRE(1.0, interval=4)}
     opt = BASES[options["base"]](model.parameters(), perturb=METHODS[options["method"]], **ours)
     if opt.rolling:

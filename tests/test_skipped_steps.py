@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
-from patterns import BASES, METHODS, Training, backends, plain, same, train
+from compare import assert_same, same
+from patterns import BASES, METHODS, Training, backends, train
+from steps import plain
 from unchanged import refused
 
 import flatkern
@@ -43,7 +45,7 @@ def test_without_a_scaler_the_step_is_skipped_only(kind, backend):
     run = Training(flatkern.SAM(0.1), backend=backend, scaler=scaler)
     run.overflow = {0}
     METHODS["SAM"].user(run, 0)
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
     assert int(run.opt.skipped_steps) == 1
 
 
@@ -52,7 +54,7 @@ def test_a_scaled_step_without_the_scaler_in_perturb_keeps_the_scale(backend):
     run.perturb = run.opt.perturb
     run.overflow = {0}
     METHODS["SAM"].user(run, 0)
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
     assert run.scaler.get_scale() == 2.0**10
     assert int(run.opt.skipped_steps) == 1
 
@@ -66,7 +68,7 @@ def test_unscale_and_clip_after_an_ascent_that_overflowed(backend):
     run.scaler.unscale_(run.opt)
     torch.nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)
     run.step()
-    assert same(run.weights(), run.start)
+    assert_same(run.weights(), run.start)
     assert run.scaler.get_scale() == 2.0**9
 
 

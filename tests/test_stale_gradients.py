@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from patterns import METHODS, Training, same
+from compare import assert_same
+from patterns import METHODS, Training
 from torch import nn
 from two_buckets import Run, assert_same_run, values
 
@@ -151,7 +152,7 @@ def test_closures_after_zeros(name, zeroed_by, backend):
             zeroed_by(run)
     for r in (run, other):
         r.opt.eval()
-    assert same(run.weights(), other.weights())
+    assert_same(run.weights(), other.weights())
 
 
 # --- the set of parameters changes ----------------------------------------------------------------
@@ -208,7 +209,7 @@ def test_frozen_after_zeroing(how, kind, backend):
         p.grad = None
         run.run(KIND_STEPS[kind] + " zero").train(1)
         runs.append(run)
-    assert same(runs[0].weights(), runs[1].weights())
+    assert_same(runs[0].weights(), runs[1].weights())
 
 
 # --- masks ----------------------------------------------------------------------------------------
@@ -242,7 +243,7 @@ def test_a_parameter_that_an_update_left_out_has_no_mask(why, rule, backend):
         r.passes = 4
         r.run("b step")
     # Amplified by nothing: what a group without masks does.
-    assert same(run.params[1:], other.params[1:])
+    assert_same(run.params[1:], other.params[1:])
     assert not mask_of(run, run.params[1]).any()
     assert not mask_of(run, run.params[2]).any()
 
@@ -260,7 +261,7 @@ def test_frozen_at_the_first_update(rule, backend):
         for p in r.params[1:]:
             p.requires_grad_(True)
         r.train(2)
-    assert same(run.params[1:], other.params[1:])
+    assert_same(run.params[1:], other.params[1:])
 
 
 @pytest.mark.parametrize("name", ["RWP", "SAM"])

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import warnings
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import networks
 import pytest
 import torch
+from steps import step
 from test_optim import parameters
 from torch.distributed.checkpoint import state_dict as dcp
 
@@ -53,25 +55,15 @@ def make(method="plain", base="SGD", precision="fp32", backend=None, seed=0):
     return net, BASES[base](net.parameters(), perturb=METHODS[method](), backend=backend, **own)
 
 
-def train(net, opt, start, steps):
+def train(net, opt, start, count):
     """The pattern of the optimizer's method; every batch depends on the step alone."""
 
     def backward(i):
         net(BATCHES[i % len(BATCHES)]).backward()
 
-    for t in range(start, start + steps):
-        if opt.method is None or opt.rolling:
-            backward(t)
-        elif isinstance(opt.method, flatkern.SAM):
-            backward(t)
-            opt.perturb()
-            backward(t)
-        else:
-            if opt.method.lam is not None:
-                backward(t + 1)
-            opt.perturb()
-            backward(t)
-        opt.step()
+    for t in range(start, start + count):
+        clean = t + 1 if getattr(opt.method, "lam", None) is not None else t
+        step(opt, partial(backward, t), partial(backward, clean))
         opt.zero_grad()
     opt.eval()
 

@@ -15,9 +15,9 @@ import pytest
 import test_mask
 import torch
 from capturing import TRAINED
+from compare import assert_same, copies
 from covering import also
 from flatkern.triton_kernels import cache, devices, launch
-from patterns import same
 from test_backends import FEW, make, name_of, run
 from test_noise import strict_fma, strict_radii
 
@@ -215,7 +215,7 @@ def test_an_optimizer_runs_on_it(method):
         for _ in range(3):
             opt.step(closure)
         opt.eval()
-        results.append([p.detach().clone() for p in model.parameters()])
+        results.append(copies(model.parameters()))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
@@ -233,4 +233,4 @@ def test_a_draw_can_be_repeated(precision):
         clean = run.values()
     spots = foreign_writes.write(run.params)
     run.opt.eval()
-    assert same(run.values(), foreign_writes.expected(clean, spots))
+    assert_same(run.values(), foreign_writes.expected(clean, spots))

@@ -6,8 +6,9 @@ import gc
 from itertools import product
 
 import pytest
+import steps
 import torch
-from patterns import same
+from compare import assert_same, copies
 from torch.nn import Parameter
 from two_buckets import values
 from unchanged import refused
@@ -43,10 +44,6 @@ def give(params, seed):
         p.grad = values(p.shape, 10 * seed + k)
 
 
-def needs_gradient(opt):
-    return isinstance(opt.method, SAM) or opt.method.lam is not None
-
-
 def perturb(opt, params):
     """Whatever perturbs first in a step."""
     if opt.rolling:
@@ -54,9 +51,7 @@ def perturb(opt, params):
         return
     for p in params:
         p.grad = None
-    if needs_gradient(opt):
-        give(params, 1)
-    opt.perturb()
+    steps.perturb(opt, lambda: give(params, 1))
 
 
 def end(opt):
@@ -72,19 +67,19 @@ PAIRS = list(product(METHODS, METHODS))
 def test_perturb_and_train_ask(first, second, rule, backend):
     """For parameters that are shared in part; when the first has restored, the second may."""
     p, q, r = shared()
-    before = [t.detach().clone() for t in (p, q, r)]
+    before = copies((p, q, r))
     a, b = make(first, [p, q], rule, backend), make(second, [q, r], "SGD", backend, stream=1)
     perturb(a, [p, q])
-    if needs_gradient(b):
+    if steps.begins_clean(b):
         give([q, r], 2)
     with refused(RuntimeError, ANOTHER, [p, q, r], b):
         b.train() if b.rolling else b.perturb()
     end(a)
-    assert same([p, q, r], before)
+    assert_same([p, q, r], before)
     perturb(b, [q, r])
     assert b.is_perturbed
     end(b)
-    assert same([p, q, r], before)
+    assert_same([p, q, r], before)
 
 
 CALLS = {
@@ -121,7 +116,7 @@ def test_a_perturbation_that_waits_counts(inside, backend):
     a, b = make("RWP", params[:2], "SGD", backend), make("RWP", params[1:], "SGD", backend, stream=1)
     late = make("RWP", [Parameter(torch.ones(2))], "SGD", backend)
     a.perturb()
-    now = [p.detach().clone() for p in params]
+    now = copies(params)
     with a.clean(), refused(RuntimeError, ANOTHER, params, b):
         if inside == "construct":
             make("RWP", params[1:], "SGD", backend)
@@ -129,7 +124,7 @@ def test_a_perturbation_that_waits_counts(inside, backend):
             b.perturb()
         else:
             late.add_param_group({"params": params[:1]})
-    assert same(params, now)
+    assert_same(params, now)
     a.restore()
 
 
@@ -149,13 +144,13 @@ def test_constructors_and_groups_ask_too(kind, rule, backend):
 
 def test_disjoint_parameters_are_nobodys_business(backend):
     params = shared()
-    before = [p.detach().clone() for p in params]
+    before = copies(params)
     a, b = make("RWP", params[:1], "SGD", backend), make("RWP", params[1:], "SGD", backend, stream=1)
     a.perturb()
     b.perturb()
     a.restore()
     b.restore()
-    assert same(params, before)
+    assert_same(params, before)
 
 
 @pytest.mark.parametrize("frozen_in", ["first", "second"])
@@ -175,14 +170,14 @@ def test_parameters_that_are_not_perturbed_are_free(frozen_in, backend):
 @pytest.mark.parametrize("kind", ["RWP", "rolling"])
 def test_a_collected_optimizer_holds_nothing(kind, backend):
     params = shared()
-    before = [p.detach().clone() for p in params]
+    before = copies(params)
     a, b = make(kind, params, "SGD", backend), make(kind, params, "SGD", backend, stream=1)
     perturb(a, params)
     with refused(RuntimeError, ANOTHER, params, b):
         b.train() if b.rolling else b.perturb()
     del a
     gc.collect()
-    assert same(params, before)
+    assert_same(params, before)
     perturb(b, params)
     assert b.is_perturbed
     end(b)
@@ -207,11 +202,11 @@ def test_taking_turns(backend):
     """GANs and alternating trainers: each step restores before the other begins."""
     params = shared()
     a, b = (flatkern.SGD(params, lr=0.0, perturb=RWP(stream=k), backend=backend) for k in (0, 1))
-    before = [p.detach().clone() for p in params]
+    before = copies(params)
     for k in range(4):
         opt = (a, b)[k % 2]
         opt.zero_grad()
         opt.perturb()
         give(params, k)
         opt.step()
-    assert same(params, before)
+    assert_same(params, before)

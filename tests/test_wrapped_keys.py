@@ -6,7 +6,8 @@ import warnings
 
 import pytest
 import torch
-from patterns import METHODS, Network, Training, same, train
+from compare import assert_same
+from patterns import METHODS, Network, Training, train
 from torch import nn
 
 import flatkern
@@ -73,7 +74,7 @@ def test_a_base_that_has_every_name(name, backend):
         other.opt.load_state_dict(saved)
         r.resumed = other.opt
         r.opt.eval()
-    assert same(plain.weights(), run.weights())
+    assert_same(plain.weights(), run.weights())
     ours = [key for key in NAMES if key in plain.opt.param_groups[0]]
     for opts in ((plain.opt, run.opt), (plain.resumed, run.resumed)):
         for a, b in zip(*(opt.param_groups for opt in opts), strict=True):

@@ -10,6 +10,20 @@ import networks
 import numpy as np
 import oracle
 import torch
+from steps import (
+    Run,
+    clean_between,
+    clean_first,
+    climbing,
+    climbing_shards,
+    climbing_when_due,
+    noisy,
+    noisy_first,
+    noisy_rounds,
+    plain,
+    weighted_clean_first,
+    weighted_noisy_first,
+)
 
 import flatkern
 
@@ -28,95 +42,7 @@ BASES = {
 }
 
 
-# One step of each method as its user writes it: `backward(i)` adds the gradient of batch i.
-
-
-def plain(opt, backward, t):
-    backward(t)
-    opt.step()
-
-
-def noisy(opt, backward, t):
-    opt.perturb()
-    backward(t)
-    opt.step()
-
-
-def noisy_rounds(opt, backward, t):
-    for shard in range(3):
-        opt.perturb()
-        backward(3 * t + shard)
-        if shard < 2 or t % 2:  # the last restore() may be left to step()
-            opt.restore()
-    opt.step()
-
-
-def clean_first(opt, backward, t):
-    backward(2 * t)
-    opt.perturb()
-    backward(2 * t + 1)
-    opt.step()
-
-
-def noisy_first(opt, backward, t):
-    opt.perturb()
-    backward(2 * t + 1)
-    opt.restore()
-    backward(2 * t)
-    opt.step()
-
-
-def clean_between(opt, backward, t):
-    opt.perturb()
-    backward(3 * t)
-    opt.restore()
-    backward(3 * t + 1)
-    opt.perturb()
-    backward(3 * t + 2)
-    opt.step()
-
-
-def weighted_clean_first(opt, backward, t):
-    backward(2 * t, opt.loss_weight)
-    opt.perturb()
-    backward(2 * t + 1, opt.loss_weight)
-    opt.step()
-
-
-def weighted_noisy_first(opt, backward, t):
-    opt.perturb()
-    backward(2 * t + 1, opt.loss_weight)
-    opt.restore()
-    backward(2 * t, opt.loss_weight)
-    opt.step()
-
-
-def climbing(opt, backward, t):
-    backward(t)
-    opt.perturb()
-    backward(t)
-    opt.step()
-
-
-def climbing_shards(opt, backward, t):
-    for shard in range(3):
-        backward(3 * t + shard)
-        opt.perturb()
-        backward(3 * t + shard)
-        if shard < 2 or t % 2:
-            opt.restore()
-    opt.step()
-
-
-def climbing_when_due(opt, backward, t):
-    backward(t)
-    if opt.perturb_due:
-        opt.perturb()
-        backward(t)
-    opt.step()
-
-
-# The same step of the oracle's.
+# A step of the oracle's, as `steps.py` has the user's.
 
 
 def batch(index):
@@ -200,6 +126,8 @@ def looksam_step(o, t):
 # whether train() is called before the first step (rolling). `t_eta` is ASAM's eta.
 Method = namedtuple("Method", "user step make values second train", defaults=(None, {}, {}, False))
 
+three_rounds = partial(noisy_rounds, rounds=3, ends=True)
+three_shards = partial(climbing_shards, shards=3, ends=True)
 make_rwp = partial(flatkern.RWP, seed=SEED)
 make_weighted = partial(flatkern.RWP, seed=SEED, mix="losses")
 make_rolling = partial(flatkern.RWP, seed=SEED, rolling=True)
@@ -242,9 +170,9 @@ LOOK = SAM | EVERY | {"alpha": 0.7}
 METHODS = {
     "plain": Method(plain, plain_step),
     "RWP": Method(noisy, noisy_step, make_rwp, RWP, RWP2),
-    "RWP 3 rounds": Method(noisy_rounds, noisy_rounds_step, make_rwp, RWP, RWP2),
+    "RWP 3 rounds": Method(three_rounds, noisy_rounds_step, make_rwp, RWP, RWP2),
     "ARWP": Method(noisy, noisy_step, make_rwp, ARWP, ARWP2),
-    "ARWP 3 rounds": Method(noisy_rounds, noisy_rounds_step, make_rwp, ARWP, ARWP2),
+    "ARWP 3 rounds": Method(three_rounds, noisy_rounds_step, make_rwp, ARWP, ARWP2),
     "m-RWP": Method(clean_first, mixed_step, make_rwp, RWP | LAM, RWP2 | LAM2),
     "m-RWP noisy first": Method(noisy_first, mixed_step, make_rwp, RWP | LAM, RWP2 | LAM2),
     "m-RWP by losses": Method(weighted_clean_first, mixed_step, make_weighted, RWP | LAM, RWP2),
@@ -260,18 +188,18 @@ METHODS = {
     "ASAM": Method(climbing, climbing_step, make_asam, ASAM, ASAM2),
     "ASAM all tensors": Method(climbing, climbing_step, make_asam, ASAM | {"all_tensors": True}, ASAM2),
     "SAM adaptive in one group": Method(climbing, climbing_step, flatkern.SAM, SAM, SAM2 | ADAPTIVE),
-    "mSAM 3 shards": Method(climbing_shards, climbing_shards_step, flatkern.SAM, SAM, SAM2),
+    "mSAM 3 shards": Method(three_shards, climbing_shards_step, flatkern.SAM, SAM, SAM2),
     "RWP rms": Method(noisy, noisy_step, make_rwp, RMS, RMS2),
     "RWP absolute": Method(noisy, noisy_step, make_rwp, ABSOLUTE, RWP2),
     "rolling RWP rms": Method(plain, rolling_step, make_rolling, RMS, RMS2),
     "rolling ARWP absolute": Method(plain, rolling_step, make_rolling, ABSOLUTE | {"eta": 2.0, "beta": 0.9}, RWP2),
     "mixed SAM": Method(climbing, mixed_climbing_step, flatkern.SAM, SAM | LAM, SAM2 | {"lam": 1.5}),
-    "mixed mSAM": Method(climbing_shards, mixed_climbing_shards_step, flatkern.SAM, SAM | LAM, SAM2 | {"lam": 1.5}),
+    "mixed mSAM": Method(three_shards, mixed_climbing_shards_step, flatkern.SAM, SAM | LAM, SAM2 | {"lam": 1.5}),
     "SAM every 3 steps": Method(climbing_when_due, at_intervals_step, make_at_intervals, SAM | EVERY, SAM2),
     "GSAM": Method(climbing, gsam_step, flatkern.GSAM, GSAM, GSAM2),
-    "GSAM 3 shards": Method(climbing_shards, gsam_shards_step, flatkern.GSAM, GSAM, GSAM2),
+    "GSAM 3 shards": Method(three_shards, gsam_shards_step, flatkern.GSAM, GSAM, GSAM2),
     "FriendlySAM": Method(climbing, friendly_step, make_friendly, FRIENDLY, FRIENDLY2),
-    "FriendlySAM 3 shards": Method(climbing_shards, friendly_shards_step, make_friendly, FRIENDLY, FRIENDLY2),
+    "FriendlySAM 3 shards": Method(three_shards, friendly_shards_step, make_friendly, FRIENDLY, FRIENDLY2),
     "LookSAM": Method(climbing_when_due, looksam_step, make_looksam, LOOK, {"rho": 0.1, "alpha": 0.3}),
     "MomentumSAM": Method(noisy, momentum_step, flatkern.MomentumSAM, SAM, SAM2),
     "rolling MomentumSAM": Method(plain, momentum_step, make_rolling_momentum, SAM, SAM2),
@@ -348,13 +276,14 @@ def library_path(library, base, method, norm="group", change=unchanged, backend=
         loss = weight * net(batch(index))
         (-loss if maximize else loss).backward()
 
+    run = Run(opt, backward)
     if m.train:
         opt.train()
     path = []
     for t in range(STEPS):
         for group in opt.param_groups:
             change(group, t)
-        m.user(opt, backward, t)
+        m.user(run, t)
         opt.zero_grad()
         if (t + 1) % LOOKS == 0:
             if getattr(opt, "rolling", False):

@@ -4,7 +4,8 @@ import copy
 import pickle
 
 import torch
-from patterns import Scaled, same
+from compare import assert_same, copies
+from steps import Scaled
 from torch.nn import Parameter
 from unchanged import frozen, refused
 
@@ -84,7 +85,7 @@ class Run(Scaled):
         return self
 
     def weights(self):
-        return [p.detach().clone() for p in self.params]
+        return copies(self.params)
 
     def refused(self, error, message):
         """The body is refused and has changed nothing."""
@@ -95,5 +96,5 @@ def assert_same_run(run, other):
     """The same weights and state, bit for bit, and nothing pending."""
     for r in (run, other):
         r.opt.eval()
-    assert same(run.weights(), other.weights())
+    assert_same(run.weights(), other.weights())
     assert frozen(run.opt.state_dict()) == frozen(other.opt.state_dict())

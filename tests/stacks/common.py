@@ -8,13 +8,15 @@ import io
 from collections import namedtuple
 
 import torch
+from compare import assert_same_state as assert_same_tensors
 from torch import nn
 from torch.nn import functional
 
 import flatkern
 
 # How an optimizer is made (keyword arguments of every flatkern optimizer), and which loop a user writes for it: "plain"
-# or "noisy" or "mixed" or "ascent"; "sometimes" is "ascent" where perturb_due, and else "plain".
+# or "noisy" or "mixed" or "ascent"; "sometimes" is "ascent" where perturb_due, and else "plain". Words, not the
+# functions of tests/steps.py, because a step here has as many micro-batches as a library makes of a batch.
 Method = namedtuple("Method", "make loop")
 
 
@@ -192,16 +194,6 @@ def clean_weights(model, opt):
     """Copies of the clean parameters, by name, whatever the phase."""
     with opt.clean():
         return weights(model)
-
-
-def assert_same_tensors(left, right):
-    """Bit for bit, dtypes and names included; names what differs, and by how much."""
-    assert left.keys() == right.keys(), (sorted(left), sorted(right))
-    for name, a in left.items():
-        b = right[name]
-        assert a.dtype == b.dtype and a.shape == b.shape, (name, a.dtype, b.dtype, a.shape, b.shape)
-        same = torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
-        assert same, f"{name} differs, by up to {(a.double() - b.double()).abs().max().item():.3g}"
 
 
 def assert_other_tensors(left, right):

@@ -9,6 +9,7 @@ from transformers_common import (
     ROWS,
     Texts,
     arguments,
+    best_of_three,
     make_gpt,
     make_optimizer,
     make_trainer,
@@ -132,14 +133,10 @@ def test_adapters_are_saved_clean_and_resumed_bit_for_bit(method, tmp_path):
 @pytest.mark.parametrize("method", ["rolling RWP", "SAM"])
 def test_the_best_adapter_is_loaded_at_the_end(method, tmp_path):
     rolling = method == "rolling RWP"
-    args = arguments(
-        tmp_path, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-        load_best_model_at_end=True, metric_for_best_model="step", greater_is_better=False,
-    )  # fmt: skip
-    steps = iter((2, 1, 3))
+    args, metrics = best_of_three(tmp_path)
     trainer = make_trainer(
         method, make_lora(), args, TEXTS, kind=Trainer if rolling else FlatkernTrainer,
-        callbacks=[FlatkernCallback()], eval_dataset=TEXTS, compute_metrics=lambda _: {"step": next(steps)}, lr=0.1,
+        callbacks=[FlatkernCallback()], eval_dataset=TEXTS, compute_metrics=metrics, lr=0.1,
     )  # fmt: skip
     trainer.train()
     saved = PeftModel.from_pretrained(make_gpt(dropout=0.0), tmp_path / "checkpoint-2")

@@ -11,6 +11,7 @@ from transformers_common import (
     ROWS,
     Texts,
     arguments,
+    best_of_three,
     kind_of,
     make_gpt,
     make_optimizer,
@@ -133,13 +134,9 @@ def test_resume_is_bit_identical(method, tmp_path):
 @pytest.mark.parametrize("method", ["rolling RWP", "SAM"])
 def test_the_best_model_is_loaded_at_the_end(method, tmp_path):
     """On clean weights, and the noise does not come back over them."""
-    args = arguments(
-        tmp_path, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-        load_best_model_at_end=True, metric_for_best_model="step", greater_is_better=False,
-    )  # fmt: skip
-    steps = iter((2, 1, 3))
+    args, metrics = best_of_three(tmp_path)
     trainer = make_trainer(
-        method, make_gpt(), args, TEXTS, eval_dataset=TEXTS, compute_metrics=lambda _: {"step": next(steps)},
+        method, make_gpt(), args, TEXTS, eval_dataset=TEXTS, compute_metrics=metrics,
         **kind_of(method),
     )  # fmt: skip
     trainer.train()
