@@ -142,6 +142,7 @@ def test_a_driver_that_crashes_costs_its_line(library, monkeypatch, capsys):
         assert all(len(tables.parameter_row(f)) == len(tables.PARAMETERS) for f in found_in(text))
 
 
+@pytest.mark.matrix
 def test_nvcc_takes_it(tmp_path, monkeypatch):
     if compiled.nvcc() is None:
         pytest.skip("there is no nvcc")

@@ -204,6 +204,7 @@ sys.exit(smoke.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.matrix
 def test_smoke_names_a_wrong_op_and_goes_on_behind_a_lost_context(tmp_path):
     """In the interpreter. A lost context ends the process; the one that follows begins with the next check."""
     script = tmp_path / "broken.py"

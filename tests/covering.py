@@ -53,13 +53,15 @@ def chosen(rows, strength):
 
 def also(*values):
     """Parameters that only `make test-matrix` runs with."""
-    return [pytest.param(value, marks=pytest.mark.matrix) for value in values]
+    rows = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*row, marks=pytest.mark.matrix) for row in rows]
 
 
 def also_of(named, further):
     """Named parameters; with the `further` ones only `make test-matrix` runs."""
     marks = {name: [pytest.mark.matrix] * (name in further) for name in named}
-    return [pytest.param(value, id=name, marks=marks[name]) for name, value in named.items()]
+    rows = {name: value if isinstance(value, tuple) else (value,) for name, value in named.items()}
+    return [pytest.param(*row, id=name, marks=marks[name]) for name, row in rows.items()]
 
 
 def covering(items):

@@ -2,6 +2,7 @@
 
 import cases
 import torch
+from covering import also
 from flatkern.triton_kernels import launch, launcher
 
 from flatkern import dispatch
@@ -12,7 +13,12 @@ SHAPES = [(64, 16), (24,), (2, 8208)]
 SHORT = SHAPES[:2]
 WORDS = "backups noise momentum_buffers grad_scale"
 # Those with most arguments: a kernel takes a second to compile.
-VARIANTS = [(op, words) for op in OPS.values() for words in sorted(cases.VARIANTS[op.name], key=len)[-2:]]
+VARIANTS = [
+    row
+    for op in OPS.values()
+    for *others, most in [sorted(cases.VARIANTS[op.name], key=len)[-2:]]
+    for row in [(op, most), *also(*((op, words) for words in others))]
+]
 
 
 def forget(monkeypatch):

@@ -22,6 +22,7 @@ def run(*command):
     )
 
 
+@pytest.mark.matrix
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_parallel_m_rwp_trains_on_two_ranks():
     launch = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"

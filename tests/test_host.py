@@ -59,7 +59,6 @@ def uploads(monkeypatch):
 # Launches.
 
 
-@pytest.mark.covering(1)
 @pytest.mark.parametrize("op, words", VARIANTS, ids=lambda x: getattr(x, "name", x))
 def test_a_repeated_launch_is_what_triton_would_launch(op, words, driver):
     """The same compiled kernel with the very same arguments, in the order of its signature."""
@@ -148,6 +147,7 @@ def test_every_element_is_in_one_tile(name, kernel, first, by_rows, driver):
     assert all((t == 1).all() for t in times)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", ["perturb_gaussian_", "sgd_update_", "adamw_update_"])
 def test_nothing_is_uploaded_where_nothing_changed(name, driver, reader, uploads):
     op = OPS[name]
@@ -226,6 +226,7 @@ CHANGES = {  # and how many tables they cost at most
 }  # fmt: skip
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("change, most", CHANGES.values(), ids=CHANGES)
 def test_what_changed_is_noticed(change, most, driver, reader, uploads, monkeypatch):
     """The launches are those of a first call, and what did not change is not uploaded again."""

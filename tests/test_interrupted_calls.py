@@ -253,6 +253,7 @@ def test_moves(kind, rule, before, name, own, backend):
     assert not interrupt_everywhere(maker(kind, rule, before, backend, **own), call, check)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", ["RWP", "rolling"])
 def test_clean_block(kind, backend):
     """Entering and leaving clean(). What leaves it cannot be made safe against an interruption of itself: then the

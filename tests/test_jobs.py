@@ -56,6 +56,7 @@ def scenarios():
         yield pytest.param(base, method, options, id=f"{base}, {method}, {number}")
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("base, method, options", list(scenarios()))
 def test_a_training_launches_what_was_foreseen(base, method, options):
     """Recorded with all tensors as they are, for every way to a step: nothing but what is warmed up."""

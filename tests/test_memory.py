@@ -130,6 +130,7 @@ def test_cost_states_the_same_bytes(method, precision, backend):
     assert 0 <= most - stated.state_bytes - stated.scratch_bytes < SLACK
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_grows(method, base, backend):

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from compare import copies
 from conftest import live
+from covering import also
 from parallel_training import (
     ETA,
     LAM,
@@ -132,8 +133,10 @@ def many_steps(group, base, backend, options):
     [
         ("SGD", {"eta": ETA, "stream": 1, "enhance": flatkern.IRE(0.5, interval=20)}),
         ("AdamW", {"views": True, "stream": 1, "max_grad_norm": 0.5}),
-        ("AdamW", {"eta": ETA, "views": True, "dtype": torch.bfloat16, "master_weights": True}),
-        ("Wrap", {"eta": ETA, "enhance": flatkern.IRE(0.5, interval=20)}),
+        *also(
+            ("AdamW", {"eta": ETA, "views": True, "dtype": torch.bfloat16, "master_weights": True}),
+            ("Wrap", {"eta": ETA, "enhance": flatkern.IRE(0.5, interval=20)}),
+        ),
     ],
     ids=["SGD, IRE", "AdamW, clipping", "AdamW, masters", "Wrap, IRE"],
 )

@@ -87,6 +87,7 @@ def assert_close(ours, theirs, lr=1e-3, steps=STEPS):
         assert ((a - b).abs() <= bound).all(), (a - b).abs().max()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("rule", RULES)
 def test_torch_inputs(rule, torch_cases, backend):
     """Every configuration that torch tests: the same trajectory within rounding, or a refusal with its reason."""

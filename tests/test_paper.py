@@ -39,7 +39,7 @@ WITH_ONE_BASE = {
 }  # fmt: skip
 CASES = [
     (backend, base, method)
-    for backend in ("eager", "cpp")
+    for backend in ("cpp", "eager")
     for base in BASES
     for method in METHODS
     if base == "momentum"

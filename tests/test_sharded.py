@@ -7,6 +7,7 @@ import pytest
 import steps
 import torch
 import torch.distributed as dist
+from covering import also
 from networks import labelled
 from parallel_training import fsdp, mesh, network, whole
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
@@ -105,6 +106,7 @@ def compare_trajectories(where, base, method, dtype, options):
             torch.testing.assert_close(a, b, rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=1e-6)
 
 
+@pytest.mark.covering(1)
 @every_method
 @pytest.mark.parametrize("base", BASES)
 def test_sharded_is_whole(two, base, method):
@@ -240,6 +242,7 @@ def compare_training(method, base, **options):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("base", ["SGD", "Wrap"])
 @pytest.mark.parametrize("method", [name for name in METHODS if "losses" not in name])
 def test_fully_shard_trains_as_one_process(two, base, method):
@@ -358,11 +361,9 @@ def resumed(where, options, path):
     [
         ("SGD", "m-ARWP"),
         ("AdamW", "rolling ARWP"),
-        ("AdamW", "SAM"),
-        ("Wrap", "RWP"),
+        *also(("AdamW", "SAM"), ("Wrap", "RWP")),
         ("SGD", "Friendly-SAM"),
-        ("AdamW", "LookSAM"),
-        ("AdamW", "rolling Momentum-SAM"),
+        *also(("AdamW", "LookSAM"), ("AdamW", "rolling Momentum-SAM")),
     ],
 )
 def test_a_checkpoint_of_two_ranks_continues_on_two_and_on_four(two, four, tmp_path, base, method):

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import warming
+from covering import also_of
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from warming import FEW, IRE, RWP, SAM, backward, make, parameters, train
 
@@ -33,7 +34,9 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("base, method, options, shapes", COMPILED.values(), ids=COMPILED)
+@pytest.mark.parametrize(
+    "base, method, options, shapes", also_of(COMPILED, {"rolling RWP, long rows", "IRE", "mSAM around another base"})
+)
 def test_nothing_is_left_to_compile(base, method, options, shapes, driver, loads, monkeypatch):
     """A training after warm_up() launches compiled kernels, and no job is one of another's."""
     # The driver launches nothing, so that eval() would find nothing as it was drawn.
