@@ -58,6 +58,7 @@ def passed(folder, *options):
     return {line.split()[1] for line in done.stdout.splitlines() if line.startswith("PASSED")}, done.stdout
 
 
+@pytest.mark.matrix
 def test_a_run_and_what_it_leaves_out(tmp_path):
     """In processes of xdist, whose choice has to be the same, and in one."""
     pytest.importorskip("xdist")

@@ -130,6 +130,7 @@ def test_what_moves_no_version_is_noticed_by_a_rolling_eval_and_kept(method, flo
     run.stays(run.kept(found))
 
 
+@pytest.mark.covering(1)
 @rows("flow", among=[(m, f) for m in METHODS for f in (*SEEN, *UNSEEN)])
 def test_anything_may_be_written_inside_clean(method, flow, backend):
     run = Run(method, backend)
@@ -185,6 +186,7 @@ NOTHING = {
 TOLD_BY_VALUES = ("parametrized", "own value")
 
 
+@pytest.mark.covering(1)
 @rows("flow", among=[(m, f) for m in METHODS for f in NOTHING if m != "SAM" or f not in TOLD_BY_VALUES])
 def test_what_writes_nothing_raises_no_alarm(method, flow, backend):
     run = Run(method, backend)

@@ -8,6 +8,7 @@ import pytest
 import stand_in_driver
 import torch
 from conftest import live
+from covering import also
 
 driver = stand_in_driver.driver  # without Triton, nothing below is imported
 
@@ -109,7 +110,7 @@ def test_what_is_no_compiled_kernel_is_launched_by_triton(driver, monkeypatch):
     assert not repeats(op)
 
 
-@pytest.mark.parametrize("name", ["perturb_gaussian_", "adamw_update_"])
+@pytest.mark.parametrize("name", ["perturb_gaussian_", *also("adamw_update_")])
 def test_launches_do_not_grow_with_tensors(name, driver):
     words = "backups noise"
     counts = [len(launched(driver, OPS[name], make(OPS[name], SHAPES * n, words))) for n in (1, 40)]

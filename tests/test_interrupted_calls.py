@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from compare import copies, same
+from covering import also
 from torch.nn import Parameter
 from two_buckets import Run
 
@@ -273,7 +274,7 @@ def test_clean_block(kind, backend):
 @pytest.mark.filterwarnings("ignore:.*ascends on bfloat16")
 @pytest.mark.parametrize(
     ("kind", "before", "own"),
-    [("RWP", "perturb b", {}), ("rolling ARWP", "train", MASTERS), ("SAM", "b perturb", {})], ids=str,
+    [("rolling ARWP", "train", MASTERS), *also(("RWP", "perturb b", {}), ("SAM", "b perturb", {}))], ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("backend", ["cpp"], indirect=True)
 def test_what_was_written_inside_a_clean_block_stays(kind, before, own, backend):
@@ -355,7 +356,7 @@ def test_steps(kind, rule, before, own, backend):
     assert not interrupt_everywhere(make, call, check)
 
 
-@pytest.mark.parametrize(("kind", "rule"), [("RWP", "SGD"), ("SAM", "Wrap"), ("rolling", "SGD")])
+@pytest.mark.parametrize(("kind", "rule"), [("SAM", "Wrap"), *also(("RWP", "SGD"), ("rolling", "SGD"))])
 @pytest.mark.parametrize("backend", ["cpp"], indirect=True)
 def test_steps_with_a_closure(kind, rule, backend):
     """As the other steps, and clean without a further call (rolling: or known)."""

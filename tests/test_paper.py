@@ -7,6 +7,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from covering import also
 from trajectories import BASES, METHODS, STEPS, distance, library_path, oracle_path
 
 import flatkern
@@ -351,7 +352,8 @@ TEETH = [
 ]
 # One rule with the decay in the gradient, one with the decay on the weights, which does not see its gradient's scale.
 BITTEN = [
-    (base, *tooth) for tooth in TEETH for base in ("momentum", "adamw") if (base, tooth[0]) != ("adamw", ShardsSummed)
+    *(("momentum", *tooth) for tooth in TEETH),
+    *also(*(("adamw", *tooth) for tooth in TEETH if tooth[0] is not ShardsSummed)),
 ]
 
 

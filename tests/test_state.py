@@ -15,6 +15,7 @@ from pathlib import Path
 import networks
 import pytest
 import torch
+from conftest import BACKENDS
 from covering import also
 from steps import step
 from test_optim import parameters
@@ -103,7 +104,10 @@ def resume(path):
     torch.save(results, path)
 
 
-@pytest.mark.parametrize("share", [0, *also(1)])
+OTHERS = [(backend, share) for backend in BACKENDS for share in (0, 1) if (backend, share) != (BACKENDS[-1], 0)]
+
+
+@pytest.mark.parametrize(("backend", "share"), [(BACKENDS[-1], 0), *also(*OTHERS)], indirect=["backend"])
 def test_resume_in_a_new_process(share, backend, tmp_path):
     """Save, load in a new process, continue: bit-identical to not having stopped; the file is weights_only-safe."""
     checkpoints, expected = {}, {}
