@@ -43,7 +43,6 @@ def philox4x32(counter: list[Tensor], key: tuple[Tensor | int, Tensor | int]) ->
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # A 32 x 32 bit product needs 64 bits; int64 wraps, so the high word is built from halves.
         high0, low0 = _product(c0, MULTIPLIERS[0])
         high1, low1 = _product(c2, MULTIPLIERS[1])
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
@@ -52,9 +51,9 @@ def philox4x32(counter: list[Tensor], key: tuple[Tensor | int, Tensor | int]) ->
 
 
 def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    low = (a & 0xFFFF) * b
-    high = (a >> 16) * b + (low >> 16)
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+    """High and low word of a 32 x 32 bit product, whose 64 bits are right where int64 takes it for negative, too."""
+    product = a * b
+    return (product >> 32) & MASK32, product & MASK32
 
 
 def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
@@ -64,9 +63,9 @@ def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
 
 
 def horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    result = torch.full_like(x, coefficients[0])
+    result, x64 = torch.full_like(x, coefficients[0]), x.double()
     for c in coefficients[1:]:
-        result = fma(result, x.double(), c)
+        result = fma(result, x64, c)
     return result
 
 
@@ -95,7 +94,7 @@ def angle(word: Tensor) -> tuple[Tensor, Tensor]:
 def normals(shape: tuple[int, int], noise: Tensor, index: int, offset: tuple[int, int], device: torch.device) -> Tensor:
     """The normals of `shape` = (rows, columns) of parameter `index`, from (row, column) `offset` on; float32."""
     n_rows, n_cols = shape
-    seed, stream, round_ = (noise[i].to(device) for i in range(3))
+    seed, stream, round_ = noise.tolist() if noise.device.type == "cpu" else noise.to(device)
     row = offset[0] + torch.arange(n_rows, device=device)
     first, last = offset[1] // 8, (offset[1] + n_cols + 7) // 8
     c = torch.arange(first, last, device=device)
