@@ -3,6 +3,7 @@
 Tests with several parameters are the many. Of each, `--covering` keeps few combinations, in which every two values of
 two parameters meet that meet in all of them: most faults that a combination shows need two of its values at most. A
 mark says otherwise where a combination takes long: `covering(1)` keeps every value of every parameter, `matrix` none.
+`covering(each="op")` chooses for each operation by itself: the same words may mean other code for another one.
 """
 
 import heapq
@@ -73,12 +74,18 @@ def covering(items):
         if len((getattr(item, "callspec", None) and item.callspec.params) or ()) < 2:
             kept.add(item)
         else:
-            alike[item.nodeid.partition("[")[0]].append(item)
+            each = item.callspec.params[strength_of(item)[1]] if strength_of(item)[1] else None
+            alike[item.nodeid.partition("[")[0], key(each)].append(item)
     for same in alike.values():
-        mark = same[0].get_closest_marker("covering")
         rows = [item.callspec.params for item in same]
-        kept.update(same[k] for k in chosen(rows, mark.args[0] if mark else 2))
+        kept.update(same[k] for k in chosen(rows, strength_of(same[0])[0]))
     return kept
+
+
+def strength_of(item):
+    """How many values meet in every combination, and the parameter for each of whose values that is so by itself."""
+    mark = item.get_closest_marker("covering")
+    return (mark.args or (2,))[0] if mark else 2, mark and mark.kwargs.get("each")
 
 
 @pytest.hookimpl(trylast=True)  # of what -k and -m have left

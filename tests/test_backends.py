@@ -63,9 +63,12 @@ def assert_like_eager(op, backend, case, move=lambda values: values):
 # Next to eager.
 
 
-@pytest.mark.parametrize(
-    "op, backend, words, shapes, dtype", [(*v, *case) for v in VARIANTS for case in grid(v[1])], ids=name_of
-)
+NAMES = "op", "backend", "words", "shapes", "dtype"
+CASES = [(*v, *case) for v in VARIANTS for case in grid(v[1])]
+
+
+@pytest.mark.covering(each="op")
+@pytest.mark.parametrize(NAMES, CASES, ids=name_of)
 def test_matches_eager(op, backend, words, shapes, dtype):
     live(backend)
     assert_like_eager(op, backend, (walks.SHAPES[backend][shapes], dtype, words))
@@ -84,6 +87,7 @@ LAID_OUT = rows(
 )
 
 
+@pytest.mark.covering(each="op")
 @pytest.mark.parametrize("backend, op, words, dtype", LAID_OUT, ids=name_of, indirect=["backend"])
 def test_matches_eager_in_other_layouts(op, backend, words, dtype):
     """channels_last everywhere; dim 1 outermost where no filter is walked, and refused where one is."""

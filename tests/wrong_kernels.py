@@ -116,7 +116,7 @@ def truncates_instead_of_rounding_to_bfloat16(op, v):
 @wrong("sgd_update_")
 def contracts_to_fma(op, v):
     """w - lr d rounds once."""
-    if not v["momentum_buffers"] and not v["noise"] and not v["masters"] and not v["backups"]:
+    if not v["momentum_buffers"] and v["noise"] is None and not v["masters"] and not v["backups"]:
         for p, g, lr, decay in zip(v["params"], v["grads"], v["lr"], v["weight_decay"], strict=True):
             d = (g.float() + decay * p.float()).double()
             p.copy_((p.double() - torch.tensor(lr, dtype=torch.float32).double() * d).float())
