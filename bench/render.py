@@ -9,7 +9,7 @@
 With a FILE.json, --embed and --check look at its tables alone. A marked block starts with the line
 `<!-- bench: NAME -->` and ends with `<!-- /bench -->`; --names lists the names. The text between is a function of the
 JSON alone, so a test can compare the two. The block "gpu" is made by bench/gpu/report.py, "ranks" of the file of
-bench/parallel.py; "brief" and "losing" are made of bench/run.py's tables.
+bench/parallel.py; "brief", "losing" and "wanted" are made of bench/run.py's tables.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if __package__ in (None, ""):  # run as a script: the installed flatkern, if any
 
 from bench import results as files
 from bench.tables import brief_table, losing_table, tables
+from bench.wanted_cpu import wanted_table
 
 BLOCK = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -52,7 +53,7 @@ def embed(text: str, results: dict) -> str:
         KeyError: a block names a table that the results do not have.
     """
     found = tables(results)
-    made_of_them = brief_table(found), losing_table(found)
+    made_of_them = brief_table(found), losing_table(found), wanted_table(found)
     known = {table.name: table.markdown() for table in [*found, *made_of_them] if table.rows}
     others = known.keys() and known.keys() <= ELSEWHERE  # all other blocks are bench/run.py's
 

@@ -90,8 +90,8 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e3:.{1 if seconds < 0.1 else 0}f} ms"
 
 
-def lost(text: str) -> str:
-    return f"**{text} ({SLOWER})**"
+def lost(text: str, how: str = SLOWER) -> str:
+    return f"**{text} ({how})**"
 
 
 def speedup(ours: float, theirs: float | None) -> str:
@@ -216,7 +216,17 @@ def dtype_table(results: dict, model: str) -> Table:
     table = Table(
         f"{model}-dtypes",
         f"{MODELS[model].title}, {BASES[values(rows, 'base')[0]]}: weights in half precision",
-        ["method", "weights", "candidate", "time", "floor B/param", "GB/s", "of copy", "GB/s against float32"],
+        [
+            "method",
+            "weights",
+            "candidate",
+            "time",
+            "floor B/param",
+            "GB/s",
+            "of copy",
+            "GB/s against float32",
+            "of torch",
+        ],
         note=footnote(results, "dtypes", model),
     )
     for b in rows:
@@ -228,8 +238,20 @@ def dtype_table(results: dict, model: str) -> Table:
         weights = p["dtype"] + " + float32 masters" * p["masters"]
         relative = NOTHING if against is None else f"{against:.2f}x"
         floor = str(info["floor_bytes"])
-        table.rows.append([method, weights, p["candidate"], duration(median(b)), floor, *bandwidth(b), relative])
+        cells = [method, weights, p["candidate"], duration(median(b)), floor, *bandwidth(b), relative]
+        table.rows.append([*cells, of_torch(b, rows)])
     return table
+
+
+def of_torch(b: dict, rows: list[dict]) -> str:
+    """The plain optimizer's time in steps of torch's fused one with weights of the same dtype."""
+    p = b["params"]
+    same = {k: p[k] for k in ("method", "dtype", "masters")}
+    theirs = [r for r in rows if r["params"] | same == r["params"] and r["params"]["candidate"] == "torch fused"]
+    if p["method"] != "plain" or p["candidate"] == "torch fused" or not theirs:
+        return NOTHING
+    times = median(b) / median(theirs[0])
+    return lost(f"{times:.2f}x") if round(times, 2) > 1 else f"{times:.2f}x"
 
 
 def call_table(results: dict) -> Table:
@@ -322,5 +344,6 @@ def losing_table(found: list[Table]) -> Table:
     for other in found:
         for row in other.rows:
             lost_cells = [(name, cell) for name, cell in zip(other.header, row, strict=True) if loud(cell)]
-            table.rows += [[other.title, row[0], name, cell] for name, cell in lost_cells]
+            what = f"{row[0]}, {row[1]}" if other.header[1] == "weights" else row[0]
+            table.rows += [[other.title, what, name, cell] for name, cell in lost_cells]
     return table

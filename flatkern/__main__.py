@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import NamedTuple
 
-from . import pages
+from . import __version__, pages
 
 
 class Command(NamedTuple):
@@ -47,6 +48,9 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview(), end="")
         return 0
+    if arguments[0] == "--version":
+        print(f"flatkern {__version__}")
+        return 0
     name, *rest = arguments
     if name not in COMMANDS:
         print(f"python -m flatkern: {name!r} is not a command\n\n{usage()}", end="", file=sys.stderr)
@@ -56,6 +60,9 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def run(name: str, arguments: list[str]) -> int:

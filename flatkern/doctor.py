@@ -126,7 +126,8 @@ def live(facts: dict[str, Any]) -> str:
     names = ", ".join(name for name, state in facts["backends"].items() if state["live"])
     served = "; ".join(f"{device} is served by {', '.join(by)}" for device, by in facts["serves"].items())
     isa = f" ({compiled['isa']})" if compiled else ""
-    return f"live: {names}{isa}; {served}"
+    named = f"; FLATKERN_BACKEND={facts['default']} overrides this" if facts["default"] else ""
+    return f"live: {names}{isa}; {served}{named}"
 
 
 def next_step(facts: dict[str, Any]) -> str:

@@ -373,9 +373,15 @@ def test_an_interrupt_keeps_what_was_finished(number, few, monkeypatch, capsys, 
     monkeypatch.setattr(demo, "train", interrupting(number, 3))
     figures, draw = [], plot.draw
     monkeypatch.setattr(plot, "draw", lambda *args: figures.append(draw(*args)) or figures[-1])
-    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    assert commands.main(["demo", *few, "--out", str(tmp_path)]) == 130
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    # As in a terminal; a job in the background is started with SIGINT ignored, and then Python leaves it so.
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {s: signal.signal(s, handler) for s, handler in handlers.items()}
+    try:
+        assert commands.main(["demo", *few, "--out", str(tmp_path)]) == 130
+        assert {s: signal.getsignal(s) for s in handlers} == handlers
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
     found = json.loads((tmp_path / "demo.json").read_text())
     assert found["interrupted"] == "interrupted: 3 of 4 runs"
     assert [(r["seed"], r["method"]) for r in found["runs"]] == [(0, "SGD"), (0, "RWP"), (1, "SGD")]

@@ -103,7 +103,7 @@ def warn_left_as_written(names: list[str]) -> None:
 def warn_never_perturbed(optimizer: str, method: str, pattern: str) -> None:
     warn(
         f"{optimizer} has {method} but has not perturbed in its first 10 steps, "
-        f"so it is the plain base optimizer; the expected pattern is: {pattern}; {page('cycle', 'phases')}"
+        f"so it is the plain base optimizer; the expected pattern is: {pattern}; {page('cycle', 'gradients')}"
     )
 
 

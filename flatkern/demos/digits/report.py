@@ -139,7 +139,7 @@ def notes(summary: Summary, plan: Plan) -> list[RenderableType]:
     """What the numbers are, and what they cannot show."""
     words = Table.grid(padding=(0, 2, 0, 0))
     words.add_column(style="bold", no_wrap=True)
-    words.add_row("≈", "within one standard deviation of SGD's accuracy: no difference was shown")
+    words.add_row("≈", "within one standard deviation, its own or SGD's, of SGD's accuracy: no difference was shown")
     if plan.seeds == 1:
         words.add_row("", "one seed has no standard deviation, so all are marked")
     words.add_row("- SGD", "mean difference to SGD with the same seed")
@@ -166,5 +166,6 @@ def setup(summary: Summary, plan: Plan) -> str:
     here = "" if "RWP rolling" in plan.methods else ", so it is left out"
     return text + (
         f"RWP rolling is RWP in fewer passes: the same weights, bit for bit{here}. Momentum-SAM is rolling, too. "
-        "std, behind ±, is the standard deviation over seeds. Milliseconds are medians."
+        "std, behind ±, is the standard deviation over seeds. Milliseconds are means over ten steps of their "
+        "medians; methods run one behind the other, so that it shows in them if others use the machine."
     )
