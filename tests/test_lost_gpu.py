@@ -44,7 +44,7 @@ def test_which_errors_stay():
 
 def run(folder, body, *arguments):
     """(exit status, what pytest prints, standard error) of a suite with our conftest.py."""
-    for name in ("conftest.py", "covering.py"):
+    for name in ("conftest.py", "covering.py", "interpreting.py"):
         (folder / name).write_text((Path(__file__).parent / name).read_text())
     (folder / "test_suite.py").write_text(SUITE.format(mark=str(folder / "mark"), body=body))
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
