@@ -108,9 +108,12 @@ def multiple(b: dict, floor: float) -> str:
     times = b["extra_info"].get("times_plain")
     if times is None:
         return NOTHING
-    if b["params"]["method"] == "plain":
-        return lost(f"{times:.2f}x") if round(times, 2) > 1 else f"{times:.2f}x"
-    return f"{times:.2f}x ({floor:.2f}x)"
+    return of_plain(times) if b["params"]["method"] == "plain" else f"{times:.2f}x ({floor:.2f}x)"
+
+
+def of_plain(times: float) -> str:
+    """Our plain step in torch's, which does the same: more than one is a loss."""
+    return lost(f"{times:.2f}x") if round(times, 2) > 1 else f"{times:.2f}x"
 
 
 def bandwidth(b: dict) -> list[str]:
@@ -250,8 +253,7 @@ def of_torch(b: dict, rows: list[dict]) -> str:
     theirs = [r for r in rows if r["params"] | same == r["params"] and r["params"]["candidate"] == "torch fused"]
     if p["method"] != "plain" or p["candidate"] == "torch fused" or not theirs:
         return NOTHING
-    times = median(b) / median(theirs[0])
-    return lost(f"{times:.2f}x") if round(times, 2) > 1 else f"{times:.2f}x"
+    return of_plain(median(b) / median(theirs[0]))
 
 
 def call_table(results: dict) -> Table:

@@ -13,6 +13,7 @@ from itertools import combinations
 import pytest
 
 OPTIONS = "covering", "left_out"
+LEFT_OUT = pytest.StashKey[tuple[int, int]]()  # how many of how many tests
 
 
 def pytest_addoption(parser):
@@ -71,21 +72,21 @@ def covering(items):
     for item in items:
         if item.get_closest_marker("matrix"):
             continue
-        if len((getattr(item, "callspec", None) and item.callspec.params) or ()) < 2:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if len(params) < 2:
             kept.add(item)
-        else:
-            each = item.callspec.params[strength_of(item)[1]] if strength_of(item)[1] else None
-            alike[item.nodeid.partition("[")[0], key(each)].append(item)
-    for same in alike.values():
-        rows = [item.callspec.params for item in same]
-        kept.update(same[k] for k in chosen(rows, strength_of(same[0])[0]))
+            continue
+        strength, each = choice_of(item)
+        alike[item.nodeid.partition("[")[0], key(each and params[each]), strength].append(item)
+    for (_, _, strength), same in alike.items():
+        kept.update(same[k] for k in chosen([item.callspec.params for item in same], strength))
     return kept
 
 
-def strength_of(item):
+def choice_of(item):
     """How many values meet in every combination, and the parameter for each of whose values that is so by itself."""
     mark = item.get_closest_marker("covering")
-    return (mark.args or (2,))[0] if mark else 2, mark and mark.kwargs.get("each")
+    return (*(mark.args or (2,)), mark.kwargs.get("each")) if mark else (2, None)
 
 
 @pytest.hookimpl(trylast=True)  # of what -k and -m have left
@@ -101,9 +102,6 @@ def pytest_collection_modifyitems(config, items):
         config.workeroutput["left_out"] = config.stash[LEFT_OUT]
     items[:] = [item for item in items if item in kept]
     config.hook.pytest_deselected(items=dropped)
-
-
-LEFT_OUT = pytest.StashKey[tuple[int, int]]()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -131,22 +131,6 @@ def test_dead_links_are_found():
         assert dead_links(here, text, DOCUMENTS | {here: text}) == [target]
 
 
-@pytest.mark.parametrize(
-    ("page", "anchors"),
-    {
-        "cycle.md": "phases gradients writes following checkpoints",
-        "ranks.md": "ddp fsdp2 mix-ranks refused",
-        "gpu.md": "backends graphs install",
-        "methods.md": "sam-and-asam ire",
-        "numerics.md": "half-precision noise",
-        "stacks.md": "table",
-    }.items(),
-)
-def test_anchors_that_messages_name(page, anchors):
-    """Others link to these from outside of the pages."""
-    assert set(anchors.split()) <= slugs(PAGES[page])
-
-
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_commands_names_and_paths_exist(name):
     text = DOCUMENTS[name]

@@ -5,21 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+from test_docs import slugs
 
 from flatkern import pages
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, PACKAGE = ROOT / "docs", ROOT / "flatkern"
-HEADING = re.compile(r"^#+ +(.+?)(?: *\{#([\w-]+)\})? *$", re.MULTILINE)
-
-
-def anchors(text):
-    """Of a page: explicit ones, `{#here}`, and of the other headings their words."""
-    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    return {
-        explicit or re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-")
-        for title, explicit in HEADING.findall(text)
-    }
 
 
 def uses():
@@ -34,13 +25,13 @@ def uses():
 def test_every_anchor_is_a_heading(name):
     path = DOCS / f"{name}.md"
     assert path.exists(), f"there is no docs/{name}.md"
-    missing = set(pages.ANCHORS[name]) - anchors(path.read_text())
+    missing = set(pages.ANCHORS[name]) - slugs(path.read_text())
     assert not missing, f"docs/{name}.md has no heading for {', '.join(sorted(missing))}"
 
 
 def test_anchors_are_found():
-    text = "# A page\n\n## SAM and ASAM\n\n## What others write {#writes}\n\n```sh\n# no heading\n```\n### `x`, or y?\n"
-    assert anchors(text) == {"a-page", "sam-and-asam", "writes", "x-or-y"}
+    text = "# A page\n\n## SAM and ASAM\n\n```sh\n# no heading\n```\n### `x`, or y?\n"
+    assert slugs(text) == {"a-page", "sam-and-asam", "x-or-y"}
 
 
 def test_every_link_is_in_the_list():
