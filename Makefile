@@ -111,11 +111,11 @@ $(COMPILED): $(NATIVE) $(if $(NO_VENV),,$(VENV)/.editable)
 	@if [ -e flatkern/_C$(SUFFIX) ]; then touch $@; fi
 
 # Offline there is no installed package, so a folder of links stands in for one: flatkern/ as it would be
-# installed, with triton_kernels/ inside it. Made anew each time: it takes no time and is never stale.
+# installed, with triton_kernels/ and bench/ inside it. Made anew each time: it takes no time and is never stale.
 .PHONY: tree
 tree: $(COMPILED)
 	@rm -rf $(TREE) && mkdir -p $(TREE)/flatkern
-	@ln -s $(CURDIR)/flatkern/* $(CURDIR)/triton_kernels $(TREE)/flatkern/
+	@ln -s $(CURDIR)/flatkern/* $(CURDIR)/triton_kernels $(CURDIR)/bench $(TREE)/flatkern/
 
 # The same with the CUDA kernels, which stand nowhere else.
 CUDA := build/cuda
@@ -124,7 +124,7 @@ cuda-library:
 	@FLATKERN_BUILD=skip FLATKERN_CUDA=1 $(PY) setup.py -q build_ext --build-lib $(CUDA)/lib
 cuda-tree: $(READY) cuda-library
 	@rm -rf $(CUDA)/tree && mkdir -p $(CUDA)/tree/flatkern
-	@ln -s $$(ls -d $(CURDIR)/flatkern/* | grep -v '/_CUDA[.]') $(CURDIR)/triton_kernels \
+	@ln -s $$(ls -d $(CURDIR)/flatkern/* | grep -v '/_CUDA[.]') $(CURDIR)/triton_kernels $(CURDIR)/bench \
 	  $(CURDIR)/$(CUDA)/lib/flatkern/_CUDA$(SUFFIX) $(CUDA)/tree/flatkern/
 
 env: $(if $(NO_VENV),,$(ENV_STAMP)) ## the virtual environment (with NO_VENV=1: nothing)
@@ -311,7 +311,7 @@ sanitized-tests:
 	@FLATKERN_SANITIZE=address,undefined FLATKERN_BUILD=require FLATKERN_CUDA=0 \
 	  $(PY) setup.py -q build_ext --build-lib $(SANITIZE)/lib --build-temp $(SANITIZE)/temp
 	@rm -rf $(SANITIZE)/tree && mkdir -p $(SANITIZE)/tree/flatkern
-	@ln -s $(filter-out %.so,$(wildcard $(CURDIR)/flatkern/*)) $(CURDIR)/triton_kernels \
+	@ln -s $(filter-out %.so,$(wildcard $(CURDIR)/flatkern/*)) $(CURDIR)/triton_kernels $(CURDIR)/bench \
 	  $(CURDIR)/$(SANITIZE)/lib/flatkern/*.so $(SANITIZE)/tree/flatkern/
 	@export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
 	  PYTHONPATH=$(CURDIR)/$(SANITIZE)/tree PYTHONSAFEPATH=1 \

@@ -10,12 +10,12 @@ import statistics
 import torch
 from torch import Tensor
 
-from .baselines import STYLES, FusedAndCopy, torch_optimizer
-from .baselines_ire import IRE_STYLES
-from .baselines_sam import MIXED, RULES
-from .harness import Clock, Cpu, Gradients, Timed, run_cycle
+from .baselines.ire import IRE_STYLES
+from .baselines.libraries import LIBRARIES, PEERS
+from .baselines.loops import STYLES, FusedAndCopy, torch_optimizer
+from .baselines.sam import MIXED, RULES
 from .methods import LR, METHODS, MOMENTUM, WEIGHT_DECAY, Method, call_floors, is_plain
-from .peers import LIBRARIES, PEERS
+from .timing.harness import Clock, Cpu, Gradients, Timed, run_cycle
 
 TORCH = {"torch fused": {"fused": True}, "torch foreach": {"foreach": True}, "torch loop": {"foreach": False}}
 FLOOR = "torch fused"  # the plain optimizer every ratio is against
@@ -152,7 +152,7 @@ class Candidate:
         if kind == "flatkern":
             return flatkern_optimizer(self.params, self.method, base, backend=backend, masters=masters)
         if kind == "compiled":
-            from .compiled import Compiled
+            from .baselines.compiled import Compiled
 
             return Compiled(self.params, self.method, base)
         if kind == "peer":

@@ -7,7 +7,7 @@ bench/results/parallel.{json,md}; the block "ranks" of a document is made of it:
 
     python bench/parallel.py
     python bench/parallel.py --rounds 5 --json NAME.json --table NAME.md
-    python bench/render.py --embed docs/ranks.md       (and docs/benchmarks.md)
+    python bench/report/render.py --embed docs/ranks.md       (and docs/benchmarks.md)
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import flatkern
-from bench import results
-from bench.stats import Stats
+from bench.report import results
+from bench.timing.stats import Stats
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WORLD, BATCH, WARM = 2, 32, 2  # processes, images of a pass in each, steps before the first that counts
@@ -212,7 +212,7 @@ def main() -> int:
     parser.add_argument("--table", metavar="FILE.md", default=str(RESULTS / "parallel.md"))
     args = parser.parse_args()
 
-    from bench import render
+    from bench.report import render
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -84,7 +84,7 @@ def partial(path: str | None) -> str | None:
 
 def write(args, found: dict) -> list[str]:
     """The files that are asked for; returns their names."""
-    from bench import render, results
+    from bench.report import render, results
 
     written = [path for path in (args.json, args.table) if path]
     if args.json:
@@ -93,7 +93,7 @@ def write(args, found: dict) -> list[str]:
         Path(args.table).write_text(render.markdown(found))
     if args.plot:
         try:
-            from bench.chart import plot
+            from bench.report.chart import plot
 
             plot(found, args.plot)
             written.append(args.plot)
@@ -108,10 +108,10 @@ def main() -> int:
 
     import torch
 
-    from bench import results
+    from bench.report import results
+    from bench.report.screen import screen
+    from bench.report.tables import tables
     from bench.runner import Runner
-    from bench.screen import screen
-    from bench.tables import tables
 
     torch.set_num_threads(args.threads)
     show, started, busy = screen(), time.monotonic(), results.load()

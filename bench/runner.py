@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import torch
 
-from . import results
 from .candidates import DTYPES, FLOOR, arriving, floors, held_at_most, prepare
-from .harness import Cpu, Gradients, Timed, interleave
 from .models import MODELS
 from .races import Entry, Race
+from .report import results
+from .timing.harness import Cpu, Gradients, Timed, interleave
 
 
 class Runner:

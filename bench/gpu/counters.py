@@ -170,13 +170,13 @@ def inside() -> int:
     import flatkern
 
     from ..candidates import Candidate
-    from ..harness import Clock
     from ..methods import METHODS
     from ..models import MODELS
     from ..runner import Runner
+    from ..timing.gpu import Gpu
+    from ..timing.harness import Clock
     from . import stand_in, wanted
     from .goals import CUDA
-    from .machine import Gpu
 
     if DRY:
         stand_in.prepare()

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import flatkern
 from bench.gpu.goals import ROLLING, ROLLING_CUDA
 from bench.gpu.stage import DRY, WITH_CUDA, emit, left, say
-from bench.harness import balanced_orders
-from bench.stats import quartiles
+from bench.timing.harness import balanced_orders
+from bench.timing.stats import quartiles
 
 DEVICE = torch.device("cpu" if DRY else "cuda")
 USUAL = 35.0  # seconds of the stage, of which imports and first steps take the most

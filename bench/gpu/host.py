@@ -32,7 +32,7 @@ if __package__ in (None, ""):  # run as a script: the installed flatkern, if any
     sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import flatkern
-from bench.baselines import torch_optimizer
+from bench.baselines.loops import torch_optimizer
 from bench.candidates import flatkern_optimizer
 from bench.gpu import silent_driver, stub_driver
 from bench.methods import METHODS

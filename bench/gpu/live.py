@@ -91,7 +91,7 @@ def facts(torch: Any) -> dict[str, Any]:
 
 
 def device_facts(torch: Any) -> dict[str, Any]:
-    from bench.gpu import machine
+    from bench.timing import gpu as machine
 
     smi = dict(machine.smi())
     found = {"driver": smi.pop("driver_version", None) or machine.driver_of_kernel_module(), "nvidia_smi": smi}

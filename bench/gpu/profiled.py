@@ -18,10 +18,10 @@ from pathlib import Path
 from time import perf_counter_ns
 
 from ..candidates import Candidate
-from ..harness import Clock
 from ..races import Race
+from ..timing.gpu import Gpu, HostClock
+from ..timing.harness import Clock
 from . import stand_in, wanted
-from .machine import Gpu, HostClock
 from .racing import Racer, named, with_live
 from .stage import DRY, WITH_CUDA, each, emit, left, say
 from .stages import most_seconds

@@ -17,9 +17,9 @@ import flatkern
 from ..models import MODELS
 from ..races import Entry, Race
 from ..runner import Runner
+from ..timing.gpu import Gpu
 from . import stand_in
 from .goals import CUDA
-from .machine import Gpu
 from .stage import BEGAN, DRY, WITH_CUDA, each, emit, is_lost, left, say
 
 TURNS, LEAST = 50, 3  # of a candidate; five times as many where a model is small

@@ -1,6 +1,6 @@
 """A stand-in for a GPU: the races of `make gpu` on the CPU with a few small tensors, to see that the script works.
 
-Every number is meaningless. What differs from machine.py is here, and is what machine.py cannot run without a device.
+Every number is meaningless. What differs from timing/gpu.py is here, and is what it cannot run without a device.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from time import perf_counter_ns
 
 import torch
 
-from ..harness import HOST, LOOP
 from ..models import MODELS, Model, Shape
-from .machine import DeviceClock, Gpu
+from ..timing.gpu import DeviceClock, Gpu
+from ..timing.harness import HOST, LOOP
 
 
 class Event:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from bench.methods import METHODS, is_plain
 from bench.models import MODELS
-from bench.tables import lost, speedup
+from bench.report.tables import lost, speedup
 
 from . import beside, goals, predictions
 

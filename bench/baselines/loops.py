@@ -6,7 +6,7 @@
     foreach    the fastest that eager PyTorch offers: `torch._foreach` ops, every buffer kept
 
 All of them take flatkern's three calls, so that one driver times everybody; compiled.py has a fourth.
-`bench/test_baselines.py` checks them against flatkern: a wrong baseline may be a fast one.
+`bench/tests/test_baselines.py` checks them against flatkern: a wrong baseline may be a fast one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from .methods import LR, MOMENTUM, WEIGHT_DECAY, Method
+from ..methods import LR, MOMENTUM, WEIGHT_DECAY, Method
 
 
 def torch_optimizer(params: list[Tensor], base: str, **implementation: bool) -> torch.optim.Optimizer:

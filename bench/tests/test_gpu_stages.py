@@ -18,18 +18,19 @@ import pytest
 import torch
 
 import flatkern
-from bench import results
-from bench.baselines import FusedAndCopy
+from bench.baselines.loops import FusedAndCopy
 from bench.candidates import COPIED, Candidate, floors
-from bench.gpu import beside, goals, machine, names, profiled, racing, stage, stand_in, tables, wanted
+from bench.gpu import beside, goals, names, profiled, racing, stage, stand_in, tables, wanted
 from bench.gpu.racing import Racer
-from bench.harness import HOST, LOOP, Gradients
 from bench.methods import METHODS
 from bench.models import MODELS
 from bench.races import Entry, Race
+from bench.report import results
 from bench.runner import Runner
+from bench.timing import gpu as machine
+from bench.timing.harness import HOST, LOOP, Gradients
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = [torch.ones(3, 8), torch.ones(3)]
 BACKEND = "cpp" if flatkern.backends()["cpp"]["live"] else "eager"
 OURS, OTHER = f"flatkern {BACKEND}", "flatkern eager"
@@ -481,7 +482,7 @@ def test_nothing_is_needed_that_may_be_missing(tmp_path):
     quickly = ["--rounds", "1", "--threads", "1", "--seconds", "0.01"]
     script = (
         f"import runpy, sys; sys.argv.pop(0); sys.path.append({str(ROOT)!r})\n"
-        "from bench.harness import Cpu; Cpu.burst = 1\n"
+        "from bench.timing.harness import Cpu; Cpu.burst = 1\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     command = [sys.executable, "-c", script, str(ROOT / "bench/run.py"), *selection, *quickly, *written]

@@ -1,4 +1,4 @@
-"""IRE as users write it, in the same three degrees of care as baselines.py; test_baselines.py checks them too."""
+"""IRE as users write it, in the same three degrees of care as loops.py; tests/test_baselines.py checks them too."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .baselines import torch_optimizer
-from .methods import Method
+from ..methods import Method
+from .loops import torch_optimizer
 
 
 class AuthorsIRE:

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from .methods import BASES, METHODS, floor_bytes, is_plain
-from .models import MODELS
-from .peers import PEERS
+from ..baselines.libraries import PEERS
+from ..methods import BASES, METHODS, floor_bytes, is_plain
+from ..models import MODELS
 
 VERSUS = {
     "papers": "papers' loop",

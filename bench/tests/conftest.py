@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 # At the end: flatkern stays the installed one, and our triton_kernels/ hides nobody's.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from tests.covering import (  # noqa: F401  (its hooks)
     pytest_addoption,

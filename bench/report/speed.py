@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from html import escape
 
-from .methods import BASES, METHODS
-from .models import MODELS
+from ..methods import BASES, METHODS
+from ..models import MODELS
 from .tables import BRIEF_ROWS, SLOWER, copy_rate, median, pick, speedup
 
 MODEL, BASE = "resnet50", "sgd"

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .baselines import Foreach, filter_norm, per_filter
-from .methods import LR, MOMENTUM, WEIGHT_DECAY, Method
+from ..methods import LR, MOMENTUM, WEIGHT_DECAY, Method
+from .loops import Foreach, filter_norm, per_filter
 
 
 def gradient(k: int, grads: list[Tensor], clean: list[Tensor] | None, lam: float | None, rounds: int) -> Tensor:

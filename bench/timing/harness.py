@@ -3,9 +3,9 @@
 pytest-benchmark runs one candidate after the other. On a shared machine that compares two different
 minutes, and whoever runs first pays for cold caches and fresh pages; so rounds are owned here: in each
 round every candidate makes one step, in an order in which everybody follows everybody else equally
-often. Statistics and result files are those of pytest-benchmark (see stats.py, results.py), so that
+often. Statistics and result files are those of pytest-benchmark (see stats.py, report/results.py), so that
 `pytest-benchmark compare` reads them; `pytest bench --benchmark-only` has single ops the usual way.
-What a turn measures is the machine's: here the host's clock, in gpu/machine.py the device's beside it.
+What a turn measures is the machine's: here the host's clock, in gpu.py the device's beside it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from time import perf_counter_ns
 import torch
 from torch import Tensor
 
-from .methods import Turn
+from ..methods import Turn
 from .stats import Stats
 
 Timed = Callable[[int], dict[str, int]]  # round -> nanoseconds by call

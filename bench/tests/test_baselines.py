@@ -12,12 +12,12 @@ import shutil
 import pytest
 import torch
 
-from bench.baselines import STYLES, filter_norm, per_filter, torch_optimizer
+from bench.baselines.compiled import Compiled
+from bench.baselines.libraries import LIBRARIES, PEERS
+from bench.baselines.loops import STYLES, filter_norm, per_filter, torch_optimizer
 from bench.candidates import flatkern_optimizer, styles_of
-from bench.compiled import Compiled
-from bench.harness import Gradients, run_cycle
 from bench.methods import BASES, METHODS, Method
-from bench.peers import LIBRARIES, PEERS
+from bench.timing.harness import Gradients, run_cycle
 from flatkern.dispatch import refuse
 
 SHAPES = [(64, 8, 3, 3), (64,), (1, 5, 16), (40, 100), (40,)]

@@ -1,10 +1,10 @@
 """Result files as Markdown and as a chart.
 
-    python bench/render.py FILE.json                    all tables, on the standard output
-    python bench/render.py --embed docs/benchmarks.md   rewrite a document's marked blocks, of all committed results
-    python bench/render.py --check docs/benchmarks.md   fail if a marked block differs from them
-    python bench/render.py --speed docs/images/speed.svg  the chart of the start page
-    python bench/render.py FILE.json --plot FILE.png    bar chart of everything
+    python bench/report/render.py FILE.json          all tables, on the standard output
+    python bench/report/render.py --embed FILE.md    rewrite a document's marked blocks, of all committed results
+    python bench/report/render.py --check FILE.md    fail if a marked block differs from them
+    python bench/report/render.py --speed docs/images/speed.svg   the chart of the start page
+    python bench/report/render.py FILE.json --plot FILE.png       bar chart of everything
 
 With a FILE.json, --embed and --check look at its tables alone. A marked block starts with the line
 `<!-- bench: NAME -->` and ends with `<!-- /bench -->`; --names lists the names. The text between is a function of the
@@ -21,14 +21,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: the installed flatkern, if any, stays in front
-    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from bench import results as files
-from bench.tables import brief_table, losing_table, tables
-from bench.wanted_cpu import wanted_table
+from bench.report import results as files
+from bench.report.tables import brief_table, losing_table, tables
+from bench.report.wanted import wanted_table
 
 BLOCK = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 COMMITTED = RESULTS / "cpu.json", RESULTS / "parallel.json"
 ELSEWHERE = {"gpu", "ranks"}  # the blocks that are made of other files than bench/run.py's
 
@@ -91,11 +91,11 @@ def main() -> int:
     if args.names:
         print("\n".join(f"{table.name:24} {table.title}" for table in tables(results)))
     if args.plot:
-        from bench.chart import plot
+        from bench.report.chart import plot
 
         plot(results, args.plot)
     if args.speed:
-        from bench.speed import speed
+        from bench.report.speed import speed
 
         Path(args.speed).write_text(speed(results))
     if not (args.names or args.plot or args.speed or args.embed or args.check):

@@ -9,7 +9,7 @@ import pytest
 
 from bench.gpu import goals, report, tables
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MACHINE = {
     "kind": "machine", "stage": "build", "gpu": "NVIDIA H100 80GB HBM3", "driver": "580.65", "cuda": "13.0",
     "torch": "2.11.0+cu130", "triton": "3.6.0", "python": "3.12.1", "flatkern": "0.1.0", "commit": "0123456789abcdef",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .methods import BASES, METHODS, floor_bytes
-from .models import MODELS
+from ..methods import BASES, METHODS, floor_bytes
+from ..models import MODELS
 from .tables import VERSUS, median, pick, values
 
 COLORS = {

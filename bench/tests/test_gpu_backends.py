@@ -15,7 +15,7 @@ import pytest
 
 from bench.gpu import beside, compiled, goals, out, parameters, sanitize, stage, suite, tables, warm
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def found_in(text: str) -> list[dict]:

@@ -4,7 +4,7 @@
 What a number means: `stats` are seconds per optimizer step, without autograd's accumulation; `calls` are
 median seconds by call; `gigabytes_per_second` divides the method's *floor* by the median, so that waste
 shows as a low rate instead of a high one. Of a GPU all of these are device time; `host` has the same on the host,
-`loop` seconds per step of a loop (gpu/machine.py says how), and `make gpu` writes its own files.
+`loop` seconds per step of a loop (timing/gpu.py says how), and `make gpu` writes its own files.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-from .harness import Timings
+from ..timing.harness import Timings
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def entry(table: str, params: dict, timings: Timings, numel: int, **info) -> dict:

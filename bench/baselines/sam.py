@@ -1,4 +1,4 @@
-"""SAM's kin as users write it, in the same three degrees of care as baselines.py; test_baselines.py checks them too.
+"""SAM's kin as users write it, in the same three degrees of care as loops.py; tests/test_baselines.py checks them too.
 
 `papers` are loops over tensors with the temporaries and repeated norms of the released code; GSAM's and LookSAM's
 inner products and norms are over all parameters, as flatkern's, where some code takes them per tensor.
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from .baselines import STYLES, Baseline, Foreach, Loop, Papers
-from .methods import Method
+from ..methods import Method
+from .loops import STYLES, Baseline, Foreach, Loop, Papers
 
 EPS = 1e-12
 

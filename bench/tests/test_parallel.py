@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from bench import parallel, render, results
-from bench.tables import tables
+from bench import parallel
+from bench.report import render, results
+from bench.report.tables import tables
 
 BLOCK = "<!-- bench: {} -->\n{}\n<!-- /bench -->\n"
 MIB = 2**20

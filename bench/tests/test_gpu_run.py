@@ -16,7 +16,7 @@ import pytest
 from bench.gpu import out, run, stages, suite
 from bench.gpu.process import GIVE_UP, GRACE, Child, group_members
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "bench" / "gpu" / "run.py"
 BUDGET = 120
 SCALE = stages.USUAL / BUDGET  # seconds of a table that are one second with this budget

@@ -21,7 +21,7 @@ import flatkern
 from bench.gpu import e2e, live, stage, stages, warm, workers
 from flatkern.ops import OPS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def found_in(text: str) -> list[dict]:

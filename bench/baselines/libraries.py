@@ -4,7 +4,7 @@
 
 Each class is driven by its own two calls, which its step(closure) makes around the second gradient, with the defaults
 that a user gets, around torch's fused optimizer. Some compute something else, and times are then not of the same thing:
-tables name those, and bench/test_baselines.py checks which they are.
+tables name those, and bench/tests/test_baselines.py checks which they are.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .baselines import torch_optimizer
-from .methods import BASES, LR, MOMENTUM, WEIGHT_DECAY, Method
+from ..methods import BASES, LR, MOMENTUM, WEIGHT_DECAY, Method
+from .loops import torch_optimizer
 
 LIBRARIES = "pytorch_optimizer", "heavyball"
 

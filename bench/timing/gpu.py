@@ -23,7 +23,7 @@ from time import perf_counter_ns
 
 import torch
 
-from ..harness import HOST, LOOP, Clock, Timed
+from .harness import HOST, LOOP, Clock, Timed
 
 STEPS_IN_LOOP = 5  # at least; a call that comes once in ten steps makes it ten
 LEAST_AHEAD, MOST_AHEAD = 50_000, 30_000_000  # nanoseconds that the device is kept busy before a call

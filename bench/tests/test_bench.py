@@ -12,7 +12,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.baselines import filter_norm
+from bench.baselines.loops import filter_norm
 from bench.models import MODELS
 from flatkern.dispatch import DEVICES, resolve
 from flatkern.ops import OPS

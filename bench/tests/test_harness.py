@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import flatkern
-from bench import render, results, speed
 from bench.candidates import DTYPES, untouched_optimizer
-from bench.harness import Timings, balanced_orders, interleave, takes_part
 from bench.methods import BASES, METHODS, call_floors, floor_bytes
 from bench.models import MODELS
-from bench.stats import Stats
-from bench.tables import tables
+from bench.report import render, results, speed
+from bench.report.tables import tables
+from bench.timing.harness import Timings, balanced_orders, interleave, takes_part
+from bench.timing.stats import Stats
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -167,7 +167,7 @@ def test_the_chart_is_drawn(found, tmp_path):
     pytest.importorskip("matplotlib")
     from matplotlib import colors, image
 
-    from bench.chart import COLORS, plot
+    from bench.report.chart import COLORS, plot
 
     plot(found, tmp_path / "chart.png")
     pixels = torch.from_numpy(image.imread(tmp_path / "chart.png"))[..., :3]

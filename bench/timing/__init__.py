@@ -1,0 +1,1 @@
+"""Clocks, interleaved rounds, statistics, and what memory allows."""
