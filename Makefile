@@ -137,9 +137,8 @@ build: $(READY) ## compile, and say what is live
 demo: build ## methods on handwritten digits, under a minute (ARGS=--full: all of them): accuracy, time, passes over memory
 	@$(RUN) -m flatkern demo $(ARGS)
 
-bench: build ## microbenchmarks against PyTorch; results go to bench/results
-	@env -u OMP_NUM_THREADS $(IMPORTS) $(PY) bench/run.py $(ARGS)
-	@$(if $(ARGS),,$(IMPORTS) $(PY) bench/parallel.py)
+bench: build ## benchmarks against PyTorch and other libraries, into bench/results (ARGS=--quick: into bench-results)
+	@$(RUN) -m flatkern bench $(if $(ARGS),$(ARGS),--out bench/results --name cpu)
 
 # To compile is the first stage of `gpu`, so that it counts. `exec`, so that make's SIGTERM reaches it.
 gpu: $(if $(NO_VENV),,$(VENV)/.editable) ## all checks and races that need a GPU, in BUDGET seconds (DRY=1: without one)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .baselines.ire import IRE_STYLES
-from .baselines.libraries import LIBRARIES, PEERS
+from .baselines.libraries import LIBRARIES, PEERS, is_installed, libraries_of
 from .baselines.loops import STYLES, FusedAndCopy, torch_optimizer
 from .baselines.sam import MIXED, RULES
 from .methods import LR, METHODS, MOMENTUM, WEIGHT_DECAY, Method, call_floors, is_plain
@@ -76,10 +76,15 @@ def untouched_optimizer(
     return flatkern.AdamW(params, LR[base], weight_decay=WEIGHT_DECAY[base], **ours)
 
 
+DOCUMENTED = "documented "  # prefix: the base optimizer by name alone, as pages of documentation show it
+DOCUMENTED_PAPERS = "sam"  # the method whose widespread code takes the base optimizer's class
+
+
 def labels(method: str, base: str, args, dtype: str, masters: bool) -> list[str]:
     """Everybody who competes in `method`, most wanted first: where memory is short the last ones are left out.
 
-    Master weights are something that only flatkern has here.
+    Master weights are something that only flatkern has here. A library that is not installed is named all the same: it
+    fails with what to install.
     """
     ours = [f"flatkern {backend}" for backend in args.backends]
     if method == "plain":
@@ -87,9 +92,15 @@ def labels(method: str, base: str, args, dtype: str, masters: bool) -> list[str]
     if masters:
         return [*ours, FLOOR]
     does = METHODS[method]
-    compiled = args.compile and not (does.rule or (does.mixes and does.rho) or does.every > 1 or does.absolute)
-    peer = args.peers and dtype == "float32" and (method, base) in PEERS
-    return [*ours, FLOOR, *reversed(STYLES), *["compiled"] * compiled, *["peer"] * peer]
+    found = [*ours, FLOOR, *reversed(STYLES)]
+    if args.compile and not (does.rule or (does.mixes and does.rho) or does.every > 1 or does.absolute):
+        found.append("compiled")
+    if dtype != "float32" or not args.rivals:
+        return found
+    found += libraries_of(method, base)
+    if method == DOCUMENTED_PAPERS:
+        found += [DOCUMENTED + label for label in ("papers", "pytorch_optimizer")]
+    return found
 
 
 def arriving(label: str, dtype: str) -> str:
@@ -114,8 +125,32 @@ def held_at_most(label: str, method: str, base: str, dtype: str, masters: bool) 
     if "flatkern" in label or is_plain(label):
         saved = 0 if is_plain(label) or masters else 1
         return (1 + moments + saved) * full + (width if masters else 0)
-    loops = label in ("papers", "loop", "peer")
+    loops = label not in ("foreach", "compiled")
     return (1 + moments + (6 if loops else 2 if METHODS[method].floor is None else 3)) * full
+
+
+def build(label: str, params: list[Tensor], name: str, method: Method, base: str, masters: bool = False):
+    """The optimizer of a candidate; `method` may differ from the one of that `name` in its numbers."""
+    who = label.removeprefix(DOCUMENTED)
+    kind, _, backend = who.removeprefix("plain ").partition(" ")
+    if who in TORCH:
+        return torch_optimizer(params, base, **TORCH[who])
+    if who == COPIED:
+        return FusedAndCopy(params, base)
+    if kind == "flatkern":
+        return flatkern_optimizer(params, method, base, backend=backend, masters=masters)
+    if kind == "compiled":
+        from .baselines.compiled import Compiled
+
+        return Compiled(params, method, base)
+    if kind in LIBRARIES:
+        if not is_installed(kind):
+            raise ModuleNotFoundError(f"{kind} is not installed: pip install 'flatkern[rivals]'")
+        return PEERS[name, base, kind].build(params, method, base, fused=label == who)
+    optimizer = styles_of(method)[kind](params, method, base)
+    if label != who:
+        optimizer.base = torch_optimizer(params, base)
+    return optimizer
 
 
 class Candidate:
@@ -141,23 +176,7 @@ class Candidate:
         self.params = [torch.nn.Parameter(w.clone()) for w in weights]
         self.name = "plain" if is_plain(label) else method
         self.method = METHODS[self.name]
-        self.optimizer = self.build(base, masters)
-
-    def build(self, base: str, masters: bool):
-        kind, _, backend = self.label.removeprefix("plain ").partition(" ")
-        if self.label in TORCH:
-            return torch_optimizer(self.params, base, **TORCH[self.label])
-        if self.label == COPIED:
-            return FusedAndCopy(self.params, base)
-        if kind == "flatkern":
-            return flatkern_optimizer(self.params, self.method, base, backend=backend, masters=masters)
-        if kind == "compiled":
-            from .baselines.compiled import Compiled
-
-            return Compiled(self.params, self.method, base)
-        if kind == "peer":
-            return PEERS[self.name, base].build(self.params, self.method, base)
-        return styles_of(self.method)[kind](self.params, self.method, base)
+        self.optimizer = build(label, self.params, self.name, self.method, base, masters)
 
     def __call__(self, count: int) -> dict[str, int]:
         return self.machine.turn(self, count)

@@ -5,7 +5,7 @@ A race is one method on one model, with everybody who can do it; candidates of a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -28,7 +28,7 @@ class Entry:
 class Race:
     """One method on one model; `table` says where its results are shown."""
 
-    table: str  # methods, dtypes, calls, copy; gpu
+    table: str  # methods, dtypes, calls, limits, copy; gpu
     model: str
     method: str
     base: str
@@ -41,7 +41,7 @@ class Race:
         return f"{MODELS[self.model].title}, {METHODS[self.method].title}, {self.base}"
 
 
-def by_method(model: str, methods: list[str], bases: list[str], dtype: str, args) -> Iterator[Race]:
+def by_method(model: str, methods: Iterable[str], bases: Iterable[str], dtype: str, args) -> Iterator[Race]:
     """flatkern against what users write, method by method."""
     for base, method in product(bases, methods):
         who = labels(method, base, args, dtype, args.masters)
@@ -63,33 +63,58 @@ def by_call(methods: list[str], bases: list[str], backends: list[str]) -> Iterat
         yield Race("calls", "tiny_160", method, base, tuple(map(Entry, who)))
 
 
-def default_plan(args) -> list[Race]:
-    """Minutes on two cores: one network with every method, larger and smaller ones with a subset."""
+def by_limit(model: str, methods: list[str], bases: list[str], backends: list[str]) -> Iterator[Race]:
+    """Each call of ours beside what memory allows it."""
+    for base, method in product(bases, methods):
+        yield Race("limits", model, method, base, (*(Entry(f"flatkern {b}") for b in backends), Entry(FLOOR)))
+
+
+MAIN = ["plain", "m-rwp", "sam", "rolling"]
+
+
+def call_races(args) -> list[Race]:
+    """Suite `calls`: what a call costs where there is nothing to compute, and what it reaches where there is much."""
     if args.quick:
         return [
             *by_call(["plain", "m-rwp"], ["sgd"], args.backends),
-            *by_method("resnet50", ["plain", "m-rwp", "sam", "rolling"], ["sgd"], "float32", args),
+            *by_limit("resnet50", MAIN, ["sgd"], args.backends),
         ]
     return [
-        *by_call(["plain", "m-rwp", "sam", "rolling"], ["sgd", "adamw"], args.backends),
-        *by_method("many_small", ["plain", "m-rwp", "sam", "rolling"], ["sgd"], "float32", args),
-        *by_method("resnet50", list(METHODS), list(BASES), "float32", args),
+        *by_call(MAIN, list(BASES), args.backends),
+        *by_limit("resnet50", MAIN, list(BASES), args.backends),
         *by_dtype("resnet50", ["plain", "m-rwp", "rolling"], "sgd", args.backends),
+        *by_limit("gpt2", MAIN, list(BASES), args.backends),
+        *by_limit("gpt2", ["ire"], ["adamw"], args.backends),
+    ]
+
+
+def method_races(args) -> list[Race]:
+    """Suite `methods`: one network with every method, larger and smaller ones with a subset, beside the rivals."""
+    if args.quick:
+        return list(by_method("resnet50", MAIN, ["sgd"], "float32", args))
+    return [
+        *by_method("many_small", MAIN, ["sgd"], "float32", args),
+        *by_method("resnet50", METHODS, ["sgd"], "float32", args),
+        *by_method("resnet50", [*MAIN, "arwp", "asam", "gsam", "momentum-rolling", "ire"], ["adamw"], "float32", args),
         *by_method("vit_b16", ["plain", "m-rwp", "sam"], ["adamw"], "float32", args),
-        *by_method("gpt2", ["plain", "m-rwp", "rolling", "ire"], ["adamw"], "float32", args),
+    ]
+
+
+SUITES = {"calls": call_races, "methods": method_races}
+
+
+def selected(args) -> list[Race]:
+    """The product of what was selected."""
+    return [
+        race
+        for model, dtype in product(args.models or ["resnet50"], args.dtype or ["float32"])
+        for race in by_method(model, args.methods or METHODS, args.base or BASES, dtype, args)
     ]
 
 
 def plan(args) -> list[Race]:
-    """The default plan; or, where something was selected, the product of the selections."""
-    if not args.selected:
-        races = default_plan(args)
-    else:
-        races = [
-            race
-            for model, dtype in product(args.models or ["resnet50"], args.dtype or ["float32"])
-            for race in by_method(model, args.methods or list(METHODS), args.base or list(BASES), dtype, args)
-        ]
-    copies = [Race("copy", model, "plain", "sgd") for model in dict.fromkeys(race.model for race in races)]
+    """The races of the suites; or, where something was selected, the product of the selections."""
+    races = selected(args) if args.selected else [race for suite in args.suite for race in SUITES[suite](args)]
     order = list(dict.fromkeys(race.model for race in races))
+    copies = [Race("copy", model, "plain", "sgd") for model in order]
     return sorted([*copies, *races], key=lambda race: order.index(race.model))

@@ -8,6 +8,8 @@ from dataclasses import replace
 import torch
 
 from .candidates import DTYPES, FLOOR, arriving, floors, held_at_most, prepare
+from .equal import difference_of
+from .methods import is_plain
 from .models import MODELS
 from .races import Entry, Race
 from .report import results
@@ -25,9 +27,13 @@ class Runner:
         seconds: float,
         tick: Callable[[int, int], None] = lambda done, total: None,
         machine=None,
+        compares: bool = False,
     ) -> None:
-        self.rounds, self.seconds, self.tick = rounds, seconds, tick
+        """With `compares` the results say of every candidate where it leaves the reference (equal.py)."""
+        self.rounds, self.seconds, self.tick, self.compares = rounds, seconds, tick, compares
         self.machine = machine or Cpu()
+        self.kept: dict[tuple[str, str], tuple[list[torch.Tensor], Gradients]] = {}
+        self.compared: dict[tuple[str, str, str], str] = {}
         self.benchmarks: list[dict] = []
         self.failures: list[dict] = []
 
@@ -36,8 +42,15 @@ class Runner:
         (self.copies if race.table == "copy" else self.optimizers)(race)
         self.machine.release()
 
+    def make_room(self, race: Race) -> None:
+        """Weights and gradients are kept for the next race on the same model."""
+        if any(model != race.model for model, _ in self.kept):
+            self.kept.clear()
+            self.machine.release()
+
     def fitting(self, race: Race) -> Iterator[Entry]:
         """The entries that memory has room for, beside weights and gradients of each dtype and a copy."""
+        self.make_room(race)
         free, numel = self.machine.free_bytes(), MODELS[race.model].numel
         dtypes = {arriving(entry.label, entry.dtype) for entry in race.entries}
         need = (2 * 4 + sum(5 * DTYPES[dtype].itemsize for dtype in dtypes)) * numel
@@ -64,10 +77,23 @@ class Runner:
 
     def inputs(self, race: Race, dtype: str) -> tuple[list[torch.Tensor], Gradients]:
         """Weights and gradients, which the candidates of a race share."""
-        torch.manual_seed(0)
-        model, device = MODELS[race.model], self.machine.device
-        weights = [(0.05 * torch.randn(s, device=device)).to(DTYPES[dtype]) for s in model.shapes()]
-        return weights, Gradients(weights, sets=2 if model.small else 1)
+        key = race.model, dtype
+        if key not in self.kept:
+            torch.manual_seed(0)
+            model, device = MODELS[race.model], self.machine.device
+            weights = [(0.05 * torch.randn(s, device=device)).to(DTYPES[dtype]) for s in model.shapes()]
+            self.kept[key] = weights, Gradients(weights, sets=2 if model.small else 1)
+        return self.kept[key]
+
+    def difference(self, race: Race, entry: Entry) -> dict[str, str]:
+        """What a candidate computes in place of the reference, if that was looked at."""
+        stands_for_itself = is_plain(entry.label) and race.method != "plain"
+        if not self.compares or stands_for_itself or entry.dtype != "float32" or entry.masters:
+            return {}
+        key = entry.label, race.method, race.base
+        if key not in self.compared:
+            self.compared[key] = difference_of(*key, device=self.machine.device)
+        return {"differs": self.compared[key]}
 
     def prepare(self, race: Race, entry: Entry, weights: list[torch.Tensor], gradients: Gradients) -> tuple[Timed, int]:
         """A warm candidate, and the bytes that it holds."""
@@ -77,15 +103,14 @@ class Runner:
     def optimizers(self, race: Race) -> None:
         """Race optimizers; inputs are shared per dtype."""
         model = MODELS[race.model]
-        inputs, candidates, held, entries = {}, {}, {}, {}
+        candidates, held, entries, differs = {}, {}, {}, {}
         for entry in race.entries:
             key = f"{entry.label} {entry.dtype} {entry.masters} {entry.tuning}"
             entries[key] = entry
-            dtype = arriving(entry.label, entry.dtype)
             try:
-                if dtype not in inputs:
-                    inputs[dtype] = self.inputs(race, dtype)
-                candidates[key], held[key] = self.prepare(race, entry, *inputs[dtype])
+                differs[key] = self.difference(race, entry)
+                weights, gradients = self.inputs(race, arriving(entry.label, entry.dtype))
+                candidates[key], held[key] = self.prepare(race, entry, weights, gradients)
             except Exception as error:  # reported in the results; the others go on
                 self.fail(race, entry, f"{type(error).__name__}: {error}")
                 self.machine.release()
@@ -105,10 +130,11 @@ class Runner:
                 "floor_bytes": sum(least.values()),
                 "call_floors": least,
                 "held_bytes": held[key] / model.numel,
+                **differs[key],
                 **({"tuning": list(entry.tuning)} if entry.tuning else {}),
             }
             rows.append(results.entry(race.table, self.params(race, entry), measured, model.numel, **info))
-        results.compare(rows, FLOOR, 8 * model.numel / copied.calls().stats().median / 1e9 if copied else None)
+        results.compare(rows, FLOOR, copied and copied.calls().stats(), model.numel)
         self.benchmarks += rows
 
     def copies(self, race: Race) -> None:

@@ -34,7 +34,7 @@ def test_every_method_and_base_is_in_the_readme():
 
 def test_figures_outside_of_tables_are_committed():
     (figure,) = re.findall(r'`mix="ranks"` \((\d\.\d\dx)\)', README)
-    table = (ROOT / "bench" / "results" / "parallel.md").read_text()
+    table = (ROOT / "bench" / "results" / "cpu.md").read_text()
     (row,) = [line for line in table.splitlines() if line.startswith('| m-RWP, `mix="ranks"`')]
     assert figure == row.split(" | ")[3]
     assert set(re.findall(r"\b\d+\.\d+x", re.sub(r"<!-- bench.*?/bench -->", "", README, flags=re.DOTALL))) == {figure}

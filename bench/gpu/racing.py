@@ -49,24 +49,16 @@ class Racer(Runner):
     def __init__(self, machine: Gpu, usual: float, most: float) -> None:
         super().__init__(1 if DRY else TURNS, most, machine=machine)
         self.usual, self.most = usual, most
-        self.kept: dict[tuple[str, str], tuple] = {}
         self.found: list[dict] = []  # by this process
 
     def left(self) -> float:
         return left(self.usual) - RESERVE
 
-    def inputs(self, race: Race, dtype: str):
-        key = race.model, dtype
-        if key not in self.kept:
-            self.kept[key] = super().inputs(race, dtype)
-        return self.kept[key]
-
-    def fitting(self, race: Race) -> Iterator[Entry]:
+    def make_room(self, race: Race) -> None:
         models = {race.model, *(model for model, _ in self.kept)}
         if len(models) > 1 and max(MODELS[model].numel for model in models) > LARGE:
             self.kept.clear()
             self.machine.release()
-        return super().fitting(race)
 
     def prepare(self, race: Race, entry: Entry, weights, gradients):
         say(f"{monotonic() - BEGAN:7.1f} s  {entry.label}")

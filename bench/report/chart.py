@@ -15,12 +15,13 @@ COLORS = {
     "foreach": "#e0a458",
     "loop": "#c97b63",
     "papers": "#8d6a9f",
-    "peer": "#b0516b",
+    "pytorch_optimizer": "#b0516b",
+    "heavyball": "#7a7a7a",
 }
 
 
-def plot(results: dict, path: str | Path) -> None:
-    """One panel per model and base, methods downwards; a black tick is what the bytes allow."""
+def plot(results: dict, path: str | Path) -> bool:
+    """One panel per model and base, methods downwards; a black tick is what the bytes allow. Whether there were any."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -31,7 +32,7 @@ def plot(results: dict, path: str | Path) -> None:
     kinds = dict.fromkeys((b["params"]["model"], b["params"]["base"]) for b in shown)
     panels = {kind: [b for b in shown if (b["params"]["model"], b["params"]["base"]) == kind] for kind in kinds}
     if not panels:
-        return
+        return False
     # A panel of one method would be lower than its title and its axis, and none would be laid out then.
     counts = [max(2, len(values(rows, "method"))) for rows in panels.values()]
     height = 1.5 + 0.6 * sum(counts) + 0.8 * len(panels)
@@ -45,6 +46,7 @@ def plot(results: dict, path: str | Path) -> None:
     figure.supxlabel("time per step, in steps of the plain fused torch optimizer (log scale)", fontsize=10)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+    return True
 
 
 def panel(axis, rows: list[dict]) -> None:

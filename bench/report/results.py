@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from ..timing.harness import Timings
+from ..timing.stats import Stats
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,7 +43,7 @@ def entry(table: str, params: dict, timings: Timings, numel: int, **info) -> dic
     return {
         "group": f"{table}: {group}",
         "name": f"{table}[{name}]",
-        "fullname": f"bench/run.py::{table}[{name}]",
+        "fullname": f"flatkern.bench::{table}[{name}]",
         "params": params,
         "param": name,
         "extra_info": {"table": table, "calls": calls.medians(), **info},
@@ -51,8 +52,14 @@ def entry(table: str, params: dict, timings: Timings, numel: int, **info) -> dic
     }
 
 
-def compare(race: list[dict], reference: str, copy_rate: float | None) -> None:
+def spread(stats: dict) -> float:
+    """Half of the interquartile range, of the median: half of all rounds are within it."""
+    return (stats["q3"] - stats["q1"]) / 2 / max(stats["median"], 1e-9)
+
+
+def compare(race: list[dict], reference: str, copied: Stats | None, numel: int) -> None:
     """Add what only the whole race knows: multiples of the plain optimizer, and the share of copy bandwidth."""
+    copy_rate = 8 * numel / copied.median / 1e9 if copied else None
     plain = {b["params"]["dtype"]: b for b in race if b["params"]["candidate"] == reference}
     for b in race:
         info = b["extra_info"]
@@ -64,6 +71,7 @@ def compare(race: list[dict], reference: str, copy_rate: float | None) -> None:
                 info["loop_times_plain"] = info["loop"]["median"] / plain[dtype]["extra_info"]["loop"]["median"]
         if copy_rate:
             info["copy_gigabytes_per_second"] = copy_rate
+            info["copy_spread"] = spread(copied.as_dict())
             info["share_of_copy"] = info["gigabytes_per_second"] / copy_rate
 
 
@@ -122,6 +130,16 @@ def machine_info(threads: int) -> dict:
     }
 
 
+def machine_line(threads: int) -> str:
+    """The machine in a line, for people."""
+    found = machine_info(threads)
+    isa = found["flatkern_cpp"].get("isa")
+    return (
+        f"{threads} of {found['cores']} cores of {found['processor']}{f' ({isa})' if isa else ''}, Python "
+        f"{found['python_version']}, torch {found['torch']}, flatkern {found['flatkern']}"
+    )
+
+
 def load() -> float:
     """How many processes wanted a core in the last minute, where the system tells."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
@@ -129,6 +147,8 @@ def load() -> float:
 
 def git(*arguments: str) -> str:
     """Output of a git command in this checkout; empty if that is not possible."""
+    if not (ROOT / ".git").exists():
+        return ""  # installed, perhaps inside of somebody else's checkout
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -142,9 +162,11 @@ def document(
     threads: int,
     seconds: float,
     busy: float = 0.0,
-    command: str = "python bench/run.py",
+    command: str = "python -m flatkern bench",
+    arguments: list[str] | None = None,
 ) -> dict:
-    """The whole file; `busy` is the load before the first race, `command` what was run, without its arguments.
+    """The whole file; `busy` is the load before the first race, `command` what was run with these `arguments`, or with
+    the program's.
 
     Where there is no git, FLATKERN_COMMIT names the commit.
     """
@@ -157,7 +179,7 @@ def document(
             "project": "flatkern",
             "branch": git("rev-parse", "--abbrev-ref", "HEAD") or "(unknown)",
         },
-        "command": f"{command} {shlex.join(sys.argv[1:])}",
+        "command": f"{command} {shlex.join(sys.argv[1:] if arguments is None else arguments)}".strip(),
         "seconds": round(seconds, 1),
         "benchmarks": benchmarks,
         "failures": failures,

@@ -19,7 +19,7 @@ BARS = {
     OURS: ("flatkern", OURS),
     "loop": ("a careful loop", "torch loop"),
     "foreach": ("torch._foreach_*", "torch foreach"),
-    "peer": ("pytorch_optimizer", None),
+    "pytorch_optimizer": ("pytorch_optimizer", None),
 }
 BASELINE = "torch fused"
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 800, 176, 108, 96, 58

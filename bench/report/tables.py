@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from ..baselines.libraries import PEERS
+from ..baselines.libraries import LIBRARIES, PEERS
+from ..candidates import DOCUMENTED, DOCUMENTED_PAPERS
 from ..methods import BASES, METHODS, floor_bytes, is_plain
 from ..models import MODELS
+from .results import spread
 
 VERSUS = {
     "papers": "papers' loop",
     "loop": "careful loop",
     "foreach": "foreach",
     "compiled": "torch.compile",
-    "peer": "a library's",
+    **{library: library for library in LIBRARIES},
 }
 PLAIN = {"loop": "torch loop", "foreach": "torch foreach"}  # who stands in these columns in the plain row
 SLOWER = "slower"
 NOTHING = "-"
+OTHER = "something else"  # in place of a speed-up over what computes something else
 
 
 @dataclass
@@ -46,6 +49,7 @@ def loud(cell: str) -> bool:
 def tables(results: dict) -> list[Table]:
     """Everything that a result file has to show."""
     found = list(method_tables(results))
+    found += [limit_table(results), rival_table(results)]
     found += [dtype_table(results, model) for model in values(pick(results, "dtypes"), "model")]
     found += [call_table(results), copy_table(results), rank_table(results), failure_table(results)]
     return [table for table in found if table.rows]
@@ -90,6 +94,11 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e3:.{1 if seconds < 0.1 else 0}f} ms"
 
 
+def with_spread(b: dict) -> str:
+    """The median, and half of the interquartile range in percent of it."""
+    return f"{duration(median(b))} ±{100 * spread(b['stats']):.0f} %"
+
+
 def lost(text: str, how: str = SLOWER) -> str:
     return f"**{text} ({how})**"
 
@@ -101,6 +110,15 @@ def speedup(ours: float, theirs: float | None) -> str:
     ratio = theirs / ours
     text = f"{ratio:.1f}x" if ratio >= 1.95 else f"{ratio:.2f}x"
     return lost(text) if round(ratio, 2) < 1 else text
+
+
+def over(ours: dict, theirs: dict | None, also: Callable[[dict], float] = lambda b: 0.0) -> str:
+    """How many times faster a row of ours is than a rival's, if that computes the same."""
+    if theirs is None:
+        return NOTHING
+    if theirs["extra_info"].get("differs"):
+        return OTHER
+    return speedup(median(ours) + also(ours), median(theirs) + also(theirs))
 
 
 def multiple(b: dict, floor: float) -> str:
@@ -121,7 +139,11 @@ def bandwidth(b: dict) -> list[str]:
     info = b["extra_info"]
     if MODELS[b["params"]["model"]].small or "share_of_copy" not in info:
         return [NOTHING, NOTHING]
-    return [f"{info['gigabytes_per_second']:.0f}", f"{100 * info['share_of_copy']:.0f} %"]
+    return [f"{info['gigabytes_per_second']:.0f}", percent(info["share_of_copy"])]
+
+
+def percent(share: float | None) -> str:
+    return NOTHING if share is None else f"{100 * share:.0f} %"
 
 
 def footnote(results: dict, table: str, model: str) -> str:
@@ -141,11 +163,13 @@ def footnote(results: dict, table: str, model: str) -> str:
     return "; ".join(filter(None, parts)) + "."
 
 
-def about_peers(rows: list[dict], base: str) -> str:
-    """Whose classes the column of libraries is about, and what else some of them compute."""
-    methods = values([b for b in rows if b["params"]["candidate"] == "peer"], "method")
-    said = [f"{METHODS[m].title}: {PEERS[m, base].title}" for m in methods]
-    return f" A library's: {'; '.join(said)}." if said else ""
+def about_libraries(rows: list[dict], base: str) -> str:
+    """Whose classes the columns of libraries are about, and what else some of them compute."""
+    said = []
+    for library in LIBRARIES:
+        methods = values([b for b in rows if b["params"]["candidate"] == library], "method")
+        said += [f"{METHODS[m].title}: {PEERS[m, base, library].title}" for m in methods]
+    return f" Libraries: {'; '.join(said)}." if said else ""
 
 
 # ---- tables
@@ -188,7 +212,7 @@ def method_table(results: dict, rows: list[dict], ours: str) -> Table:
         ["method", "time", "of torch fused (floor)", "GB/s", "of copy"]
         + [f"vs {v}" for v in versus.values()]
         + ["extra B/param"],
-        note=footnote(results, "methods", model) + about_peers(rows, base),
+        note=footnote(results, "methods", model) + about_libraries(rows, base),
     )
     width = {"float32": 4, "bfloat16": 2}[dtype]
     for method in values(rows, "method"):
@@ -199,17 +223,61 @@ def method_table(results: dict, rows: list[dict], ours: str) -> Table:
         rivals = [here.get(PLAIN.get(k, "") if method == "plain" else k) for k in versus]
         floor = floor_bytes(does, base, width, masters) / floor_bytes(METHODS["plain"], base, width)
         table.rows.append(
-            [does.title, duration(median(b)), multiple(b, floor), *bandwidth(b)]
-            + [speedup(median(b), r and median(r)) for r in rivals]
+            [does.title, with_spread(b), multiple(b, floor), *bandwidth(b)]
+            + [over(b, rival) for rival in rivals]
             + [f"{b['extra_info']['held_bytes']:.1f}"]
         )
         if accumulation(b):
             whole = median(b) + accumulation(b)
             table.rows.append(
                 [f"{does.title}, with autograd's sums", duration(whole), NOTHING, NOTHING, NOTHING]
-                + [speedup(whole, r and median(r) + accumulation(r)) for r in rivals]
+                + [over(b, rival, accumulation) for rival in rivals]
                 + [NOTHING]
             )
+    return table
+
+
+def limit_table(results: dict) -> Table:
+    """Calls of ours beside a kernel with the same streams and no arithmetic."""
+    rows = [b for b in results["benchmarks"] if "limits" in b["extra_info"]]
+    header = ["model", "base", "method", "call", "time", "GB/s", "of the limit", "of copy", "limit"]
+    table = Table("limits", "Calls, and what memory allows them", header)
+    for b in rows:
+        p, info = b["params"], b["extra_info"]
+        numel, rate = MODELS[p["model"]].numel, info["copy_gigabytes_per_second"]
+        for call, limit in info["limits"].items():
+            seconds, moved = info["calls"][call], info["call_floors"][call] * numel
+            cells = [MODELS[p["model"]].title, p["base"], METHODS[p["method"]].title, f"{call}()", duration(seconds)]
+            shares = [percent(limit / seconds), percent(moved / seconds / 1e9 / rate)]
+            table.rows.append([*cells, f"{moved / seconds / 1e9:.0f}", *shares, duration(limit)])
+        if len(info["limits"]) > 1:
+            limit, moved = sum(info["limits"].values()), info["floor_bytes"] * numel
+            cells = [MODELS[p["model"]].title, p["base"], METHODS[p["method"]].title, "whole step", duration(median(b))]
+            shares = [percent(limit / median(b)), percent(info["share_of_copy"])]
+            table.rows.append([*cells, f"{moved / median(b) / 1e9:.0f}", *shares, duration(limit)])
+    table.note = footnote(results, "limits", rows[0]["params"]["model"]) if rows else ""
+    return table
+
+
+def rival_table(results: dict) -> Table:
+    """Named libraries and widespread code, with the base optimizer as their pages show it, too."""
+    header = ["model", "method", "base", "rival", "its base optimizer", "its step", "ours", "ours is faster"]
+    table = Table("rivals", "Named rivals", header)
+    for b in pick(results, "methods", dtype="float32", masters=False):
+        p = b["params"]
+        who = p["candidate"].removeprefix(DOCUMENTED)
+        documented = who != p["candidate"]
+        if not (documented or who in LIBRARIES or (who == "papers" and p["method"] == DOCUMENTED_PAPERS)):
+            continue
+        same = {k: p[k] for k in ("model", "method", "base", "dtype", "masters")}
+        race = pick(results, "methods", **same)
+        ours = next((r for r in race if r["params"]["candidate"].startswith("flatkern")), None)
+        if ours is None:
+            continue
+        name = "the usual loop (davda54/sam)" if who == "papers" else PEERS[p["method"], p["base"], who].name
+        base = "its own" if who == "heavyball" else "by name" if documented else "torch's fused"
+        cells = [MODELS[p["model"]].title, METHODS[p["method"]].title, p["base"], name, base]
+        table.rows.append([*cells, duration(median(b)), duration(median(ours)), over(ours, b)])
     return table
 
 
@@ -288,7 +356,7 @@ def copy_table(results: dict) -> Table:
 
 
 def rank_table(results: dict) -> Table:
-    """bench/parallel.py: steps of a training under DDP."""
+    """The suite `ranks`: steps of a training under DDP."""
     rows = pick(results, "ranks")
     header = ["method", "passes of a rank", "step", "of plain DDP", "sent by a rank", "of plain DDP"]
     table = Table("ranks", "A training step under DDP, forward and backward included", header)
@@ -326,7 +394,9 @@ def failure_table(results: dict) -> Table:
 # The README's rows and columns of a larger table.
 BRIEF = "resnet50-sgd"
 BRIEF_ROWS = ("plain", "rolling", "m-rwp", "sam", "asam", "sam-5", "gsam", "friendly", "looksam", "ire")
-BRIEF_COLUMNS = ("method", "time", "of torch fused (floor)", "vs careful loop", "vs foreach", "vs a library's")
+BRIEF_COLUMNS = (
+    "method", "time", "of torch fused (floor)", "vs careful loop", "vs foreach", "vs pytorch_optimizer",
+)  # fmt: skip
 
 
 def brief_table(found: list[Table]) -> Table:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from .tables import Table, lost
 
-OF_FUSED, LOOP, LIBRARY = "of torch fused (floor)", "vs careful loop", "vs a library's"
+OF_FUSED, LOOP, LIBRARY = "of torch fused (floor)", "vs careful loop", "vs pytorch_optimizer"
 
 
 class Bound(NamedTuple):

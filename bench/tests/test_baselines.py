@@ -8,41 +8,21 @@ from __future__ import annotations
 
 import functools
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bench.baselines.compiled import Compiled
-from bench.baselines.libraries import LIBRARIES, PEERS
-from bench.baselines.loops import STYLES, filter_norm, per_filter, torch_optimizer
-from bench.candidates import flatkern_optimizer, styles_of
-from bench.methods import BASES, METHODS, Method
+from bench.baselines.libraries import PEERS
+from bench.baselines.loops import STYLES, torch_optimizer
+from bench.candidates import build, flatkern_optimizer, styles_of
+from bench.equal import are_normal, difference, difference_of, moved, normals, renew, silent, trained, weights
+from bench.methods import BASES, METHODS
 from bench.timing.harness import Gradients, run_cycle
 from flatkern.dispatch import refuse
 
-SHAPES = [(64, 8, 3, 3), (64,), (1, 5, 16), (40, 100), (40,)]
 NOISY = [name for name, method in METHODS.items() if method.sigma]
-
-
-def weights(seed: int = 0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(0.1 * torch.randn(s, generator=generator)) for s in SHAPES]
-
-
-def silent(method: Method) -> Method:
-    """The same method with noise of size zero: everything but the noise can be compared exactly."""
-    return Method(**{**vars(method), "sigma": 1e-30 if method.sigma else 0.0})
-
-
-def trained(make, method: Method, base: str, steps: int = 3) -> list[torch.Tensor]:
-    params = weights()
-    optimizer = make(params, method, base)
-    gradients = Gradients(params, sets=2)
-    for _ in range(steps):
-        run_cycle(optimizer, params, method.cycle, gradients)
-    if method.rolling:
-        optimizer.eval()
-    return [p.detach() for p in params]
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpp"])
@@ -59,29 +39,6 @@ def test_baseline_takes_flatkerns_step(style, name, base, backend):
     want = trained(lambda *args: flatkern_optimizer(*args, backend=backend), method, base)
 
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
-
-
-def moved(make, method: Method, base: str) -> list[torch.Tensor]:
-    """The perturbed weights of a third cycle, each with gradients of its own: the first two make means and momenta."""
-    params = weights()
-    optimizer = make(params, method, base)
-    gradients = Gradients(params, sets=1)
-    for seed in (11, 12):
-        run_cycle(optimizer, params, method.cycle, gradients)
-        renew(gradients, seed)
-    if method.rolling:
-        run_cycle(optimizer, params, method.cycle, gradients)
-    else:
-        gradients.deliver(params, method.cycle[0].gradient, 0)
-        optimizer.perturb()
-    return [p.detach().clone() for p in params]  # which an optimizer that is forgotten restores
-
-
-def renew(gradients: Gradients, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for sources in gradients.sources.values():
-        for s in sources:
-            s.normal_(0, 0.01, generator=generator)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -167,52 +124,46 @@ def test_plain_torch_is_what_the_baselines_step_with(style):
 @pytest.mark.parametrize("style", [*STYLES, "compiled"])
 def test_noise_has_the_size_of_the_filter(style, name, monkeypatch):
     """Each filter's displacement is N(0, sigma^2 norm^2 / (1 + eta F)), F from the steps before; or N(0, sigma^2)."""
-    method = METHODS[name]
-    params = weights()
     torch.manual_seed(1)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    if style == "compiled" and method.absolute:
+    if style == "compiled" and METHODS[name].absolute:
         pytest.skip("torch.compile is not raced there")
-    baseline = {**STYLES, "compiled": functools.partial(Compiled, lists=True)}[style](params, method, "sgd")
-    gradients = Gradients(params, sets=1)
-    for _ in range(2):
-        run_cycle(baseline, params, method.cycle, gradients)
-    history = [gradients.history(k, method.beta, 2) for k in range(len(params))]
-
-    if method.rolling:
-        noisy = [p.detach().clone() for p in params]
-        baseline.eval()
-        clean = params
-    else:
-        clean = [p.detach().clone() for p in params]
-        gradients.deliver(params, method.cycle[0].gradient, 0)
-        baseline.perturb()
-        noisy = params
-
-    for k, (w, p) in enumerate(zip(clean, noisy, strict=True)):
-        scale = method.sigma * (torch.ones(()) if method.absolute else filter_norm(w))
-        if method.history:
-            scale = scale / (1 + method.history * history[k]).sqrt()
-        scale = scale.expand(w.shape[0]) if method.absolute else scale
-        z = (p - w) / per_filter(scale, w)
-        assert abs(z.mean()) < 5 / z.numel() ** 0.5
-        assert abs(z.std() - 1) < 5 / (2 * z.numel()) ** 0.5
+    make = {**STYLES, "compiled": functools.partial(Compiled, lists=True)}[style]
+    assert are_normal(normals(make, METHODS[name], "sgd"))
 
 
-@pytest.mark.parametrize("name, base", PEERS)
-def test_a_librarys_class_takes_flatkerns_step_unless_it_is_said_to_differ(name, base):
-    """And if it is said to, it does; a restore by subtraction is within rounding."""
-    peer, method = PEERS[name, base], METHODS[name]
-    pytest.importorskip(next(library for library in LIBRARIES if peer.name.startswith(library)))
+@pytest.mark.parametrize("name, base, library", PEERS)
+def test_a_librarys_class_takes_flatkerns_step_unless_it_is_said_to_differ(name, base, library):
+    """And if it is said to, it does."""
+    pytest.importorskip(library)
+    found = difference_of(library, name, base)
+    assert bool(found) == bool(PEERS[name, base, library].computes_something_else), found
 
-    def is_within_rounding(run) -> bool:
-        pairs = zip(run(peer.build, method, base), run(ours, method, base), strict=True)
-        return all(torch.allclose(got, want, rtol=1e-5, atol=1e-7) for got, want in pairs)
 
-    def ours(*args):
-        return flatkern_optimizer(*args, backend="eager")
+@pytest.mark.parametrize(
+    "wrong, found",
+    [
+        ({"lam": 0.25}, "other weights after three steps"),
+        ({"sigma": 0.02}, "noise of another size"),
+        ({"rho": 0.06}, "a gradient at other weights"),
+    ],
+)
+def test_a_candidate_that_computes_something_else_is_found(wrong, found):
+    """A rival whose result is not the reference's has no speed-up, however fast it is."""
+    method = METHODS["sam" if "rho" in wrong else "m-rwp"]
 
-    assert (is_within_rounding(moved) and is_within_rounding(trained)) == (not peer.computes_something_else)
+    def other(params, method, base):
+        return STYLES["loop"](params, replace(method, **wrong), base)
+
+    assert difference(other, method, "sgd") == found
+
+
+def test_a_documented_candidate_takes_the_base_by_name():
+    """Which on the CPU is torch's loop over tensors; what it computes is the same."""
+    assert difference_of("documented papers", "sam", "sgd") == ""
+    params = weights()
+    optimizer = build("documented papers", params, "sam", METHODS["sam"], "sgd")
+    assert not optimizer.base.defaults["fused"] and not optimizer.base.defaults["foreach"]
 
 
 @pytest.mark.parametrize(

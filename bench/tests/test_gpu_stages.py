@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import flatkern
+from bench import candidates
 from bench.baselines.loops import FusedAndCopy
 from bench.candidates import COPIED, Candidate, floors
 from bench.gpu import beside, goals, names, profiled, racing, stage, stand_in, tables, wanted
@@ -184,18 +185,17 @@ def test_each_candidate_steps_with_its_own_library(small, monkeypatch, capfd):
 
     seen = []
     monkeypatch.setattr(flatkern, "backends", lambda: {"cuda": {"live": True, "reason": ""}})
-    build, turn = Candidate.build, stand_in.StandIn.turn
+    build, turn = candidates.build, stand_in.StandIn.turn
 
-    def built(self, base, masters):
+    def built(label, *arguments):
         seen.append(("made", dispatch.MODULES["cuda"]))
-        self.label = OURS
-        return build(self, base, masters)
+        return build(OURS, *arguments)
 
     def turned(self, candidate, count):
         seen.append(("turn", dispatch.MODULES["cuda"]))
         return turn(self, candidate, count)
 
-    monkeypatch.setattr(Candidate, "build", built)
+    monkeypatch.setattr(candidates, "build", built)
     monkeypatch.setattr(stand_in.StandIn, "turn", turned)
     usual = dispatch.MODULES["cuda"]
     assert racing.run(wanted.hints()[:1], usual=1e9, most=1.0, racer=hints.Switched, sentence=beside.policy) == 0
@@ -209,14 +209,14 @@ def test_each_candidate_steps_with_its_own_library(small, monkeypatch, capfd):
 
 
 def test_a_candidate_that_raises_is_a_miss_and_stops_nobody(small, monkeypatch, capfd):
-    build = Candidate.build
+    build = candidates.build
 
-    def broken(self, base, masters):
-        if self.label == OURS:
+    def broken(label, *arguments):
+        if label == OURS:
             raise ValueError("no such kernel")
-        return build(self, base, masters)
+        return build(label, *arguments)
 
-    monkeypatch.setattr(Candidate, "build", broken)
+    monkeypatch.setattr(candidates, "build", broken)
     assert racing.run(wanted.keys()[:2], usual=1e9, most=1.0) == 1
     found = findings(capfd.readouterr().out)
     assert [f["kind"] for f in found] == ["race", "race", "miss"] * 2
@@ -468,31 +468,3 @@ def test_a_commit_can_be_named_where_git_is_not(monkeypatch):
     assert results.document([], [], 1, 0.0)["commit_info"]["id"] == "unversioned"
     monkeypatch.setenv("FLATKERN_COMMIT", "abc")
     assert results.document([], [], 1, 0.0)["commit_info"]["id"] == "abc"
-
-
-@pytest.mark.matrix
-def test_nothing_is_needed_that_may_be_missing(tmp_path):
-    """bench/run.py without packages that a machine may lack: results, tables and no chart, which is a remark."""
-    for name in ("rich", "pytest_benchmark", "matplotlib", "typer"):
-        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError({name!r}, name={name!r})\n")
-    paths = [str(tmp_path), *(p for p in sys.path if p and "site-packages" not in p and Path(p).name != "bench")]
-    files = [tmp_path / f"found.{kind}" for kind in ("json", "md", "png")]
-    written = [word for pair in zip(("--json", "--table", "--plot"), map(str, files), strict=True) for word in pair]
-    selection = ["--models", "many_small", "--methods", "rwp", "--base", "sgd", "--backends", BACKEND]
-    quickly = ["--rounds", "1", "--threads", "1", "--seconds", "0.01"]
-    script = (
-        f"import runpy, sys; sys.argv.pop(0); sys.path.append({str(ROOT)!r})\n"
-        "from bench.timing.harness import Cpu; Cpu.burst = 1\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    command = [sys.executable, "-c", script, str(ROOT / "bench/run.py"), *selection, *quickly, *written]
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "no chart: matplotlib is not installed" in done.stdout and not files[2].exists()
-    found = json.loads(files[0].read_text())
-    assert {b["params"]["candidate"] for b in found["benchmarks"]} >= {OURS, "torch fused", "papers"}
-    assert found["failures"] == [] and "RWP" in files[1].read_text()
-    assert set(found["benchmarks"][0]["stats"]) >= {"median", "iqr", "ops", "data"}
-    assert METHODS["rwp"].title in done.stdout
-    assert not list(tmp_path.glob("*-partial*"))

@@ -2,28 +2,18 @@
 
 Two processes of one thread each, with gloo between them, on one machine. Every method has a replica of the same
 network; in each round every method makes one step, in an order that changes, and a step's time is that of the slower
-process. What is sent is counted at DDP's buckets and at every other all-reduce. The default run writes
-bench/results/parallel.{json,md}; the block "ranks" of a document is made of it:
-
-    python bench/parallel.py
-    python bench/parallel.py --rounds 5 --json NAME.json --table NAME.md
-    python bench/report/render.py --embed docs/ranks.md       (and docs/benchmarks.md)
+process. What is sent is counted at DDP's buckets and at every other all-reduce.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
+import queue
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):  # run as a script: the installed flatkern, if any, stays in front
-    sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
@@ -33,10 +23,10 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import flatkern
-from bench.report import results
-from bench.timing.stats import Stats
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from .timing.stats import Stats
+
+ROUNDS = 31
 WORLD, BATCH, WARM = 2, 32, 2  # processes, images of a pass in each, steps before the first that counts
 
 
@@ -140,7 +130,7 @@ class Sent:
         return self.bytes, self.calls
 
 
-def interleaved(rounds: int, seed: int, show: Callable[[str], None]) -> dict[str, list[float]]:
+def interleaved(rounds: int, seed: int, tick: Callable[[int, int], None]) -> dict[str, list[float]]:
     """Seconds of every step that counts, of the slower process."""
     replicas = {name: Replica(method.make(), seed) for name, method in METHODS.items()}
     names, seconds = list(METHODS), {name: [] for name in METHODS}
@@ -155,7 +145,7 @@ def interleaved(rounds: int, seed: int, show: Callable[[str], None]) -> dict[str
             dist.all_reduce(spent, op=dist.ReduceOp.MAX)
             if turn >= WARM:
                 seconds[name].append(spent.item())
-        show(f"\rround {turn + 1} of {WARM + rounds}")
+        tick(turn + 1, WARM + rounds)
     return seconds
 
 
@@ -164,21 +154,20 @@ def work(rank: int, store: str, rounds: int, answer: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
 
-    def show(text: str) -> None:
-        if rank == 0 and sys.stderr.isatty():
-            print(text, end="", file=sys.stderr, flush=True)
+    def tick(done: int, total: int) -> None:
+        if rank == 0:
+            answer.put((done, total))
 
     sent = {name: Sent().of_a_step(method, seed=rank) for name, method in METHODS.items()}
-    seconds = interleaved(rounds, rank, show)
-    show("\n")
+    seconds = interleaved(rounds, rank, tick)
     if rank == 0:
-        answer.put((seconds, sent))
+        answer.put(entries(seconds, sent))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def entries(seconds: dict[str, list[float]], sent: dict[str, tuple[int, int]]) -> list[dict]:
-    """As bench/results.py's, with what is sent."""
+    """As those of report/results.py, with what is sent."""
     found, reference = [], Stats(seconds["plain"]).median
     for name, data in seconds.items():
         stats, (size, calls) = Stats(data), sent[name]
@@ -194,7 +183,7 @@ def entries(seconds: dict[str, list[float]], sent: dict[str, tuple[int, int]]) -
             {
                 "group": f"ranks: {WORLD} processes",
                 "name": f"ranks[{name}]",
-                "fullname": f"bench/parallel.py::ranks[{name}]",
+                "fullname": f"flatkern.bench::ranks[{name}]",
                 "params": {"method": name, "title": METHODS[name].title, "world": WORLD, "batch": BATCH},
                 "param": name,
                 "extra_info": info,
@@ -205,34 +194,30 @@ def entries(seconds: dict[str, list[float]], sent: dict[str, tuple[int, int]]) -
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=31, help="steps of each method (default: 31)")
-    parser.add_argument("--json", metavar="FILE", default=str(RESULTS / "parallel.json"))
-    parser.add_argument("--table", metavar="FILE.md", default=str(RESULTS / "parallel.md"))
-    args = parser.parse_args()
+def measured(rounds: int, tick: Callable[[int, int], None]) -> list[dict]:
+    """The rows of a run.
 
-    from bench.report import render
-
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: one of the processes failed.
+    """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    started, busy = time.monotonic(), results.load()
-    if busy > 0.5:
-        print(f"this machine is not quiet (load {busy:.1f}); expect numbers that do not repeat", file=sys.stderr)
-    context = mp.get_context("spawn")
-    answer = context.SimpleQueue()
+    answer = mp.get_context("spawn").Queue()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = os.path.join(folder, "store"), args.rounds, answer
-        mp.spawn(work, arguments, nprocs=WORLD, join=True)
-    rows = entries(*answer.get())
-    found = results.document(rows, [], 1, time.monotonic() - started, busy, command="python bench/parallel.py")
-    results.write(args.json, found)
-    text = render.markdown(found)
-    Path(args.table).write_text(text)
-    print(text)
-    print(f"{found['seconds']:.0f} s; wrote {args.json}, {args.table}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        arguments = os.path.join(folder, "store"), rounds, answer
+        processes = mp.spawn(work, arguments, nprocs=WORLD, join=False)
+        try:
+            while True:
+                try:
+                    found = answer.get(timeout=1)
+                except queue.Empty:
+                    processes.join(timeout=0)  # raises what a process has raised
+                    continue
+                if isinstance(found, list):
+                    break
+                tick(*found)
+            while not processes.join():
+                pass
+        finally:
+            for process in processes.processes:
+                process.kill()
+    return found

@@ -1,0 +1,214 @@
+"""`python -m flatkern bench`: flatkern beside what one would otherwise write, and beside what memory allows.
+
+Only optimizer work is timed, unless a suite says otherwise: gradients are preset. In each round every candidate makes
+one step, in an order that changes; what is shown are medians, with half of the interquartile range behind them.
+
+suites:
+  calls    what a call costs, and its share of what memory allows (a kernel with the same streams and no arithmetic)
+  methods  whole optimizer steps, beside the papers' loops, careful loops, torch._foreach_* and other libraries
+  train    whole training steps: forward, backward, optimizer
+  ranks    training steps of two processes under DistributedDataParallel
+
+Selecting methods, bases or dtypes runs their product in place of the suites.
+
+  python -m flatkern bench --quick
+  python -m flatkern bench --models gpt2 --methods m-rwp sam --base adamw
+  python -m flatkern bench --suite train --models gpt
+  python -m flatkern bench --dtype bfloat16 --masters --methods plain rwp sam
+  python -m flatkern bench compare BEFORE.json AFTER.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from . import races
+from .methods import BASES, METHODS
+from .models import MODELS
+from .report import quiet, render, results
+from .report.screen import Screen, screen
+from .report.tables import tables
+from .runner import Runner
+
+RACED = [name for name in MODELS if name != "tiny_160"]
+OTHER_SUITES = ("ranks",)
+INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
+BUSY = 0.5  # processes that want a core before the first race
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m flatkern bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    select = made.add_argument_group("selection")
+    suites = [*races.SUITES, *OTHER_SUITES]
+    select.add_argument("--suite", nargs="+", choices=suites, metavar="SUITE", help=f"default: {', '.join(suites)}")
+    select.add_argument("--models", nargs="+", choices=RACED, metavar="MODEL", help=", ".join(RACED))
+    select.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
+    select.add_argument("--base", nargs="+", choices=BASES, metavar="BASE", help=", ".join(BASES))
+    dtypes = ["float32", "bfloat16"]
+    select.add_argument("--dtype", nargs="+", choices=dtypes, metavar="DTYPE", help=", ".join(dtypes))
+    select.add_argument("--masters", action="store_true", help="float32 masters behind bfloat16 weights (flatkern's)")
+    select.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
+    backends = ["cpp", "eager", "triton", "cuda"]
+    select.add_argument("--backends", nargs="+", choices=backends, metavar="BACKEND", help="default: the device's best")
+    select.add_argument("--no-rivals", dest="rivals", action="store_false", help="without other libraries' classes")
+    select.add_argument("--compile", action="store_true", help="also torch.compile; compiling takes a minute per race")
+    select.add_argument("--quick", action="store_true", help="a part of the suites calls and methods: under a minute")
+    timing = made.add_argument_group("timing")
+    timing.add_argument("--threads", type=positive, default=os.cpu_count(), help="default: all cores")
+    timing.add_argument("--rounds", type=positive, help="steps per candidate (default 15, quick 7)")
+    timing.add_argument("--seconds", type=float, default=1.5, help="of a candidate per race (default 1.5)")
+    output = made.add_argument_group("output")
+    output.add_argument("--out", type=Path, default=Path("bench-results"), metavar="FOLDER", help="bench-results")
+    output.add_argument("--name", default="bench", help="files NAME.json, NAME.md, NAME.png (default: bench)")
+    return made
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} should be at least 1")
+    return number
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    """The command line, checked before anything is measured."""
+    made = parser()
+    args = made.parse_args(arguments)
+    args.rounds = args.rounds or (7 if args.quick else 15)
+    args.selected = bool(args.models or args.methods or args.base or args.dtype or args.masters)
+    if args.suite and args.selected:
+        made.error("--suite runs a plan of its own; selecting models, methods, bases or dtypes makes another")
+    args.suite = args.suite or (["calls", "methods"] if args.quick else [*races.SUITES, *OTHER_SUITES])
+    if args.masters:
+        args.dtype = args.dtype or ["bfloat16"]
+        if args.dtype != ["bfloat16"]:
+            made.error("--masters needs --dtype bfloat16")
+    if reason := unusable(args):
+        made.error(reason)
+    return args
+
+
+def unusable(args: argparse.Namespace) -> str:
+    """Why the device, a backend or the folder cannot be used; empty if they can. Fills in the backends."""
+    from flatkern import dispatch
+
+    if args.device not in ("cpu", "cuda"):
+        return f"--device: {args.device!r} should be cpu or cuda"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        return "--device: this torch finds no GPU; `python -m flatkern doctor` says what is live"
+    best = ["cpp"] if args.device == "cpu" else ["triton", "cuda"]
+    live, refusals = [], []
+    for backend in args.backends or best:
+        served, refused = dispatch.served_by("sgd_update_", args.device, backend)
+        live += [backend] * (served is not None)
+        refusals += refused
+    if refusals and (args.backends or not live):
+        return f"--backends: {'; '.join(refusals)}"
+    args.backends = live
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.out):
+            pass
+    except OSError as error:
+        return f"--out: nothing can be written to {args.out} ({error.strerror}); name another folder"
+    return ""
+
+
+def machine(device: str):
+    """Whose clocks are read."""
+    if device == "cpu":
+        return None
+    from .timing.gpu import Gpu
+
+    return Gpu()
+
+
+def measure(args: argparse.Namespace, show: Screen, runner: Runner) -> None:
+    """Runs the races; `runner` has what they have found so far."""
+    chosen = races.plan(args)
+    others = [] if args.selected else [suite for suite in args.suite if suite in OTHER_SUITES]
+    with show.races(len(chosen) + len(others)):
+        for race in chosen:
+            show.race(race.title)
+            runner.run(race)
+        if "ranks" in others:
+            from . import ranks
+
+            show.race("two processes, a step of each method")
+            runner.benchmarks += ranks.measured(ranks.ROUNDS, show.tick)
+
+
+def write(args: argparse.Namespace, found: dict, name: str) -> list[Path]:
+    """The three files; returns those that were written."""
+    stem = args.out / name
+    written = [stem.with_suffix(".json"), stem.with_suffix(".md")]
+    results.write(written[0], found)
+    written[1].write_text(render.markdown(found))
+    try:
+        from .report.chart import plot
+    except ImportError as error:
+        print(f"no chart: {error.name} is not installed")
+        return written
+    try:
+        drawn = plot(found, stem.with_suffix(".png"))
+    except ImportError as error:
+        print(f"no chart: {error.name} is not installed")
+        return written
+    return [*written, stem.with_suffix(".png")] if drawn else written
+
+
+def said_at_the_end(found: dict) -> list[str]:
+    """What is wrong with the results."""
+    return [*quiet.remarks(found), *render.differing(found)]
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; the exit status is 1 where nothing was measured or a result of ours is wrong."""
+    if arguments[:1] == ["compare"]:
+        from .report import compare
+
+        return compare.main(arguments[1:])
+    args = parsed(arguments)
+    torch.set_num_threads(args.threads)
+    show, started, busy = screen(), time.monotonic(), results.load()
+    show.note(results.machine_line(args.threads))
+    if busy > BUSY:
+        show.note(f"this machine is not quiet (load {busy:.1f}); expect numbers that do not repeat", alarming=True)
+    runner, interrupted = Runner(args.rounds, args.seconds, show.tick, machine(args.device), compares=True), False
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        measure(args, show, runner)
+    except KeyboardInterrupt:
+        show.note("interrupted: the results are those of the races that were over", alarming=True)
+        interrupted = True
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+
+    seconds = time.monotonic() - started
+    found = results.document(runner.benchmarks, runner.failures, args.threads, seconds, busy, arguments=arguments)
+    for table in tables(found):
+        show.table(table)
+    for remark in said_at_the_end(found):
+        show.note(remark, alarming=True)
+    if not found["benchmarks"]:
+        show.note("nothing was measured; nothing is written", alarming=True)
+        return INTERRUPTED if interrupted else 1
+    written = write(args, found, f"{args.name}-partial" if interrupted else args.name)
+    show.note(f"{seconds:.0f} s; wrote {', '.join(map(str, written))}")
+    return INTERRUPTED if interrupted else int(bool(render.differing(found)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

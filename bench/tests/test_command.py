@@ -1,0 +1,172 @@
+"""`python -m flatkern bench`: what is refused before anything is measured, what is written, and what is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import command, races
+from bench.methods import METHODS
+from bench.report import quiet, results
+from bench.report.tables import tables
+from bench.runner import Runner
+from bench.timing.harness import Cpu, Timings
+from bench.timing.stats import Stats
+from flatkern.dispatch import refuse
+
+ROOT = Path(__file__).resolve().parents[2]
+BACKEND = "eager" if refuse("sgd_update_", "cpp", "cpu") else "cpp"
+OURS = f"flatkern {BACKEND}"
+QUICKLY = ["--rounds", "1", "--threads", "1", "--seconds", "0.01", "--backends", BACKEND]
+SMALL = ["--models", "many_small", "--methods", "rwp", "--base", "sgd", *QUICKLY]
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--models", "alexnet"], "alexnet"),
+        (["--device", "tpu"], "should be cpu or cuda"),
+        (["--suite", "calls", "--models", "gpt2"], "--suite"),
+        (["--masters", "--dtype", "float32"], "--masters needs"),
+        (["--rounds", "0"], "at least 1"),
+        (["--out", "{file}/results"], "name another folder"),
+        pytest.param(
+            ["--device", "cuda"],
+            "doctor",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+        ),
+        (["--backends", "triton"], "--backends: "),
+    ],
+)
+def test_refused_before_anything_is_measured(arguments, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Runner, "run", lambda *args: pytest.fail("measured"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as end:
+        command.main([word.format(file=tmp_path / "file") for word in arguments])
+    assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_what_is_written_and_shown(tmp_path, capsys, monkeypatch):
+    """Rows of all candidates, whose results were compared with the reference's; tables in Markdown; a chart."""
+    monkeypatch.setattr(Cpu, "burst", 1)
+    assert command.main([*SMALL, "--out", str(tmp_path / "new"), "--name", "x"]) == 0
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "new" / "x.json").read_text())
+    rows = {b["params"]["candidate"]: b for b in found["benchmarks"] if b["extra_info"]["table"] == "methods"}
+    assert set(rows) == {OURS, "torch fused", "papers", "loop", "foreach"} and found["failures"] == []
+    assert all(rows[name]["extra_info"]["differs"] == "" for name in (OURS, "papers", "loop", "foreach"))
+    assert set(rows[OURS]["stats"]) >= {"median", "iqr", "ops", "data"}
+    assert found["command"].endswith("--name x") and found["machine_info"]["processor"] in said
+    text = (tmp_path / "new" / "x.md").read_text()
+    assert "RWP" in text and METHODS["rwp"].title in said
+    assert {path.suffix for path in (tmp_path / "new").iterdir()} <= {".json", ".md", ".png"}
+
+
+def test_an_interrupt_keeps_the_races_that_were_over(tmp_path, capsys, monkeypatch):
+    run, count = Runner.run, 0
+
+    def interrupted(self, race):
+        nonlocal count
+        if (count := count + 1) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        run(self, race)
+
+    monkeypatch.setattr(Runner, "run", interrupted)
+    monkeypatch.setattr(Cpu, "burst", 1)
+    small = [word if word != "rwp" else "plain" for word in SMALL]
+    assert command.main([*small, "--base", "sgd", "adamw", "--out", str(tmp_path)]) == 130
+    assert "interrupted" in capsys.readouterr().out
+    found = json.loads((tmp_path / "bench-partial.json").read_text())
+    assert {b["params"]["base"] for b in found["benchmarks"]} == {"sgd"} and not (tmp_path / "bench.json").exists()
+
+
+def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch):
+    """Its row says what to install, and the others run."""
+    import bench.candidates
+
+    monkeypatch.setattr(bench.candidates, "is_installed", lambda library: False)
+    runner = Runner(1, 0.01)
+    entries = tuple(map(races.Entry, (OURS, "torch fused", "pytorch_optimizer", "documented pytorch_optimizer")))
+    runner.run(races.Race("methods", "many_small", "sam", "sgd", entries))
+    assert {f["candidate"] for f in runner.failures} == {"pytorch_optimizer", "documented pytorch_optimizer"}
+    assert all("pip install 'flatkern[rivals]'" in f["reason"] for f in runner.failures)
+    assert {b["params"]["candidate"] for b in runner.benchmarks} == {OURS, "torch fused"}
+
+
+@pytest.fixture
+def found():
+    """Results of SAM beside a loop, and beside a library that computes something else."""
+    rows = []
+    race = {"model": "resnet50", "method": "sam", "base": "sgd", "dtype": "float32", "masters": False}
+    differs = {"heavyball": "a gradient at other weights"}
+    seconds = {"flatkern cpp": 20, "torch fused": 10, "loop": 40, "heavyball": 100, "documented papers": 60}
+    for candidate, ms in seconds.items():
+        info = {"floor_bytes": 40, "call_floors": {"perturb": 20, "step": 20}, "held_bytes": 8.0}
+        timings = Timings([{"perturb": ms * 500_000, "step": ms * 500_000}] * 3)
+        info["differs"] = differs.get(candidate, "")
+        rows.append(results.entry("methods", {**race, "candidate": candidate}, timings, 25_557_032, **info))
+    results.compare(rows, "torch fused", Stats([0.004, 0.005, 0.006]), 25_557_032)
+    return json.loads(json.dumps(results.document(rows, [], threads=2, seconds=1.0, arguments=[])))
+
+
+def test_no_speed_up_over_what_computes_something_else(found):
+    by_name = {table.name: table for table in tables(found)}
+    methods = by_name["resnet50-sgd"]
+    cells = dict(zip(methods.header, methods.rows[0], strict=True))
+    assert cells["vs careful loop"] == "2.0x" and cells["vs heavyball"] == "something else"
+    assert cells["time"] == "20.0 ms ±0 %"
+    assert [row[3:] for row in by_name["rivals"].rows] == [
+        ["heavyball.SAMWrapper", "its own", "100 ms", "20.0 ms", "something else"],
+        ["the usual loop (davda54/sam)", "by name", "60.0 ms", "20.0 ms", "3.0x"],
+    ]
+
+
+def test_a_wrong_result_of_ours_is_said_and_fails(found):
+    from bench.report.render import differing
+
+    assert differing(found) == []
+    found["benchmarks"][0]["extra_info"]["differs"] = "other weights after three steps"
+    (said,) = differing(found)
+    assert "WRONG: flatkern cpp, SAM, sgd: other weights" in said
+
+
+def test_a_machine_that_is_not_quiet_is_told_by_its_copies(found):
+    (said,) = quiet.remarks(found)
+    assert "in 1 of 1 races" in said and "resnet50 sam sgd" in said
+    for b in found["benchmarks"]:
+        b["extra_info"]["copy_spread"] = 0.01
+    assert quiet.remarks(found) == []
+
+
+@pytest.mark.matrix
+def test_nothing_is_needed_that_may_be_missing(tmp_path):
+    """Without packages that a machine may lack: results, tables and no chart, which is a remark."""
+    for name in ("rich", "pytest_benchmark", "matplotlib", "typer"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError({name!r}, name={name!r})\n")
+    paths = [str(tmp_path), *(p for p in sys.path if p and "site-packages" not in p and Path(p).name != "tests")]
+    script = (
+        f"import sys; sys.path.append({str(ROOT)!r})\n"
+        "from bench import command\nfrom bench.timing.harness import Cpu; Cpu.burst = 1\n"
+        "sys.exit(command.main(sys.argv[1:]))"
+    )
+    line = [sys.executable, "-c", script, *SMALL, "--out", str(tmp_path / "new")]
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(line, check=False, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "no chart: matplotlib is not installed" in done.stdout
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"bench.json", "bench.md"}
