@@ -1,20 +1,27 @@
-"""Single operations at ResNet-50's size, the usual pytest-benchmark way.
+"""Operations, and calls of optimizers, at ResNet-50's size, the usual pytest-benchmark way.
 
-    pytest bench/test_bench.py --benchmark-only
-    pytest bench/test_bench.py --benchmark-only -k "perturb and cpp"
+    pytest bench/tests/test_bench.py --benchmark-only
+    pytest bench/tests/test_bench.py --benchmark-only -k "test_op and perturb and cpp"
+    pytest bench/tests/test_bench.py --benchmark-only -k "test_call and sam"
 
-Operations, their arguments and their traffic are read from flatkern.ops.OPS, so a new row is a new
-benchmark. Nothing here asserts a time. Whole methods against what users write: bench/run.py.
+Operations, their arguments and their traffic are read from flatkern.ops.OPS, so a new row is a new benchmark; methods
+and candidates are those of `python -m flatkern bench`, whose rounds are interleaved. Nothing here asserts a time.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
 
 from bench.baselines.loops import filter_norm
+from bench.candidates import Candidate
+from bench.methods import BASES, METHODS
 from bench.models import MODELS
-from flatkern.dispatch import DEVICES, resolve
+from bench.races import MAIN
+from bench.timing.harness import Clock, Gradients
+from flatkern.dispatch import DEVICES, refuse, resolve
 from flatkern.ops import OPS
 from flatkern.tables import mask_shape
 
@@ -96,3 +103,48 @@ def test_op(op, backend, benchmark):
         moved = traffic(op, values)
         benchmark.extra_info["bytes"] = moved
         benchmark.extra_info["gigabytes_per_second"] = moved / benchmark.stats.stats.median / 1e9
+
+
+CALLS = [
+    (name, base, label, call)
+    for name, base in itertools.product(MAIN, BASES)
+    for label in (*(f"flatkern {b}" for b in ("cpp", "eager")), "foreach", "loop", "torch fused", "torch foreach")
+    if label.startswith("flatkern") or label.startswith("torch") == (name == "plain")
+    for call in dict.fromkeys(turn.call for turn in METHODS[name].cycle)
+]
+
+
+class UpTo:
+    """An optimizer on its way to a call: gradients arrive, and the calls before it are made."""
+
+    def __init__(self, candidate: Candidate, call: str) -> None:
+        self.candidate, self.call = candidate, call
+        self.turns = itertools.cycle(candidate.method.cycle)
+
+    def __call__(self) -> None:
+        for turn in self.turns:
+            self.candidate.gradients.deliver(self.candidate.params, turn.gradient, 0)
+            if turn.call == self.call:
+                return
+            getattr(self.candidate.optimizer, turn.call)()
+
+
+def parameters(case: tuple[str, ...]):
+    """Whether it runs is seen with one base and the fastest candidates."""
+    rest = [pytest.mark.matrix] if case[1] == "adamw" or case[2] == "flatkern eager" else []
+    return pytest.param(*case, id="-".join(case).replace(" ", "-"), marks=rest)
+
+
+@pytest.mark.parametrize("name, base, label, call", map(parameters, CALLS))
+def test_call(name, base, label, call, benchmark):
+    if label == "flatkern cpp" and (reason := refuse("sgd_update_", "cpp", "cpu")):
+        pytest.skip(reason)
+    shapes = MODELS["tiny_160" if benchmark.disabled else "resnet50"].shapes()
+    torch.manual_seed(0)
+    weights = [0.05 * torch.randn(s) for s in shapes]
+    candidate = Candidate(label, weights, Gradients(weights), name, base)
+    candidate.steps(Clock(), 0)
+
+    benchmark.group = f"{name} {base} {call}()"
+    rounds = 2 if "eager" in label else 15
+    benchmark.pedantic(getattr(candidate.optimizer, call), setup=UpTo(candidate, call), rounds=rounds, warmup_rounds=1)
