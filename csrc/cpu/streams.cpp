@@ -23,8 +23,17 @@ constexpr int64_t kVector = 32;
 constexpr int64_t kVector = 16;
 #endif
 typedef uint8_t Vector __attribute__((vector_size(kVector), aligned(1), may_alias));
+typedef uint64_t Word __attribute__((aligned(1), may_alias));  // what a mask has in place of a vector
 
 FK_INLINE Vector& vector_at(char* p) { return *reinterpret_cast<Vector*>(p); }
+
+// each(T*) for the words, then the bytes, of the n bytes at p.
+template <class Each>
+FK_INLINE void for_each_word(char* p, int64_t n, const Each& each) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) each(reinterpret_cast<volatile Word*>(p + i));
+  for (; i < n; ++i) each(reinterpret_cast<volatile char*>(p + i));
+}
 
 FK_INLINE void read(char* p, int64_t n) {
   int64_t i = 0;
@@ -32,7 +41,7 @@ FK_INLINE void read(char* p, int64_t n) {
     const Vector x = vector_at(p + i);
     asm volatile("" : : FK_REGISTER(x));
   }
-  for (volatile char* byte = p; i < n; ++i) static_cast<void>(byte[i]);
+  for_each_word(p + i, n - i, [](const auto* at) { static_cast<void>(*at); });
 }
 
 FK_INLINE void update(char* p, int64_t n) {
@@ -42,19 +51,11 @@ FK_INLINE void update(char* p, int64_t n) {
     asm volatile("" : "+" FK_REGISTER(x));
     vector_at(p + i) = x;
   }
-  for (volatile char* byte = p; i < n; ++i) byte[i] = byte[i];
+  for_each_word(p + i, n - i, [](auto* at) { *at = *at; });
 }
 
-FK_INLINE void write(char* p, int64_t n) {
-  Vector zero = {};
-  asm volatile("" : "+" FK_REGISTER(zero));  // else it is a call of memset
-  int64_t i = 0;
-  for (; i + kVector <= n; i += kVector) vector_at(p + i) = zero;
-  for (volatile char* byte = p; i < n; ++i) byte[i] = 0;
-}
-
-// To a multiple of a vector's size.
-FK_INLINE void write_vector_around(char* p) {
+// Around the caches, where the processor can. To a multiple of a vector's size.
+FK_INLINE void write_vector(char* p) {
 #if defined(__AVX512F__)
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_setzero_si512());
 #elif defined(__AVX2__)
@@ -66,11 +67,12 @@ FK_INLINE void write_vector_around(char* p) {
 #endif
 }
 
-FK_INLINE void write_around(char* p, int64_t n) {
-  int64_t i = min(-reinterpret_cast<intptr_t>(p) & 63, n);
-  write(p, i);
-  for (; i + kVector <= n; i += kVector) write_vector_around(p + i);
-  write(p + i, n - i);
+FK_INLINE void write(char* p, int64_t n) {
+  const auto zero = [](auto* at) { *at = 0; };
+  int64_t i = min(-reinterpret_cast<intptr_t>(p) & (kVector - 1), n);
+  for_each_word(p, i, zero);
+  for (; i + kVector <= n; i += kVector) write_vector(p + i);
+  for_each_word(p + i, n - i, zero);
 }
 
 // A stream's part of the tensor that is walked.
@@ -79,12 +81,12 @@ struct Cursor {
   int64_t bits;  // of an element
   Access access;
 
-  FK_INLINE void move(int64_t i, int64_t n, bool around) const {
+  FK_INLINE void move(int64_t i, int64_t n) const {
     char* p = data + i * bits / 8;
     const int64_t bytes = ceil_div(n * bits, 8);
     if (access == Access::kRead) return read(p, bytes);
     if (access == Access::kUpdate) return update(p, bytes);
-    around ? write_around(p, bytes) : write(p, bytes);
+    write(p, bytes);
   }
 };
 
@@ -104,7 +106,7 @@ struct Cursors {
     const int64_t part = ceil_div(ceil_div(end - begin, how.places), kBlock) * kBlock;
     for (int64_t i = begin; i < min(begin + part, end); i += how.step)
       for (int64_t at = i; at < end; at += part)
-        for (int64_t s = 0; s < count; ++s) of[s].move(at, min(end - at, how.step), how.around);
+        for (int64_t s = 0; s < count; ++s) of[s].move(at, min(end - at, how.step));
   }
 };
 
