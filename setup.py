@@ -28,7 +28,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-FAMILIES = ("noise", "norm", "perturb", "update", "mask")
+FAMILIES = ("noise", "norm", "perturb", "update", "mask", "streams")
 COMMON = ("cpu/bindings.cpp", "cpu/isa.cpp", "common/check.cpp", "common/describe.cpp", "common/from_python.cpp")
 X86_ISAS = {
     "baseline": [],

@@ -19,7 +19,7 @@ BY_OTHER_NAMES |= {"tests/cuda_emulation/driver/operations.h"}
 # They know some operations.
 OF_MANY = {f"tests/test_{name}.py" for name in ("reference", "reference_updates", "mask", "backends")}
 OF_MANY |= {f"tests/wrong_{name}.py" for name in ("kernels", "methods")}
-OF_MANY |= {"flatkern/checks.py"} | {f"bench/gpu/{name}.py" for name in ("calls", "counted")}
+OF_MANY |= {"flatkern/checks.py", "bench/timing/limits.py"} | {f"bench/gpu/{name}.py" for name in ("calls", "counted")}
 
 
 def places():

@@ -1,6 +1,9 @@
 // The module flatkern._C: every operation on the CPU, and functions that read Python objects for other backends.
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "../common/bind.h"
 #ifdef _OPENMP
 #include <omp.h>
@@ -32,6 +35,76 @@ struct Cpu {
 py::object checked(PyObject* result) {
   if (result == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(result);
+}
+
+// The lists of one argument of stream(), behind those that are there.
+void take_streams(py::handle given, const char* name, cpu::Access access, std::vector<Tensors>& lists,
+                  std::vector<cpu::Access>& accesses) {
+  if (!PyList_Check(given.ptr()) && !PyTuple_Check(given.ptr()))
+    throw py::type_error(std::string("stream: ") + name + " is a " + Py_TYPE(given.ptr())->tp_name +
+                         ", not a list of lists of tensors");
+  for (const py::handle list : given) {
+    Tensors tensors;
+    if (!read(list.ptr(), tensors)) throw py::error_already_set();
+    lists.push_back(std::move(tensors));
+    accesses.push_back(access);
+  }
+}
+
+// Refuses what cannot be walked side by side. `weights` is the first list of weights alone.
+void check_stream(const Table& list, size_t s, const Table& weights) {
+  const std::string name = "stream: list " + std::to_string(s);
+  if (list.size() != weights.size())
+    throw Mismatch(name + " has " + std::to_string(list.size()) + " tensors, but the first list of weights has " +
+                   std::to_string(weights.size()));
+  for (int64_t k = 0; k < list.size(); ++k) {
+    const View& t = list[k];
+    const auto fail = [&](const std::string& what) { throw Mismatch(name + "[" + std::to_string(k) + "] " + what); };
+    const bool mask = t.dtype == DType::kUInt8;
+    if (!mask && t.dtype != DType::kFloat32 && t.dtype != DType::kFloat16 && t.dtype != DType::kBFloat16)
+      fail("is not float32, float16, bfloat16 or uint8");
+    if (t.device.type != DeviceType::kCpu) fail("is not on the CPU");
+    if (!t.dense) fail("is not dense in memory");
+    const int64_t size = mask ? (weights[k].numel + 7) / 8 : weights[k].numel;
+    if (t.numel != size) fail("has " + std::to_string(t.numel) + " elements, but should have " + std::to_string(size));
+  }
+}
+
+// Weights have a byte or more per element, in every tensor.
+bool is_of_weights(const Table& list) {
+  for (int64_t k = 0; k < list.size(); ++k)
+    if (list[k].dtype == DType::kUInt8) return false;
+  return true;
+}
+
+void stream(py::handle reads, py::handle updates, py::handle writes, int64_t variant) {
+  std::vector<Tensors> lists;
+  std::vector<cpu::Access> accesses;
+  take_streams(reads, "reads", cpu::Access::kRead, lists, accesses);
+  take_streams(updates, "updates", cpu::Access::kUpdate, lists, accesses);
+  take_streams(writes, "writes", cpu::Access::kWrite, lists, accesses);
+  if (variant < 0 || variant >= cpu::kStreamVariantCount)
+    throw py::value_error("stream: variant is " + std::to_string(variant) + ", but should be 0 to " +
+                          std::to_string(cpu::kStreamVariantCount - 1));
+  if (static_cast<int64_t>(lists.size()) > cpu::kMostStreams)
+    throw py::value_error("stream: " + std::to_string(lists.size()) + " lists are given, but should be " +
+                          std::to_string(cpu::kMostStreams) + " at most");
+  for (Tensors& list : lists)
+    if (!read_table(list)) throw py::error_already_set();
+  const auto weights = std::find_if(lists.begin(), lists.end(), is_of_weights);
+  if (weights == lists.end()) throw Mismatch("stream: no list is of weights alone");
+  Array<cpu::Stream> streams(lists.size());
+  for (size_t s = 0; s < lists.size(); ++s) {
+    check_stream(lists[s], s, *weights);
+    streams[s] = {&lists[s], accesses[s]};
+  }
+  const cpu::Streams a{std::move(streams), &*weights, variant};
+  {
+    py::gil_scoped_release released;
+    cpu::run(a);
+  }
+  for (size_t s = 0; s < lists.size(); ++s)
+    if (accesses[s] != cpu::Access::kRead && !increment_version(lists[s].passed.get())) throw py::error_already_set();
 }
 
 }  // namespace
@@ -66,6 +139,15 @@ PYBIND11_MODULE(_C, m) {
         if (!increment_version(tensors.ptr())) throw py::error_already_set();
       },
       "tensors"_a, "Tell autograd that a list of tensors was written.");
+
+  py::tuple variants(cpu::kStreamVariantCount);
+  for (int64_t i = 0; i < cpu::kStreamVariantCount; ++i) variants[i] = cpu::kStreamVariants[i].name;
+  m.attr("stream_variants") = variants;
+  m.def("stream", stream, "reads"_a, "updates"_a, "writes"_a, "variant"_a = 0,
+        "For benchmarks: move memory as an operation would, and compute nothing. Each argument is a list of lists of "
+        "tensors; those of a list have the elements of the other lists' tensors, of a uint8 mask a bit each. `reads` "
+        "are read; `updates` are read, and the same bits written; `writes` become zeros. Which of stream_variants is "
+        "the fastest depends on the machine and on the lists.");
 
   m.def("isa", cpu::isa, "The instruction set that runs.");
   m.def("isas", cpu::isas, "The instruction sets that were compiled and that this CPU has.");

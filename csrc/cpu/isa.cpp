@@ -15,14 +15,14 @@ namespace flatkern::cpu {
 // The walks of one instruction set.
 struct Kernels {
 #define FK_MEMBER(Args, name) void (*name)(const Args&);
-  FK_FOR_EACH_OPERATION(FK_MEMBER)
+  FK_FOR_EACH_WALK(FK_MEMBER)
 #undef FK_MEMBER
 };
 
 #define FK_ADDRESS(Args, name) name,
-#define FK_DEFINE_TABLE(isa)                                        \
-  namespace isa {                                                   \
-  constexpr Kernels kKernels = {FK_FOR_EACH_OPERATION(FK_ADDRESS)}; \
+#define FK_DEFINE_TABLE(isa)                                   \
+  namespace isa {                                              \
+  constexpr Kernels kKernels = {FK_FOR_EACH_WALK(FK_ADDRESS)}; \
   }
 FK_DEFINE_TABLE(baseline)
 #if defined(FK_X86)
@@ -76,7 +76,7 @@ std::vector<std::string> isas() {
 
 #define FK_RUN(Args, name) \
   void run(const Args& a) { chosen->kernels->name(a); }
-FK_FOR_EACH_OPERATION(FK_RUN)
+FK_FOR_EACH_WALK(FK_RUN)
 #undef FK_RUN
 
 std::string isa() { return chosen->name; }

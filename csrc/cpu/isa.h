@@ -4,13 +4,13 @@
 #include <string>
 #include <vector>
 
-#include "../common/arguments.h"
+#include "streams.h"
 
 namespace flatkern::cpu {
 
-// One operation, on the instruction set that was chosen.
+// One operation, or what is measured beside them, on the instruction set that was chosen.
 #define FK_DECLARE(Args, name) void run(const Args& a);
-FK_FOR_EACH_OPERATION(FK_DECLARE)
+FK_FOR_EACH_WALK(FK_DECLARE)
 #undef FK_DECLARE
 
 // Compiled and supported by this processor, the best last.
