@@ -32,7 +32,7 @@ ARGS ?=
 # `make wheel-cuda`: where the wheel goes.
 WHEELS ?= dist
 # Tests that the sanitizers watch: those that call the compiled kernels with every shape and dtype, or change what they read.
-SANITIZE_TESTS ?= tests/test_backends.py tests/test_cpp.py tests/test_noise.py tests/test_describe.py tests/test_hostile_callers.py
+SANITIZE_TESTS ?= tests/test_backends.py tests/test_cpp.py tests/test_streams.py tests/test_noise.py tests/test_describe.py tests/test_hostile_callers.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -188,7 +188,7 @@ CAPTURES := tests/test_capturable.py tests/test_failed_captures.py
 # The interpreter has to be chosen before triton is imported, so this is a process of its own. There is a triton for few
 # platforms only. Of tests that take a backend, those for this one are run.
 TRITON_TESTS := tests/test_triton.py tests/test_triton_counts.py $(CAPTURES) \
-  tests/test_backends.py tests/test_read_on_device.py tests/test_noise.py::test_which_normals_a_counter_gives
+  tests/test_backends.py tests/test_read_on_device.py tests/test_noise.py::test_which_normals_a_counter_gives tests/test_streams_triton.py
 test-triton: $(READY) ## the Triton kernels in Triton's interpreter (no GPU needed; part of `test`)
 	@if $(call has,triton) && $(call has,pytest); then \
 	  TRITON_INTERPRET=1 $(PYTEST) -q $(CHOICE) -k "triton or captur" $(TRITON_TESTS) $(ARGS); \

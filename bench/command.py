@@ -184,7 +184,8 @@ def main(arguments: list[str]) -> int:
     show.note(results.machine_line(args.threads))
     if busy > BUSY:
         show.note(f"this machine is not quiet (load {busy:.1f}); expect numbers that do not repeat", alarming=True)
-    runner, interrupted = Runner(args.rounds, args.seconds, show.tick, machine(args.device), compares=True), False
+    runner = Runner(args.rounds, args.seconds, show.tick, machine(args.device), compares=True, limits=True)
+    interrupted = False
     before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

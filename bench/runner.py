@@ -9,11 +9,17 @@ import torch
 
 from .candidates import DTYPES, FLOOR, arriving, floors, held_at_most, prepare
 from .equal import difference_of
-from .methods import is_plain
+from .methods import METHODS, is_plain
 from .models import MODELS
 from .races import Entry, Race
 from .report import results
 from .timing.harness import Cpu, Gradients, Timed, interleave
+from .timing.limits import RaceLimits
+from .timing.stats import Stats
+
+
+def is_ours(entry: Entry) -> bool:
+    return entry.label.startswith("flatkern")
 
 
 class Runner:
@@ -28,9 +34,12 @@ class Runner:
         tick: Callable[[int, int], None] = lambda done, total: None,
         machine=None,
         compares: bool = False,
+        limits: bool = False,
     ) -> None:
-        """With `compares` the results say of every candidate where it leaves the reference (equal.py)."""
-        self.rounds, self.seconds, self.tick, self.compares = rounds, seconds, tick, compares
+        """With `compares` results say of every candidate where it leaves the reference (equal.py); with `limits`, of
+        every call of ours what memory allows it (timing/limits.py).
+        """
+        self.rounds, self.seconds, self.tick, self.compares, self.limits = rounds, seconds, tick, compares, limits
         self.machine = machine or Cpu()
         self.kept: dict[tuple[str, str], tuple[list[torch.Tensor], Gradients]] = {}
         self.compared: dict[tuple[str, str, str], str] = {}
@@ -114,14 +123,16 @@ class Runner:
             except Exception as error:  # reported in the results; the others go on
                 self.fail(race, entry, f"{type(error).__name__}: {error}")
                 self.machine.release()
+        # What memory can do is measured in the same minute as what is held against it.
         one, other = (torch.ones(model.numel, device=self.machine.device) for _ in range(2))
-        copying = self.machine.timed(lambda: other.copy_(one))
-        timings, failures = self.interleave(race, {**candidates, "copy": copying})
+        moves, limits = {"copy": lambda: other.copy_(one)}, self.race_limits(race)
+        moves |= limits.candidates() if limits else {}
+        moving = {key: self.machine.timed(move) for key, move in moves.items()}
+        timings, failures = self.interleave(race, {**candidates, **moving})
         for key, reason in failures.items():
             self.fail(race, entries.get(key, Entry(key)), reason)
-
-        # What memory can do is measured in the same minute as what is held against it.
-        copied = timings.pop("copy", None)
+        moved = {key: timings.pop(key).calls().stats() for key in moves if key in timings}
+        copied = moved.pop("copy", None)
         rows = []
         for key, measured in timings.items():
             entry = entries[key]
@@ -131,11 +142,30 @@ class Runner:
                 "call_floors": least,
                 "held_bytes": held[key] / model.numel,
                 **differs[key],
+                **self.limit_of(limits, entry, moved),
                 **({"tuning": list(entry.tuning)} if entry.tuning else {}),
             }
             rows.append(results.entry(race.table, self.params(race, entry), measured, model.numel, **info))
-        results.compare(rows, FLOOR, copied and copied.calls().stats(), model.numel)
+        results.compare(rows, FLOOR, copied, model.numel)
         self.benchmarks += rows
+
+    def race_limits(self, race: Race) -> RaceLimits | None:
+        """What memory allows the calls of a race, where that is asked for, and the model fits into no cache."""
+        model, kinds = MODELS[race.model], [(DTYPES[e.dtype], e.masters) for e in race.entries if is_ours(e)]
+        if not self.limits or model.small or not kinds:
+            return None
+        try:
+            return RaceLimits(METHODS[race.method], race.base, kinds, model.shapes(), self.machine.device)
+        except Exception as error:  # without compiled kernels there is none
+            self.fail(race, Entry("the limit"), f"{type(error).__name__}: {error}")
+            return None
+
+    def limit_of(self, limits: RaceLimits | None, entry: Entry, moved: dict[str, Stats]) -> dict[str, dict[str, float]]:
+        """The limits of a row of ours, by call."""
+        if limits is None or not is_ours(entry) or not moved.keys() >= limits.candidates().keys():
+            return {}
+        seconds = {key: stats.median for key, stats in moved.items()}
+        return {"limits": limits.seconds(seconds, DTYPES[entry.dtype], entry.masters)}
 
     def copies(self, race: Race) -> None:
         """Measure what memory can do for this model's size, and what setting `.grad` costs."""

@@ -142,6 +142,18 @@ def bandwidth(b: dict) -> list[str]:
     return [f"{info['gigabytes_per_second']:.0f}", percent(info["share_of_copy"])]
 
 
+def rates(b: dict) -> list[str]:
+    """GB/s, share of the limit, share of copy."""
+    rate, copied = bandwidth(b)
+    return [rate, percent(share_of_limit(b)), copied]
+
+
+def share_of_limit(b: dict) -> float | None:
+    """Of the time that the step's reads and writes take when nothing is computed; None where that was not measured."""
+    limits = b["extra_info"].get("limits")
+    return sum(limits.values()) / median(b) if limits else None
+
+
 def percent(share: float | None) -> str:
     return NOTHING if share is None else f"{100 * share:.0f} %"
 
@@ -209,7 +221,7 @@ def method_table(results: dict, rows: list[dict], ours: str) -> Table:
     table = Table(
         name,
         title,
-        ["method", "time", "of torch fused (floor)", "GB/s", "of copy"]
+        ["method", "time", "of torch fused (floor)", "GB/s", "of the limit", "of copy"]
         + [f"vs {v}" for v in versus.values()]
         + ["extra B/param"],
         note=footnote(results, "methods", model) + about_libraries(rows, base),
@@ -223,14 +235,14 @@ def method_table(results: dict, rows: list[dict], ours: str) -> Table:
         rivals = [here.get(PLAIN.get(k, "") if method == "plain" else k) for k in versus]
         floor = floor_bytes(does, base, width, masters) / floor_bytes(METHODS["plain"], base, width)
         table.rows.append(
-            [does.title, with_spread(b), multiple(b, floor), *bandwidth(b)]
+            [does.title, with_spread(b), multiple(b, floor), *rates(b)]
             + [over(b, rival) for rival in rivals]
             + [f"{b['extra_info']['held_bytes']:.1f}"]
         )
         if accumulation(b):
             whole = median(b) + accumulation(b)
             table.rows.append(
-                [f"{does.title}, with autograd's sums", duration(whole), NOTHING, NOTHING, NOTHING]
+                [f"{does.title}, with autograd's sums", duration(whole), *4 * [NOTHING]]
                 + [over(b, rival, accumulation) for rival in rivals]
                 + [NOTHING]
             )

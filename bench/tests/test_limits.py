@@ -8,8 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bench import races
 from bench.candidates import DTYPES, flatkern_optimizer
 from bench.methods import BASES, METHODS, call_floors
+from bench.models import MODELS, Model
+from bench.runner import Runner
 from bench.timing.harness import Gradients, run_cycle
 from bench.timing.limits import MASK, Limit, Streams, streams, streams_of
 from flatkern import dispatch
@@ -113,3 +116,16 @@ def test_a_limit():
     limit()
     for move in moves.values():
         move()
+
+
+@pytest.mark.skipif(bool(dispatch.refuse("sgd_update_", "cpp", "cpu")), reason="the C++ kernels are not built")
+def test_a_race_measures_the_limits_of_its_calls(monkeypatch):
+    """Of each call of ours, as the fastest way to move its streams; of a rival's none, and of a small model's none."""
+    monkeypatch.setitem(MODELS, "one", Model("One", lambda: [(64, 80)], 1, 5120))
+    entries = (races.Entry("flatkern cpp"), races.Entry("torch fused"))
+    runner = Runner(1, 0.01, limits=True)
+    runner.run(races.Race("limits", "one", "sam", "sgd", entries))
+    runner.run(races.Race("limits", "tiny_160", "sam", "sgd", entries))
+    rows = {(b["params"]["model"], b["params"]["candidate"]): b["extra_info"].get("limits") for b in runner.benchmarks}
+    assert rows.pop(("one", "flatkern cpp")).keys() == {"perturb", "step"}
+    assert set(rows.values()) == {None} and runner.failures == []

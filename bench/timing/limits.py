@@ -243,3 +243,41 @@ def allocated(shapes: list[Shape], dtype: torch.dtype, device: torch.device) -> 
     if dtype == MASK:
         shapes = [(-(-prod(shape) // 8),) for shape in shapes]
     return [torch.ones(shape, dtype=dtype, device=device) for shape in shapes]
+
+
+class RaceLimits:
+    """The limits of all calls of a race: of each kind of weights, which is a dtype and whether there are masters."""
+
+    PREFIX = "limit "  # of what is raced
+
+    def __init__(
+        self,
+        method: Method,
+        base: str,
+        kinds: Iterable[tuple[torch.dtype, bool]],
+        shapes: Iterable[Shape],
+        device: torch.device | str,
+    ) -> None:
+        calls, shapes = dict.fromkeys(turn.call for turn in method.cycle), list(shapes)
+        self.of = {
+            (*kind, call): Limit(shapes, streams(method, base, call, *kind), device)
+            for kind in dict.fromkeys(kinds)
+            for call in calls
+        }
+
+    def candidates(self) -> dict[str, Move]:
+        """What to race, by labels."""
+        return {
+            f"{self.PREFIX}{key} {name}": move
+            for key, limit in self.of.items()
+            for name, move in limit.variants().items()
+        }
+
+    def seconds(self, timings: dict[str, float], dtype: torch.dtype, masters: bool) -> dict[str, float]:
+        """Of a step's calls by name, from the seconds of the candidates, which must all be there."""
+        found = {}
+        for (kind, with_masters, call), limit in self.of.items():
+            if (kind, with_masters) == (dtype, masters):
+                prefix = f"{self.PREFIX}{(kind, with_masters, call)} "
+                found[call] = limit.choose({name: timings[prefix + name] for name in limit.variants()})
+        return found
