@@ -21,6 +21,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "doctor": Command("doctor", "what is live on this machine, why the rest is not, what to do about it", "seconds"),
     "demo": Command("demos.digits.command", "handwritten digits: SGD, RWP, SAM, IRE and their kin", "a minute"),
+    "landscape": Command("landscape.command", "how flat a trained model is: the digits', or your own", "a minute"),
     "bench": Command("bench.command", "benchmarks against what one would otherwise write; bench compare", "minutes"),
     "language": Command("demos.language.command", "a small Llama on bytes: AdamW against AdamW-IRE", "a few minutes"),
 }

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -39,6 +40,16 @@ def usable_backend(named: str | None, device: str) -> str | None:
         if served_by is None:
             raise typer.BadParameter("; ".join(refusals), param_hint=source)
     return name
+
+
+def usable_device(name: str) -> torch.device:
+    """Refused where torch cannot compute on it."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(str(error).partition("\n")[0], param_hint="--device") from None
+    return device
 
 
 def writable_folder(path: Path, *names: str) -> Path:

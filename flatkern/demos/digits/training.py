@@ -177,7 +177,17 @@ def make_backward(model: nn.Module, part: tuple[Tensor, Tensor], seed: int) -> C
     return backward
 
 
-def train(
+@dataclass(frozen=True)
+class Fitted:
+    """A trained model, in evaluation mode and with clean weights, and what was measured meanwhile."""
+
+    model: nn.Module
+    opt: flatkern.SGD
+    watch: Stopwatch
+    curve: list[dict[str, Any]]
+
+
+def fit(
     name: str,
     data: Data,
     seed: int,
@@ -187,8 +197,8 @@ def train(
     evaluate_on: str = "test",
     points: int = 5,
     tick: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """One run. Every method sees the same start and batches, and all but one the same number of steps.
+) -> Fitted:
+    """Every method sees the same start and batches, and all but one the same number of steps.
 
     Arguments:
         hyper: lr, weight_decay, and the method's strength under its own name.
@@ -213,6 +223,16 @@ def train(
         if k % (TRAIN // BATCH) == 0:
             tick()
     opt.eval()
+    model.eval()
+    return Fitted(model, opt, watch, curve)
+
+
+def train(
+    name: str, data: Data, seed: int, epochs: int, hyper: Hyper, backend: str | None = None, *args: Any, **others: Any
+) -> dict[str, Any]:
+    """One run: `fit`, which takes the same arguments, and what is shown of it."""
+    fitted = fit(name, data, seed, epochs, hyper, backend, *args, **others)
+    model, watch, curve = fitted.model, fitted.watch, fitted.curve
     return {
         "method": name,
         "seed": seed,
@@ -222,7 +242,7 @@ def train(
         "loss_increase": loss_increase(model, data.train, seed, backend),
         "step_ms": usual(watch.steps),
         "optimizer_ms": usual(watch.optimizer),
-        "cost": cost(name, opt),
+        "cost": cost(name, fitted.opt),
     }
 
 

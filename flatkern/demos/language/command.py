@@ -52,7 +52,7 @@ def language(
     """
     if width % (2 * heads):
         raise typer.BadParameter(f"{width} is not a multiple of twice the heads, {2 * heads}", param_hint="--width")
-    place = usable_device(device)
+    place = shared.usable_device(device)
     backend = shared.usable_backend(backend, place.type)
     try:
         flatkern.IRE(kappa, sharp_fraction=sharp_fraction)
@@ -80,16 +80,6 @@ def about(shape: Shape, options: dict[str, Any]) -> dict[str, Any]:
         "shape": vars(shape) | {"parameters": sum(p.numel() for p in Llama(shape).parameters())},
         "options": options,
     }
-
-
-def usable_device(name: str) -> torch.device:
-    """Refused where torch cannot compute on it."""
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(str(error).partition("\n")[0], param_hint="--device") from None
-    return device
 
 
 def show_runs(
