@@ -84,9 +84,9 @@ def in_race(connection: Connection, name: str, everybody: list[tuple[str, str]],
 
 def alone(connection: Connection, name: str, who: tuple[str, str]) -> None:
     """Says nanoseconds by call and page faults of the steps that it is asked for, and at last the peak of memory."""
-    before = resident()
-    training = Training(NETWORKS[name], Who(*who))
+    before, training = resident(), None
     for count in iter(connection.recv, 0):
+        training = training or Training(NETWORKS[name], Who(*who))  # a failure is an answer, and so has to be asked for
         connection.send([training.step(FaultClock()) for _ in range(count)])
     after = resident()
     # Pages of files, which libraries are, stay once they are there.
