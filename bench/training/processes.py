@@ -47,13 +47,12 @@ def impossible() -> str:
 
 def serve(connection: Connection, threads: int) -> None:
     """Fork for every order; the new process talks through the same connection until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asked is interrupted, and closes the connection
     # The first optimizer imports a good part of torch, which every new process would do again.
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     while True:
         try:
             task, *order = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
         child = os.fork()
         if not child:
@@ -68,7 +67,7 @@ def work(connection: Connection, task: Callable[..., None], order: list, threads
     try:
         torch.set_num_threads(threads)
         task(connection, *order)
-    except (EOFError, BrokenPipeError):
+    except (EOFError, ConnectionError):
         pass  # nobody asks any more
     except Exception as error:
         connection.send(f"{type(error).__name__}: {error}")
@@ -125,6 +124,7 @@ class Server:
                 [sys.executable, "-m", __name__, str(theirs.fileno()), str(torch.get_num_threads())],
                 env={**os.environ, **ALLOCATORS[allocator], "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"},
                 pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is for who asks, and the connection's end for the server
             )
         self.working = False
 
