@@ -6,6 +6,7 @@ A row's `stats` are seconds of a step, its `extra_info` has medians by call, and
     passes, pass       forwards with backwards in a step, and the median seconds of one
     alone              by allocator ("system", "keeping"; see processes.py), in a process of its own: `seconds`, page
                        `faults` of a step, `peak_bytes` beyond those of a process that has torch loaded
+    system_of_keeping  a step with the system's allocator in steps with the one that keeps memory, median of the turns
 
 Where processes can be given an allocator, the race has the one that keeps memory: page faults come and go with what
 lies behind a block in the heap, which is no candidate's merit.
@@ -85,17 +86,26 @@ def add_alone(servers, rows: list[dict], steps: int, failures: list[dict], tick)
     for done, found in enumerate(rows, 1):
         name, who = found["params"]["model"], Who(found["params"]["method"], found["params"]["candidate"])
         try:
-            measured = servers.alone(name, who, steps)
-            found["extra_info"]["alone"] = {allocator: summary(**one) for allocator, one in measured.items()}
+            found["extra_info"] |= memory_of(servers.alone(name, who, steps))
         except processes.Failed as error:
             failures.append(failure(name, who, f"in a process of its own: {error}"))
         tick(done, len(rows))
 
 
-def summary(steps: list[dict[str, int]], peak_bytes: int) -> dict:
-    seconds = Stats([sum(ns for call, ns in step.items() if call != "faults") / 1e9 for step in steps]).as_dict()
-    return {
-        "seconds": {name: seconds[name] for name in ("median", "q1", "q3", "rounds")},
-        "faults": statistics.median(step["faults"] for step in steps),
-        "peak_bytes": peak_bytes,
+def memory_of(measured: dict[str, dict]) -> dict:
+    """What a row has of it. Steps are compared turn by turn, because the host's speed changes in between."""
+    seconds = {allocator: list(map(seconds_of, one["steps"])) for allocator, one in measured.items()}
+    ratios = [system / kept for system, kept in zip(seconds["system"], seconds["keeping"], strict=True)]
+    alone = {
+        allocator: {
+            "seconds": {name: Stats(seconds[allocator]).as_dict()[name] for name in ("median", "q1", "q3", "rounds")},
+            "faults": statistics.median(step["faults"] for step in one["steps"]),
+            "peak_bytes": one["peak_bytes"],
+        }
+        for allocator, one in measured.items()
     }
+    return {"alone": alone, "system_of_keeping": statistics.median(ratios)}
+
+
+def seconds_of(step: dict[str, int]) -> float:
+    return sum(ns for call, ns in step.items() if call != "faults") / 1e9
