@@ -133,7 +133,7 @@ def allocator_table(results: dict) -> Table:
         settings = " ".join(f"{key}={value}" for key, value in KEEPING.items())
         turns = alone(rows[0], "system")["seconds"]["rounds"]
         table.note = (
-            f"Kept: with {settings}, steps of the race. System's: without; a step in kept ones, median of {turns} turns "
-            "of a candidate in processes of its own, by which the lead of the race is converted."
+            f"Kept: with {settings}, steps of the race. System's: without; a step in kept ones is the median of "
+            f"{turns} turns of a candidate in processes of its own, by which the lead of the race is converted."
         )
     return table
