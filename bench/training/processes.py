@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -28,6 +29,7 @@ from .steps import Training, Who
 # glibc reads them when a process starts: no block is a mapping of its own, and the heap gives back nothing below 4 GiB.
 KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 ALLOCATORS: dict[str, dict[str, str]] = {"system": {}, "keeping": KEEPING}
+PAUSE = 0.02  # seconds: for as long threads of the other process may wait for work by spinning, on cores of this one
 WARM = 3  # steps before the first that counts
 
 
@@ -196,6 +198,7 @@ class Servers:
         steps: dict[str, list[dict[str, int]]] = {allocator: [] for allocator in self.servers}
         for turn in range(count):
             for allocator in list(ALLOCATORS)[:: 1 if turn % 2 else -1]:
+                time.sleep(PAUSE)
                 steps[allocator] += self.servers[allocator].steps(1)
         return {a: {"steps": steps[a], "peak_bytes": server.finish()} for a, server in self.servers.items()}
 

@@ -24,7 +24,7 @@ from .networks import NETWORKS
 from .race import failure, race
 from .steps import Who, candidates
 
-ROUNDS, ALONE = 8, 5  # steps that count: of everybody in the race, and with each allocator
+ROUNDS, ALONE = 7, 4  # steps that count: of everybody in the race, and with each allocator
 QUICK = ("mlp",)
 
 
