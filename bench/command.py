@@ -9,7 +9,8 @@ suites:
   train    whole training steps: forward, backward, optimizer
   ranks    training steps of two processes under DistributedDataParallel
 
-Selecting methods, bases or dtypes runs their product in place of the suites.
+Selecting models runs these of the suites, or without a suite every method on them; selecting methods, bases or dtypes
+runs their product.
 
   python -m flatkern bench --quick
   python -m flatkern bench --models gpt2 --methods m-rwp sam --base adamw
@@ -30,16 +31,18 @@ from pathlib import Path
 
 import torch
 
-from . import races
+from . import races, ranks
 from .methods import BASES, METHODS
 from .models import MODELS
 from .report import quiet, render, results
 from .report.screen import Screen, screen
 from .report.tables import tables
 from .runner import Runner
+from .training import suite as training
+from .training.networks import NETWORKS
 
 RACED = [name for name in MODELS if name != "tiny_160"]
-OTHER_SUITES = ("ranks",)
+OTHER_SUITES = "train", "ranks"
 INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
 BUSY = 0.5  # processes that want a core before the first race
 
@@ -51,7 +54,8 @@ def parser() -> argparse.ArgumentParser:
     select = made.add_argument_group("selection")
     suites = [*races.SUITES, *OTHER_SUITES]
     select.add_argument("--suite", nargs="+", choices=suites, metavar="SUITE", help=f"default: {', '.join(suites)}")
-    select.add_argument("--models", nargs="+", choices=RACED, metavar="MODEL", help=", ".join(RACED))
+    models = f"{', '.join(RACED)}; of the suite train {', '.join(NETWORKS)}"
+    select.add_argument("--models", nargs="+", choices=[*RACED, *NETWORKS], metavar="MODEL", help=models)
     select.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
     select.add_argument("--base", nargs="+", choices=BASES, metavar="BASE", help=", ".join(BASES))
     dtypes = ["float32", "bfloat16"]
@@ -85,10 +89,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     made = parser()
     args = made.parse_args(arguments)
     args.rounds = args.rounds or (7 if args.quick else 15)
-    args.selected = bool(args.models or args.methods or args.base or args.dtype or args.masters)
-    if args.suite and args.selected:
-        made.error("--suite runs a plan of its own; selecting models, methods, bases or dtypes makes another")
-    args.suite = args.suite or (["calls", "methods"] if args.quick else [*races.SUITES, *OTHER_SUITES])
+    select(made, args)
     if args.masters:
         args.dtype = args.dtype or ["bfloat16"]
         if args.dtype != ["bfloat16"]:
@@ -96,6 +97,27 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     if reason := unusable(args):
         made.error(reason)
     return args
+
+
+def select(made: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What is run: suites, some of their models, or the product of what was selected (`selected`)."""
+    args.networks = [name for name in args.models or () if name in NETWORKS]
+    args.models = [name for name in args.models or () if name in MODELS]
+    product = bool(args.methods or args.base or args.dtype or args.masters)
+    if args.suite and product:
+        made.error("--suite has a plan of its own; without it methods, bases and dtypes select their product")
+    args.selected = product or bool(args.models and not args.suite)
+    if args.suite is None:
+        usual = ["calls", "methods"] if args.quick else [*races.SUITES, *OTHER_SUITES]
+        args.suite = ["train"] * bool(args.networks) if args.selected or args.networks else usual
+    if args.models and not args.selected:
+        args.suite = [name for name in args.suite if name not in OTHER_SUITES or (name == "train" and args.networks)]
+        known = {race.model for suite in args.suite if suite in races.SUITES for race in races.SUITES[suite](args)}
+        if unknown := [name for name in args.models if name not in known]:
+            made.error(
+                f"--models: {', '.join(unknown)} in no suite that was asked for; without --suite all methods run"
+            )
+    args.networks = args.networks or list(training.QUICK if args.quick else NETWORKS)
 
 
 def unusable(args: argparse.Namespace) -> str:
@@ -135,15 +157,18 @@ def machine(device: str):
 
 def measure(args: argparse.Namespace, show: Screen, runner: Runner) -> None:
     """Runs the races; `runner` has what they have found so far."""
-    chosen = races.plan(args)
-    others = [] if args.selected else [suite for suite in args.suite if suite in OTHER_SUITES]
-    with show.races(len(chosen) + len(others)):
+    chosen, train, ranked = races.plan(args), "train" in args.suite, "ranks" in args.suite
+    with show.races(len(chosen) + train * len(training.parts(args.networks)) + ranked):
         for race in chosen:
             show.race(race.title)
             runner.run(race)
-        if "ranks" in others:
-            from . import ranks
-
+        runner.release()
+        if train:
+            training.run(
+                args.networks, rows=runner.benchmarks, failures=runner.failures, part=show.race, tick=show.tick,
+                backend=args.backends[0], device=args.device,
+            )  # fmt: skip
+        if ranked:
             show.race("two processes, a step of each method")
             runner.benchmarks += ranks.measured(ranks.ROUNDS, show.tick)
 

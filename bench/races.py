@@ -114,7 +114,9 @@ def selected(args) -> list[Race]:
 
 def plan(args) -> list[Race]:
     """The races of the suites; or, where something was selected, the product of the selections."""
-    races = selected(args) if args.selected else [race for suite in args.suite for race in SUITES[suite](args)]
+    suites = [SUITES[suite] for suite in args.suite if suite in SUITES]
+    races = [race for suite in suites for race in suite(args) if not args.models or race.model in args.models]
+    races += selected(args) if args.selected else []
     order = list(dict.fromkeys(race.model for race in races))
     copies = [Race("copy", model, "plain", "sgd") for model in order]
     return sorted([*copies, *races], key=lambda race: order.index(race.model))

@@ -54,8 +54,12 @@ class Runner:
     def make_room(self, race: Race) -> None:
         """Weights and gradients are kept for the next race on the same model."""
         if any(model != race.model for model, _ in self.kept):
-            self.kept.clear()
-            self.machine.release()
+            self.release()
+
+    def release(self) -> None:
+        """Give back what was kept for a next race."""
+        self.kept.clear()
+        self.machine.release()
 
     def fitting(self, race: Race) -> Iterator[Entry]:
         """The entries that memory has room for, beside weights and gradients of each dtype and a copy."""

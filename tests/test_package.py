@@ -158,7 +158,7 @@ class TestWheel:
         for path in (source / "triton_kernels").rglob("*.py"):
             assert f"flatkern/{path.relative_to(source)}" in names
         assert "flatkern/triton_kernels/__init__.py" in names
-        for folder in (".", "baselines", "timing", "report"):
+        for folder in (".", "baselines", "timing", "report", "training"):
             for path in (source / "bench" / folder).glob("*.py"):
                 assert f"flatkern/{path.relative_to(source)}" in names
         assert not [n for n in names if n.startswith(("flatkern/bench/tests", "flatkern/bench/gpu"))]

@@ -57,7 +57,7 @@ def spread(stats: dict) -> float:
     return (stats["q3"] - stats["q1"]) / 2 / max(stats["median"], 1e-9)
 
 
-def compare(race: list[dict], reference: str, copied: Stats | None, numel: int) -> None:
+def compare(race: list[dict], reference: str, copied: Stats | None = None, numel: int = 0) -> None:
     """Add what only the whole race knows: multiples of the plain optimizer, and the share of copy bandwidth."""
     copy_rate = 8 * numel / copied.median / 1e9 if copied else None
     plain = {b["params"]["dtype"]: b for b in race if b["params"]["candidate"] == reference}

@@ -48,8 +48,10 @@ def loud(cell: str) -> bool:
 
 def tables(results: dict) -> list[Table]:
     """Everything that a result file has to show."""
+    from .training import training_tables
+
     found = list(method_tables(results))
-    found += [limit_table(results), rival_table(results)]
+    found += [limit_table(results), rival_table(results), *training_tables(results)]
     found += [dtype_table(results, model) for model in values(pick(results, "dtypes"), "model")]
     found += [call_table(results), copy_table(results), rank_table(results), failure_table(results)]
     return [table for table in found if table.rows]
