@@ -89,13 +89,13 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     made = parser()
     args = made.parse_args(arguments)
     args.rounds = args.rounds or (7 if args.quick else 15)
-    select(made, args)
     if args.masters:
         args.dtype = args.dtype or ["bfloat16"]
         if args.dtype != ["bfloat16"]:
             made.error("--masters needs --dtype bfloat16")
     if reason := unusable(args):
         made.error(reason)
+    select(made, args)
     return args
 
 
@@ -107,15 +107,17 @@ def select(made: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.suite and product:
         made.error("--suite has a plan of its own; without it methods, bases and dtypes select their product")
     args.selected = product or bool(args.models and not args.suite)
+    if args.device != "cpu" and (args.networks or set(OTHER_SUITES) & set(args.suite or ())):
+        made.error("--device: the suites train and ranks run on the CPU; a GPU's whole steps are stage e2e of make gpu")
     if args.suite is None:
-        usual = ["calls", "methods"] if args.quick else [*races.SUITES, *OTHER_SUITES]
+        usual = [*races.SUITES] if args.quick or args.device != "cpu" else [*races.SUITES, *OTHER_SUITES]
         args.suite = ["train"] * bool(args.networks) if args.selected or args.networks else usual
     if args.models and not args.selected:
         args.suite = [name for name in args.suite if name not in OTHER_SUITES or (name == "train" and args.networks)]
         known = {race.model for suite in args.suite if suite in races.SUITES for race in races.SUITES[suite](args)}
         if unknown := [name for name in args.models if name not in known]:
             made.error(
-                f"--models: {', '.join(unknown)} in no suite that was asked for; without --suite all methods run"
+                f"--models: no suite that was asked for has {', '.join(unknown)}; without --suite all methods run"
             )
     args.networks = args.networks or list(training.QUICK if args.quick else NETWORKS)
 

@@ -40,7 +40,8 @@ def threads():
     [
         (["--models", "alexnet"], "alexnet"),
         (["--device", "tpu"], "should be cpu or cuda"),
-        (["--suite", "calls", "--models", "gpt2"], "--suite"),
+        (["--suite", "calls", "--methods", "sam"], "--suite"),
+        (["--suite", "methods", "--models", "gpt2"], "no suite that was asked for has gpt2"),
         (["--masters", "--dtype", "float32"], "--masters needs"),
         (["--rounds", "0"], "at least 1"),
         (["--out", "{file}/results"], "name another folder"),
@@ -106,6 +107,25 @@ def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch):
     assert {f["candidate"] for f in runner.failures} == {"pytorch_optimizer", "documented pytorch_optimizer"}
     assert all("pip install 'flatkern[rivals]'" in f["reason"] for f in runner.failures)
     assert {b["params"]["candidate"] for b in runner.benchmarks} == {OURS, "torch fused"}
+
+
+@pytest.mark.parametrize(
+    "arguments, models, networks",
+    [
+        ([], {"tiny_160", "many_small", "resnet50", "gpt2", "vit_b16"}, ["mlp", "conv", "vit", "gpt"]),
+        (["--quick"], {"tiny_160", "resnet50"}, None),
+        (["--suite", "calls", "--models", "gpt2"], {"gpt2"}, None),
+        (["--suite", "train"], set(), ["mlp", "conv", "vit", "gpt"]),
+        (["--models", "gpt"], set(), ["gpt"]),
+        (["--models", "vit_b16"], {"vit_b16"}, None),
+        (["--models", "vit_b16", "vit"], {"vit_b16"}, ["vit"]),
+        (["--methods", "sam"], {"resnet50"}, None),
+    ],
+)
+def test_what_is_selected(arguments, models, networks, tmp_path):
+    args = command.parsed([*arguments, "--backends", BACKEND, "--out", str(tmp_path)])
+    assert {race.model for race in races.plan(args)} == models
+    assert (args.networks if "train" in args.suite else None) == networks
 
 
 @pytest.fixture
