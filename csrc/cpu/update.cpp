@@ -30,7 +30,7 @@ struct Sgd {
   Numbers lr = {a.lr, a.lrs};
 
   void prefetch(const Block& b, Prefetcher& prefetcher) const {
-    if (a.momentum_buffers) prefetcher.add(a.momentum_buffers[b.k], b);
+    if (a.momentum_buffers) prefetcher.add_before_load(a.momentum_buffers[b.k], b);
   }
 
   template <class Gradient, class Out, class Step>
@@ -62,8 +62,8 @@ struct Adam {
   Array<math::AdamScalars> scalars;  // one per tensor
 
   void prefetch(const Block& b, Prefetcher& prefetcher) const {
-    prefetcher.add_float32(a.exp_avgs[b.k], b);
-    prefetcher.add_float32(a.exp_avg_sqs[b.k], b);
+    prefetcher.add_before_load(a.exp_avgs[b.k], b);
+    prefetcher.add_before_load(a.exp_avg_sqs[b.k], b);
   }
 
   explicit Adam(const AdamUpdate& args) : a(args), scalars(args.params.size()) {}
@@ -130,12 +130,11 @@ struct UpdateWalk {
     }
   }
 
-  // What `load` does not fetch itself of the next block.
   void fetch_next(const Block& b, Prefetcher& prefetcher) const {
     if (b.next == 0) return;
-    prefetcher.add_float32(clean(b.k), b);
-    prefetcher.add_float32(a.grads[b.k], b);
-    if (a.clean_grads) prefetcher.add_float32(a.clean_grads[b.k], b);
+    prefetcher.add_before_load(clean(b.k), b);
+    prefetcher.add_before_load(a.grads[b.k], b);
+    if (a.clean_grads) prefetcher.add_before_load(a.clean_grads[b.k], b);
     rule.prefetch(b, prefetcher);
   }
 
