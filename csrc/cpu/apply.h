@@ -145,7 +145,14 @@ FK_INLINE void for_each_part(int64_t n, const Step& step, const Body& body) {
   }
 }
 
-// The same, and the next block is fetched meanwhile.
+// With nothing to do beside it, a loop is one part.
+struct NoStep {};
+template <class Body>
+FK_INLINE void for_each_part(int64_t n, NoStep, const Body& body) {
+  body(int64_t{0}, n);
+}
+
+// Parts beside which the next block is fetched.
 template <class Body>
 FK_INLINE void for_each_part(int64_t n, Prefetcher& prefetcher, const Body& body) {
   for_each_part(n, [&] { prefetcher.fetch<kPart / 16>(); }, body);

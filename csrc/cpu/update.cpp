@@ -124,9 +124,11 @@ struct UpdateWalk {
         perturbation.draw_part(scratch);
       };
       rule.apply(b, w, gradient, out, step, scratch);
-    } else {
+    } else if constexpr (Rule::kWaitsForMemory) {
       const auto step = [&]() FK_INLINE_LAMBDA { scratch.prefetcher.fetch<kPart / 16>(); };
       rule.apply(b, w, gradient, out, step, scratch);
+    } else {
+      rule.apply(b, w, gradient, out, NoStep{}, scratch);
     }
   }
 
