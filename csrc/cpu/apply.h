@@ -16,11 +16,16 @@ namespace flatkern::cpu::FK_ISA {
 constexpr int64_t kBlock = kChunk;   // elements that stay in the first-level cache while an op works on them
 constexpr int64_t kBlockRows = 256;  // rows of a block, at most
 constexpr int64_t kMinTile = 16 * kBlock, kMaxTile = 64 * kBlock;  // elements a thread takes at a time
-constexpr int64_t kLarge = 1 << 22;     // elements of a list that no cache keeps until the next call
-constexpr int64_t kResident = 1 << 16;  // longest row that stays in a core's cache from its first pass to its second
-constexpr int64_t kSerial = 1 << 15;    // elements up to which waking threads costs more than it saves
-constexpr int64_t kPart = 64;           // elements between two calls of a prefetcher: four lines
-constexpr int64_t kPhiloxDraws = 256;   // Philox draws of a block, at most: a draw serves eight columns of one row
+constexpr int64_t kLarge = 1 << 22;       // elements of a list that no cache keeps until the next call
+constexpr int64_t kResident = 1 << 16;    // longest row that stays in a core's cache from its first pass to its second
+constexpr int64_t kSerial = 1 << 15;      // elements up to which waking threads costs more than it saves
+constexpr int64_t kPart = 32;             // elements of a block between two steps of what goes on beside its loop
+constexpr int64_t kPhiloxDraws = 256;     // Philox draws of a block, at most: a draw serves eight columns of one row
+constexpr int64_t kDrawsAtOnce = 32;      // Philox draws computed together: 256 normals
+constexpr int64_t kDrawnAhead = 1 << 14;  // longest row whose normals wait in a core's cache for its second pass
+
+// Behind the parameters of a lambda: a call inside of a loop would make it load its constants again.
+#define FK_INLINE_LAMBDA __attribute__((always_inline))
 
 // Elements [begin, begin + n) of tensor k: `rows` whole rows from `row` on, or a part of one from column `col` on.
 // The tile's next block begins `next` elements further on; 0 at the last one.
@@ -57,6 +62,14 @@ class Prefetcher {
     end_[count_++] = view.as<char>() + (b.begin + b.next + b.n) * size;
   }
 
+  // The same where `load` comes before the next block is read. Of float16 and bfloat16 it fetches the whole next block
+  // at once, which stalls unless the lines are there already: so what is fetched here is the block after that.
+  FK_INLINE void add_before_load(const View& view, const Block& b) {
+    Block later = b;
+    if (view.dtype != DType::kFloat32) later.next += b.next;
+    add(view, later);
+  }
+
   // The same for what `load` does not fetch itself.
   FK_INLINE void add_float32(const View& view, const Block& b) {
     if (view.dtype == DType::kFloat32) add(view, b);
@@ -74,18 +87,32 @@ class Prefetcher {
   int count_ = 0;
 };
 
+// The Philox draws of elements [begin, end) of tensor k, eight normals each; those of the first `done` are in
+// scratch.z.
+struct Draws {
+  int64_t k = -1, begin = 0, end = 0;
+  int64_t count = 0, done = 0, per_row = 0;
+  int64_t skipped = 0;  // normals of the first draw that belong to elements before `begin`
+  uint32_t first_draw = 0, first_row = 0, index = 0;
+  bool short_rows = false;  // several rows, whose draws are tabulated
+
+  FK_INLINE bool cover(const Block& b) const { return k == b.k && begin <= b.begin && b.begin + b.n <= end; }
+};
+
 // A thread's working memory: float32 copies of a block, and what its noise needs.
 struct Scratch {
   alignas(64) float w[kBlock], g[kBlock], clean[kBlock], m[kBlock], v[kBlock];
-  alignas(64) float e[kBlock + 64], z[8 * kPhiloxDraws + 512];
-  alignas(64) uint32_t count[kPhiloxDraws], column[2 * kPhiloxDraws], row[2 * kPhiloxDraws];
+  alignas(64) float e[kBlock + 64], z[kDrawnAhead + 64];
+  alignas(64) uint32_t words[4 * kDrawsAtOnce];  // of the draws that are turned into normals next
+  alignas(64) uint32_t count[kDrawsAtOnce], column[kPhiloxDraws + kDrawsAtOnce], row[kPhiloxDraws + kDrawsAtOnce];
   uint8_t flags[kBlock + 8];  // nonzero where a mask is set
   int64_t draws_per_row = 0;  // for which `column` and `row` are tabulated; `count` is 0, 1, 2, ...
   float scale[kBlockRows];    // what `finish_row` returned for each row of the block
   Prefetcher prefetcher;
+  Draws draws;
 
   Scratch() {
-    for (int64_t q = 0; q < kPhiloxDraws; ++q) count[q] = static_cast<uint32_t>(q);
+    for (int64_t q = 0; q < kDrawsAtOnce; ++q) count[q] = static_cast<uint32_t>(q);
   }
 };
 
@@ -104,13 +131,31 @@ FK_INLINE int64_t numel(const Table& at) {
   return sum;
 }
 
-// body(begin, end) for parts of [0, n), and the next block is fetched meanwhile.
+// body(begin, end) for parts of [0, n), with a step() in front of each.
+template <class Step, class Body>
+FK_INLINE void for_each_part(int64_t n, const Step& step, const Body& body) {
+  int64_t i = 0;
+  for (; i + kPart <= n; i += kPart) {  // parts of a length that the compiler knows have no tails
+    step();
+    body(i, i + kPart);
+  }
+  if (i < n) {
+    step();
+    body(i, n);
+  }
+}
+
+// With nothing to do beside it, a loop is one part.
+struct NoStep {};
+template <class Body>
+FK_INLINE void for_each_part(int64_t n, NoStep, const Body& body) {
+  body(int64_t{0}, n);
+}
+
+// Parts beside which the next block is fetched.
 template <class Body>
 FK_INLINE void for_each_part(int64_t n, Prefetcher& prefetcher, const Body& body) {
-  for (int64_t i = 0; i < n; i += kPart) {
-    prefetcher.fetch<kPart / 16>();
-    body(i, min(i + kPart, n));
-  }
+  for_each_part(n, [&] { prefetcher.fetch<kPart / 16>(); }, body);
 }
 
 // Large tiles waste less at their edges, small ones give every thread its share. A multiple of kBlock.
@@ -223,7 +268,8 @@ inline void walk_rows(const Op& op, const View& view, int64_t k, int64_t row, in
       double sums[2] = {0, 0};
       for (int64_t col = 0; col < cols; col += kBlock) {
         const int64_t n = min(cols - col, kBlock);
-        const Squares squares = op.prepare(Block{k, row * cols + col, n, row, 1, col}, scratch);
+        const int64_t next = col + n < cols || row + 1 < end ? n : 0;
+        const Squares squares = op.prepare(Block{k, row * cols + col, n, row, 1, col, next}, scratch);
         for (int j = 0; j < 2; ++j)
           if (squares.of[j] != nullptr) sums[j] += sum_squares(squares.of[j], n);
       }

@@ -112,4 +112,39 @@ FK_INLINE void store(const Lanes (&c)[4], uint32_t* out) {
 
 #endif
 
+// Four vectors: a round of Philox is a chain of operations that wait for each other, and four chains fill the waits.
+struct LanesTimes4 {
+  static constexpr int64_t kCount = 4 * Lanes::kCount;
+  Lanes of[4];
+
+  static FK_INLINE LanesTimes4 load(const uint32_t* p, uint32_t base) {
+    LanesTimes4 result;
+    for (int j = 0; j < 4; ++j) result.of[j] = Lanes::load(p + j * Lanes::kCount, base);
+    return result;
+  }
+  static FK_INLINE LanesTimes4 all(uint32_t value) {
+    const Lanes lanes = Lanes::all(value);
+    return {{lanes, lanes, lanes, lanes}};
+  }
+};
+
+FK_INLINE LanesTimes4 multiply(const LanesTimes4& a, uint32_t b) {
+  return {{multiply(a.of[0], b), multiply(a.of[1], b), multiply(a.of[2], b), multiply(a.of[3], b)}};
+}
+FK_INLINE LanesTimes4 high(const LanesTimes4& a) {
+  return {{high(a.of[0]), high(a.of[1]), high(a.of[2]), high(a.of[3])}};
+}
+FK_INLINE LanesTimes4 exclusive_or(const LanesTimes4& a, const LanesTimes4& b, uint32_t c) {
+  LanesTimes4 result;
+  for (int j = 0; j < 4; ++j) result.of[j] = exclusive_or(a.of[j], b.of[j], c);
+  return result;
+}
+
+FK_INLINE void store(const LanesTimes4 (&c)[4], uint32_t* out) {
+  for (int j = 0; j < 4; ++j) {
+    const Lanes lanes[4] = {c[0].of[j], c[1].of[j], c[2].of[j], c[3].of[j]};
+    store(lanes, out + 4 * j * Lanes::kCount);
+  }
+}
+
 }  // namespace flatkern::cpu::FK_ISA

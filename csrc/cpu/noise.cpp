@@ -11,7 +11,8 @@ struct FillNormalWalk {
   Squares prepare(const Block&, Scratch&) const { return {}; }
   float finish_row(int64_t, int64_t, const double*) const { return 1.0f; }
   void finish(const Block& b, const float*, Scratch& scratch) const {
-    store(a.outs[b.k], b.begin, b.n, gaussian.draw(b, scratch));
+    const float* z = gaussian.draw(b, scratch);
+    store(a.outs[b.k], b.begin, b.n, b.rows > 1 ? Gaussian::scaled_rows(b, z, scratch) : z);
   }
 };
 

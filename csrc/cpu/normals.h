@@ -8,8 +8,6 @@
 
 namespace flatkern::cpu::FK_ISA {
 
-constexpr int64_t kDrawsAtOnce = 64;  // Philox draws computed together: eight AVX-512 vectors of counters, 512 normals
-
 // The normals of one call: its Philox key, and which counters each tensor uses.
 class Gaussian {
  public:
@@ -18,29 +16,60 @@ class Gaussian {
     for (int j = 0; j < 3; ++j) noise_[j] = noise ? static_cast<uint32_t>(noise[0].as<int64_t>()[j]) : 0;
   }
 
-  // The normals of a block, row r times scratch.scale[r]. The pointer is valid until the next call.
-  inline const float* draw(const Block& b, Scratch& scratch) const {
+  // Begins the draws of a block, or of `n` elements of the row that it begins.
+  inline void begin(const Block& b, int64_t n, Scratch& scratch) const {
     const bool flat = at_[b.k].ndim < 2;
-    const int64_t cols = b.rows > 1 ? b.n / b.rows : b.n;
     // Blocks of rank <= 1 may begin anywhere in their only row, also between two columns of one draw.
-    const int64_t col = flat ? offset_[b.k] + b.col : 0, skipped = col % 8;
-    const int64_t draws = (skipped + cols + 7) / 8;  // per row
-    const uint32_t first_draw = static_cast<uint32_t>(flat ? col / 8 : b.col / 8);
-    const uint32_t first_row = static_cast<uint32_t>(flat ? 0 : offset_[b.k] + b.row);
-    const uint32_t index = static_cast<uint32_t>(index_[b.k]);
-    if (b.rows == 1) {
-      draw_normals(draws, scratch.scale[0], index, scratch, [&](int64_t q) {
-        return Counters{Lanes::load(scratch.count + q, first_draw), Lanes::all(first_row)};
-      });
-      return scratch.z + skipped;
+    const int64_t col = flat ? offset_[b.k] + b.col : 0;
+    Draws d;
+    d.k = b.k;
+    d.begin = b.begin;
+    d.end = b.begin + n;
+    d.skipped = col % 8;
+    d.per_row = (d.skipped + n / b.rows + 7) / 8;
+    d.count = b.rows * d.per_row;
+    d.first_draw = static_cast<uint32_t>(flat ? col / 8 : b.col / 8);
+    d.first_row = static_cast<uint32_t>(flat ? 0 : offset_[b.k] + b.row);
+    d.index = static_cast<uint32_t>(index_[b.k]);
+    d.short_rows = b.rows > 1;
+    if (d.short_rows) tabulate(d.per_row, scratch);
+    scratch.draws = d;
+  }
+
+  // The next 32 normals, if there are more. Few enough for the processor to overlap them with a part of a loop that
+  // waits for its divider.
+  FK_INLINE void draw_part(Scratch& scratch) const {
+    Draws& d = scratch.draws;
+    if (d.done >= d.count) return;
+    const int64_t at = d.done % kDrawsAtOnce;
+    if (at == 0) draw_words(scratch);
+    const uint32_t* words = scratch.words + 4 * at;
+    float* z = scratch.z + 8 * d.done;
+    FK_SIMD
+    for (int64_t i = 0; i < 16; ++i) {
+      const math::Pair pair = math::normals(words[i]);
+      z[2 * i] = pair.first;
+      z[2 * i + 1] = pair.second;
     }
-    tabulate(draws, scratch);
-    draw_normals(b.rows * draws, 1.0f, index, scratch, [&](int64_t q) {
-      return Counters{Lanes::load(scratch.column + q, first_draw), Lanes::load(scratch.row + q, first_row)};
-    });
+    d.done += 4;
+  }
+
+  // The normals of a block; those of several rows are where `scaled_rows` looks for them.
+  inline const float* draw(const Block& b, Scratch& scratch) const {
+    const Draws& d = scratch.draws;
+    if (!d.cover(b)) begin(b, b.n, scratch);
+    while (d.done < d.count) {
+      scratch.prefetcher.fetch();
+      draw_part(scratch);
+    }
+    return scratch.z + d.skipped + (b.begin - d.begin);
+  }
+
+  // The normals of a block of several rows without the gaps between them, row r times scratch.scale[r].
+  static inline const float* scaled_rows(const Block& b, const float* z, Scratch& scratch) {
+    const int64_t cols = b.n / b.rows, stride = 8 * scratch.draws.per_row;
     // Whole vectors keep the inner loop free of tails; what a row's last one writes too much, the next row overwrites.
-    for (int64_t r = 0; r < b.rows; ++r) {
-      const float* z = scratch.z + r * 8 * draws;
+    for (int64_t r = 0; r < b.rows; ++r, z += stride) {
       float* e = scratch.e + r * cols;
       const float scale = scratch.scale[r];
       for (int64_t i = 0; i < cols; i += 16) {
@@ -52,10 +81,6 @@ class Gaussian {
   }
 
  private:
-  struct Counters {
-    Lanes column, row;
-  };
-
   // The column and row of draw q of several short rows. A table, because dividing by the draws per row costs more than
   // the draw, and neighbouring blocks share it.
   static inline void tabulate(int64_t draws_per_row, Scratch& scratch) {
@@ -67,29 +92,22 @@ class Gaussian {
     scratch.draws_per_row = draws_per_row;
   }
 
-  // scratch.z <- scale times the normals of `count` draws, eight each.
-  template <class CountersAt>
-  inline void draw_normals(int64_t count, float scale, uint32_t index, Scratch& scratch, CountersAt counters_at) const {
-    // A few at a time, so that the processor overlaps the integer work of one step with the float work of another.
-    for (int64_t first = 0; first < count; first += kDrawsAtOnce) {
-      alignas(64) uint32_t words[4 * kDrawsAtOnce];
-      const int64_t draws = min(ceil_div(count - first, 8) * 8, kDrawsAtOnce);
-      for (int64_t q = 0; q < draws; q += Lanes::kCount) {
-        const Counters at = counters_at(first + q);
-        Lanes c[4] = {at.column, at.row, Lanes::all(index), Lanes::all(noise_[2])};
-        math::philox4x32(c, noise_[0], noise_[1]);
-        store(c, words + 4 * q);
+  // The words of the next kDrawsAtOnce draws. Never inlined: the loops beside which normals are drawn have more
+  // constants than there are registers.
+  __attribute__((noinline)) void draw_words(Scratch& scratch) const {
+    const Draws& d = scratch.draws;
+    const int64_t count = min(d.count - d.done, kDrawsAtOnce);
+    for (int64_t q = 0; q < count; q += LanesTimes4::kCount) {
+      using Lanes = LanesTimes4;
+      const int64_t at = d.done + q;
+      Lanes c[4] = {Lanes::load(scratch.count + q, d.first_draw + static_cast<uint32_t>(d.done)),
+                    Lanes::all(d.first_row), Lanes::all(d.index), Lanes::all(noise_[2])};
+      if (d.short_rows) {
+        c[0] = Lanes::load(scratch.column + at, d.first_draw);
+        c[1] = Lanes::load(scratch.row + at, d.first_row);
       }
-      float* z = scratch.z + 8 * first;
-      for (int64_t begin = 0; begin < 4 * draws; begin += 16) {
-        scratch.prefetcher.fetch();
-        FK_SIMD
-        for (int64_t i = begin; i < begin + 16; ++i) {
-          const math::Pair pair = math::normals(words[i]);
-          z[2 * i] = math::perturbation(pair.first, scale);
-          z[2 * i + 1] = math::perturbation(pair.second, scale);
-        }
-      }
+      math::philox4x32(c, noise_[0], noise_[1]);
+      store(c, scratch.words + 4 * q);
     }
   }
 
@@ -114,20 +132,33 @@ class Perturbation {
     return math::noise_scale(norm, sigma, history_[k].as<float>()[row], static_cast<float>(eta_[k]));
   }
 
+  // Makes `draw_part` draw what `add` needs of this block's rows; false where they are too long, and `add` draws
+  // itself.
+  FK_INLINE bool draw_ahead(const Block& b, Scratch& scratch) const {
+    const int64_t cols = at_[b.k].cols;
+    if (b.col == 0 && cols <= kDrawnAhead) gaussian_.begin(b, b.rows > 1 ? b.n : cols, scratch);
+    return scratch.draws.cover(b);
+  }
+
+  FK_INLINE void draw_part(Scratch& scratch) const { gaussian_.draw_part(scratch); }
+
   // p[i] <- w[i] + e[i] for a block; p and w may be the same.
   inline void add(const Block& b, const float* w, float* p, Scratch& scratch) const {
-    if (history_ && at_[b.k].ndim < 2) return add_with_history(b, w, p, scratch);
-    const float* e = gaussian_.draw(b, scratch);
+    const float* z = gaussian_.draw(b, scratch);
+    if (history_ && at_[b.k].ndim < 2) return add_with_history(b, w, z, p, scratch.scale[0]);
+    if (b.rows > 1) {
+      const float* e = Gaussian::scaled_rows(b, z, scratch);
+      FK_SIMD
+      for (int64_t i = 0; i < b.n; ++i) p[i] = math::perturb_gaussian(w[i], e[i]);
+      return;
+    }
+    const float scale = scratch.scale[0];
     FK_SIMD
-    for (int64_t i = 0; i < b.n; ++i) p[i] = math::perturb_gaussian(w[i], e[i]);
+    for (int64_t i = 0; i < b.n; ++i) p[i] = math::perturb_gaussian(w[i], math::perturbation(z[i], scale));
   }
 
  private:
-  inline void add_with_history(const Block& b, const float* w, float* p, Scratch& scratch) const {
-    const float norm = scratch.scale[0];
-    scratch.scale[0] = 1.0f;
-    const float* z = gaussian_.draw(b, scratch);
-    scratch.scale[0] = norm;
+  inline void add_with_history(const Block& b, const float* w, const float* z, float* p, float norm) const {
     const float* history = history_[b.k].as<float>() + b.begin;
     const float sigma = static_cast<float>(sigma_[b.k]), eta = static_cast<float>(eta_[b.k]);
     FK_SIMD

@@ -24,15 +24,18 @@ struct StoreAmplified {
 };
 
 struct Sgd {
+  static constexpr bool kWaitsForMemory = true;
+
   const SgdUpdate& a;
   Numbers lr = {a.lr, a.lrs};
 
   void prefetch(const Block& b, Prefetcher& prefetcher) const {
-    if (a.momentum_buffers) prefetcher.add(a.momentum_buffers[b.k], b);
+    if (a.momentum_buffers) prefetcher.add_before_load(a.momentum_buffers[b.k], b);
   }
 
-  template <class Gradient, class Out>
-  void apply(const Block& b, const float* w, const Gradient& g, const Out& out, Scratch& scratch) const {
+  template <class Gradient, class Out, class Step>
+  void apply(const Block& b, const float* w, const Gradient& g, const Out& out, const Step& step,
+             Scratch& scratch) const {
     const math::SgdScalars s = {static_cast<float>(lr[b.k]), static_cast<float>(a.momentum[b.k]),
                                 static_cast<float>(1 - a.dampening[b.k]), static_cast<float>(a.weight_decay[b.k]),
                                 a.nesterov[b.k]};
@@ -42,7 +45,7 @@ struct Sgd {
       return;
     }
     float* v = load(a.momentum_buffers[b.k], b.begin, b.n, scratch.v);
-    for_each_part(b.n, scratch.prefetcher, [&](int64_t begin, int64_t end) {
+    for_each_part(b.n, step, [&](int64_t begin, int64_t end) {
       FK_SIMD
       for (int64_t i = begin; i < end; ++i) out(i, w[i], math::sgd(w[i], g(i), v[i], s));
     });
@@ -51,12 +54,17 @@ struct Sgd {
 };
 
 struct Adam {
+  // Its divisions leave the hardware prefetchers enough time, unless normals are drawn meanwhile.
+  static constexpr bool kWaitsForMemory = false;
+
   const AdamUpdate& a;
   Numbers lr = {a.lr, a.lrs};
   Array<math::AdamScalars> scalars;  // one per tensor
 
-  // None: Adam's divisions leave the hardware prefetchers enough time to fetch the moments.
-  void prefetch(const Block&, Prefetcher&) const {}
+  void prefetch(const Block& b, Prefetcher& prefetcher) const {
+    prefetcher.add_before_load(a.exp_avgs[b.k], b);
+    prefetcher.add_before_load(a.exp_avg_sqs[b.k], b);
+  }
 
   explicit Adam(const AdamUpdate& args) : a(args), scalars(args.params.size()) {}
 
@@ -77,13 +85,16 @@ struct Adam {
     }
   }
 
-  template <class Gradient, class Out>
-  void apply(const Block& b, const float* w, const Gradient& g, const Out& out, Scratch& scratch) const {
+  template <class Gradient, class Out, class Step>
+  void apply(const Block& b, const float* w, const Gradient& g, const Out& out, const Step& step,
+             Scratch& scratch) const {
     const math::AdamScalars s = scalars[b.k];
     float* m = load(a.exp_avgs[b.k], b.begin, b.n, scratch.m);
     float* v = load(a.exp_avg_sqs[b.k], b.begin, b.n, scratch.v);
-    FK_SIMD
-    for (int64_t i = 0; i < b.n; ++i) out(i, w[i], math::adam(w[i], g(i), m[i], v[i], s));
+    for_each_part(b.n, step, [&](int64_t begin, int64_t end) {
+      FK_SIMD
+      for (int64_t i = begin; i < end; ++i) out(i, w[i], math::adam(w[i], g(i), m[i], v[i], s));
+    });
     store(a.exp_avgs[b.k], b.begin, b.n, m);
     store(a.exp_avg_sqs[b.k], b.begin, b.n, v);
   }
@@ -100,13 +111,32 @@ struct UpdateWalk {
 
   const View& clean(int64_t k) const { return (a.masters ? a.masters : a.backups ? a.backups : a.params)[k]; }
 
-  // What `load` does not fetch itself of the next block.
+  // Applies the rule to a block; beside its loop the next block is fetched, and normals are drawn that `finish` scales
+  // once the norms of the rows are known: the rule waits for the divider or the memory, they for the multipliers.
+  template <class Gradient, class Out>
+  void apply(const Block& b, const float* w, const Gradient& gradient, const Out& out, Scratch& scratch) const {
+    const bool draws = a.noise && perturbation.draw_ahead(b, scratch);
+    scratch.prefetcher.clear();
+    if (draws || Rule::kWaitsForMemory) fetch_next(b, scratch.prefetcher);
+    if (draws) {
+      const auto step = [&]() FK_INLINE_LAMBDA {
+        scratch.prefetcher.fetch<kPart / 16>();
+        perturbation.draw_part(scratch);
+      };
+      rule.apply(b, w, gradient, out, step, scratch);
+    } else if constexpr (Rule::kWaitsForMemory) {
+      const auto step = [&]() FK_INLINE_LAMBDA { scratch.prefetcher.fetch<kPart / 16>(); };
+      rule.apply(b, w, gradient, out, step, scratch);
+    } else {
+      rule.apply(b, w, gradient, out, NoStep{}, scratch);
+    }
+  }
+
   void fetch_next(const Block& b, Prefetcher& prefetcher) const {
-    prefetcher.clear();
     if (b.next == 0) return;
-    prefetcher.add_float32(clean(b.k), b);
-    prefetcher.add_float32(a.grads[b.k], b);
-    if (a.clean_grads) prefetcher.add_float32(a.clean_grads[b.k], b);
+    prefetcher.add_before_load(clean(b.k), b);
+    prefetcher.add_before_load(a.grads[b.k], b);
+    if (a.clean_grads) prefetcher.add_before_load(a.clean_grads[b.k], b);
     rule.prefetch(b, prefetcher);
   }
 
@@ -119,13 +149,12 @@ struct UpdateWalk {
     if (!skip) {
       const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
       float* out = keep ? w : target_around_caches(param, b.begin, scratch.w, large);
-      if (!a.noise) fetch_next(b, scratch.prefetcher);
       with_final_gradient(a, &a.clip, b, g, scratch, [&](const auto& gradient) {
         if (a.masks) {
           const uint8_t* flags = unpack(a.masks[b.k], param, b, scratch);
-          rule.apply(b, w, gradient, StoreAmplified{out, flags, static_cast<float>(a.kappa[b.k])}, scratch);
+          apply(b, w, gradient, StoreAmplified{out, flags, static_cast<float>(a.kappa[b.k])}, scratch);
         } else {
-          rule.apply(b, w, gradient, StoreResult{out}, scratch);
+          apply(b, w, gradient, StoreResult{out}, scratch);
         }
       });
       keep ? store(clean, b.begin, b.n, out) : store_around_caches(param, b.begin, b.n, out, large);
@@ -150,12 +179,14 @@ struct UpdateWalk {
     const View& param = a.params[b.k];
     if (w == nullptr) w = load(clean(b.k), b.begin, b.n, scratch.w);
     float* p = target_around_caches(param, b.begin, scratch.v, large);
-    scratch.prefetcher.clear();
-    if (b.next > 0 && !skip) {
-      scratch.prefetcher.add(clean(b.k), b);
-      scratch.prefetcher.add(a.grads[b.k], b);
-      if (a.clean_grads) scratch.prefetcher.add(a.clean_grads[b.k], b);
-      rule.prefetch(b, scratch.prefetcher);
+    if (!scratch.draws.cover(b)) {
+      scratch.prefetcher.clear();
+      if (b.next > 0 && !skip) {
+        scratch.prefetcher.add(clean(b.k), b);
+        scratch.prefetcher.add(a.grads[b.k], b);
+        if (a.clean_grads) scratch.prefetcher.add(a.clean_grads[b.k], b);
+        rule.prefetch(b, scratch.prefetcher);
+      }
     }
     perturbation.add(b, w, p, scratch);
     store_around_caches(param, b.begin, b.n, p, large);
