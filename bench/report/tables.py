@@ -253,24 +253,33 @@ def method_table(results: dict, rows: list[dict], ours: str) -> Table:
 
 def limit_table(results: dict) -> Table:
     """Calls of ours beside a kernel with the same streams and no arithmetic."""
-    rows = [b for b in results["benchmarks"] if "limits" in b["extra_info"]]
-    header = ["model", "base", "method", "call", "time", "GB/s", "of the limit", "of copy", "limit"]
+    rows = [b for b in pick(results, "limits") if "limits" in b["extra_info"]]
+    header = ["model", "base", "method", "call", "time", "GB/s", "of the limit", "of copy", "of torch fused"]
     table = Table("limits", "Calls, and what memory allows them", header)
     for b in rows:
         p, info = b["params"], b["extra_info"]
-        numel, rate = MODELS[p["model"]].numel, info["copy_gigabytes_per_second"]
-        for call, limit in info["limits"].items():
-            seconds, moved = info["calls"][call], info["call_floors"][call] * numel
-            cells = [MODELS[p["model"]].title, p["base"], METHODS[p["method"]].title, f"{call}()", duration(seconds)]
-            shares = [percent(limit / seconds), percent(moved / seconds / 1e9 / rate)]
-            table.rows.append([*cells, f"{moved / seconds / 1e9:.0f}", *shares, duration(limit)])
-        if len(info["limits"]) > 1:
-            limit, moved = sum(info["limits"].values()), info["floor_bytes"] * numel
-            cells = [MODELS[p["model"]].title, p["base"], METHODS[p["method"]].title, "whole step", duration(median(b))]
-            shares = [percent(limit / median(b)), percent(info["share_of_copy"])]
-            table.rows.append([*cells, f"{moved / median(b) / 1e9:.0f}", *shares, duration(limit)])
+        whole = [MODELS[p["model"]].title, p["base"], METHODS[p["method"]].title]
+        of_fused = NOTHING if "times_plain" not in info else multiple_of(info["times_plain"], p["method"])
+        parts = info["limits"] if len(info["limits"]) > 1 else {}
+        for call, limit in parts.items():
+            table.rows.append([*whole, f"{call}()", *shares(b, info["calls"][call], limit, info["call_floors"][call])])
+            table.rows[-1].append(NOTHING)
+        name = "step()" if not parts else "whole step"
+        cells = shares(b, median(b), sum(info["limits"].values()), info["floor_bytes"])
+        table.rows.append([*whole, name, *cells, of_fused])
     table.note = footnote(results, "limits", rows[0]["params"]["model"]) if rows else ""
     return table
+
+
+def shares(b: dict, seconds: float, limit: float, floor: float) -> list[str]:
+    """Time, GB/s, and its shares of the limit and of a copy's rate."""
+    rate = floor * MODELS[b["params"]["model"]].numel / max(seconds, 1e-9) / 1e9
+    copied = b["extra_info"].get("copy_gigabytes_per_second")
+    return [duration(seconds), f"{rate:.0f}", percent(limit / seconds), percent(copied and rate / copied)]
+
+
+def multiple_of(times: float, method: str) -> str:
+    return of_plain(times) if method == "plain" else f"{times:.2f}x"
 
 
 def rival_table(results: dict) -> Table:

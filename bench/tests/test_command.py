@@ -103,7 +103,7 @@ def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.candidates, "is_installed", lambda library: False)
     runner = Runner(1, 0.01)
     entries = tuple(map(races.Entry, (OURS, "torch fused", "pytorch_optimizer", "documented pytorch_optimizer")))
-    runner.run(races.Race("methods", "many_small", "sam", "sgd", entries))
+    runner.run(races.Race("methods", "tiny_160", "sam", "sgd", entries))
     assert {f["candidate"] for f in runner.failures} == {"pytorch_optimizer", "documented pytorch_optimizer"}
     assert all("pip install 'flatkern[rivals]'" in f["reason"] for f in runner.failures)
     assert {b["params"]["candidate"] for b in runner.benchmarks} == {OURS, "torch fused"}

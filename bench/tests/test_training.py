@@ -104,6 +104,7 @@ def distance(one: nn.Module, other: nn.Module, of) -> float:
     return sum(float((p.float() - q.float()).square().sum()) for p, q in zip(of(one), of(other), strict=True)) ** 0.5
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("method", ["plain", "sam"])
 def test_first_steps_are_those_of_a_loop_by_hand(name, method):
@@ -159,6 +160,7 @@ def found():
     return json.loads(json.dumps(results.document(rows, failures, threads=2, seconds=1.0)))
 
 
+@pytest.mark.matrix
 def test_a_candidate_that_fails_costs_its_own_row(found):
     assert [b["params"]["candidate"] for b in found["benchmarks"]] == [TORCH.label, OURS.label, SAM.label, "foreach"]
     (failure,) = found["failures"]
@@ -202,6 +204,7 @@ def test_an_allocator_that_keeps_memory_faults_no_second_time():
 
 
 @linux
+@pytest.mark.matrix
 def test_a_process_that_ends_is_a_failure_and_no_hang():
     with processes.Servers() as servers:
         server = servers.servers["system"]
