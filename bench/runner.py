@@ -67,6 +67,8 @@ class Runner:
         free, numel = self.machine.free_bytes(), MODELS[race.model].numel
         dtypes = {arriving(entry.label, entry.dtype) for entry in race.entries}
         need = (2 * 4 + sum(5 * DTYPES[dtype].itemsize for dtype in dtypes)) * numel
+        if kinds := self.limited(race):
+            need += RaceLimits.held_bytes(METHODS[race.method], race.base, kinds) * numel
         for entry in race.entries:
             need += held_at_most(entry.label, race.method, race.base, entry.dtype, entry.masters) * numel
             if free is None or need < 0.9 * free:
@@ -153,13 +155,20 @@ class Runner:
         results.compare(rows, FLOOR, copied, model.numel)
         self.benchmarks += rows
 
+    def limited(self, race: Race) -> list[tuple[torch.dtype, bool]]:
+        """The kinds of weights whose limits are asked for; of a model that fits into a cache none."""
+        if not self.limits or MODELS[race.model].small:
+            return []
+        return [(DTYPES[entry.dtype], entry.masters) for entry in race.entries if is_ours(entry)]
+
     def race_limits(self, race: Race) -> RaceLimits | None:
-        """What memory allows the calls of a race, where that is asked for, and the model fits into no cache."""
-        model, kinds = MODELS[race.model], [(DTYPES[e.dtype], e.masters) for e in race.entries if is_ours(e)]
-        if not self.limits or model.small or not kinds:
+        """What memory allows the calls of a race."""
+        kinds = self.limited(race)
+        if not kinds:
             return None
         try:
-            return RaceLimits(METHODS[race.method], race.base, kinds, model.shapes(), self.machine.device)
+            shapes = MODELS[race.model].shapes()
+            return RaceLimits(METHODS[race.method], race.base, kinds, shapes, self.machine.device)
         except Exception as error:  # without compiled kernels there is none
             self.fail(race, Entry("the limit"), f"{type(error).__name__}: {error}")
             return None

@@ -196,11 +196,10 @@ class Limit:
 
     def __init__(self, shapes: Iterable[Shape], passes: list[Streams], device: torch.device | str = "cpu") -> None:
         self.passes, shapes, device = passes, list(shapes), torch.device(device)
-        alike: dict[Streams, dict[str, Move]] = {}
-        for each in passes:
-            key = replace(each, op="", share=1.0)  # the same streams are measured once
-            if key not in alike:
-                alike[key] = {f"{len(alike)}: {name}": move for name, move in moves_of(each, shapes, device).items()}
+        alike = {
+            each: {f"{k}: {name}": move for name, move in moves_of(each, shapes, device).items()}
+            for k, each in enumerate(distinct(passes))
+        }
         self._of_pass = [alike[replace(each, op="", share=1.0)] for each in passes]
         self.chosen = [next(iter(moves)) for moves in self._of_pass]
 
@@ -245,10 +244,22 @@ def allocated(shapes: list[Shape], dtype: torch.dtype, device: torch.device) -> 
     return [torch.ones(shape, dtype=dtype, device=device) for shape in shapes]
 
 
+def distinct(passes: Iterable[Streams]) -> list[Streams]:
+    """Passes whose streams are alike are measured once."""
+    return list(dict.fromkeys(replace(each, op="", share=1.0) for each in passes))
+
+
 class RaceLimits:
     """The limits of all calls of a race: of each kind of weights, which is a dtype and whether there are masters."""
 
     PREFIX = "limit "  # of what is raced
+
+    @staticmethod
+    def held_bytes(method: Method, base: str, kinds: Iterable[tuple[torch.dtype, bool]]) -> float:
+        """Of an element of the weights: every stream has memory of its own."""
+        calls = dict.fromkeys(turn.call for turn in method.cycle)
+        found = (streams(method, base, call, *kind) for kind in dict.fromkeys(kinds) for call in calls)
+        return sum(width(d) for passes in found for p in distinct(passes) for d in (*p.reads, *p.updates, *p.writes))
 
     def __init__(
         self,
