@@ -66,6 +66,7 @@ class Runner:
         self.make_room(race)
         free, numel = self.machine.free_bytes(), MODELS[race.model].numel
         dtypes = {arriving(entry.label, entry.dtype) for entry in race.entries}
+        dtypes -= {dtype for model, dtype in self.kept if model == race.model}  # which are there already
         need = (2 * 4 + sum(5 * DTYPES[dtype].itemsize for dtype in dtypes)) * numel
         if kinds := self.limited(race):
             need += RaceLimits.held_bytes(METHODS[race.method], race.base, kinds) * numel

@@ -46,6 +46,18 @@ def report() -> dict[str, Any]:
     return facts | {"next": next_step(facts)}
 
 
+def git(*arguments: str) -> str:
+    """What a git command prints in flatkern's checkout; empty where flatkern is installed without one."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return ""  # and not of somebody else's checkout, which it may be installed inside of
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
 def version(package: str) -> str | None:
     """Version of a package; None if it cannot be imported."""
     try:

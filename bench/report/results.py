@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from datetime import datetime, timezone
 from importlib import metadata
@@ -21,10 +20,10 @@ from pathlib import Path
 
 import torch
 
+from flatkern.doctor import git
+
 from ..timing.harness import Timings
 from ..timing.stats import Stats
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def entry(table: str, params: dict, timings: Timings, numel: int, **info) -> dict:
@@ -143,17 +142,6 @@ def machine_line(threads: int) -> str:
 def load() -> float:
     """How many processes wanted a core in the last minute, where the system tells."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-
-
-def git(*arguments: str) -> str:
-    """Output of a git command in this checkout; empty if that is not possible."""
-    if not (ROOT / ".git").exists():
-        return ""  # installed, perhaps inside of somebody else's checkout
-    try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()
 
 
 def document(

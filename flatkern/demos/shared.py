@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
+import platform
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .. import dispatch
+from .. import __version__, dispatch, doctor
 from ..checks import check_backend
 
 INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
@@ -146,6 +149,23 @@ def keep_finished(console: Console, runs: list[Any], planned: int, work: Callabl
         console.print(f"interrupted before the first of {planned} runs was finished: nothing to show")
         raise typer.Exit(INTERRUPTED)
     return f"interrupted: {len(runs)} of {planned} runs"
+
+
+def circumstances(command: str, device: str, backend: str | None) -> dict[str, Any]:
+    """When, where and with what: a file says it of its numbers."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join([f"python -m flatkern {command}", *sys.argv[2:]]),
+        "commit": doctor.git("rev-parse", "HEAD") or None,
+        # torch's own word: that of its installation lacks the build (+cu130) as a rule.
+        "versions": {"flatkern": __version__, "python": platform.python_version(), "torch": torch.__version__},
+        "machine": {
+            "processor": doctor.processor(),
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "backend": backend or next(iter(doctor.serving(torch.device(device).type))),
+        },
+    }
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

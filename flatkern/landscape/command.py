@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import functools
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -19,9 +17,6 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-import flatkern
-
-from .. import doctor
 from ..demos import shared
 from ..demos.digits.methods import EPOCHS, METHODS
 from . import plot, report, subjects
@@ -201,20 +196,8 @@ def digits_are(epochs: int, seed: int) -> str:
 
 def about(settings: Settings, place: torch.device) -> dict[str, Any]:
     """Everything needed to repeat the run."""
-    served_by = settings.backend or next(iter(doctor.serving(place.type)))
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m flatkern landscape", *sys.argv[2:]]),
-        "versions": {"flatkern": flatkern.__version__, "python": platform.python_version(), "torch": torch.__version__},
-        "machine": {
-            "processor": doctor.processor(),
-            "device": str(place),
-            "threads": torch.get_num_threads(),
-            "backend": served_by,
-        },
-        "settings": dataclasses.asdict(settings),
-        "what": None,
-    }
+    facts = shared.circumstances("landscape", str(place), settings.backend)
+    return facts | {"settings": dataclasses.asdict(settings), "what": None}
 
 
 def main(arguments: list[str]) -> int:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import functools
 import importlib.metadata
-import platform
 import time
 from enum import Enum
 from pathlib import Path
@@ -17,8 +15,6 @@ import torch
 import typer
 from rich.console import Console, Group
 from rich.live import Live
-
-import flatkern
 
 from ... import doctor
 from .. import shared
@@ -133,13 +129,10 @@ def show_search(console: Console, epochs: int, backend: str | None, out: Path) -
 
 def about(plan: Plan, backend: str) -> dict[str, Any]:
     """Everything needed to repeat the run."""
-    # torch's own word: that of its installation lacks the build (+cu130) as a rule.
-    versions = {"flatkern": flatkern.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    versions |= {name: importlib.metadata.version(name) for name in ("numpy", "scikit-learn", "matplotlib")}
+    facts = shared.circumstances("demo", "cpu", backend)
+    facts["versions"] |= {name: importlib.metadata.version(name) for name in ("numpy", "scikit-learn", "matplotlib")}
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions,
-        "machine": {"processor": doctor.processor(), "threads": torch.get_num_threads(), "backend": backend},
+        **facts,
         "seeds": plan.seeds,
         "epochs": plan.epochs,
         "methods": plan.methods,

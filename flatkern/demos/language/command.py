@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import platform
-import sys
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
 
-import torch
 import typer
 from matplotlib.figure import Figure
 from rich.console import Console, Group
@@ -67,16 +64,15 @@ def language(
         show_runs(console, read_text(text), shape, options, seeds, runs, device=place, backend=backend)
 
     stopped = shared.keep_finished(console, runs, 2 * seeds, work)
-    show_results(console, runs, about(shape, options) | {"interrupted": stopped}, out)
+    show_results(console, runs, about(shape, options, str(place), backend) | {"interrupted": stopped}, out)
     if stopped:
         raise typer.Exit(shared.INTERRUPTED)
 
 
-def about(shape: Shape, options: dict[str, Any]) -> dict[str, Any]:
+def about(shape: Shape, options: dict[str, Any], device: str, backend: str | None) -> dict[str, Any]:
     """Everything needed to repeat the run."""
     return {
-        "command": " ".join(["python -m flatkern language", *sys.argv[2:]]),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "flatkern": flatkern.__version__},
+        **shared.circumstances("language", device, backend),
         "shape": vars(shape) | {"parameters": sum(p.numel() for p in Llama(shape).parameters())},
         "options": options,
     }
