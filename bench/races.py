@@ -22,13 +22,19 @@ class Entry:
     dtype: str = "float32"
     masters: bool = False
     tuning: tuple[int, ...] | None = None  # of the Triton kernels; None: theirs
+    setting: str = ""  # an instruction set of the C++ kernels, or "1 thread"; empty: as usual
+
+    @property
+    def name(self) -> str:
+        """As results name it."""
+        return f"{self.label}, {self.setting}" if self.setting else self.label
 
 
 @dataclass(frozen=True)
 class Race:
     """One method on one model; `table` says where its results are shown."""
 
-    table: str  # methods, dtypes, calls, limits, copy; gpu
+    table: str  # methods, dtypes, calls, limits, settings, copy; gpu
     model: str
     method: str
     base: str
@@ -69,6 +75,24 @@ def by_limit(model: str, methods: list[str], bases: list[str], backends: list[st
         yield Race("limits", model, method, base, (*(Entry(f"flatkern {b}") for b in backends), Entry(FLOOR)))
 
 
+ONE_THREAD = "1 thread"
+
+
+def by_setting(model: str, methods: list[str], bases: list[str]) -> Iterator[Race]:
+    """The C++ kernels compiled for AVX2 where AVX-512 is the usual, and everybody with one thread."""
+    from flatkern.dispatch import refuse
+
+    if refuse("sgd_update_", "cpp", "cpu"):
+        return
+    from flatkern import _C
+
+    ours = "flatkern cpp"
+    older = [Entry(ours, setting="avx2")] if "avx2" in _C.isas() and _C.isa() != "avx2" else []
+    everybody = (Entry(ours), *older, Entry(ours, setting=ONE_THREAD), Entry(FLOOR), Entry(FLOOR, setting=ONE_THREAD))
+    for base, method in product(bases, methods):
+        yield Race("settings", model, method, base, everybody)
+
+
 MAIN = ["plain", "m-rwp", "sam", "rolling"]
 
 
@@ -83,6 +107,7 @@ def call_races(args) -> list[Race]:
         *by_call(MAIN, list(BASES), args.backends),
         *by_limit("resnet50", MAIN, list(BASES), args.backends),
         *by_dtype("resnet50", ["plain", "m-rwp", "rolling"], "sgd", args.backends),
+        *(by_setting("resnet50", ["plain", "m-rwp", "rolling"], list(BASES)) if args.device == "cpu" else ()),
         *by_limit("gpt2", MAIN, list(BASES), args.backends),
         *by_limit("gpt2", ["ire"], ["adamw"], args.backends),
     ]

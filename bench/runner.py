@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -11,11 +12,33 @@ from .candidates import DTYPES, FLOOR, arriving, floors, held_at_most, prepare
 from .equal import difference_of
 from .methods import METHODS, is_plain
 from .models import MODELS
-from .races import Entry, Race
+from .races import ONE_THREAD, Entry, Race
 from .report import results
 from .timing.harness import Cpu, Gradients, Timed, interleave
 from .timing.limits import RaceLimits
 from .timing.stats import Stats
+
+
+@contextmanager
+def under(setting: str) -> Iterator[None]:
+    """Inside, kernels run as a candidate's setting says."""
+    if not setting:
+        yield
+    elif setting == ONE_THREAD:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+    else:
+        from flatkern import _C
+
+        usual = _C.set_isa(setting)
+        try:
+            yield
+        finally:
+            _C.set_isa(usual)
 
 
 def is_ours(entry: Entry) -> bool:
@@ -82,7 +105,7 @@ class Runner:
 
     def params(self, race: Race, entry: Entry) -> dict:
         named = {"model": race.model, "method": race.method, "base": race.base}
-        return {**named, "dtype": entry.dtype, "candidate": entry.label, "masters": entry.masters}
+        return {**named, "dtype": entry.dtype, "candidate": entry.name, "masters": entry.masters}
 
     def interleave(self, race: Race, candidates: dict):
         # Small models are over in no time: more turns, for the same number of seconds.
@@ -114,14 +137,24 @@ class Runner:
     def prepare(self, race: Race, entry: Entry, weights: list[torch.Tensor], gradients: Gradients) -> tuple[Timed, int]:
         """A warm candidate, and the bytes that it holds."""
         burst = self.machine.burst if MODELS[race.model].small else 1
-        return prepare(entry.label, weights, gradients, race.method, race.base, entry.masters, burst, self.machine)
+        with under(entry.setting):
+            made = prepare(entry.label, weights, gradients, race.method, race.base, entry.masters, burst, self.machine)
+        if not entry.setting:
+            return made
+        turn, held = made
+
+        def with_setting(count: int) -> dict[str, int]:
+            with under(entry.setting):
+                return turn(count)
+
+        return with_setting, held
 
     def optimizers(self, race: Race) -> None:
         """Race optimizers; inputs are shared per dtype."""
         model = MODELS[race.model]
         candidates, held, entries, differs = {}, {}, {}, {}
         for entry in race.entries:
-            key = f"{entry.label} {entry.dtype} {entry.masters} {entry.tuning}"
+            key = f"{entry.name} {entry.dtype} {entry.masters} {entry.tuning}"
             entries[key] = entry
             try:
                 differs[key] = self.difference(race, entry)
@@ -157,8 +190,9 @@ class Runner:
         self.benchmarks += rows
 
     def limited(self, race: Race) -> list[tuple[torch.dtype, bool]]:
-        """The kinds of weights whose limits are asked for; of a model that fits into a cache none."""
-        if not self.limits or MODELS[race.model].small:
+        """The kinds of weights whose limits are asked for: of a model that fits into a cache none, and with settings
+        that would be those of other kernels."""
+        if not self.limits or MODELS[race.model].small or race.table == "settings":
             return []
         return [(DTYPES[entry.dtype], entry.masters) for entry in race.entries if is_ours(entry)]
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 from ..baselines.libraries import LIBRARIES, PEERS
 from ..candidates import DOCUMENTED, DOCUMENTED_PAPERS
+from ..candidates import FLOOR as REFERENCE
 from ..methods import BASES, METHODS, floor_bytes, is_plain
 from ..models import MODELS
+from ..races import ONE_THREAD
 from .results import spread
 
 VERSUS = {
@@ -53,7 +55,13 @@ def tables(results: dict) -> list[Table]:
     found = list(method_tables(results))
     found += [limit_table(results), rival_table(results), *training_tables(results)]
     found += [dtype_table(results, model) for model in values(pick(results, "dtypes"), "model")]
-    found += [call_table(results), copy_table(results), rank_table(results), failure_table(results)]
+    found += [
+        setting_table(results),
+        call_table(results),
+        copy_table(results),
+        rank_table(results),
+        failure_table(results),
+    ]
     return [table for table in found if table.rows]
 
 
@@ -334,6 +342,27 @@ def dtype_table(results: dict, model: str) -> Table:
         floor = str(info["floor_bytes"])
         cells = [method, weights, p["candidate"], duration(median(b)), floor, *bandwidth(b), relative]
         table.rows.append([*cells, of_torch(b, rows)])
+    return table
+
+
+def setting_table(results: dict) -> Table:
+    """With an older instruction set, and with one thread."""
+    rows = pick(results, "settings")
+    header = ["method", "base", "candidate", "time", "of the usual time", "of torch fused, likewise"]
+    model = MODELS[rows[0]["params"]["model"]].title if rows else ""
+    table = Table("settings", f"{model}: an older instruction set, and one thread", header)
+    for b in rows:
+        p = b["params"]
+        who, _, setting = p["candidate"].partition(", ")
+        same = {k: p[k] for k in ("method", "base")}
+        likewise = f"{REFERENCE}, {setting}" if setting == ONE_THREAD else REFERENCE
+        usual, theirs = (pick(results, "settings", **same, candidate=c) for c in (who, likewise))
+        if who == REFERENCE:
+            continue  # they are what the others are compared with
+        slower = f"{median(b) / median(usual[0]):.2f}x" if usual and setting else NOTHING
+        against = multiple_of(median(b) / median(theirs[0]), p["method"]) if theirs else NOTHING
+        table.rows.append([METHODS[p["method"]].title, p["base"], p["candidate"], duration(median(b)), slower, against])
+    table.note = footnote(results, "settings", rows[0]["params"]["model"]) if rows else ""
     return table
 
 

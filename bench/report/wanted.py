@@ -52,6 +52,10 @@ WANTED = [
             ("sgd", "adamw"), ("the usual loop (davda54/sam)", "pytorch_optimizer.SAM"), ("torch's fused", "by name")
         )
     ),
+    *(
+        Bound("settings", (method, base, "flatkern cpp, avx2"), "of the usual time", 1.3)
+        for method, base in product(("m-RWP", "rolling RWP"), ("sgd", "adamw"))
+    ),
     Bound("calls", ("m-RWP", "sgd", "flatkern cpp"), "perturb()", 60),
     Bound("calls", ("plain", "sgd", "flatkern cpp"), "step()", 60),
 ]

@@ -128,6 +128,29 @@ def test_what_is_selected(arguments, models, networks, tmp_path):
     assert (args.networks if "train" in args.suite else None) == networks
 
 
+@pytest.mark.skipif(BACKEND == "eager", reason="the C++ kernels are not built")
+def test_settings_hold_for_their_candidates_alone(monkeypatch):
+    """An older instruction set, one thread: inside of a turn, and nowhere else."""
+    from flatkern import _C
+
+    seen, usual = [], (_C.isa(), torch.get_num_threads())
+    turn = Cpu.turn
+
+    def recording(self, candidate, count):
+        seen.append((_C.isa(), torch.get_num_threads()))
+        return turn(self, candidate, count)
+
+    monkeypatch.setattr(Cpu, "turn", recording)
+    runner = Runner(1, 0.01)
+    entries = [races.Entry(OURS), races.Entry(OURS, setting="baseline"), races.Entry(OURS, setting=races.ONE_THREAD)]
+    runner.run(races.Race("settings", "tiny_160", "plain", "sgd", (*entries, races.Entry("torch fused"))))
+    assert set(seen) == {usual, ("baseline", usual[1]), (usual[0], 1)} and runner.failures == []
+    assert (_C.isa(), torch.get_num_threads()) == usual
+    assert {b["params"]["candidate"] for b in runner.benchmarks} >= {"flatkern cpp, baseline", "flatkern cpp, 1 thread"}
+    (table,) = tables(results.document(runner.benchmarks, [], 2, 1.0, arguments=[]))
+    assert [row[2] for row in table.rows] == [OURS, "flatkern cpp, baseline", "flatkern cpp, 1 thread"]
+
+
 @pytest.fixture
 def found():
     """Results of SAM beside a loop, and beside a library that computes something else."""
