@@ -22,7 +22,9 @@ runs their product.
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -70,18 +72,35 @@ def parser() -> argparse.ArgumentParser:
     timing = made.add_argument_group("timing")
     timing.add_argument("--threads", type=positive, default=os.cpu_count(), help="default: all cores")
     timing.add_argument("--rounds", type=positive, help="steps per candidate (default 15, quick 7)")
-    timing.add_argument("--seconds", type=float, default=1.5, help="of a candidate per race (default 1.5)")
+    timing.add_argument("--seconds", type=seconds, default=1.5, help="of a candidate per race (default 1.5)")
     output = made.add_argument_group("output")
     output.add_argument("--out", type=Path, default=Path("bench-results"), metavar="FOLDER", help="bench-results")
-    output.add_argument("--name", default="bench", help="files NAME.json, NAME.md, NAME.png (default: bench)")
+    output.add_argument(
+        "--name", type=stem, default="bench", help="files NAME.json, NAME.md, NAME.png (default: bench)"
+    )
     return made
 
 
 def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} should be at least 1")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number of at least 1")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} should be a finite number above 0")
     return number
+
+
+def stem(text: str) -> str:
+    if not re.fullmatch(r"[\w+-][\w.+-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} should be a file's name: letters, digits and . + - _")
+    return text
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
@@ -104,6 +123,8 @@ def select(made: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     args.networks = [name for name in args.models or () if name in NETWORKS]
     args.models = [name for name in args.models or () if name in MODELS]
     product = bool(args.methods or args.base or args.dtype or args.masters)
+    if args.networks and product:
+        made.error("--models: methods, bases and dtypes select races; networks of the suite train have their own")
     if args.suite and product:
         made.error("--suite has a plan of its own; without it methods, bases and dtypes select their product")
     args.selected = product or bool(args.models and not args.suite)
@@ -176,27 +197,41 @@ def measure(args: argparse.Namespace, show: Screen, runner: Runner) -> None:
 
 
 def write(args: argparse.Namespace, found: dict, name: str) -> list[Path]:
-    """The three files; returns those that were written."""
-    stem = args.out / name
-    written = [stem.with_suffix(".json"), stem.with_suffix(".md")]
-    results.write(written[0], found)
-    written[1].write_text(render.markdown(found))
+    """The three files; returns those that were written. Results that were there already are kept under another name."""
+    numbers, text, picture = (args.out / f"{name}.{kind}" for kind in ("json", "md", "png"))
+    earlier = args.out / f"{name}-before.json"
+    if numbers.exists():
+        numbers.replace(earlier)
+        print(f"the earlier results are {earlier} now: python -m flatkern bench compare {earlier} {numbers}")
+    results.write(numbers, found)
+    text.write_text(render.markdown(found))
     try:
         from .report.chart import plot
+
+        drawn = plot(found, picture)
     except ImportError as error:
         print(f"no chart: {error.name} is not installed")
-        return written
+        drawn = False
+    return [numbers, text, *[picture] * drawn]
+
+
+def was_interrupted(args: argparse.Namespace, show: Screen, runner: Runner) -> bool:
+    """Measure; whether that was ended before it was over. What was measured is kept all the same."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has SIGINT ignored, in the background
+        signal.signal(number, signal.default_int_handler)
     try:
-        drawn = plot(found, stem.with_suffix(".png"))
-    except ImportError as error:
-        print(f"no chart: {error.name} is not installed")
-        return written
-    return [*written, stem.with_suffix(".png")] if drawn else written
-
-
-def said_at_the_end(found: dict) -> list[str]:
-    """What is wrong with the results."""
-    return [*quiet.remarks(found), *render.differing(found)]
+        measure(args, show, runner)
+    except KeyboardInterrupt:
+        show.note("interrupted: the results are those of what was over", alarming=True)
+        return True
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+    return False
 
 
 def main(arguments: list[str]) -> int:
@@ -211,30 +246,21 @@ def main(arguments: list[str]) -> int:
     show.note(results.machine_line(args.threads))
     if busy > BUSY:
         show.note(f"this machine is not quiet (load {busy:.1f}); expect numbers that do not repeat", alarming=True)
+    if args.threads > (os.cpu_count() or args.threads):
+        show.note(f"{args.threads} threads are more than there are cores; they will wait for each other", alarming=True)
     runner = Runner(args.rounds, args.seconds, show.tick, machine(args.device), compares=True, limits=True)
-    interrupted = False
-    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        measure(args, show, runner)
-    except KeyboardInterrupt:
-        show.note("interrupted: the results are those of the races that were over", alarming=True)
-        interrupted = True
-    finally:
-        signal.signal(signal.SIGINT, before[0])
-        signal.signal(signal.SIGTERM, before[1])
-
-    seconds = time.monotonic() - started
-    found = results.document(runner.benchmarks, runner.failures, args.threads, seconds, busy, arguments=arguments)
-    for table in tables(found):
-        show.table(table)
-    for remark in said_at_the_end(found):
-        show.note(remark, alarming=True)
+    interrupted = was_interrupted(args, show, runner)
+    took = time.monotonic() - started
+    found = results.document(runner.benchmarks, runner.failures, args.threads, took, busy, arguments=arguments)
     if not found["benchmarks"]:
         show.note("nothing was measured; nothing is written", alarming=True)
         return INTERRUPTED if interrupted else 1
-    written = write(args, found, f"{args.name}-partial" if interrupted else args.name)
-    show.note(f"{seconds:.0f} s; wrote {', '.join(map(str, written))}")
+    written = write(args, found, f"{args.name}-partial" if interrupted else args.name)  # whatever happens to the screen
+    for table in tables(found):
+        show.table(table)
+    for remark in [*quiet.remarks(found), *render.differing(found)]:
+        show.note(remark, alarming=True)
+    show.note(f"{took:.0f} s; wrote {', '.join(map(str, written))}")
     return INTERRUPTED if interrupted else int(bool(render.differing(found)))
 
 

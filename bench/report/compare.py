@@ -6,8 +6,9 @@ torch's fused optimizer in its own race, whose steps took turns with it. The quo
   its interval   99 % of the quotients of medians of rounds that are drawn anew from both runs (bootstrap)
   the noise      how far the same quotients moved of code that is not flatkern's, which is the same in both runs
 
-A row is faster or slower if its interval leaves 1 out and it moved further than the noise; it is the same if it moved
-less and its interval is narrow; else the two are not told apart.
+A row is faster or slower if its interval leaves 1 out and it moved further than the noise; it is the same if its
+interval lies within 5 % of 1; else the two are not told apart, as with few rounds (--quick) and on a machine that is not
+quiet.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import exp, log
+from math import prod as product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import results
+from . import quiet, results
 from .screen import screen
 from .tables import Table, duration, lost
 
@@ -31,8 +33,10 @@ LEVEL, DRAWS = 0.99, 2000
 QUANTILE = 0.9  # of the movements of others' code
 LEAST_NOISE, UNKNOWN_NOISE = 0.02, 0.05  # the latter where too few rows of others are in both files
 FEWEST = 5
-NARROW = 0.05  # half of an interval's width, if that is not wider than the noise
-FACTS = ("processor", "cores", "threads", "torch", "torch_cpu_capability", "flatkern_cpp")
+SAME = 0.05  # an interval that leaves 1 by no more
+TOO_MUCH = 0.15  # noise beyond which a slower row would not be seen
+FAIL = "exit with 1 if a row of flatkern's became slower, with 3 if the noise is so large that none would be seen"
+FACTS = ("processor", "cores", "threads", "python_version", "torch", "torch_cpu_capability", "flatkern", "flatkern_cpp")
 
 
 class NotComparable(Exception):
@@ -53,11 +57,9 @@ class Row:
     ours: bool
 
     def verdict(self, noise: float) -> str:
-        moved, width = abs(log(self.ratio)), log(self.high / self.low) / 2
-        if moved > log(1 + noise) and not self.low <= 1 <= self.high:
+        if abs(log(self.ratio)) > log(1 + noise) and not self.low <= 1 <= self.high:
             return "faster" if self.ratio < 1 else "slower"
-        same = moved <= log(1 + noise) and width <= log(1 + max(noise, NARROW))
-        return "the same" if same else "not told apart"
+        return "the same" if max(-log(self.low), log(self.high)) <= log(1 + SAME) else "not told apart"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -73,11 +75,23 @@ def read(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise NotComparable(f"{path} is not JSON ({error})") from None
     rows = found.get("benchmarks") if isinstance(found, dict) else None
-    ours = [b for b in rows or [] if isinstance(b, dict) and "table" in b.get("extra_info", {})]
-    if not ours:
-        program = "pytest-benchmark's; compare it by `pytest-benchmark compare`" if rows else "another program's"
+    if not (isinstance(rows, list) and rows and all(isinstance(b, dict) for b in rows)):
+        raise NotComparable(f"{path} is not a file of `python -m flatkern bench`: it is another program's")
+    if not any("table" in (b.get("extra_info") or {}) for b in rows):
+        program = "pytest-benchmark's; compare it by `pytest-benchmark compare`"
         raise NotComparable(f"{path} is not a file of `python -m flatkern bench`: it is {program}")
+    if broken := [b.get("name") for b in rows if not is_whole(b)]:
+        raise NotComparable(f"{path}: {len(broken)} rows are incomplete, the first is {broken[0]!r}; measure again")
     return found
+
+
+def is_whole(b: dict) -> bool:
+    """Whether a row has all that is looked at."""
+    stats, data = b.get("stats"), (b.get("stats") or {}).get("data")
+    named = (
+        isinstance(b.get("params"), dict) and isinstance(b.get("extra_info"), dict) and {"name", "group"} <= b.keys()
+    )
+    return named and isinstance(stats.get("median"), float) and isinstance(data, list) and len(data) > 0
 
 
 def by_name(found: dict[str, Any]) -> dict[str, dict]:
@@ -88,32 +102,37 @@ def by_name(found: dict[str, Any]) -> dict[str, dict]:
     return rows
 
 
-def references(found: dict[str, Any]) -> dict[str, float]:
-    """The median of torch's fused step of each race, in float32 if it has several."""
-    seconds: dict[str, float] = {}
+def references(found: dict[str, Any]) -> dict[str, dict]:
+    """The row of torch's fused step of each race, in float32 if it has several."""
+    rows: dict[str, dict] = {}
     for b in found["benchmarks"]:
         if b["params"].get("candidate") == REFERENCE and "times_plain" in b["extra_info"]:
-            seconds.setdefault(b["group"], b["stats"]["median"])
-    return seconds
+            rows.setdefault(b["group"], b)
+    return rows
 
 
 def common(before: dict[str, Any], after: dict[str, Any]) -> Iterator[Row]:
     """The rows that both files have, without the references."""
     generator = np.random.default_rng(0)
     new, old = by_name(after), by_name(before)
-    reference_before, reference_after = references(before), references(after)
+    of_before, of_after = references(before), references(after)
     for name, b in old.items():
         a, group = new.get(name), b["group"]
         if a is None or b["params"].get("candidate") == REFERENCE:
             continue
-        related = group in reference_before and group in reference_after
-        unit = reference_before[group] / reference_after[group] if related else 1.0
-        drawn = unit * medians(a, generator) / medians(b, generator)
+        related = group in of_before and group in of_after
+        above, below = ([a, of_before[group]], [b, of_after[group]]) if related else ([a], [b])
+        drawn = product(medians(row, generator) for row in above) / product(medians(row, generator) for row in below)
+        ratio = product(least(row) for row in above) / product(least(row) for row in below)
         low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        medians_of = b["stats"]["median"], a["stats"]["median"]
-        ratio = unit * medians_of[1] / max(medians_of[0], 1e-12)
         ours = str(b["params"].get("candidate", "flatkern")).startswith("flatkern")
-        yield Row(name, *medians_of, ratio, min(float(low), ratio), max(float(high), ratio), related, ours)
+        seconds = b["stats"]["median"], a["stats"]["median"]
+        yield Row(name, *seconds, ratio, min(float(low), ratio), max(float(high), ratio), related, ours)
+
+
+def least(row: dict) -> float:
+    """Its median; no clock measures less than that."""
+    return max(row["stats"]["median"], 1e-12)
 
 
 def medians(b: dict, generator: np.random.Generator) -> np.ndarray:
@@ -132,7 +151,7 @@ def noise_of(rows: list[Row]) -> tuple[float, int]:
 
 def differing_machines(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """What is not the same of the machines and versions."""
-    one, other = before.get("machine_info", {}), after.get("machine_info", {})
+    one, other = before.get("machine_info") or {}, after.get("machine_info") or {}
     return [f"{fact}: {one.get(fact)} / {other.get(fact)}" for fact in FACTS if one.get(fact) != other.get(fact)]
 
 
@@ -173,8 +192,15 @@ def compared(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[Row], 
     return rows, *noise_of(rows)
 
 
+def about(name: str, found: dict[str, Any]) -> str:
+    """When, of which commit and how a file came about, and whether the machine was quiet."""
+    commit = (found.get("commit_info") or {}).get("id", "")[:10]
+    said = [f"{name}: {found.get('datetime', 'no date')}, commit {commit or 'unknown'}, {found.get('command', '')}"]
+    return "; ".join([*said, *quiet.remarks(found)])
+
+
 def main(arguments: list[str]) -> int:
-    """The command; the exit status is 1 with --fail where a row of ours became slower."""
+    """The command; with --fail the exit status is 1 where a row of ours became slower, 3 where noise would hide it."""
     parser = argparse.ArgumentParser(
         prog="python -m flatkern bench compare",
         description=__doc__,
@@ -183,7 +209,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("before", type=Path, metavar="BEFORE.json")
     parser.add_argument("after", type=Path, metavar="AFTER.json")
     parser.add_argument("--all", action="store_true", help="rows of others, too")
-    parser.add_argument("--fail", action="store_true", help="exit with 1 if a row of flatkern's became slower")
+    parser.add_argument("--fail", action="store_true", help=FAIL)
     parser.add_argument("--json", type=Path, metavar="FILE", help="the comparison as JSON")
     args = parser.parse_args(arguments)
     show = screen()
@@ -192,13 +218,25 @@ def main(arguments: list[str]) -> int:
         rows, noise, others = compared(before, after)
     except NotComparable as reason:
         parser.error(str(reason))
+    for name, found in (("before", before), ("after", after)):
+        show.note(about(name, found))
+    if before == after:
+        show.note("the two files are of one run", alarming=True)
     for fact in differing_machines(before, after):
         show.note(f"not the same machine: {fact}", alarming=True)
     show.table(table(rows, noise, args.all))
     show.note(said(rows, noise, others))
+    if noise > TOO_MUCH:
+        show.note(f"with noise of ±{100 * noise:.0f} % a slower row would not be seen: measure again", alarming=True)
     if args.json:
-        args.json.write_text(json.dumps(document(before, after, rows, noise), indent=1) + "\n")
-    return int(args.fail and any(row.ours and row.verdict(noise) == "slower" for row in rows))
+        try:
+            args.json.write_text(json.dumps(document(before, after, rows, noise), indent=1) + "\n")
+        except OSError as error:
+            parser.error(f"--json: {args.json} cannot be written ({error.strerror})")
+    if not args.fail:
+        return 0
+    slower = any(row.ours and row.verdict(noise) == "slower" for row in rows)
+    return 1 if slower else 3 * (noise > TOO_MUCH)
 
 
 def said(rows: list[Row], noise: float, others: int) -> str:

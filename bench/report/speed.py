@@ -10,7 +10,7 @@ from html import escape
 
 from ..methods import BASES, METHODS
 from ..models import MODELS
-from .tables import BRIEF_ROWS, SLOWER, copy_rate, median, pick, speedup
+from .tables import BRIEF_ROWS, SLOWER, copy_rates, median, pick, speedup
 
 MODEL, BASE = "resnet50", "sgd"
 OURS = "flatkern cpp"
@@ -130,11 +130,11 @@ def said(name: str, time: float, ours: float, baseline: float, title: str) -> tu
 
 def footer(results: dict, height: int) -> list[str]:
     """Where the numbers come from."""
-    machine, rate = results["machine_info"], copy_rate(pick(results, "methods", model=MODEL))
+    machine, copies = results["machine_info"], copy_rates(pick(results, "methods", model=MODEL))
     isa = machine["flatkern_cpp"].get("isa", "")
     source = (
         f"Medians; {machine['threads']} threads of {machine['processor']}{f' ({isa})' if isa else ''}, torch "
-        f"{machine['torch']}, a copy runs at {rate:.0f} GB/s; {results['datetime'][:10]}."
+        f"{machine['torch']}, {copies}; {results['datetime'][:10]}."
     )
     meaning = (
         "Behind a bar: its time, and how many times faster flatkern is. Gradients are preset; no forward, no backward."

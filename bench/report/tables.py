@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -88,11 +87,13 @@ def accumulation(b: dict) -> float:
     return b["extra_info"]["calls"].get("accumulate", 0.0)
 
 
-def copy_rate(benchmarks: list[dict]) -> float | None:
-    """GB/s of a copy of the weights, median of the races; None where the model fits into a cache."""
+def copy_rates(benchmarks: list[dict]) -> str:
+    """GB/s of copies of the weights in these races; empty where the model fits into a cache."""
     rates = [b["extra_info"].get("copy_gigabytes_per_second") for b in benchmarks]
-    large = benchmarks and not MODELS[benchmarks[0]["params"]["model"]].small
-    return statistics.median(rates) if large and all(rates) else None
+    if not benchmarks or MODELS[benchmarks[0]["params"]["model"]].small or not all(rates):
+        return ""
+    least, most = f"{min(rates):.0f}", f"{max(rates):.0f}"
+    return f"copies run at {least} GB/s" if least == most else f"copies run at {least} to {most} GB/s"
 
 
 # ---- cells
@@ -171,7 +172,7 @@ def percent(share: float | None) -> str:
 def footnote(results: dict, table: str, model: str) -> str:
     """Where the numbers come from, in one line."""
     shown = pick(results, table, model=model)
-    machine, rate = results["machine_info"], copy_rate(shown)
+    machine = results["machine_info"]
     turns = sorted(b["stats"]["rounds"] for b in shown)
     steps = f"{turns[0]}" if turns[0] == turns[-1] else f"{turns[0]} to {turns[-1]}"
     isa, threads = machine["flatkern_cpp"].get("isa", ""), machine["threads"]
@@ -179,7 +180,7 @@ def footnote(results: dict, table: str, model: str) -> str:
         f"Medians of {steps} interleaved {'bursts of steps' if MODELS[model].small else 'steps'}",
         f"{threads} thread{'s' * (threads > 1)} of {machine['processor']}{f' ({isa})' if isa else ''}",
         f"torch {machine['torch']}",
-        f"a copy runs at {rate:.0f} GB/s" if rate else "",
+        copy_rates(shown),
         results["datetime"][:10],
     ]
     return "; ".join(filter(None, parts)) + "."
@@ -273,8 +274,8 @@ def limit_table(results: dict) -> Table:
             table.rows.append([*whole, f"{call}()", *shares(b, info["calls"][call], limit, info["call_floors"][call])])
             table.rows[-1].append(NOTHING)
         name = "step()" if not parts else "whole step"
-        cells = shares(b, median(b), sum(info["limits"].values()), info["floor_bytes"])
-        table.rows.append([*whole, name, *cells, of_fused])
+        _, *cells = shares(b, median(b), sum(info["limits"].values()), info["floor_bytes"])
+        table.rows.append([*whole, name, with_spread(b), *cells, of_fused])
     table.note = footnote(results, "limits", rows[0]["params"]["model"]) if rows else ""
     return table
 
@@ -437,7 +438,9 @@ def rank_table(results: dict) -> Table:
 def failure_table(results: dict) -> Table:
     table = Table("failures", "Did not run", ["model", "method", "base", "candidate", "reason"])
     for f in results["failures"]:
-        candidate = " ".join(filter(None, [f["candidate"], f["dtype"], *["masters"] * f["masters"]]))
+        who = f["candidate"].removeprefix(DOCUMENTED)
+        marks = [f["dtype"], *["masters"] * f["masters"], *["base by name"] * (who != f["candidate"])]
+        candidate = ", ".join([who, *marks])
         reason = f["reason"].replace("|", "/").replace("\n", " ")
         table.rows.append([f["model"], METHODS[f["method"]].title, f["base"], candidate, reason])
     return table
@@ -447,7 +450,7 @@ def failure_table(results: dict) -> Table:
 BRIEF = "resnet50-sgd"
 BRIEF_ROWS = ("plain", "rolling", "m-rwp", "sam", "asam", "sam-5", "gsam", "friendly", "looksam", "ire")
 BRIEF_COLUMNS = (
-    "method", "time", "of torch fused (floor)", "vs careful loop", "vs foreach", "vs pytorch_optimizer",
+    "method", "time", "of torch fused (floor)", "of the limit", "vs careful loop", "vs foreach", "vs pytorch_optimizer",
 )  # fmt: skip
 
 

@@ -44,6 +44,10 @@ def threads():
         (["--suite", "methods", "--models", "gpt2"], "no suite that was asked for has gpt2"),
         (["--masters", "--dtype", "float32"], "--masters needs"),
         (["--rounds", "0"], "at least 1"),
+        (["--rounds", "x"], "'x' should be a whole number"),
+        (["--seconds", "nan"], "'nan' should be a finite number above 0"),
+        (["--name", "../x"], "should be a file's name"),
+        (["--models", "gpt", "--methods", "sam"], "networks of the suite train have their own"),
         (["--out", "{file}/results"], "name another folder"),
         pytest.param(
             ["--device", "cuda"],
@@ -76,6 +80,36 @@ def test_what_is_written_and_shown(tmp_path, capsys, monkeypatch):
     text = (tmp_path / "new" / "x.md").read_text()
     assert "RWP" in text and METHODS["rwp"].title in said
     assert {path.suffix for path in (tmp_path / "new").iterdir()} <= {".json", ".md", ".png"}
+
+
+def test_earlier_results_are_kept(tmp_path, capsys, monkeypatch):
+    """Under a name of their own, which may have dots in it."""
+    monkeypatch.setattr(Cpu, "burst", 1)
+    for methods in ("rwp", "plain"):
+        arguments = [methods if word == "rwp" else word for word in SMALL]
+        assert command.main([*arguments, "--out", str(tmp_path), "--name", "v1.0"]) == 0
+    assert "compare" in capsys.readouterr().out
+    methods = {}
+    for name in ("v1.0", "v1.0-before"):
+        rows = json.loads((tmp_path / f"{name}.json").read_text())["benchmarks"]
+        methods[name] = {b["params"]["method"] for b in rows if b["extra_info"]["table"] == "methods"}
+    assert methods == {"v1.0": {"plain"}, "v1.0-before": {"rwp"}}
+
+
+def test_a_reader_who_has_seen_enough(tmp_path, monkeypatch):
+    """What was over is written, as behind an interrupt."""
+    from bench.report.screen import Screen
+
+    def closed(self, text, alarming=False):
+        if "rwp" in text.lower():
+            raise BrokenPipeError
+
+    monkeypatch.setattr(Screen, "note", closed)
+    monkeypatch.setattr(os, "dup2", lambda one, other: None)
+    monkeypatch.setattr(Cpu, "burst", 1)
+    assert command.main([*SMALL, "--methods", "plain", "rwp", "--out", str(tmp_path)]) == 130
+    rows = json.loads((tmp_path / "bench-partial.json").read_text())["benchmarks"]
+    assert {b["params"]["method"] for b in rows} == {"plain"}
 
 
 def test_an_interrupt_keeps_the_races_that_were_over(tmp_path, capsys, monkeypatch):

@@ -47,7 +47,8 @@ def verdicts(before: dict, after: dict) -> dict[str, str]:
         (made(40.0, reference=20.0), "the same"),
         (made(20.0, reference=20.0), "faster"),
         # What is not ours moved by a tenth: that is the noise, and ours by less.
-        (made(21.6, others=1.1), "the same"),
+        (made(21.6, others=1.1), "not told apart"),
+        (made(20.1, others=1.1), "the same"),
         (made(26.0, others=1.1), "slower"),
         (made(20.0, jitter=(0.5, 0.8, 1.0, 1.4, 1.6)), "not told apart"),
     ],
@@ -63,7 +64,7 @@ def test_few_rows_of_others_say_nothing_about_the_noise():
             b for b in found["benchmarks"] if b["params"]["candidate"] in ("flatkern cpp", "torch fused")
         ]
     rows, noise, others = compare.compared(before, after)
-    assert (noise, others) == (compare.UNKNOWN_NOISE, 0) and {r.verdict(noise) for r in rows} == {"the same"}
+    assert (noise, others) == (compare.UNKNOWN_NOISE, 0) and {r.verdict(noise) for r in rows} == {"not told apart"}
     assert "assumed" in compare.said(rows, noise, others)
 
 
@@ -86,6 +87,27 @@ def test_the_command(tmp_path, capsys):
     assert compare.main([*files, "--fail", "--all"]) == 1
     assert "[resnet50-sam-sgd-float32-loop]" in capsys.readouterr().out
     assert compare.main([files[0], files[0], "--fail"]) == 0
+    assert "the two files are of one run" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        compare.main([*files, "--json", str(tmp_path / "nowhere" / "c.json")])
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_noise_that_would_hide_a_slower_row_is_no_success(tmp_path, capsys):
+    """Others' code moved by half: nothing can be said, and --fail does not pass."""
+    files = written(tmp_path / "a.json", made(20.0)), written(tmp_path / "b.json", made(26.0, others=1.5))
+    assert compare.main([*files, "--fail"]) == 3
+    said = capsys.readouterr().out
+    assert "a slower row would not be seen" in said and "2 not told apart" in said
+
+
+def test_the_reference_has_noise_too():
+    """Its few disturbed rounds widen the interval of what is divided by them."""
+    before, after = made(20.0), made(20.0, jitter=(1, 1, 1))
+    for b in after["benchmarks"]:
+        if b["params"]["candidate"] == "torch fused":
+            b["stats"]["data"] = [0.005, 0.008, 0.010, 0.016, 0.018]
+    assert set(verdicts(before, after).values()) == {"not told apart"}
 
 
 @pytest.mark.parametrize(
@@ -96,6 +118,9 @@ def test_the_command(tmp_path, capsys):
         ("[]", "another program's"),
         ('{"benchmarks": []}', "another program's"),
         ('{"benchmarks": [{"name": "x", "stats": {}}]}', "pytest-benchmark compare"),
+        ('{"benchmarks": [{"name": "x", "extra_info": null, "stats": {}}]}', "pytest-benchmark compare"),
+        ('{"benchmarks": [{"name": "x", "extra_info": {"table": "methods"}}]}', "1 rows are incomplete"),
+        ('{"benchmarks": 3}', "another program's"),
     ],
 )
 def test_foreign_files(content, said, tmp_path, capsys):
