@@ -7,8 +7,8 @@ torch's fused optimizer in its own race, whose steps took turns with it. The quo
   the noise      how far the same quotients moved of code that is not flatkern's, which is the same in both runs
 
 A row is faster or slower if its interval leaves 1 out and it moved further than the noise; it is the same if its
-interval lies within 5 % of 1; else the two are not told apart, as with few rounds (--quick) and on a machine that is not
-quiet.
+interval lies within 5 % of 1; else the two are not told apart, as with few rounds (--quick) or on a machine that is
+not quiet.
 """
 
 from __future__ import annotations
