@@ -59,6 +59,20 @@ def test_large_lists_match_eager(name, words, moved, native, set_threads):
     assert_within(op, run(op, "cpp", got), run(op, "eager", want))
 
 
+# Rows up to this length have their normals drawn beside the rule's loop, while longer ones draw them when they are
+# added: kDrawnAhead of csrc/cpu/apply.h.
+DRAWN_AHEAD = 16384
+
+
+@pytest.mark.parametrize("name", ["sgd_update_", "adamw_update_"])
+@pytest.mark.parametrize("words", ["backups noise", "masters noise history grad_scale offset"])
+def test_rolling_updates_of_rows_around_the_longest_that_is_drawn_ahead(name, words, native):
+    """Matrices' rows, and vectors, whose first normal may be inside of a draw."""
+    op, shapes = OPS[name], [s for n in (DRAWN_AHEAD, DRAWN_AHEAD + 1) for s in ((2, n), (n,))]
+    got, want = (make(op, shapes, "mixed", words) for _ in range(2))
+    assert_within(op, run(op, "cpp", got), run(op, "eager", want))
+
+
 # A row whose float32 sum is as far off as was found: 63 lanes begin near 1, and each later square is just less than
 # half an ulp of that, so 15 additions are lost in every lane; the digits make the folds of the lanes lose too.
 WORST_ROW = "2031212103230012203200023003130031102011133031123322133320032331"
