@@ -40,20 +40,23 @@ def test_same_bits_however_it_runs(op, words, native, set_threads, set_isa):
         assert_same_bits(op, run(op, "cpp", copy.deepcopy(given)), want)
 
 
-# More elements than any cache keeps, with odd rows and ends: what is written goes around the caches, by lines.
+# More elements than any cache keeps, with odd rows and ends: what is written goes around the caches, by lines; and of
+# float32 a tile is walked at two places in turn.
 LARGE = [(1500, 1001), (1 << 20,), (3, 600001), (33,)]
 AROUND = [
     ("perturb_ascent_", "backups new_means means", False),
     ("mix_gradients_", "outs clean_grads component", True),
     ("sgd_update_", "backups", True),
+    ("restore_", "", True),
 ]
 
 
+@pytest.mark.parametrize("dtype", ["mixed", "float32"])
 @pytest.mark.parametrize("name, words, moved", AROUND)
-def test_large_lists_match_eager(name, words, moved, native, set_threads):
+def test_large_lists_match_eager(name, words, moved, dtype, native, set_threads):
     set_threads(2)
     op = OPS[name]
-    got, want = (make(op, LARGE, "mixed", words) for _ in range(2))
+    got, want = (make(op, LARGE, dtype, words) for _ in range(2))
     if moved:
         got, want = shifted(got), shifted(want)
     assert_within(op, run(op, "cpp", got), run(op, "eager", want))
