@@ -40,22 +40,39 @@ def test_same_bits_however_it_runs(op, words, native, set_threads, set_isa):
         assert_same_bits(op, run(op, "cpp", copy.deepcopy(given)), want)
 
 
-# More elements than any cache keeps, with odd rows and ends: what is written goes around the caches, by lines.
+# More elements than any cache keeps, with odd rows and ends: what is written goes around the caches, by lines; and of
+# float32 a tile is walked at two places in turn.
 LARGE = [(1500, 1001), (1 << 20,), (3, 600001), (33,)]
 AROUND = [
     ("perturb_ascent_", "backups new_means means", False),
     ("mix_gradients_", "outs clean_grads component", True),
     ("sgd_update_", "backups", True),
+    ("restore_", "", True),
 ]
 
 
+@pytest.mark.parametrize("dtype", ["mixed", "float32"])
 @pytest.mark.parametrize("name, words, moved", AROUND)
-def test_large_lists_match_eager(name, words, moved, native, set_threads):
+def test_large_lists_match_eager(name, words, moved, dtype, native, set_threads):
     set_threads(2)
     op = OPS[name]
-    got, want = (make(op, LARGE, "mixed", words) for _ in range(2))
+    got, want = (make(op, LARGE, dtype, words) for _ in range(2))
     if moved:
         got, want = shifted(got), shifted(want)
+    assert_within(op, run(op, "cpp", got), run(op, "eager", want))
+
+
+# Rows up to this length have their normals drawn beside the rule's loop, while longer ones draw them when they are
+# added: kDrawnAhead of csrc/cpu/apply.h.
+DRAWN_AHEAD = 16384
+
+
+@pytest.mark.parametrize("name", ["sgd_update_", "adamw_update_"])
+@pytest.mark.parametrize("words", ["backups noise", "masters noise history grad_scale offset"])
+def test_rolling_updates_of_rows_around_the_longest_that_is_drawn_ahead(name, words, native):
+    """Matrices' rows, and vectors, whose first normal may be inside of a draw."""
+    op, shapes = OPS[name], [s for n in (DRAWN_AHEAD, DRAWN_AHEAD + 1) for s in ((2, n), (n,))]
+    got, want = (make(op, shapes, "mixed", words) for _ in range(2))
     assert_within(op, run(op, "cpp", got), run(op, "eager", want))
 
 

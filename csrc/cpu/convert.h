@@ -91,12 +91,14 @@ FK_INLINE void prefetch(const char* begin, const char* end) {
 
 // Elements [i, i + n) as float32: in place if they are float32, else converted into `scratch`.
 // The next block is prefetched. Of float32 its first lines: a block is about a page, and hardware prefetchers stop at
-// the end of a page. Of others all: converting takes about as long as the memory does.
+// the end of a page; but nothing of a step that is no longer than these lines, by which updates of ResNet-50's weights
+// lose 1 to 4 % (AMD EPYC, 2026-11-28). Of others all: converting takes about as long as the memory does.
 inline float* load(const View& view, int64_t i, int64_t n, float* scratch) {
+  constexpr int64_t kFirstLines = 512;
   const int64_t size = size_of(view.dtype);
   const char* next = view.as<char>() + (i + n) * size;
   if (view.dtype == DType::kFloat32) {
-    prefetch(next, next + 512);
+    if (n * size > kFirstLines) prefetch(next, next + kFirstLines);
     return view.as<float>() + i;
   }
   prefetch(next, next + n * size);

@@ -78,7 +78,7 @@ void count_magnitudes(const CountMagnitudes& a, int shift, int width, uint32_t h
   };
   Array<PerThread> others(threads());
   for (int64_t i = 0; i < others.size(); ++i) others[i] = {};
-  for_each_block(a.grads, [&](const Block& b, Scratch& scratch) {
+  for_each_block(a.grads, kBlocks, [&](const Block& b, Scratch& scratch) {
     const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
     Counter* count = &counters[kLanes * values * thread()];
     uint32_t* digits = reinterpret_cast<uint32_t*>(scratch.v);

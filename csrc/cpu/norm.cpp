@@ -56,7 +56,7 @@ void gradient_norm_(const GradientNorm& a) {
 void gradient_products_(const GradientProducts& a) {
   const Chunks chunks(a.grads);
   Array<Products> partials(chunks.count());
-  for_each_block(a.grads, [&](const Block& b, Scratch& scratch) {
+  for_each_block(a.grads, kBlocks, [&](const Block& b, Scratch& scratch) {
     const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
     const float* clean = load(a.clean_grads[b.k], b.begin, b.n, scratch.clean);
     partials[chunks.number(b)] = sum_products(clean, g, b.n);

@@ -51,7 +51,7 @@ void perturb_gaussian_(const PerturbGaussian& a) {
 void perturb_ascent_(const PerturbAscent& a) {
   const float norm = *a.norm[0].as<float>();
   const bool large = numel(a.params) > kLarge, finite = math::is_finite(norm);
-  for_each_block(a.params, [&](const Block& b, Scratch& scratch) {
+  for_each_block(a.params, elementwise_walk(a.params), [&](const Block& b, Scratch& scratch) {
     const View& param = a.params[b.k];
     const float* w = load((a.masters ? a.masters : a.params)[b.k], b.begin, b.n, scratch.w);
     const float* g = load(a.grads[b.k], b.begin, b.n, scratch.g);
@@ -85,7 +85,8 @@ void perturb_ascent_(const PerturbAscent& a) {
 
 void restore_(const Restore& a) {
   const bool large = numel(a.params) > kLarge;
-  for_each_block(a.params, [&](const Block& b, Scratch& scratch) {
+  // Nothing is converted, if dtypes agree, which leaves the memory alone to wait for.
+  for_each_block(a.params, large ? kSteps : kBlocks, [&](const Block& b, Scratch& scratch) {
     copy(a.params[b.k], a.backups[b.k], b.begin, b.n, scratch.w, large);
   });
 }

@@ -57,10 +57,7 @@ inline float sum_squares(const float* x, int64_t n) {
   Lanes16 sums[4] = {};
   int64_t i = 0;
   for (; i + 64 <= n; i += 64)
-    for (int j = 0; j < 4; ++j) {
-      fetch_next_chunk(x + i + 16 * j);
-      add_squares(sums[j], x + i + 16 * j);
-    }
+    for (int j = 0; j < 4; ++j) add_squares(sums[j], x + i + 16 * j);
   for (int j = 0; j < 4; ++j, i += 16) {
     if (i + 16 <= n) {
       add_squares(sums[j], x + i);

@@ -110,18 +110,12 @@ struct Cursors {
   }
 };
 
-// Larger tiles than the operations': with fewer edges, and with nothing to compute threads differ less.
-FK_INLINE int64_t stream_tile_size(int64_t elements) {
-  const int64_t tile = tile_size(elements);
-  return tile < kMaxTile ? tile : 4 * kMaxTile;
-}
-
 }  // namespace
 
 void stream(const Streams& a) {
   const Table& weights = *a.weights;
   const StreamVariant how = kStreamVariants[a.variant];
-  const int64_t elements = numel(weights), tile = stream_tile_size(elements);
+  const int64_t elements = numel(weights), tile = tile_size(elements, kMaxPlainTile);
   const Plan plan(weights, tile, [&](const View& t) { return ceil_div(t.numel, tile); });
 #pragma omp parallel for schedule(dynamic) if (elements > kSerial)
   for (int64_t t = 0; t < plan.tiles; ++t) {

@@ -200,7 +200,8 @@ void update(const Update& a, const Rule& rule, bool skip) {
   if (a.noise || ((a.history || a.masks) && !skip)) {
     for_each_row(a.params, walk);
   } else {
-    for_each_block(a.params, [&](const Block& b, Scratch& scratch) { walk.prepare(b, scratch); });
+    for_each_block(a.params, elementwise_walk(a.params),
+                   [&](const Block& b, Scratch& scratch) { walk.prepare(b, scratch); });
   }
 }
 
@@ -254,7 +255,8 @@ void mix_gradients_(const MixGradients& a) {
   if (a.history) {
     for_each_row(a.grads, walk);
   } else {
-    for_each_block(a.grads, [&](const Block& b, Scratch& scratch) { walk.prepare(b, scratch); });
+    for_each_block(a.grads, elementwise_walk(a.grads),
+                   [&](const Block& b, Scratch& scratch) { walk.prepare(b, scratch); });
   }
 }
 
