@@ -120,8 +120,8 @@ def method_races(args) -> list[Race]:
     return [
         *by_method("many_small", MAIN, ["sgd"], "float32", args),
         *by_method("resnet50", METHODS, ["sgd"], "float32", args),
-        *by_method("resnet50", [*MAIN, "arwp", "asam", "gsam", "momentum-rolling", "ire"], ["adamw"], "float32", args),
-        *by_method("vit_b16", ["plain", "m-rwp", "sam"], ["adamw"], "float32", args),
+        *by_method("resnet50", [*MAIN, "momentum-rolling", "ire"], ["adamw"], "float32", args),
+        *by_method("vit_b16", ["sam"], ["adamw"], "float32", args),
     ]
 
 
