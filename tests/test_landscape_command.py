@@ -73,9 +73,9 @@ def attention(device):
     return nn.Linear(4, 4), loss
 
 def far(device):
-    net = nn.Linear(2, 2)
+    net = torch.manual_seed(0) and nn.Linear(2, 2)
     start = net.weight.detach().clone()
-    return net, lambda net: net.weight.square().sum() / ((net.weight - start).norm() < 1)
+    return net, lambda net: net.weight.square().sum() / ((net.weight - start).norm() < 0.4 * start.norm())
 
 def vector(device):
     return nn.Linear(2, 2), lambda net: net(torch.ones(1, 2))
@@ -94,6 +94,39 @@ def reversed(device):
 
 def of_two(device, other):
     pass
+
+def nowhere(device):
+    net = nn.Linear(2, 2)
+    start = net.weight.detach().clone()
+    def loss(net):  # NaN off the weights
+        return net.weight.square().sum() * (1.0 if torch.equal(net.weight, start) else float("nan"))
+    return net, loss
+
+def dropping(device):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
+    def loss(net):
+        net.train()
+        return net(torch.ones(4, 8)).square().mean()
+    return net, loss
+
+def drifting(device):
+    net = nn.Linear(2, 2)
+    net.register_buffer("calls", torch.zeros(()))
+    def loss(net):
+        net.calls += 1
+        return net.weight.square().sum() * (1 + net.calls)
+    return net, loss
+
+def tiny(device):
+    return model(device)[0], lambda net: 1e-12 * net[0].weight.square().sum()
+
+def huge(device):
+    return model(device)[0], lambda net: 1e20 * net[0].weight.square().sum()
+
+def compiled(device):
+    net, loss = model(device)
+    return torch.compile(net, backend="aot_eager"), loss
 
 NOTHING = None
 """
@@ -142,8 +175,8 @@ def test_the_table_shows_them(digits, written):
     for r in written["runs"]:
         (row,) = re.findall(rf"^{r['model']} +\d.*$", shown, re.MULTILINE)
         average, eigenvalue = r["average_sharpness"], r["largest_eigenvalue"]
-        assert f"{r['line']['loss']:.4f}" in row and f"{r['ascent_sharpness']['increase']:.4f}" in row
-        assert f"{average['increase']:.4f} ± {average['standard_error']:.4f}" in row
+        assert f"{r['line']['loss']:.4g}" in row and f"{r['ascent_sharpness']['increase']:.4g}" in row
+        assert f"{average['increase']:.4g} ± {average['standard_error']:.4g}" in row
         assert row.rstrip().endswith(f"{eigenvalue['value']:.4g}")
         assert (">=" in row) is not eigenvalue["converged"]
         assert f"{r['model']}: loss along directions: " in shown
@@ -205,8 +238,8 @@ def test_the_table_of_the_page_is_what_is_committed():
     assert [r["model"] for r in runs] == NAMES
     for r in runs:
         average, ascent, eigenvalue = (r[n] for n in ("average_sharpness", "ascent_sharpness", "largest_eigenvalue"))
-        cells = [r["model"], f"{average['loss']:.4f}", f"{average['increase']:.4f} ± {average['standard_error']:.4f}",
-                 f"{ascent['increase']:.4f}", f"{eigenvalue['value']:.4g}"]  # fmt: skip
+        cells = [r["model"], f"{average['loss']:.4g}", f"{average['increase']:.4g} ± {average['standard_error']:.4g}",
+                 f"{ascent['increase']:.4g}", f"{eigenvalue['value']:.4g}"]  # fmt: skip
         assert f"\n| {' | '.join(cells)} |\n" in page
         assert eigenvalue["converged"] and (average["sigma"], ascent["rho"]) == (0.01, 0.05)
 
@@ -221,7 +254,7 @@ def test_a_users_model(file, tmp_path, capsys):
     (r,) = found(tmp_path)["runs"]
     assert r["model"] == "mine" and r["parameters"] == 4 * 8 + 8 + 16 + 9 and "plane" not in r
     shown = capsys.readouterr().out
-    assert f"{r['line']['loss']:.4f}" in shown and "Digits" not in shown
+    assert f"{r['line']['loss']:.4g}" in shown and "Digits" not in shown
     assert imread(tmp_path / "out" / "landscape.png").std() > 0.05
 
 
@@ -240,12 +273,67 @@ def test_losses_that_are_not_finite(file, tmp_path, capsys):
     assert run(file, "far", tmp_path, "--dims", "2") == 0
     (r,) = found(tmp_path)["runs"]
     assert r["line"]["losses"][0][0] is None and r["line"]["losses"][0][2] > 0
-    assert "loss along directions: not finite everywhere" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    text = "mine: loss along directions: not finite at 8 of 10 points, "
+    assert shown.count(text) == 2, "as it goes, and in the notes"
+
+
+def test_a_loss_that_is_finite_at_the_weights_alone(file, tmp_path, capsys):
+    """No sharpness is a number then, and none is shown."""
+    assert run(file, "nowhere", tmp_path) == 1
+    shown, errors = capsys.readouterr()
+    assert not re.search(r"\bnan\b", shown)
+    assert "mine: average sharpness: ValueError: average_sharpness: loss(model) is nan" in errors
+    assert "mine: SAM sharpness: ValueError: ascent_sharpness: " in errors
+    assert len(found(tmp_path)["runs"][0]["line"]["losses"]) == 2
+
+
+def test_a_curve_without_a_finite_point(file, tmp_path, capsys):
+    assert run(file, "nowhere", tmp_path, "--points", "4") == 1
+    assert "mine: loss along directions: ValueError: line: loss(model) is not finite at any" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("function", ["dropping", "drifting"])
+def test_a_loss_that_is_not_the_same_at_every_call(function, file, tmp_path, capsys):
+    """Said once, with both numbers; what was measured is shown and written."""
+    assert run(file, function, tmp_path) == 1
+    shown, errors = capsys.readouterr()
+    assert re.search(r"^mine: landscape: loss\(model\) is not the same at every call: [\d.]+, then [\d.]+; ", errors)
+    assert errors.count("\n") == 1 and "without dropout" in errors
+    (r,) = found(tmp_path)["runs"]
+    assert r["line"]["mean"] and "not the same" in r["warning"] and f"{r['loss']:.4g}" in shown
+
+
+@pytest.mark.parametrize("function, power", [("tiny", "e-1"), ("huge", "e+2")])
+def test_numbers_of_any_magnitude(function, power, file, tmp_path, capsys):
+    assert run(file, function, tmp_path) == 0
+    (row,) = re.findall(r"^mine +\d.*$", capsys.readouterr().out, re.MULTILINE)
+    assert row.count(power) + row.count("e+1") + row.count("e-0") >= 5 and "…" not in row
+
+
+def test_a_compiled_model(file, tmp_path, capsys):
+    """torch's own text comes with the measure and the remedy."""
+    assert run(file, "compiled", tmp_path) == 1
+    errors = capsys.readouterr().err
+    assert "largest_eigenvalue: loss(model) should be differentiable twice, but torch says: " in errors
+    assert "torch.compile: pass the model as it was before" in errors
+
+
+def test_files_of_an_earlier_run_are_named(file, tmp_path, capsys):
+    """Where nothing could be measured, they do not look like this run's."""
+    assert run(file, "model", tmp_path) == 0
+    before = (tmp_path / "out" / "landscape.json").read_bytes()
+    capsys.readouterr()
+    assert run(file, "failing", tmp_path) == 1
+    shown = capsys.readouterr().out
+    assert "nothing could be measured: no file was written; of an earlier run: " in shown
+    assert str(tmp_path / "out" / "landscape.json") in shown
+    assert (tmp_path / "out" / "landscape.json").read_bytes() == before
 
 
 BAD = {
-    "vector": (1, "average_sharpness: loss(model) has shape (1, 2), but should be a scalar; reduce it by .mean()"),
-    "failing": (1, "cannot be multiplied (1x3 and 2x2) (mine.py, line 27)"),
+    "vector": (1, "mine: ValueError: landscape: loss(model) has shape (1, 2), but should be a scalar; reduce it"),
+    "failing": (1, "mine: RuntimeError: mat1 and mat2 shapes cannot be multiplied (1x3 and 2x2) (mine.py, line 27)"),
     "raising": (2, "mine.py:raising raised KeyError: 'no such data' (mine.py, line 30)"),
     "single": (2, "mine.py:single returned Linear, but should return (model, loss): a torch.nn.Module, and"),
     "reversed": (2, "mine.py:reversed returned (function, Linear), but should return (model, loss)"),
@@ -261,11 +349,12 @@ def test_bad_models(function, file, tmp_path, capsys):
     """One message, which names the option or the loss, and no files."""
     status, text = BAD[function]
     assert run(file, function, tmp_path) == status
-    errors = capsys.readouterr().err
+    shown, errors = capsys.readouterr()
     assert text in " ".join(errors.split())
     assert "Traceback" not in errors
     assert "--model" in errors if status == 2 else errors.count("\n") == 1
     assert not list((tmp_path / "out").iterdir())
+    assert status == 2 or "nothing could be measured: no file was written\n" in shown
 
 
 def test_bad_files(file, tmp_path, capsys):
@@ -333,7 +422,13 @@ def test_a_bar_on_a_terminal(file, monkeypatch, tmp_path):
     "arguments, text",
     [
         (["--range", "0"], "--range"),
-        (["--range", "nan"], "--range"),
+        (["--range", "nan"], "--range: nan is not a finite number > 0"),
+        (["--range", "inf"], "--range: inf is not a finite number > 0"),
+        (["--sigma", "inf"], "--sigma: inf is not a finite number >= 0"),
+        (["--sigma", "nan"], "--sigma: nan is not a finite number >= 0"),
+        (["--rho", "inf"], "--rho: inf is not a finite number >= 0"),
+        (["--rho", "-1"], "--rho: -1.0 is not a finite number >= 0"),
+        (["--rho", "nan"], "--rho: nan is not a finite number >= 0"),
         (["--dims", "3"], "--dims"),
         (["--points", "1"], "--points"),
         (["--method", "Adam"], "'Adam' is not one of the demo's methods: SGD"),
@@ -344,6 +439,7 @@ def test_a_bar_on_a_terminal(file, monkeypatch, tmp_path):
 )
 def test_bad_options(arguments, text, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "measured", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(command.subjects, "digits", lambda *args: pytest.fail("trained"))
     assert command.main([*arguments, "--out", str(tmp_path)]) == 2
     assert text in " ".join(capsys.readouterr().err.split())
 

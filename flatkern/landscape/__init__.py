@@ -4,6 +4,7 @@
 """
 
 from .curves import Line, Plane, line, plane
+from .evaluation import UnrepeatableLoss
 from .hessian import Eigenvalue, largest_eigenvalue
 from .sharpness import AscentSharpness, AverageSharpness, ascent_sharpness, average_sharpness
 
@@ -13,6 +14,7 @@ __all__ = [
     "Eigenvalue",
     "Line",
     "Plane",
+    "UnrepeatableLoss",
     "ascent_sharpness",
     "average_sharpness",
     "largest_eigenvalue",

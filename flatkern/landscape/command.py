@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -20,7 +22,8 @@ from rich.text import Text
 from ..demos import shared
 from ..demos.digits.methods import EPOCHS, METHODS
 from . import plot, report, subjects
-from .measures import GRADIENT, Settings, measured, wanted
+from .evaluation import UnrepeatableLoss
+from .measures import GRADIENT, Settings, loss_at_rest, measured, wanted
 from .report import Run
 from .subjects import Subject
 
@@ -58,9 +61,9 @@ def landscape(
     extent: Annotated[float, typer.Option("--range", help="R: directions from -R to R, in norms of a filter.")] = 1.0,
     directions: Annotated[int | None, typer.Option(min=1, help=f"Random ones: {sizes('directions')}")] = None,
     vectors: Annotated[bool, typer.Option("--vectors", help="Directions move biases and norms, too.")] = False,
-    sigma: Annotated[float, typer.Option(min=0.0, help="Noise of the average sharpness, RWP's.")] = 0.01,
+    sigma: Annotated[float, typer.Option(help="Noise of the average sharpness, RWP's.")] = 0.01,
     draws: Annotated[int | None, typer.Option(min=2, help=f"Of that noise: {sizes('draws')}")] = None,
-    rho: Annotated[float, typer.Option(min=0.0, help="Radius of SAM's ascent.")] = 0.05,
+    rho: Annotated[float, typer.Option(help="Radius of SAM's ascent.")] = 0.05,
     iterations: Annotated[int | None, typer.Option(min=2, help=f"For the eigenvalue: {sizes('iterations')}")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of training and noise.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help=f"Less of all, and {QUICK.epochs} epochs of digits.")] = False,
@@ -76,8 +79,7 @@ def landscape(
     on its training images, in under a minute on two cores. Shows a table; writes a picture and all numbers.
     Works offline. Weights are put back bit for bit. Ctrl-C keeps what was finished.
     """
-    if not 0 < extent < float("inf"):
-        raise typer.BadParameter(f"{extent} is not a finite number > 0", param_hint="--range")
+    check_numbers(extent, sigma, rho)
     place = shared.usable_device(device)
     size, name = QUICK if quick else FULL, shared.usable_backend(backend, place.type)
     settings = Settings(
@@ -91,6 +93,14 @@ def landscape(
         measure_digits(method or COMPARED, size.epochs, settings, place, out)
     else:
         measure_file(model, settings, place, out)
+
+
+def check_numbers(extent: float, sigma: float, rho: float) -> None:
+    """Refused before anything is trained; typer's own bounds let infinity pass."""
+    for hint, value in (("--range", extent), ("--sigma", sigma), ("--rho", rho)):
+        least = "> 0" if hint == "--range" else ">= 0"
+        if not 0 <= value < math.inf or (least == "> 0" and not value):
+            raise typer.BadParameter(f"{value} is not a finite number {least}", param_hint=hint)
 
 
 def measure_digits(names: list[str], epochs: int, settings: Settings, place: torch.device, out: Path) -> None:
@@ -119,7 +129,8 @@ def measure(named: list[Subject], path: Path | None, settings: Settings, facts: 
     done = sum(name in run for run in runs for name in report.TITLES)
     stopped = None if complete else f"interrupted: {done} of {planned} measurements"
     if stopped and not done:
-        console.print(f"interrupted before the first of {planned} measurements was finished: nothing to show")
+        text = f"interrupted before the first of {planned} measurements was finished: nothing to show"
+        console.print(f"{text}; {not_written(out)}", soft_wrap=True)
         raise typer.Exit(shared.INTERRUPTED)
     facts |= {"interrupted": stopped, "seconds": time.perf_counter() - start}
     show_results(console, runs, settings, facts, out)
@@ -146,7 +157,11 @@ def show_runs(console: Console, named: list[Subject], path: Path | None, setting
             show(f"{subject.name}: training" if price else f"{subject.name}: loading")
             model, loss = subject.make(functools.partial(bar.advance, task, GRADIENT * subject.gradients))
             run: Run = {"model": subject.name, "parameters": sum(p.numel() for p in model.parameters())}
+            run |= loss_itself(model, loss, path)
             behind += price
+            if "error" in run:
+                runs.append(run)
+                continue  # a loss that cannot be computed fails everywhere
             for name, share in forwards.items():
                 show(f"{subject.name}: {report.TITLES[name]}")
                 run[name] = outcome(name, model, loss, path, settings, functools.partial(bar.advance, task))
@@ -156,8 +171,23 @@ def show_runs(console: Console, named: list[Subject], path: Path | None, setting
                     runs.append(run)
                 if not live:
                     console.print(f"{subject.name}: {report.TITLES[name]}: {report.cell(run, name)}", soft_wrap=True)
-                if name == next(iter(forwards)) and "error" in run[name]:
-                    break  # a loss that cannot be computed fails everywhere
+
+
+def loss_itself(model: torch.nn.Module, loss: Any, path: Path | None) -> dict[str, Any]:
+    """The loss at the model's weights, with a warning where it is not the same at every call; or its error."""
+    found: dict[str, Any]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UnrepeatableLoss)
+        try:
+            found = {"loss": loss_at_rest(model, loss)}
+        except Exception as error:
+            found = {"error": subjects.described(error, path)}
+    for each in said:
+        if issubclass(each.category, UnrepeatableLoss):
+            found["warning"] = str(each.message)
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    return found
 
 
 def outcome(
@@ -165,7 +195,9 @@ def outcome(
 ) -> dict[str, Any]:
     """A measure, or its error: what else is measured is not lost."""
     try:
-        return measured(name, model, loss, settings, tick)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnrepeatableLoss)  # loss_itself has said it
+            return measured(name, model, loss, settings, tick)
     except Exception as error:
         return {"error": subjects.described(error, path)}
 
@@ -175,14 +207,22 @@ def show_results(console: Console, runs: list[Run], settings: Settings, facts: d
     picture, numbers, stopped = out / "landscape.png", out / "landscape.json", facts["interrupted"]
     errors = [text for run in runs for text in report.errors(run)]
     console.print(*([stopped, ""] if stopped else []), style="bold", sep="\n", end="")
-    if any(report.loss_of(run) is not None for run in runs):
+    if any("loss" in run for run in runs):
         shared.write_json(numbers, report.as_json(facts | {"runs": runs}))
         console.print(report.table(runs, settings, console.width), "")
         console.print(*report.notes(runs, settings, facts["what"]), sep="\n")
         plot.draw(runs, settings, stopped).savefig(picture)
         console.print(f"\n{stopped or 'done'} in {facts['seconds']:.0f} s: {picture}, {numbers}", soft_wrap=True)
+    else:
+        console.print(f"nothing could be measured: {not_written(out)}", soft_wrap=True)
     for text in errors:
         print(text, file=sys.stderr)
+
+
+def not_written(out: Path) -> str:
+    """An earlier run's files are left, and must not look like this one's."""
+    older = [str(out / name) for name in ("landscape.png", "landscape.json") if (out / name).exists()]
+    return "no file was written" + (f"; of an earlier run: {', '.join(older)}" if older else "")
 
 
 def digits_are(epochs: int, seed: int) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..functional import filter_norms, perturb_
 from ..values import Range, check_positive, check_uint32, check_value
-from .evaluation import Loss, finite_value, mean_and_std, value
+from .evaluation import Loss, mean_and_std, repeated_value, value
 from .weights import DIRECTIONS, Weights, moving_weights
 
 POSITIVE = Range(lambda v: v > 0, "> 0 and finite")
@@ -147,13 +147,16 @@ def line(
             a model without parameters to move, or with some that no kernel can walk.
         RuntimeError: an optimizer holds the weights perturbed.
 
+    Warns:
+        UnrepeatableLoss: a second evaluation at the same weights gives another loss.
+
     Source: Li et al. 2018 (Visualizing the Loss Landscape of Neural Nets, arXiv:1712.09913), section 4.
     """
     alphas, count = grid("line", extent, points), check_positive("line", "directions", directions)
     check_uint32("line", "seed", seed)
 
     def work(weights: Weights) -> Line:
-        base = finite_value("line", model, loss)
+        base = repeated_value("line", model, loss)
         along = Directions("line", weights, seed, count, include_vectors)
         losses: list[list[float]] = []
         for number in range(count):
@@ -198,7 +201,7 @@ def plane(
     check_uint32("plane", "seed", seed)
 
     def work(weights: Weights) -> Plane:
-        base = finite_value("plane", model, loss)
+        base = repeated_value("plane", model, loss)
         along = Directions("plane", weights, seed, 2, include_vectors)
         losses: list[list[float]] = []
         for alpha in alphas:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from statistics import mean, stdev
 
 import torch
 from torch import Tensor, nn
 
 Loss = Callable[[nn.Module], Tensor]
+# Relative, of two evaluations: a GPU's kernels may add float32 in another order, which is some 1e-7 of a loss.
+SAME, SAME_ULPS = 1e-5, 4
+REMEDY = (
+    "fused attention: compute the loss inside of torch.nn.attention.sdpa_kernel(SDPBackend.MATH), and load a Hugging "
+    'Face model with attn_implementation="eager"; cuDNN\'s recurrent layers: inside of '
+    "torch.backends.cudnn.flags(enabled=False); torch.compile: pass the model as it was before"
+)
+
+
+class UnrepeatableLoss(UserWarning):
+    """loss(model) is not the same at every call, so that differences of it say nothing of the weights."""
 
 
 def tensor_of(op: str, model: nn.Module, loss: Loss) -> Tensor:
@@ -50,6 +63,23 @@ def finite_value(op: str, model: nn.Module, loss: Loss) -> float:
     return found
 
 
+def repeated_value(op: str, model: nn.Module, loss: Loss) -> float:
+    """`finite_value`, and a warning where a second evaluation in a row differs.
+
+    By 1e-5 of it, or by 4 ulp of the weights' dtype where that is more: half precision is rounded as it is added up.
+    """
+    first, second = finite_value(op, model, loss), value(op, model, loss)
+    eps = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
+    if not abs(first - second) <= max(SAME, SAME_ULPS * eps) * max(abs(first), abs(second)):
+        text = (
+            f"{op}: loss(model) is not the same at every call: {first:.6g}, then {second:.6g}; what is measured is not "
+            "of the weights alone. Compute it of a fixed batch, without dropout or noise, and without changing weights "
+            "or buffers that it depends on"
+        )
+        warnings.warn(text, UnrepeatableLoss, stacklevel=2)
+    return first
+
+
 def refuse_nonfinite(op: str, found: float) -> None:
     if not math.isfinite(found):
         raise ValueError(
@@ -75,16 +105,32 @@ def gradient(
 
     Raises:
         ValueError: the loss has no gradient, or is not finite.
+        RuntimeError: with `twice`, it cannot be differentiated with a graph.
     """
     with torch.enable_grad():
         found = tensor_of(op, model, loss)
         refuse_nonfinite(op, found.item())
         grads: tuple[Tensor | None, ...] = (None,) * len(params)
         if found.requires_grad:
-            grads = torch.autograd.grad(found.sum(), params, create_graph=twice, allow_unused=True)
+            with second_derivative(op) if twice else contextlib.nullcontext():
+                grads = torch.autograd.grad(found.sum(), params, create_graph=twice, allow_unused=True)
     if all(g is None for g in grads):
         raise ValueError(
             f"{op}: loss(model) has no gradient with respect to any parameter of the model; compute it from this "
             "model, without torch.no_grad(), .detach() or .item()"
         )
     return found.item(), list(grads)
+
+
+@contextlib.contextmanager
+def second_derivative(op: str) -> Iterator[None]:
+    """torch's refusal to differentiate twice gets a name and the remedies; some come while the first graph is made."""
+    try:
+        yield
+    except RuntimeError as error:  # NotImplementedError, too
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        text = str(error).strip().partition("\n")[0]
+        raise RuntimeError(
+            f"{op}: loss(model) should be differentiable twice, but torch says: {text}; {REMEDY}"
+        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from .curves import line, plane
-from .evaluation import Loss
+from .evaluation import Loss, repeated_value
 from .hessian import largest_eigenvalue
 from .sharpness import ascent_sharpness, average_sharpness
+from .weights import resting_weights
 
 GRADIENT, PRODUCT = 3, 6  # in forwards
 USUAL_PRODUCTS = 20  # of the Hessian, until the digits' eigenvalues have converged; for the progress bar
@@ -91,8 +93,19 @@ def wanted(settings: Settings) -> dict[str, int]:
     return {name: forwards[name] for name in MEASURES if name != "plane" or settings.dims == 2}
 
 
+def loss_at_rest(model: nn.Module, loss: Loss) -> float:
+    """The loss before anything else, so that its own errors and its warning are not those of a measure."""
+    return resting_weights("landscape", model, lambda params: repeated_value("landscape", model, loss))
+
+
 def measured(name: str, model: nn.Module, loss: Loss, settings: Settings, tick: Callable[[], None]) -> dict[str, Any]:
-    """One measure as plain data."""
+    """One measure as plain data.
+
+    Raises:
+        ValueError: a curve without a finite point.
+    """
     found = MEASURES[name](model, loss, settings, tick)
+    if name in ("line", "plane") and not any(math.isfinite(each) for row in found.losses for each in row):
+        raise ValueError(f"{name}: loss(model) is not finite at any point; take a smaller extent (--range)")
     spread = {"mean": found.mean, "std": found.std} if name == "line" else {}
     return dataclasses.asdict(found) | spread

@@ -20,9 +20,9 @@ TITLES = {
 }
 
 
-def loss_of(run: Run) -> float | None:
-    """The training loss: every measure begins with it."""
-    return next((run[name]["loss"] for name in TITLES if "loss" in run.get(name, {})), None)
+def number(value: float) -> str:
+    """Of any magnitude, in the width of a column."""
+    return f"{value:.4g}"
 
 
 def cell(run: Run, name: str) -> str:
@@ -34,14 +34,17 @@ def cell(run: Run, name: str) -> str:
         return "failed"
     match name:
         case "average_sharpness":
-            return f"{found['increase']:.4f} ± {found['standard_error']:.4f}"
+            return f"{number(found['increase'])} ± {number(found['standard_error'])}"
         case "ascent_sharpness":
-            return f"{found['increase']:.4f}"
+            return number(found["increase"])
         case "largest_eigenvalue":
-            return f"{'' if found['converged'] else '>= '}{found['value']:.4g}"
+            return f"{'' if found['converged'] else '>= '}{number(found['value'])}"
         case _:
             losses = [loss for row in found["losses"] for loss in row]
-            return f"{max(losses):.4g} at most" if all(map(math.isfinite, losses)) else "not finite everywhere"
+            finite = [loss for loss in losses if math.isfinite(loss)]
+            most = f"{number(max(finite))} at most"
+            missing = len(losses) - len(finite)
+            return f"not finite at {missing} of {len(losses)} points, {most} elsewhere" if missing else most
 
 
 def table(runs: list[Run], settings: Settings, width: int) -> Table:
@@ -49,9 +52,9 @@ def table(runs: list[Run], settings: Settings, width: int) -> Table:
     heads = ("", "loss", f"average\nsigma {settings.sigma:g}", f"SAM\nrho {settings.rho:g}", "largest\neigenvalue")
     made = make_table("How much the loss rises around the weights", heads, width)
     for run in runs:
-        loss = loss_of(run)
+        loss = run.get("loss")
         cells = (cell(run, name) for name in ("average_sharpness", "ascent_sharpness", "largest_eigenvalue"))
-        made.add_row(run["model"], "" if loss is None else f"{loss:.4f}", *cells)
+        made.add_row(run["model"], "failed" if loss is None else number(loss), *cells)
     return made
 
 
@@ -65,20 +68,29 @@ def notes(runs: list[Run], settings: Settings, what: str | None) -> list[str]:
     if what:
         lines.append(what)
     for run in runs:
+        for name in ("line", "plane"):
+            if "not finite" in (said := cell(run, name)):
+                lines.append(f"{run['model']}: {TITLES[name]}: {said}.")
         found = run.get("largest_eigenvalue", {})
         if found.get("converged") is False:
             lines.append(
                 f"{run['model']}: the eigenvalue has not converged in {found['products']} products with the Hessian "
-                f"(residual {found['residual']:.2g}); it is not below {found['value']:.4g}. --iterations allows more."
+                f"(residual {found['residual']:.2g}); it is not below {number(found['value'])}. --iterations allows "
+                "more."
             )
         if (found.get("dominant") or 0.0) < 0:
-            lines.append(f"{run['model']}: the eigenvalue of largest magnitude is negative: {found['dominant']:.4g}.")
+            lines.append(
+                f"{run['model']}: the eigenvalue of largest magnitude is negative: {number(found['dominant'])}."
+            )
     return lines
 
 
 def errors(run: Run) -> list[str]:
-    """What could not be measured, and why."""
-    return [f"{run['model']}: {TITLES[name]}: {run[name]['error']}" for name in TITLES if "error" in run.get(name, {})]
+    """What could not be measured, and why; of the loss itself, and where it is not the same at every call, first."""
+    of_loss = [f"{run['model']}: {run[key]}" for key in ("error", "warning") if key in run]
+    return of_loss + [
+        f"{run['model']}: {TITLES[name]}: {run[name]['error']}" for name in TITLES if "error" in run.get(name, {})
+    ]
 
 
 def failed(runs: list[Run]) -> bool:

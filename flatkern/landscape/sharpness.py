@@ -13,7 +13,7 @@ from ..dispatch import call
 from ..tables import same_layout
 from ..values import check_uint32, check_value
 from .curves import nothing
-from .evaluation import Loss, finite_value, gradient, mean_and_std, value
+from .evaluation import Loss, gradient, mean_and_std, repeated_value, value
 from .weights import Weights, moving_weights
 
 
@@ -77,6 +77,10 @@ def average_sharpness(
 
     Raises:
         TypeError, ValueError, RuntimeError: as `line`.
+        ValueError: the loss is not finite under one of the draws.
+
+    Warns:
+        UnrepeatableLoss: as `line`.
 
     Source: Li et al. 2024 (arXiv:2404.00357), eq. 5.
     """
@@ -86,10 +90,11 @@ def average_sharpness(
     check_uint32(op, "seed", seed)
 
     def work(weights: Weights) -> AverageSharpness:
-        base, increases = finite_value(op, model, loss), []
+        base, increases = repeated_value(op, model, loss), []
         for number in range(draws):
             weights.add_noise(float(sigma), seed, number)
-            increases.append(value(op, model, loss) - base)
+            at = f"in draw {number} of the noise of sigma {sigma:g}; take a smaller sigma"
+            increases.append(finite_nearby(op, model, loss, at) - base)
             weights.restore()
             tick()
         increase, std = mean_and_std(increases)
@@ -112,7 +117,11 @@ def ascent_sharpness(model: nn.Module, loss: Loss, *, rho: float = 0.05, backend
         backend: as `perturb_`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `line`; the gradient is not finite.
+        TypeError, ValueError, RuntimeError: as `line`.
+        ValueError: the gradient, or the loss after the ascent, is not finite.
+
+    Warns:
+        UnrepeatableLoss: as `line`.
 
     Source: Foret et al. 2021 (SAM, arXiv:2010.01412), eq. 2.
     """
@@ -120,13 +129,26 @@ def ascent_sharpness(model: nn.Module, loss: Loss, *, rho: float = 0.05, backend
     check_value("rho", rho, op, tensors=False)
 
     def work(weights: Weights) -> AscentSharpness:
-        base = finite_value(op, model, loss)
+        base = repeated_value(op, model, loss)
         _, grads = gradient(op, model, loss, weights.params)
         pairs = [(p, laid_out_as(p, g)) for p, g in zip(weights.params, grads, strict=True) if g is not None]
         norm = ascend(op, [p for p, _ in pairs], [g for _, g in pairs], float(rho), backend)
-        return AscentSharpness(base, value(op, model, loss) - base, norm, float(rho))
+        at = f"after the ascent of rho {rho:g}; take a smaller rho"
+        return AscentSharpness(base, finite_nearby(op, model, loss, at) - base, norm, float(rho))
 
     return moving_weights(op, model, backend, work)
+
+
+def finite_nearby(op: str, model: nn.Module, loss: Loss, at: str) -> float:
+    """The loss at perturbed weights.
+
+    Raises:
+        ValueError: infinite or NaN, with which a difference is no number; `at` completes the sentence.
+    """
+    found = value(op, model, loss)
+    if not math.isfinite(found):
+        raise ValueError(f"{op}: loss(model) is {found}, but should be finite, at the perturbed weights {at}")
+    return found
 
 
 def laid_out_as(p: Tensor, grad: Tensor) -> Tensor:
