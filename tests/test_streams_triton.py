@@ -40,6 +40,7 @@ PASSES = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.skipif(not INTERPRETED, reason="nothing interprets it; make test-triton does")
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[-1]], ids=str)
 @pytest.mark.parametrize("dtypes", PASSES.values(), ids=PASSES)
@@ -79,6 +80,7 @@ def test_misaligned():
         Walk([[torch.zeros(9)[1:]]], [], [], VARIANTS[0])
 
 
+@pytest.mark.covering(1)
 @pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted here")
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("bits, access", [
