@@ -23,7 +23,15 @@ constexpr int64_t kVector = 32;
 constexpr int64_t kVector = 16;
 #endif
 typedef uint8_t Vector __attribute__((vector_size(kVector), aligned(1), may_alias));
-typedef uint64_t Word __attribute__((aligned(1), may_alias));  // what a mask has in place of a vector
+
+// What a mask has in place of a vector, and what is left behind words. Structures, because a template that is given an
+// unaligned integer takes it for an aligned one.
+struct __attribute__((packed, may_alias)) Word {
+  uint64_t x;
+};
+struct __attribute__((packed, may_alias)) Byte {
+  uint8_t x;
+};
 
 FK_INLINE Vector& vector_at(char* p) { return *reinterpret_cast<Vector*>(p); }
 
@@ -32,7 +40,7 @@ template <class Each>
 FK_INLINE void for_each_word(char* p, int64_t n, const Each& each) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) each(reinterpret_cast<volatile Word*>(p + i));
-  for (; i < n; ++i) each(reinterpret_cast<volatile char*>(p + i));
+  for (; i < n; ++i) each(reinterpret_cast<volatile Byte*>(p + i));
 }
 
 FK_INLINE void read(char* p, int64_t n) {
@@ -41,7 +49,7 @@ FK_INLINE void read(char* p, int64_t n) {
     const Vector x = vector_at(p + i);
     asm volatile("" : : FK_REGISTER(x));
   }
-  for_each_word(p + i, n - i, [](const auto* at) { static_cast<void>(*at); });
+  for_each_word(p + i, n - i, [](const auto* at) { static_cast<void>(at->x); });
 }
 
 FK_INLINE void update(char* p, int64_t n) {
@@ -51,7 +59,7 @@ FK_INLINE void update(char* p, int64_t n) {
     asm volatile("" : "+" FK_REGISTER(x));
     vector_at(p + i) = x;
   }
-  for_each_word(p + i, n - i, [](auto* at) { *at = *at; });
+  for_each_word(p + i, n - i, [](auto* at) { at->x = at->x; });
 }
 
 // Around the caches, where the processor can. To a multiple of a vector's size.
@@ -68,7 +76,7 @@ FK_INLINE void write_vector(char* p) {
 }
 
 FK_INLINE void write(char* p, int64_t n) {
-  const auto zero = [](auto* at) { *at = 0; };
+  const auto zero = [](auto* at) { at->x = 0; };
   int64_t i = min(-reinterpret_cast<intptr_t>(p) & (kVector - 1), n);
   for_each_word(p, i, zero);
   for (; i + kVector <= n; i += kVector) write_vector(p + i);
