@@ -167,6 +167,7 @@ def test_a_candidate_that_fails_costs_its_own_row(found):
     assert failure["candidate"] == "nobody" and failure["reason"].startswith("KeyError") and failure["table"] == "train"
 
 
+@pytest.mark.matrix
 def test_rows_have_all_that_tables_show(found):
     for b in found["benchmarks"]:
         info, two = b["extra_info"], b["params"]["method"] == "sam"
@@ -177,6 +178,7 @@ def test_rows_have_all_that_tables_show(found):
 
 
 @linux
+@pytest.mark.matrix
 def test_processes_of_their_own_tell_faults_and_memory(found):
     weights = 4 * NETWORKS["mlp"].numel
     for b in found["benchmarks"]:
