@@ -51,7 +51,7 @@ class Plane:
 
     Fields:
         alphas: where, along either direction.
-        losses: losses[i][j] is that of w + alphas[i] d_0 + alphas[j] d_1.
+        losses: `losses[i][j]` is that of w + alphas[i] d_0 + alphas[j] d_1.
         loss: at the model's weights.
     """
 
