@@ -258,10 +258,11 @@ def main(arguments: list[str]) -> int:
     written = write(args, found, f"{args.name}-partial" if interrupted else args.name)  # whatever happens to the screen
     for table in tables(found):
         show.table(table)
-    for remark in [*quiet.remarks(found), *render.differing(found)]:
+    wrong = render.differing(found)
+    for remark in [*quiet.remarks(found), *wrong]:
         show.note(remark, alarming=True)
     show.note(f"{took:.0f} s; wrote {', '.join(map(str, written))}")
-    return INTERRUPTED if interrupted else int(bool(render.differing(found)))
+    return INTERRUPTED if interrupted else int(bool(wrong))
 
 
 if __name__ == "__main__":

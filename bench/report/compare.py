@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 
+from ..candidates import FLOOR as REFERENCE
 from . import quiet, results
 from .screen import screen
 from .tables import Table, duration, lost
 
-REFERENCE = "torch fused"
 LEVEL, DRAWS = 0.99, 2000
 QUANTILE = 0.9  # of the movements of others' code
 LEAST_NOISE, UNKNOWN_NOISE = 0.02, 0.05  # the latter where too few rows of others are in both files
@@ -87,11 +87,10 @@ def read(path: Path) -> dict[str, Any]:
 
 def is_whole(b: dict) -> bool:
     """Whether a row has all that is looked at."""
-    stats, data = b.get("stats"), (b.get("stats") or {}).get("data")
-    named = (
-        isinstance(b.get("params"), dict) and isinstance(b.get("extra_info"), dict) and {"name", "group"} <= b.keys()
-    )
-    return named and isinstance(stats.get("median"), float) and isinstance(data, list) and len(data) > 0
+    stats = b.get("stats") or {}
+    measured = isinstance(stats.get("median"), float) and isinstance(stats.get("data"), list) and bool(stats["data"])
+    described = all(isinstance(b.get(key), dict) for key in ("params", "extra_info"))
+    return measured and described and {"name", "group"} <= b.keys()
 
 
 def by_name(found: dict[str, Any]) -> dict[str, dict]:

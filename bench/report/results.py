@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from flatkern.doctor import git
+from flatkern.doctor import git, processor
 
 from ..timing.harness import Timings
 from ..timing.stats import Stats
@@ -74,15 +74,6 @@ def compare(race: list[dict], reference: str, copied: Stats | None = None, numel
             info["share_of_copy"] = info["gigabytes_per_second"] / copy_rate
 
 
-def cpu_model() -> str:
-    """The processor's marketing name, or the architecture where the system does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def compiled_backend() -> dict[str, str]:
     """What the C++ backend says about itself; empty where it is not built."""
     try:
@@ -113,7 +104,7 @@ def machine_info(threads: int) -> dict:
     except ImportError:
         version = "not installed"
     return {
-        "processor": cpu_model(),
+        "processor": processor(),
         "machine": platform.machine(),
         "system": platform.system(),
         "cores": os.cpu_count(),
@@ -125,7 +116,7 @@ def machine_info(threads: int) -> dict:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "flatkern": version,
         "flatkern_cpp": compiled_backend(),
-        "cpu": {"brand_raw": cpu_model(), "count": os.cpu_count()},
+        "cpu": {"brand_raw": processor(), "count": os.cpu_count()},
     }
 
 

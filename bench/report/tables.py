@@ -371,8 +371,8 @@ def of_torch(b: dict, rows: list[dict]) -> str:
     """The plain optimizer's time in steps of torch's fused one with weights of the same dtype."""
     p = b["params"]
     same = {k: p[k] for k in ("method", "dtype", "masters")}
-    theirs = [r for r in rows if r["params"] | same == r["params"] and r["params"]["candidate"] == "torch fused"]
-    if p["method"] != "plain" or p["candidate"] == "torch fused" or not theirs:
+    theirs = [r for r in rows if r["params"] | same == r["params"] and r["params"]["candidate"] == REFERENCE]
+    if p["method"] != "plain" or p["candidate"] == REFERENCE or not theirs:
         return NOTHING
     return of_plain(median(b) / median(theirs[0]))
 
@@ -384,9 +384,9 @@ def call_table(results: dict) -> Table:
     table = Table("calls", "Time of a call on 160 tensors of 10 elements", header)
     for b in rows:
         p, calls = b["params"], b["extra_info"]["calls"]
-        if p["candidate"] == "torch fused" and p["method"] != "plain":
+        if p["candidate"] == REFERENCE and p["method"] != "plain":
             continue  # in these races it is only what the others are compared with
-        fused = pick(results, "calls", method=p["method"], base=p["base"], candidate="torch fused")
+        fused = pick(results, "calls", method=p["method"], base=p["base"], candidate=REFERENCE)
         against = f"{calls['step'] / median(fused[0]):.2f}x" if fused else NOTHING
         each = [duration(calls[c]) if c in calls else NOTHING for c in ("perturb", "step")]
         table.rows.append([METHODS[p["method"]].title, p["base"], p["candidate"], *each, against])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..candidates import FLOOR
 from ..methods import METHODS
 from ..training.networks import NETWORKS
 from ..training.processes import KEEPING
@@ -66,7 +67,7 @@ def against(b: dict, rows: list[dict]) -> str:
 
 def pass_of_plain(b: dict, rows: list[dict]) -> str:
     """Forward and backward, the same for everybody, in those beside torch's plain step."""
-    reference = pick({"benchmarks": rows}, TABLE, model=b["params"]["model"], candidate="torch fused")
+    reference = pick({"benchmarks": rows}, TABLE, model=b["params"]["model"], candidate=FLOOR)
     return f"{b['extra_info']['pass'] / reference[0]['extra_info']['pass']:.2f}x" if reference else NOTHING
 
 

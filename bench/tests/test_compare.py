@@ -120,6 +120,10 @@ def test_the_reference_has_noise_too():
         ('{"benchmarks": [{"name": "x", "stats": {}}]}', "pytest-benchmark compare"),
         ('{"benchmarks": [{"name": "x", "extra_info": null, "stats": {}}]}', "pytest-benchmark compare"),
         ('{"benchmarks": [{"name": "x", "extra_info": {"table": "methods"}}]}', "1 rows are incomplete"),
+        (
+            '{"benchmarks": [{"name": "x", "params": {}, "extra_info": {"table": "methods"}, "group": ""}]}',
+            "1 rows are incomplete",
+        ),
         ('{"benchmarks": 3}', "another program's"),
     ],
 )
